@@ -1,0 +1,40 @@
+// What every file that knows torch shares: the stable ABI, dtypes, row views, when a result is large.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../cpu/dtype.h"
+#include "../cpu/levels.h"
+
+namespace emu3 {
+
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "emu3_kernels: the native kernels take float32 and bfloat16");
+  return type == ScalarType::Float ? Dtype::float32 : Dtype::bfloat16;
+}
+
+inline const char* at(const Tensor& tensor, int64_t element) {
+  return static_cast<const char*>(tensor.const_data_ptr()) + element * tensor.element_size();
+}
+
+inline char* mutable_at(const Tensor& tensor, int64_t element) {
+  return static_cast<char*>(tensor.mutable_data_ptr()) + element * tensor.element_size();
+}
+
+// A result that overflows the caches is written past them; a smaller one is soon read again.
+inline bool past_caches(const Tensor& result) {
+  constexpr int64_t kBytes = 16 << 20;
+  return result.numel() * static_cast<int64_t>(result.element_size()) >= kBytes;
+}
+
+// Rows one thread takes at the least, so that it has 32,768 elements to work on.
+inline int64_t row_grain(int64_t width) { return 1 + 32767 / (width > 0 ? width : 1); }
+
+}  // namespace emu3

@@ -1,0 +1,34 @@
+"""Argument checks and row views that the public functions share."""
+
+from torch import Tensor
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.device}"
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Raise unless every tensor holds floating-point numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+
+
+def check_alike(op: str, **tensors: Tensor) -> None:
+    """Raise unless all tensors share shape, dtype and device, and are floating point."""
+    check_floating(op, **tensors)
+    first, *others = tensors.values()
+    if any(
+        (o.shape, o.dtype, o.device) != (first.shape, first.dtype, first.device) for o in others
+    ):
+        got = " and ".join(describe(tensor) for tensor in tensors.values())
+        raise ValueError(
+            f"{op}: {' and '.join(tensors)} must share shape, dtype and device, got {got}"
+        )
+
+
+def rows(x: Tensor) -> Tensor:
+    """View ``x`` ``[..., C]`` as ``[rows, C]`` with unit stride in C, copying only if no view is."""
+    if x.dim() == 0 or x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])

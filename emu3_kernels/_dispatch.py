@@ -1,0 +1,79 @@
+"""Which backend runs a call: explicit, local, loud. Names no op."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+
+from emu3_kernels import _native
+
+_forced: str | None = None
+_announced = False
+
+
+def load(op: str, *names: str) -> dict[str, ModuleType | str]:
+    """Import the backends of ``op``, in order of preference.
+
+    A backend whose own dependency is not installed becomes the reason why.
+    """
+    backends: dict[str, ModuleType | str] = {}
+    for name in names:
+        try:
+            backends[name] = import_module(f"emu3_kernels.ops.{op}.{name}")
+        except ModuleNotFoundError as missing:
+            if (missing.name or "").startswith("emu3_kernels"):
+                raise
+            backends[name] = f"the package {missing.name!r} is not installed"
+    return backends
+
+
+def why_not(backend: ModuleType | str, *args) -> str | None:
+    """Return the reason why ``backend`` cannot run on ``args``, or None."""
+    return backend if isinstance(backend, str) else backend.why_not(*args)
+
+
+def choose(op: str, backends: Mapping[str, ModuleType | str], backend: str | None, *args) -> str:
+    """Name the backend that runs ``op`` on ``args``.
+
+    A backend asked for by name runs or raises: it is never swapped for another.
+    With none asked for, the first that supports the call runs, and the
+    reference, which supports every call, if no other does.
+    """
+    asked = backend or _forced
+    if asked is None:
+        for name, module in backends.items():
+            if why_not(module, *args) is None:
+                return name
+        _announce_missing_library()
+        return "reference"
+    if asked == "reference":
+        return asked
+    if asked not in backends:
+        known = ", ".join((*backends, "reference"))
+        raise ValueError(f"{op}: unknown backend {asked!r}; expected one of {known}")
+    reason = why_not(backends[asked], *args)
+    if reason is not None:
+        raise NotImplementedError(f"{op}: backend {asked!r} cannot run this call: {reason}")
+    return asked
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Make every op inside the block run on ``backend``, as if asked for by name.
+
+    For tests and bug hunts; one setting for the whole process, all threads.
+    """
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _announce_missing_library() -> None:
+    global _announced
+    if _native.MISSING and not _announced:
+        _announced = True
+        warnings.warn(f"emu3_kernels: {_native.MISSING}; the reference runs", stacklevel=4)

@@ -1,0 +1,55 @@
+"""The compiled library: whether it is there, for which devices, at which CPU level."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+try:
+    from emu3_kernels import _C  # noqa: F401  (loading it registers torch.ops.emu3_kernels)
+
+    MISSING = None
+except ModuleNotFoundError:
+    MISSING = "the native library was not built (no C++ compiler or no torch at installation)"
+
+LEVELS = ("base", "avx2", "avx512", "amx")
+"""Instruction sets, lowest first; a library for another processor holds ``base`` alone."""
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def cpu_level() -> str:
+    """Name the instruction-set level in force."""
+    return LEVELS[torch.ops.emu3_kernels.cpu_level()]
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """Name the levels that this processor and this library can run, lowest first."""
+    if MISSING:
+        return ()
+    return LEVELS[: torch.ops.emu3_kernels.highest_cpu_level() + 1]
+
+
+@contextmanager
+def use_cpu_level(level: str) -> Iterator[None]:
+    """Run the native kernels of ``level`` inside the block, in the whole process."""
+    if level not in cpu_levels():
+        raise ValueError(f"use_cpu_level: expected one of {', '.join(cpu_levels())}, got {level!r}")
+    before = torch.ops.emu3_kernels.cpu_level()
+    torch.ops.emu3_kernels.set_cpu_level(LEVELS.index(level))
+    try:
+        yield
+    finally:
+        torch.ops.emu3_kernels.set_cpu_level(before)
+
+
+def why_not_cpu(tensor: Tensor) -> str | None:
+    """Say why the CPU kernels cannot take ``tensor``; None if they can."""
+    if MISSING:
+        return MISSING
+    if tensor.device.type != "cpu":
+        return f"no kernel for a {tensor.device.type} tensor"
+    if tensor.dtype not in DTYPES:
+        return f"{tensor.dtype} is left to the reference"
+    return None

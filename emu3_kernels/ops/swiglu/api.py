@@ -1,0 +1,84 @@
+"""SwiGLU: the gated activation of Emu3's feed-forward layers. C channels."""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels._checks import check_alike, check_floating, rows
+from emu3_kernels._dispatch import choose, load
+from emu3_kernels.ops.swiglu import reference
+
+BACKENDS = load("swiglu", "native", "triton")
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    r"""Gate ``up`` by the SiLU of ``gate``: ``out = gate * sigmoid(gate) * up``.
+
+    Computed in float32 (float64 for float64 inputs) and rounded once, to the
+    dtype of ``gate``. Differentiable in both inputs; the backward pass
+    recomputes the sigmoid, so only the inputs are kept, and writes both
+    gradients into one packed tensor of which they are the halves. Rows may be
+    strided (the halves of a packed projection): no copy is made.
+
+    From "GLU Variants Improve Transformer" (Shazeer, arXiv 2002.05202).
+
+    Args:
+        gate: ``[..., C]``, any floating dtype.
+        up: same shape, dtype and device as ``gate``.
+        backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
+
+    Returns:
+        ``[..., C]`` in the dtype of ``gate``.
+    """
+    check_alike("swiglu", gate=gate, up=up)
+    chosen = choose("swiglu", BACKENDS, backend, gate, up)
+    if chosen == "reference":
+        return reference.swiglu(gate, up)
+    return _SwiGLU.apply(rows(gate), rows(up), chosen).view(gate.shape)
+
+
+def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
+    """:func:`swiglu` of the two halves of one projection, with one packed gradient.
+
+    Args:
+        gate_up: ``[..., 2C]``: gate in the first half, up in the second.
+        backend: as in :func:`swiglu`.
+
+    Returns:
+        ``[..., C]`` in the dtype of ``gate_up``.
+    """
+    check_floating("swiglu_packed", gate_up=gate_up)
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(
+            f"swiglu_packed: gate_up must be [..., 2C], got shape {tuple(gate_up.shape)}"
+        )
+    gate, up = gate_up.chunk(2, dim=-1)
+    chosen = choose("swiglu_packed", BACKENDS, backend, gate, up)
+    if chosen == "reference":
+        return reference.swiglu(gate, up)
+    return _SwiGLUPacked.apply(rows(gate_up), chosen).view(gate.shape)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, backend):
+        ctx.save_for_backward(gate, up)
+        ctx.backend = backend
+        return BACKENDS[backend].forward(gate, up)
+
+    @staticmethod
+    def backward(ctx, dout):
+        dgate_up = BACKENDS[ctx.backend].backward(rows(dout), *ctx.saved_tensors)
+        return *dgate_up.chunk(2, dim=-1), None
+
+
+class _SwiGLUPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up, backend):
+        ctx.save_for_backward(gate_up)
+        ctx.backend = backend
+        return BACKENDS[backend].forward(*gate_up.chunk(2, dim=-1))
+
+    @staticmethod
+    def backward(ctx, dout):
+        (gate_up,) = ctx.saved_tensors
+        return BACKENDS[ctx.backend].backward(rows(dout), *gate_up.chunk(2, dim=-1)), None

@@ -1,0 +1,29 @@
+"""swiglu on the CPU: csrc/cpu/swiglu.cpp."""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels import _native
+
+
+def why_not(gate: Tensor, up: Tensor) -> str | None:
+    return _native.why_not_cpu(gate)
+
+
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.ops.emu3_kernels.swiglu_forward(gate, up)
+
+
+def backward(dout: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return torch.ops.emu3_kernels.swiglu_backward(dout, gate, up)
+
+
+if not _native.MISSING:
+
+    @torch.library.register_fake("emu3_kernels::swiglu_forward")
+    def _(gate: Tensor, up: Tensor) -> Tensor:
+        return gate.new_empty(gate.shape)
+
+    @torch.library.register_fake("emu3_kernels::swiglu_backward")
+    def _(dout: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        return gate.new_empty(gate.shape[0], 2 * gate.shape[1])

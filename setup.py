@@ -1,0 +1,116 @@
+"""Build the native library where torch and a C++ compiler are there; plain Python otherwise.
+
+torch is not a build requirement (an isolated build would fetch a second one), so
+install with ``pip install --no-build-isolation .`` to get the library. CUDA sources
+are built where nvcc is found (CUDA_HOME or PATH); EMU3_CUDA_ARCHS="80;90" overrides
+the architectures.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+OLDEST_TORCH = 0x020B000000000000  # 2.11, as in the project's dependencies
+# GCC 12 warns inside its own intrinsics headers (maybe-uninitialized) and of vectors in signatures
+# that never leave a file (psabi).
+WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+LEVELS = {"base": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+# Asks the processor or runs before the level is known: compiled once, for every processor.
+LEVEL_FREE = {"levels.cpp"}
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+
+def cuda_architectures() -> list[str]:
+    """Machine code for each architecture, and PTX of the last for those to come."""
+    archs = os.environ.get("EMU3_CUDA_ARCHS", "80;90;100").split(";")
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return [*codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+class BuildNative(build_ext):
+    """Compiles ``csrc``: each CPU kernel once per level, each CUDA file with nvcc."""
+
+    def build_extension(self, ext: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        self.includes = [f"-I{path}" for path in include_paths()]
+        includes = [*self.includes, *(f"-I{path}" for path in self.compiler.include_dirs)]
+        jobs = []
+        for source in sorted((ROOT / "csrc/bindings").glob("*.cpp")):
+            target = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#x}ULL"]
+            jobs.append((source, source.stem, [*includes, *target]))
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            levels = {"any": []} if source.name in LEVEL_FREE else LEVELS
+            for level, flags in levels.items():
+                jobs.append((source, f"{source.stem}.{level}", [f"-DEMU3_LEVEL={level}", *flags]))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda job: self.compile_one(*job), jobs))
+        linker = [os.environ.get("CXX", "c++")]
+        if nvcc():
+            objects += self.compile_cuda()
+            linker = [nvcc(), "-cudart=static"]  # no driver and no toolkit needed to import it
+        torch = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([*linker, "-shared", *objects, *torch, "-ldl", "-o", target], check=True)
+
+    def compile_one(self, source: Path, name: str, flags: list[str]) -> str:
+        target = self.object_path(name)
+        compiler = os.environ.get("CXX", "c++")
+        self.run_compiler([compiler, "-fPIC", *FLAGS, *WARNINGS, *flags], source, target)
+        return target
+
+    def compile_cuda(self) -> list[str]:
+        flags = [
+            *("-O3", "-std=c++20", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+            f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#x}ULL",
+        ]
+        objects = []
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            target = self.object_path(f"{source.stem}.cuda")
+            command = [nvcc(), *flags, *cuda_architectures(), *self.includes]
+            self.run_compiler(command, source, target)
+            objects.append(target)
+        return objects
+
+    def object_path(self, name: str) -> str:
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        return str(Path(self.build_temp) / f"{name}.o")
+
+    def run_compiler(self, command: list[str], source: Path, target: str) -> None:
+        print(f"compiling {Path(target).stem}", flush=True)
+        subprocess.run([*command, "-c", str(source), "-o", target], check=True)
+
+
+def native() -> list[Extension]:
+    """The extension, or none with one line that says why."""
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError:
+        print("emu3-kernels: no torch here, the native library is not built")
+        return []
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        print("emu3-kernels: no C++ compiler here, the native library is not built")
+        return []
+    return [Extension("emu3_kernels._C", sources=[], py_limited_api=True)]
+
+
+setup(
+    ext_modules=native(),
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,22 @@
+"""The only tolerance of the suite: measured on plain PyTorch at the same dtype, never guessed."""
+
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate(name: str, actual: Tensor, low: Tensor, exact: Tensor) -> None:
+    """Allow ``actual`` twice the error that ``low`` makes against ``exact``.
+
+    ``low`` is the reference at the dtype under test and ``exact`` the reference
+    at float64. Integers must be equal.
+    """
+    assert (actual.dtype, actual.shape) == (low.dtype, low.shape), name
+    if actual.numel() == 0:
+        return
+    if not actual.is_floating_point():
+        assert torch.equal(actual, exact.to(actual.dtype)), f"{name}: integers differ"
+        return
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max()
+    budget = 2 * ((low.double() - exact).abs().max() + rounding)
+    error = (actual.double() - exact).abs().max()
+    assert error <= budget, f"{name}: error {error:.2e} exceeds its budget of {budget:.2e}"

@@ -1,0 +1,78 @@
+"""What the generic suites share: which calls to make, and one call with all its gradients."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+import emu3_kernels
+from emu3_kernels import _native
+from emu3_kernels.ops import OPS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def part(op: str, name: str) -> ModuleType:
+    return import_module(f"emu3_kernels.ops.{op}.{name}")
+
+
+def public(op: str) -> Callable:
+    return getattr(emu3_kernels, op)
+
+
+def backends(op: str) -> Iterator[str]:
+    """Name every backend of ``op``; the native one once per level: ``native@avx2``."""
+    for backend in part(op, "api").BACKENDS:
+        if backend == "native" and not _native.MISSING:
+            yield from (f"native@{level}" for level in _native.cpu_levels())
+        else:
+            yield backend
+
+
+def at_level(backend: str) -> tuple[str, AbstractContextManager]:
+    """Split ``native@avx2`` into the backend and the context that sets the level."""
+    name, _, level = backend.partition("@")
+    return name, _native.use_cpu_level(level) if level else nullcontext()
+
+
+def calls() -> Iterator[tuple[str, str, dict, torch.dtype]]:
+    for op in OPS:
+        for backend in backends(op):
+            for size in part(op, "cases").CHECK:
+                for dtype in DTYPES:
+                    yield op, backend, size, dtype
+
+
+def differentiable(op: str, inputs: dict) -> list[str]:
+    """Name the inputs of ``op`` that have a gradient: its floating tensors less its CONSTANTS."""
+    constants = getattr(part(op, "cases"), "CONSTANTS", ())
+    return [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in constants
+    ]
+
+
+def double(inputs: dict) -> dict:
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def value_and_gradients(op: str, function: Callable, inputs: dict) -> dict[str, Tensor]:
+    """Call ``function``, draw a gradient for every floating result, and pull all of them back."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable(op, inputs)}
+    results = function(**{**inputs, **leaves})
+    results = results if isinstance(results, tuple) else (results,)
+    named = {f"output {i}": result.detach() for i, result in enumerate(results)}
+    floating = [result for result in results if result.requires_grad]
+    if floating:
+        random = torch.Generator().manual_seed(1)
+        douts = [torch.randn(r.shape, generator=random).to(r) for r in floating]
+        grads = torch.autograd.grad(floating, list(leaves.values()), douts)
+        named |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return named
