@@ -27,8 +27,15 @@ def check_alike(op: str, **tensors: Tensor) -> None:
         )
 
 
+def check_has_channels(op: str, **tensors: Tensor) -> None:
+    """Raise for a tensor without dimensions: an op over the last one needs it."""
+    for name, tensor in tensors.items():
+        if tensor.dim() == 0:
+            raise ValueError(f"{op}: {name} must be [..., C], got a tensor without dimensions")
+
+
 def rows(x: Tensor) -> Tensor:
-    """View ``x`` ``[..., C]`` as ``[rows, C]`` with unit stride in C, copying only if no view is."""
-    if x.dim() == 0 or x.stride(-1) != 1 and x.shape[-1] > 1:
+    """View ``x`` ``[..., C]`` as ``[rows, C]`` with unit stride in C; copy only if no view is."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])

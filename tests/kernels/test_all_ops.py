@@ -1,4 +1,4 @@
-"""Every op, backend, level, size and dtype: values, gradients, layouts, compilation, registration."""
+"""Every op, backend, level, size, dtype: values, gradients, layouts, compilation, registration."""
 
 import os
 from functools import partial

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._checks import check_alike, check_floating, rows
+from emu3_kernels._checks import check_alike, check_floating, check_has_channels, rows
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.swiglu import reference
 
@@ -30,6 +30,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         ``[..., C]`` in the dtype of ``gate``.
     """
     check_alike("swiglu", gate=gate, up=up)
+    check_has_channels("swiglu", gate=gate)
     chosen = choose("swiglu", BACKENDS, backend, gate, up)
     if chosen == "reference":
         return reference.swiglu(gate, up)
@@ -47,7 +48,8 @@ def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
         ``[..., C]`` in the dtype of ``gate_up``.
     """
     check_floating("swiglu_packed", gate_up=gate_up)
-    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+    check_has_channels("swiglu_packed", gate_up=gate_up)
+    if gate_up.shape[-1] % 2:
         raise ValueError(
             f"swiglu_packed: gate_up must be [..., 2C], got shape {tuple(gate_up.shape)}"
         )
