@@ -1,0 +1,114 @@
+"""The command line: ``emu3 demo | train | generate | chat``.
+
+A mistake of the user's ends in one line on stderr and exit code 1, never in a traceback.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+from typer.core import TyperGroup
+
+from emu3.config import load_recipe
+from emu3.demo.run import run_demo
+from emu3.files import replacing
+from emu3.generate import Sampling, generate_captions, generate_images
+from emu3.model import Emu3
+from emu3.text import ByteTokenizer
+from emu3.train.loop import train as train_recipe
+from emu3.vision import VisionTokenizer
+from emu3.weights import load_decoder, load_vision
+
+
+class _OneLine(TyperGroup):
+    """Tells the faults a user can mend in one line."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, NotImplementedError, OSError) as fault:
+            line = " ".join(str(fault).split())
+            Console(stderr=True, soft_wrap=True).print(f"emu3: {line}", markup=False)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=_OneLine, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Decoder = Annotated[Path, typer.Option(help="decoder.safetensors of a training run")]
+Vision = Annotated[Path, typer.Option(help="vision.safetensors of a training run")]
+_DEMO = Path("demo/runs")
+_DECODER, _VISION = _DEMO / "decoder/decoder.safetensors", _DEMO / "vision/vision.safetensors"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo"),
+) -> None:
+    """Train the miniature on handwritten digits, draw, describe, and report."""
+    run_demo(out)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a TOML file, or a recipe that ships: digits …")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings as key=value")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/new"),
+    resume: Annotated[bool, typer.Option(help="continue the run in the folder")] = False,
+) -> None:
+    """Train from a recipe."""
+    weights = train_recipe(load_recipe(recipe, overrides or ()), out, resume=resume)
+    Console().print(f"wrote {weights}")
+
+
+@app.command()
+def generate(
+    captions: Annotated[list[str], typer.Argument(help='such as "a red seven"')],
+    decoder: Decoder = _DECODER,
+    vision: Vision = _VISION,
+    out: Annotated[Path, typer.Option(help="PNG to write, pictures side by side")] = Path(
+        "generated.png"
+    ),
+    guidance: Annotated[float, typer.Option(help="weight of the caption")] = 3.0,
+    top_k: Annotated[int, typer.Option(help="codes to draw from")] = 2048,
+    seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+) -> None:
+    """Draw pictures from captions."""
+    model, tokenizer, text = _load(decoder, vision)
+    how = Sampling(guidance=guidance, top_k=top_k)
+    generator = torch.Generator().manual_seed(seed)
+    codes = generate_images(model, text, captions, tokenizer.settings.grid, how, generator)
+    pixels = (tokenizer.decode(codes) + 1) * 127.5
+    strip = torch.cat(list(pixels.round().byte()), dim=2).permute(1, 2, 0)
+    with replacing(out) as draft:
+        Image.fromarray(strip.numpy()).save(draft, format="PNG")
+    Console().print(f"wrote {out}")
+
+
+@app.command()
+def chat(
+    pictures: Annotated[list[Path], typer.Argument(help="image files")],
+    decoder: Decoder = _DECODER,
+    vision: Vision = _VISION,
+) -> None:
+    """Say what pictures show."""
+    model, tokenizer, text = _load(decoder, vision)
+    size = tokenizer.settings.image_size
+    codes = tokenizer.encode(torch.stack([_read(path, size) for path in pictures]))
+    for path, words in zip(pictures, generate_captions(model, text, codes), strict=True):
+        Console().print(f"{path}: {words}", markup=False)
+
+
+def _load(decoder: Path, vision: Path) -> tuple[Emu3, VisionTokenizer, ByteTokenizer]:
+    model, tokenizer = load_decoder(decoder), load_vision(vision)
+    return model, tokenizer, ByteTokenizer(model.settings.vocabulary)
+
+
+def _read(path: Path, size: int) -> Tensor:
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1

@@ -1,0 +1,311 @@
+"""Every setting of the model, the vision tokenizer and the trainer, frozen and checked.
+
+A recipe is a TOML file: ``preset = "mini"`` fills the model, the tables override it, and
+``key=value`` words from the command line override the tables.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from typing_extensions import Self
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "train" / "recipes"
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Vocabulary(Settings):
+    """Which ids are text, which steer the grammar, and where the visual codes start."""
+
+    num_text: PositiveInt
+    """Ids below this one are text."""
+    pad: int
+    eol: int
+    """End of a row of visual tokens."""
+    eof: int
+    """End of a frame."""
+    bos: int
+    eos: int
+    img_token: int
+    """Parts the meta text ("h*w") from the visual tokens."""
+    boi: int
+    eoi: int
+    visual_start: int
+    num_visual: PositiveInt
+
+    @property
+    def size(self) -> int:
+        return self.visual_start + self.num_visual
+
+
+class ModelSettings(Settings):
+    """Shape of the decoder."""
+
+    vocabulary: Vocabulary
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_width: PositiveInt
+    ff_width: PositiveInt
+    max_positions: PositiveInt
+    rope_theta: PositiveFloat = 1e6
+    norm_eps: PositiveFloat = 1e-5
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """On embeddings, attention probabilities and both residual branches."""
+    init_std: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads")
+        if self.head_width % 2:
+            raise ValueError(f"head_width ({self.head_width}) must be even, for rotary pairs")
+        return self
+
+
+class VisionSettings(Settings):
+    """Shape of the convolutional VQ tokenizer; every stage halves the picture."""
+
+    image_size: PositiveInt = 48
+    channels: tuple[PositiveInt, ...] = (16, 32, 64)
+    num_codes: PositiveInt = 512
+    code_width: PositiveInt = 8
+    commitment: PositiveFloat = 0.25
+    ema_decay: float = Field(0.97, gt=0, lt=1)
+    """Decay of the running code means that make the codebook."""
+    revive_below: NonNegativeFloat = 0.5
+    """A code with fewer running members than this moves to a random latent of the batch."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.image_size >> len(self.channels)
+        return side, side
+
+    @model_validator(mode="after")
+    def _stages_divide_the_image(self) -> Self:
+        if self.image_size % (1 << len(self.channels)):
+            raise ValueError(
+                f"image_size ({self.image_size}) must be a multiple of 2^{len(self.channels)}"
+            )
+        return self
+
+
+class DataSettings(Settings):
+    """The handwritten digits, and how far each draw is moved."""
+
+    held_out: float = Field(0.25, gt=0, lt=1)
+    """Share of the digits that no stage may see."""
+    batch_size: PositiveInt = 64
+    shift: NonNegativeFloat = 0.06
+    """Largest shift, as a share of the picture."""
+    rotate: NonNegativeFloat = 8.0
+    """Largest rotation in degrees."""
+    scale: float = Field(0.08, ge=0, lt=1)
+    """Largest relative change of size."""
+    tokenizer: Path | None = None
+    """Trained vision tokenizer; the decoder's stage reads it."""
+
+
+class OptimSettings(Settings):
+    """AdamW under a linear warm-up and a cosine decay."""
+
+    lr: PositiveFloat = 5e-5
+    """Peak learning rate, reached after the warm-up."""
+    min_lr: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 30
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.1
+    clip: PositiveFloat = 1.0
+    """Largest norm of all gradients together."""
+
+
+class TrainSettings(Settings):
+    """How long to train, and what to leave on disk."""
+
+    stage: Literal["vision", "decoder"]
+    steps: PositiveInt
+    seed: NonNegativeInt = 0
+    vision_weight: NonNegativeFloat = 0.5
+    """Loss weight of a visual token; a text token weighs 1."""
+    log_every: PositiveInt = 1
+    save_every: PositiveInt = 200
+
+
+class Recipe(Settings):
+    """One training run."""
+
+    train: TrainSettings
+    model: ModelSettings
+    vision: VisionSettings = VisionSettings()
+    data: DataSettings = DataSettings()
+    optim: OptimSettings = OptimSettings()
+
+    @model_validator(mode="after")
+    def _codes_fit(self) -> Self:
+        if self.vision.num_codes != self.model.vocabulary.num_visual:
+            raise ValueError(
+                f"vision.num_codes ({self.vision.num_codes}) must equal the visual tokens of "
+                f"model.vocabulary ({self.model.vocabulary.num_visual})"
+            )
+        return self
+
+
+EMU3_VOCABULARY = Vocabulary(
+    num_text=151643,
+    pad=151643,
+    eol=151846,
+    eof=151847,
+    bos=151849,
+    eos=151850,
+    img_token=151851,
+    boi=151852,
+    eoi=151853,
+    visual_start=151854,
+    num_visual=32768,
+)
+
+BYTE_VOCABULARY = Vocabulary(
+    num_text=256,
+    pad=256,
+    eol=257,
+    eof=258,
+    bos=259,
+    eos=260,
+    img_token=261,
+    boi=262,
+    eoi=263,
+    visual_start=264,
+    num_visual=512,
+)
+
+PRESETS: Mapping[str, ModelSettings] = {
+    "8b": ModelSettings(
+        vocabulary=EMU3_VOCABULARY,
+        width=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_width=128,
+        ff_width=14336,
+        max_positions=131072,
+    ),
+    "mini": ModelSettings(
+        vocabulary=BYTE_VOCABULARY,
+        width=128,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_width=32,
+        ff_width=320,
+        max_positions=256,
+        dropout=0.0,
+    ),
+}
+
+
+class SettingsError(ValueError):
+    """A setting that is unknown, missing or out of range, told in one line."""
+
+
+def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides to it.
+
+    Args:
+        name: a TOML file, or the name of a recipe that ships with the package.
+        overrides: words such as ``optim.lr=1e-4``; the value is TOML, or else a plain string.
+
+    Raises:
+        SettingsError: one line that names the setting and, if it is unknown, the known ones.
+    """
+    tree = _read(name)
+    for word in overrides:
+        _override(tree, word)
+    preset = tree.pop("preset", "mini")
+    if preset not in PRESETS:
+        raise SettingsError(f"preset: unknown {preset!r}; expected one of {', '.join(PRESETS)}")
+    model = tree.get("model", {})
+    if isinstance(model, dict):
+        tree["model"] = _merge(PRESETS[preset].model_dump(), model)
+    return parse(Recipe, tree)
+
+
+def parse(kind: type[Settings], tree: Mapping[str, Any]) -> Any:
+    """Validate ``tree`` as ``kind``, with the first fault told in one line."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as fault:
+        raise SettingsError(_one_line(kind, fault)) from None
+
+
+def _read(name: str | Path) -> dict[str, Any]:
+    path = Path(name)
+    if not path.suffix:
+        path = RECIPES / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise SettingsError(f"recipe: no file {str(name)!r}; those that ship are {known}")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as fault:
+        raise SettingsError(f"{path}: not valid TOML: {fault}") from None
+
+
+def _override(tree: dict[str, Any], word: str) -> None:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"{word}: an override must read key=value")
+    *tables, leaf = key.split(".")
+    for table in tables:
+        tree = tree.setdefault(table, {})
+        if not isinstance(tree, dict):
+            raise SettingsError(f"{key}: {table} is a value, not a table")
+    try:
+        tree[leaf] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        tree[leaf] = value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _one_line(kind: type[Settings], fault: ValidationError) -> str:
+    first = fault.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        group: Any = kind
+        for part in path[:-1]:
+            group = group.model_fields[part].annotation
+        name = path[-2] if len(path) > 1 else kind.__name__.lower()
+        return f"{where}: unknown setting; {name} has {', '.join(sorted(group.model_fields))}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, got {first['input']!r}" if where else message

@@ -1,0 +1,1 @@
+"""What the model learns from: pictures, captions and the documents made of them."""

@@ -1,0 +1,82 @@
+"""Endless batches whose place can be saved and found again, to the bit."""
+
+import torch
+from torch import Tensor
+
+from emu3.config import DataSettings, Recipe
+from emu3.data.digits import COLORS, Digits, caption, draw_motion, load_split, render
+from emu3.data.documents import collate
+from emu3.prompt import generation_document, understanding_document
+from emu3.text import TextTokenizer
+from emu3.vision import VisionTokenizer
+
+
+class DigitStream:
+    """Shuffled epochs of digits, each draw in a random colour and slightly moved.
+
+    One generator decides the order, the colours and the motion; with the rest of the epoch
+    it is the whole state.
+    """
+
+    def __init__(self, digits: Digits, settings: DataSettings, size: int, seed: int) -> None:
+        self.digits, self.settings, self.size = digits, settings, size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rest = torch.empty(0, dtype=torch.int64)
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Next batch: pictures ``[B, 3, H, W]``, digits ``[B]``, colours ``[B]``."""
+        count = self.settings.batch_size
+        while len(self.rest) < count:
+            epoch = torch.randperm(len(self.digits), generator=self.generator)
+            self.rest = torch.cat((self.rest, epoch))
+        index, self.rest = self.rest[:count], self.rest[count:]
+        chosen = self.digits[index]
+        colors = torch.randint(len(COLORS), (count,), generator=self.generator)
+        motion = draw_motion(count, self.settings, self.generator)
+        return render(chosen.scans, colors, motion, self.size), chosen.labels, colors
+
+    def state(self) -> dict[str, Tensor]:
+        return {"generator": self.generator.get_state(), "rest": self.rest.clone()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+        self.rest = state["rest"].clone()
+
+
+class PictureStream(DigitStream):
+    """Pictures alone, for the vision tokenizer."""
+
+    def next_batch(self) -> tuple[Tensor]:
+        return (self.draw()[0],)
+
+
+class DocumentStream(DigitStream):
+    """Documents for the decoder: caption before picture, and picture before caption, in turn."""
+
+    def __init__(
+        self,
+        digits: Digits,
+        recipe: Recipe,
+        tokenizer: VisionTokenizer,
+        text: TextTokenizer,
+    ) -> None:
+        size = tokenizer.settings.image_size
+        super().__init__(digits, recipe.data, size, recipe.train.seed)
+        self.tokenizer, self.text = tokenizer, text
+        self.vision_weight = recipe.train.vision_weight
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Ids ``[B, T]`` and their loss weights ``[B, T]``."""
+        pictures, labels, colors = self.draw()
+        documents = []
+        for number, codes in enumerate(self.tokenizer.encode(pictures)):
+            words = caption(int(labels[number]), int(colors[number]))
+            if number % 2:
+                documents.append(understanding_document(codes, words, self.text))
+            else:
+                documents.append(generation_document(words, codes, self.text))
+        return collate(documents, self.text.vocabulary, self.vision_weight)
+
+
+def digits_to_learn(settings: DataSettings) -> Digits:
+    return load_split(settings.held_out)[0]

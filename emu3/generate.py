@@ -1,0 +1,111 @@
+"""The decode loop: captions to pictures, and pictures to captions.
+
+What the grammar forces is never sampled and costs no forward of its own: the end of a row
+travels with the token before it, and what follows the last visual token is never computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emu3.cache import KeyValueCache
+from emu3.model import Emu3
+from emu3.prompt import generation_prompt, understanding_prompt
+from emu3.sampling import guide, sample
+from emu3.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn."""
+
+    guidance: float = 3.0
+    """Weight of the caption over its absence; 1 turns guidance off."""
+    top_k: int | None = 2048
+    temperature: float = 1.0
+    negative: str = ""
+    """The caption that guidance leads away from."""
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Right-align prompts: ids ``[B, T]`` and the number of padding ids of each row ``[B]``."""
+    longest = max(map(len, prompts))
+    starts = torch.tensor([longest - len(ids) for ids in prompts])
+    return torch.tensor([[*[pad] * (longest - len(ids)), *ids] for ids in prompts]), starts
+
+
+@torch.no_grad()
+def generate_images(
+    model: Emu3,
+    text: TextTokenizer,
+    captions: Sequence[str],
+    grid: tuple[int, int],
+    how: Sampling = Sampling(),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one picture per caption, as codes ``[B, h, w]`` int64.
+
+    Captions and their negatives run as one batch, and only the visual rows of the head are
+    multiplied. ``model`` must be in eval mode.
+    """
+    _check(model, captions)
+    ids, (height, width) = text.vocabulary, grid
+    negatives = [] if how.guidance == 1 else [how.negative] * len(captions)
+    prompts = [generation_prompt(words, grid, text) for words in [*captions, *negatives]]
+    tokens, starts = _on(model, *pad_left(prompts, ids.pad))
+    # The last forward feeds the last but one token of the grid.
+    capacity = tokens.shape[1] + height * (width + 1) - 2
+    cache = KeyValueCache(model.settings, starts, capacity, model.head.weight.dtype)
+    visual_head = model.head.weight[ids.visual_start : ids.size]
+    codes = tokens.new_empty(len(captions), height, width)
+    for row in range(height):
+        for column in range(width):
+            logits = F.linear(model(tokens, cache)[:, -1], visual_head)
+            if negatives:
+                logits = guide(*logits.chunk(2), how.guidance)
+            code = sample(logits, top_k=how.top_k, temperature=how.temperature, generator=generator)
+            codes[:, row, column] = code
+            tokens = (code + ids.visual_start).repeat(len(prompts) // len(captions))[:, None]
+        tokens = F.pad(tokens, (0, 1), value=ids.eol)
+    return codes
+
+
+@torch.no_grad()
+def generate_captions(
+    model: Emu3, text: TextTokenizer, codes: Tensor, max_new_tokens: int = 64
+) -> list[str]:
+    """Describe pictures ``codes [B, h, w]``, greedily; only text ids and EOS may follow."""
+    _check(model, codes)
+    ids = text.vocabulary
+    prompts = [understanding_prompt(one, text) for one in codes]
+    tokens, starts = _on(model, *pad_left(prompts, ids.pad))
+    capacity = tokens.shape[1] + max_new_tokens - 1
+    cache = KeyValueCache(model.settings, starts, capacity, model.head.weight.dtype)
+    allowed = torch.tensor([*range(ids.num_text), ids.eos], device=tokens.device)
+    text_head = model.head.weight[allowed]
+    written = []
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        best = F.linear(model(tokens, cache)[:, -1], text_head).argmax(-1)
+        token = allowed[best].masked_fill(ended, ids.eos)
+        ended |= token == ids.eos
+        if ended.all():
+            break
+        written.append(token)
+        tokens = token[:, None]
+    rows = torch.stack(written, 1).tolist() if written else [[] for _ in prompts]
+    return [text.decode([i for i in row if i != ids.eos]) for row in rows]
+
+
+def _check(model: Emu3, rows: Sequence) -> None:
+    if model.training:
+        raise ValueError("generate: the model must be in eval mode, call model.eval() first")
+    if len(rows) == 0:
+        raise ValueError("generate: nothing to continue, got an empty batch")
+
+
+def _on(model: Emu3, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(model.head.weight.device) for tensor in tensors]

@@ -1,0 +1,156 @@
+"""The Emu3 decoder: one next-token transformer over text and visual tokens.
+
+``B`` batch, ``T`` tokens, ``D`` model width, ``H`` query heads, ``G`` key/value heads, ``K`` head
+width, ``V`` vocabulary. No biases; untied embeddings. Queries, keys and values share one
+projection, gate and up another, so that the fused ops read them as strided halves.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emu3.cache import KeyValueCache
+from emu3.config import ModelSettings
+from emu3_kernels import add_rms_norm, linear_cross_entropy, rms_norm, rope, swiglu
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one call shares: the rotation, and how the tokens join a cache."""
+
+    cos: Tensor
+    sin: Tensor
+    cache: KeyValueCache | None = None
+    positions: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
+        super().__init__()
+        self.settings, self.layer = settings, layer
+        num_heads = settings.heads + 2 * settings.kv_heads
+        self.qkv = nn.Linear(settings.width, num_heads * settings.head_width, bias=False)
+        self.out = nn.Linear(settings.heads * settings.head_width, settings.width, bias=False)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        s = self.settings
+        heads = self.qkv(x).unflatten(-1, (-1, s.head_width))
+        q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=2)
+        q, k = rope(q, k, context.cos, context.sin, context.positions)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=context.mask,
+            dropout_p=s.dropout if self.training else 0.0,
+            is_causal=context.mask is None,
+            enable_gqa=True,
+        )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """``down(silu(gate) * up)``."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(settings.width, 2 * settings.ff_width, bias=False)
+        self.down = nn.Linear(settings.ff_width, settings.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """Attention and MLP; every residual sum is fused with the norm that follows it."""
+
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
+        super().__init__()
+        self.eps, self.dropout = settings.norm_eps, nn.Dropout(settings.dropout)
+        self.attention_norm = nn.Parameter(torch.ones(settings.width))
+        self.attention = Attention(settings, layer)
+        self.mlp_norm = nn.Parameter(torch.ones(settings.width))
+        self.mlp = MLP(settings)
+
+    def forward(
+        self, branch: Tensor | None, residual: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Return this block's last branch, not yet added, and the residual it joins."""
+        if branch is None:
+            x = rms_norm(residual, self.attention_norm, self.eps)
+        else:
+            x, residual = add_rms_norm(branch, residual, self.attention_norm, self.eps)
+        branch = self.dropout(self.attention(x, context))
+        x, residual = add_rms_norm(branch, residual, self.mlp_norm, self.eps)
+        return self.dropout(self.mlp(x)), residual
+
+
+class Emu3(nn.Module):
+    """Decoder and head; ``forward`` gives hidden states, ``loss`` never makes ``[T, V]``."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        vocabulary = settings.vocabulary
+        self.embedding = nn.Embedding(vocabulary.size, settings.width, padding_idx=vocabulary.pad)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
+        self.norm = nn.Parameter(torch.ones(settings.width))
+        self.head = nn.Linear(settings.width, vocabulary.size, bias=False)
+        cos, sin = rotation_tables(settings)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.settings.init_std)
+        if isinstance(module, nn.Embedding):
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states ``[B, T, D]`` of ``tokens [B, T]``, after the final norm.
+
+        With a ``cache`` the tokens continue what it holds and are appended to it.
+        """
+        context = Context(self.cos, self.sin)
+        if cache is not None:
+            num_new = tokens.shape[1]
+            context = Context(
+                self.cos, self.sin, cache, cache.positions(num_new), cache.mask(num_new)
+            )
+        residual = self.dropout(self.embedding(tokens))
+        branch = None
+        for block in self.blocks:
+            branch, residual = block(branch, residual, context)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps)
+        return hidden
+
+    def loss(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Mean next-token loss, each target weighed by its entry of ``weights [B, T]`` float32."""
+        hidden = self(tokens[:, :-1])
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.head.weight,
+            tokens[:, 1:].flatten(),
+            weights=weights[:, 1:].flatten(),
+        )
+
+
+def rotation_tables(settings: ModelSettings) -> tuple[Tensor, Tensor]:
+    """``cos, sin [max_positions, K/2]``: angles in float64, rounded once to float32."""
+    channel = torch.arange(0, settings.head_width, 2, dtype=torch.float64)
+    frequency = settings.rope_theta ** (-channel / settings.head_width)
+    position = torch.arange(settings.max_positions, dtype=torch.float64)
+    angle = torch.outer(position, frequency)
+    return angle.cos().float(), angle.sin().float()

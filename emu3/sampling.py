@@ -1,0 +1,38 @@
+"""From logits to tokens: pure functions on ``[B, N]`` logits of the ids that may come next.
+
+The grammar needs no mask here: the decode loop computes only the rows of the head that it
+allows, which gives the same distribution, since a softmax forgets what all its entries share.
+"""
+
+import torch
+from torch import Tensor
+
+
+def guide(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance on raw logits: ``uncond + guidance * (cond - uncond)``."""
+    return torch.lerp(uncond, cond, guidance)
+
+
+def keep_top(logits: Tensor, top_k: int | None) -> Tensor:
+    """Set every logit outside the ``top_k`` largest of its row to ``-inf``; None keeps all."""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"keep_top: top_k must be at least 1, got {top_k}")
+    if top_k is None or top_k >= logits.shape[-1]:
+        return logits
+    best, where = logits.topk(top_k, dim=-1)
+    return torch.full_like(logits, -torch.inf).scatter(-1, where, best)
+
+
+def sample(
+    logits: Tensor, *, top_k: int | None, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    """One index per row ``[B]`` int64, drawn from the softmax of the ``top_k`` logits.
+
+    With ``top_k=1`` the largest wins, the first of equals, and nothing is drawn.
+    """
+    if temperature <= 0:
+        raise ValueError(f"sample: temperature must be positive, got {temperature}")
+    if top_k == 1:
+        return logits.argmax(-1)
+    chances = torch.softmax(keep_top(logits.float(), top_k) / temperature, dim=-1)
+    return torch.multinomial(chances, 1, generator=generator).squeeze(-1)

@@ -1,0 +1,1 @@
+"""The single-process trainer: data, loss, step, log, save."""

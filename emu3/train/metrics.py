@@ -1,0 +1,56 @@
+"""Figures of every logged step: one JSON line, and TensorBoard.
+
+The JSON lines hold nothing that depends on the clock, so that two runs of one recipe leave the
+same bytes; seconds go to TensorBoard alone.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from emu3.files import replacing
+
+
+class Metrics:
+    """Appends to ``metrics.jsonl`` and ``tensorboard/`` in ``folder``, from ``step`` on.
+
+    Lines of later steps, left by a run that was killed after its last checkpoint, are cut.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        _cut(self.path, step)
+        self._lines = self.path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def log(self, step: int, figures: Mapping[str, float], tokens_per_second: float) -> None:
+        self._lines.write(json.dumps({"step": step, **figures}) + "\n")
+        for name, value in {**figures, "tokens_per_second": tokens_per_second}.items():
+            self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Bring every line to the disk: a checkpoint may not run ahead of its curve."""
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+
+    def close(self) -> None:
+        self.flush()
+        self._lines.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The logged steps; a last line that was cut short is passed over."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _cut(path: Path, step: int) -> None:
+    kept = [figures for figures in read_metrics(path) if figures["step"] < step]
+    with replacing(path) as draft:
+        draft.write_text("".join(json.dumps(figures) + "\n" for figures in kept))

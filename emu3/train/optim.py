@@ -1,0 +1,40 @@
+"""AdamW, its learning-rate schedule, and one clipped step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from emu3.config import OptimSettings
+
+
+def build_optimizer(model: nn.Module, settings: OptimSettings) -> AdamW:
+    """AdamW that decays matrices and filters, and leaves gains and biases alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
+    """Rise linearly over the warm-up, then follow a cosine from ``lr`` down to ``min_lr``."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def take_step(
+    model: nn.Module, optimizer: AdamW, loss: Tensor, lr: float, settings: OptimSettings
+) -> Tensor:
+    """Differentiate ``loss``, clip, update; return the gradients' norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return norm
