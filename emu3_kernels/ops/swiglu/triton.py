@@ -4,9 +4,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._triton import why_not_triton
+from emu3_kernels._triton import Config, Contract, Tile, meta, why_not_triton
 
-BLOCK = 1024
+# 16 elements a thread with warps of 32 lanes, 8 (the 16 bytes of one access) with 64.
+TILE = Tile(block=1024, num_warps=2)
+
+# 64 registers keep 32 warps on a multiprocessor of 65,536: half of what it can hold.
+CONFIGS = (
+    Config(
+        "2048 x 14336, packed",
+        lambda: forward(*meta(2048, 2 * 14336).chunk(2, dim=-1)),
+        {"_fwd_kernel": Contract(max_registers=64)},
+    ),
+    Config(
+        "1 x 14336, one decoded token",
+        lambda: forward(meta(1, 14336), meta(1, 14336)),
+        {"_fwd_kernel": Contract(max_registers=64)},
+    ),
+    Config(
+        "2048 x 14336, packed",
+        lambda: backward(meta(2048, 14336), *meta(2048, 2 * 14336).chunk(2, dim=-1)),
+        {"_bwd_kernel": Contract(max_registers=64)},
+    ),
+)
 
 
 def why_not(gate: Tensor, up: Tensor) -> str | None:
@@ -17,9 +37,9 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     num_rows, width = gate.shape
     out = gate.new_empty(num_rows, width)
     if out.numel():
-        grid = (num_rows, triton.cdiv(width, BLOCK))
+        grid = (num_rows, triton.cdiv(width, TILE.block))
         strides = (gate.stride(0), up.stride(0))
-        _fwd_kernel[grid](gate, up, out, *strides, width, BLOCK=BLOCK)
+        _fwd_kernel[grid](gate, up, out, *strides, width, **TILE.options())
     return out
 
 
@@ -27,9 +47,9 @@ def backward(dout: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     num_rows, width = gate.shape
     dgate_up = gate.new_empty(num_rows, 2 * width)
     if dgate_up.numel():
-        grid = (num_rows, triton.cdiv(width, BLOCK))
+        grid = (num_rows, triton.cdiv(width, TILE.block))
         strides = (dout.stride(0), gate.stride(0), up.stride(0))
-        _bwd_kernel[grid](dout, gate, up, dgate_up, *strides, width, BLOCK=BLOCK)
+        _bwd_kernel[grid](dout, gate, up, dgate_up, *strides, width, **TILE.options())
     return dgate_up
 
 
