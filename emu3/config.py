@@ -223,6 +223,7 @@ PRESETS: Mapping[str, ModelSettings] = {
         ff_width=320,
         max_positions=256,
         dropout=0.0,
+        init_std=0.05,
     ),
 }
 

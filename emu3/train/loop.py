@@ -18,7 +18,7 @@ from torch import nn
 
 from emu3.config import Recipe
 from emu3.data.stream import DigitStream, DocumentStream, PictureStream, digits_to_learn
-from emu3.model import Emu3
+from emu3.model import Emu3, seed_visual_rows
 from emu3.text import ByteTokenizer
 from emu3.train import checkpoint, objective
 from emu3.train.metrics import Metrics
@@ -93,7 +93,9 @@ def _decoder_stage(recipe: Recipe) -> Stage:
         )
     text = ByteTokenizer(recipe.model.vocabulary)
     stream = DocumentStream(digits_to_learn(recipe.data), recipe, tokenizer, text)
-    return Stage(Emu3(recipe.model), stream, objective.next_token, save_decoder)
+    model = Emu3(recipe.model)
+    seed_visual_rows(model, tokenizer.quantizer.codebook)
+    return Stage(model, stream, objective.next_token, save_decoder)
 
 
 def _progress() -> Progress:

@@ -1,0 +1,127 @@
+"""What the demo reports: accuracies by independent judges, and the speed of the fused ops."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import emu3_kernels
+from emu3.data.digits import COLORS, DIGITS, Digits, at_rest, caption, read_caption, render
+from emu3.demo.judge import DigitJudge, judge_color
+from emu3.generate import Sampling, generate_captions, generate_images
+from emu3.model import Emu3
+from emu3.text import TextTokenizer
+from emu3.vision import VisionTokenizer
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures made from captions, ``[round, colour, digit, 3, H, W]``, and how many are right."""
+
+    pictures: Tensor
+    digit_accuracy: float
+    color_accuracy: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Described:
+    """Captions of held-out pictures, and how many are right."""
+
+    pictures: Tensor
+    captions: list[str]
+    digit_right: Tensor
+    digit_accuracy: float
+    color_accuracy: float
+
+
+def measure_drawing(
+    model: Emu3, tokenizer: VisionTokenizer, text: TextTokenizer, judge: DigitJudge, *, rounds: int
+) -> Drawn:
+    """Draw every digit in every colour ``rounds`` times and let the judges read the pictures."""
+    color, digit = torch.meshgrid(
+        torch.arange(len(COLORS)), torch.arange(len(DIGITS)), indexing="ij"
+    )
+    digits, colors = digit.flatten().repeat(rounds), color.flatten().repeat(rounds)
+    captions = [caption(int(d), int(c)) for d, c in zip(digits, colors, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    grid = tokenizer.settings.grid
+    codes = generate_images(model, text, captions, grid, Sampling(), generator)
+    pictures = tokenizer.decode(codes)
+    return Drawn(
+        pictures.unflatten(0, (rounds, len(COLORS), len(DIGITS))),
+        share(judge(pictures) == digits),
+        share(judge_color(pictures) == colors),
+        codes.numel(),
+    )
+
+
+def paint_held_out(held_out: Digits, size: int) -> tuple[Tensor, Tensor]:
+    """Each held-out digit once, unmoved, in a random colour: the pictures and the colours."""
+    generator = torch.Generator().manual_seed(1)
+    colors = torch.randint(len(COLORS), (len(held_out),), generator=generator)
+    return render(held_out.scans, colors, at_rest(len(held_out)), size), colors
+
+
+def measure_describing(
+    model: Emu3,
+    tokenizer: VisionTokenizer,
+    text: TextTokenizer,
+    pictures: Tensor,
+    labels: Tensor,
+    colors: Tensor,
+) -> Described:
+    """Caption ``pictures`` and compare the words with what they show."""
+    captions = generate_captions(model, text, tokenizer.encode(pictures), max_new_tokens=24)
+    read = [read_caption(words) for words in captions]
+    digit_right = torch.tensor([r[0] == int(label) for r, label in zip(read, labels, strict=True)])
+    color_right = torch.tensor([r[1] == int(color) for r, color in zip(read, colors, strict=True)])
+    return Described(
+        pictures, captions, digit_right, share(digit_right), share(color_right)
+    )
+
+
+def fused_speedup(model: Emu3, tokens: Tensor, weights: Tensor, *, pairs: int = 7) -> float:
+    """Median ratio of reference to fused time of one training step, taken in turn."""
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        model.loss(tokens, weights).backward()
+        elapsed = time.perf_counter() - started
+        model.zero_grad(set_to_none=True)
+        return elapsed
+
+    ratios = []
+    for _ in range(pairs + 1):
+        fused = seconds()
+        with emu3_kernels.use_backend("reference"):
+            ratios.append(seconds() / fused)
+    return median(ratios[1:])  # the first pair warms up
+
+
+@contextmanager
+def backends_used() -> Iterator[dict[str, str]]:
+    """Fill a dictionary with the backend that each op runs on inside the block."""
+    used: dict[str, str] = {}
+    watched = emu3_kernels._dispatch.choose.__code__
+
+    def watch(frame, event, result) -> None:
+        if event == "return" and frame.f_code is watched and result is not None:
+            used[frame.f_locals["op"]] = result
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield used
+    finally:
+        sys.setprofile(before)
+
+
+def share(right: Tensor) -> float:
+    """The share of True, to four digits."""
+    return round(right.double().mean().item(), 4)
