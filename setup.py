@@ -25,8 +25,6 @@ FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-fno-
 LEVELS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
-# Asks the processor or runs before the level is known: compiled once, for every processor.
-LEVEL_FREE = {"levels.cpp"}
 
 
 def nvcc() -> str | None:
@@ -54,7 +52,7 @@ class BuildNative(build_ext):
             target = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#x}ULL"]
             jobs.append((source, source.stem, [*includes, *target]))
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            levels = {"any": []} if source.name in LEVEL_FREE else LEVELS
+            levels = LEVELS if "EMU3_LEVEL" in source.read_text() else {"any": []}
             for level, flags in levels.items():
                 jobs.append((source, f"{source.stem}.{level}", [f"-DEMU3_LEVEL={level}", *flags]))
         with ThreadPoolExecutor(os.cpu_count()) as pool:

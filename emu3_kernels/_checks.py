@@ -34,6 +34,16 @@ def check_has_channels(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} must be [..., C], got a tensor without dimensions")
 
 
+def check_channel_weight(op: str, x: Tensor, weight: Tensor) -> None:
+    """Raise unless ``weight`` is ``[D]``, floating, on the device of ``x`` ``[..., D]``."""
+    check_floating(op, weight=weight)
+    if weight.shape != x.shape[-1:] or weight.device != x.device:
+        raise ValueError(
+            f"{op}: weight must be [{x.shape[-1]}] on {x.device} as x is {tuple(x.shape)}, "
+            f"got {describe(weight)}"
+        )
+
+
 def rows(x: Tensor) -> Tensor:
     """View ``x`` ``[..., C]`` as ``[rows, C]`` with unit stride in C; copy only if no view is."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:

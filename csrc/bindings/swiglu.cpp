@@ -14,7 +14,7 @@ Tensor forward(const Tensor& gate, const Tensor& up) {
   torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
     swiglu().forward(dtype, at(gate, begin * gate.stride(0)), at(up, begin * up.stride(0)),
                      mutable_at(out, begin * width), end - begin, width, gate.stride(0),
-                     up.stride(0), width, past);
+                     up.stride(0), past);
   });
   return out;
 }

@@ -128,10 +128,10 @@ struct Pair {
   Vec a, b;
 };
 
-template <typename Function>
-inline Pair apply(Function f, Pair x) {
-  return {f(x.a), f(x.b)};
-}
+inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+inline Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
+inline Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
 
 inline Pair load_pair(const float* from) { return {load(from), load(from + kLanes)}; }
 
@@ -163,19 +163,37 @@ inline void store_pair(bfloat16* to, Pair x, bool past_caches) {
   write(to, narrow_pair(x), past_caches);
 }
 
-// The first `count` < 2 * kLanes elements; the rest of the pair is zero and stays out of memory.
+constexpr int64_t kPair = 2 * kLanes;
+
+// The first `count` <= kPair elements; the rest of the pair is zero and stays out of memory.
 template <typename T>
-inline Pair load_pair_tail(const T* from, int64_t count) {
-  T block[2 * kLanes] = {};
+inline Pair load_pair(const T* from, int64_t count) {
+  if (count == kPair) return load_pair(from);
+  T block[kPair] = {};
   __builtin_memcpy(block, from, count * sizeof *from);
   return load_pair(block);
 }
 
 template <typename T>
-inline void store_pair_tail(T* to, Pair x, int64_t count) {
-  T block[2 * kLanes];
+inline void store_pair(T* to, Pair x, int64_t count, bool past_caches) {
+  if (count == kPair) return store_pair(to, x, past_caches);
+  T block[kPair];
   store_pair(block, x, false);
   __builtin_memcpy(to, block, count * sizeof *to);
+}
+
+// Calls block(c, count) for whole pairs of elements, then for the rest.
+template <typename Block>
+inline void over_pairs(int64_t width, Block block) {
+  int64_t c = 0;
+  for (; c + kPair <= width; c += kPair) block(c, kPair);
+  if (c < width) block(c, width - c);
+}
+
+// Whether every row of `stride` elements can be written past the caches.
+template <typename T>
+inline bool can_stream(const T* rows, int64_t stride) {
+  return (reinterpret_cast<uintptr_t>(rows) | stride * sizeof(T)) % 64 == 0;
 }
 
 inline void stream_fence() {
@@ -183,8 +201,6 @@ inline void stream_fence() {
   _mm_sfence();
 #endif
 }
-
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 64 == 0; }
 
 // 1 / x to within one unit in the last place, for |x| in [2^-126, 2^126].
 inline Vec reciprocal(Vec x) {
@@ -240,6 +256,8 @@ inline float reduce_add(Vec x) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
 }
+
+inline float reduce_add(Pair x) { return reduce_add(x.a + x.b); }
 
 inline float reduce_max(Vec x) {
   float lane[kLanes];

@@ -1,0 +1,107 @@
+// y = x * rsqrt(mean(x^2) + eps) * weight, and its gradients; a row is read from memory once.
+#include "rms_norm.h"
+
+#include "simd.h"
+
+namespace emu3::EMU3_LEVEL {
+namespace {
+
+template <typename T>
+float mean_square(const T* x, int64_t width) {
+  Pair sum{};
+  over_pairs(width, [&](int64_t c, int64_t count) {
+    const Pair value = load_pair(x + c, count);
+    sum = fma(value, value, sum);
+  });
+  return reduce_add(sum) / width;
+}
+
+template <typename T>
+void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summed, float* rstd,
+                  int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride, float eps,
+                  bool past_caches) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = x + r * x_stride;
+    if (residual) {
+      over_pairs(width, [&](int64_t c, int64_t count) {
+        const Pair other = load_pair(residual + r * residual_stride + c, count);
+        store_pair(summed + r * width + c, load_pair(row + c, count) + other, count, false);
+      });
+      row = summed + r * width;
+    }
+    const float scale = 1 / __builtin_sqrtf(mean_square(row, width) + eps);
+    over_pairs(width, [&](int64_t c, int64_t count) {
+      const Pair out = load_pair(row + c, count) * scale * load_pair(weight + c, count);
+      store_pair(y + r * width + c, out, count, past_caches);
+    });
+    rstd[r] = scale;
+  }
+}
+
+// With n = x * rstd:  dx = rstd * (dy * weight - n * mean(dy * weight * n)),  dweight = sum of dy * n.
+template <typename T>
+void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, const float* rstd,
+                   T* dx, float* dweight, int64_t rows, int64_t width, int64_t dy_stride,
+                   int64_t dsummed_stride, int64_t x_stride, bool past_caches) {
+  for (int64_t c = 0; c < padded_width(width); ++c) dweight[c] = 0;
+  for (int64_t r = 0; r < rows; ++r, dy += dy_stride, x += x_stride, dx += width) {
+    Pair sum{};
+    over_pairs(width, [&](int64_t c, int64_t count) {
+      const Pair g = load_pair(dy + c, count), value = load_pair(x + c, count);
+      sum = fma(g * load_pair(weight + c, count), value, sum);
+      store_pair(dweight + c, fma(g, value * rstd[r], load_pair(dweight + c)), false);
+    });
+    const float slope = -reduce_add(sum) / width * rstd[r] * rstd[r] * rstd[r];
+    over_pairs(width, [&](int64_t c, int64_t count) {
+      const Pair direct = load_pair(dy + c, count) * load_pair(weight + c, count) * rstd[r];
+      Pair d = load_pair(x + c, count) * slope + direct;
+      if (dsummed) d = d + load_pair(dsummed + r * dsummed_stride + c, count);
+      store_pair(dx + c, d, count, past_caches);
+    });
+  }
+}
+
+template <typename T>
+void reduce_partials(const float* partial, T* dweight, int64_t partials, int64_t width) {
+  over_pairs(width, [&](int64_t c, int64_t count) {
+    Pair sum{};
+    for (int64_t p = 0; p < partials; ++p)
+      sum = sum + load_pair(partial + p * padded_width(width) + c);
+    store_pair(dweight + c, sum, count, false);
+  });
+}
+
+void forward(Dtype dtype, const void* x, const void* residual, const void* weight, void* y,
+             void* summed, float* rstd, int64_t rows, int64_t width, int64_t x_stride,
+             int64_t residual_stride, float eps, bool past_caches) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    forward_rows((const T*)x, (const T*)residual, (const T*)weight, (T*)y, (T*)summed, rstd, rows,
+                 width, x_stride, residual_stride, eps, past_caches && can_stream((T*)y, width));
+  });
+  stream_fence();
+}
+
+void backward(Dtype dtype, const void* dy, const void* dsummed, const void* x, const void* weight,
+              const float* rstd, void* dx, float* dweight, int64_t rows, int64_t width,
+              int64_t dy_stride, int64_t dsummed_stride, int64_t x_stride, bool past_caches) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    backward_rows((const T*)dy, (const T*)dsummed, (const T*)x, (const T*)weight, rstd, (T*)dx,
+                  dweight, rows, width, dy_stride, dsummed_stride, x_stride,
+                  past_caches && can_stream((T*)dx, width));
+  });
+  stream_fence();
+}
+
+void reduce(Dtype dtype, const float* partial, void* dweight, int64_t partials, int64_t width) {
+  with_type(dtype, [&](auto type) {
+    reduce_partials(partial, (decltype(type)*)dweight, partials, width);
+  });
+}
+
+}  // namespace
+
+extern const RMSNorm rms_norm{forward, backward, reduce};
+
+}  // namespace emu3::EMU3_LEVEL

@@ -1,0 +1,56 @@
+"""Residual addition and RMSNorm in one pass, between two sublayers of a decoder. D channels."""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels._checks import check_alike, check_channel_weight, check_has_channels, rows
+from emu3_kernels._dispatch import choose, load
+from emu3_kernels.ops.add_rms_norm import reference
+
+BACKENDS = load("add_rms_norm", "native")
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Add, then normalise: ``summed = x + residual``, ``y = rms_norm(summed, weight, eps)``.
+
+    The sum is rounded to the dtype of ``x`` before it is normalised, so that
+    the pair equals the two steps apart; the rest is computed in float32 and
+    rounded once. Differentiable in ``x``, ``residual`` and ``weight``, through
+    both results; keeps ``summed`` and one float32 per row.
+
+    Args:
+        x: ``[..., D]``, any floating dtype: what the last sublayer added.
+        residual: same shape, dtype and device as ``x``: the stream it adds to.
+        weight: ``[D]``, floating, on the device of ``x``.
+        eps: added to the mean square; 1e-5 in Emu3.
+        backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
+
+    Returns:
+        ``(y, summed)``, both ``[..., D]`` in the dtype of ``x``; ``summed`` is
+        the residual of the next sublayer.
+    """
+    check_alike("add_rms_norm", x=x, residual=residual)
+    check_has_channels("add_rms_norm", x=x)
+    check_channel_weight("add_rms_norm", x, weight)
+    chosen = choose("add_rms_norm", BACKENDS, backend, x, residual, weight, eps)
+    if chosen == "reference":
+        return reference.add_rms_norm(x, residual, weight, eps)
+    y, summed = _AddRMSNorm.apply(rows(x), rows(residual), weight.contiguous(), eps, chosen)
+    return y.view(x.shape), summed.view(x.shape)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, backend):
+        y, summed, rstd = BACKENDS[backend].forward(x, residual, weight, eps)
+        ctx.save_for_backward(summed, weight, rstd)
+        ctx.backend = backend
+        return y, summed
+
+    @staticmethod
+    def backward(ctx, dy, dsummed):
+        backward = BACKENDS[ctx.backend].backward
+        dx, dweight = backward(rows(dy), rows(dsummed), *ctx.saved_tensors)
+        return dx, dx, dweight, None, None
