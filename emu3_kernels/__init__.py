@@ -2,7 +2,23 @@
 
 from emu3_kernels._dispatch import use_backend
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
+from emu3_kernels.ops.cross_entropy.api import cross_entropy
+from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
+from emu3_kernels.ops.nearest_code.api import CodeIndex, nearest_code
 from emu3_kernels.ops.rms_norm.api import rms_norm
+from emu3_kernels.ops.rope.api import rope, rope_tables
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
 
-__all__ = ["add_rms_norm", "rms_norm", "swiglu", "swiglu_packed", "use_backend"]
+__all__ = [
+    "CodeIndex",
+    "add_rms_norm",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "nearest_code",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "swiglu",
+    "swiglu_packed",
+    "use_backend",
+]

@@ -1,0 +1,105 @@
+"""What the two token losses share: argument checks, the weight of a token, the definition.
+
+``[...]`` are the leading dimensions of the targets, V the number of classes.
+"""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels._checks import describe
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_targets(
+    op: str, targets: Tensor, *, shape: torch.Size, num_classes: int, ignore_index: int
+) -> None:
+    """Raise unless ``targets`` are int64 of ``shape``, each a class or ``ignore_index``.
+
+    Values are looked at where that costs no synchronisation: in eager calls on a CPU. Traced
+    calls and other devices assert when they run.
+    """
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: targets must be int64, got {targets.dtype}")
+    if targets.shape != shape:
+        raise ValueError(
+            f"{op}: targets must have shape {tuple(shape)}, got {tuple(targets.shape)}"
+        )
+    inside = (targets >= 0) & (targets < num_classes) | (targets == ignore_index)
+    must = f"{op}: targets must lie in [0, {num_classes}) or equal ignore_index {ignore_index}"
+    if torch.compiler.is_compiling() or targets.device.type != "cpu":
+        torch._assert_async(inside.all(), must)
+    elif not inside.all():
+        raise ValueError(f"{must}, got {targets[~inside][0].item()}")
+
+
+def check_settings(
+    op: str,
+    targets: Tensor,
+    weights: Tensor | None,
+    normalizer: Tensor | float | None,
+    label_smoothing: float,
+    reduction: str,
+) -> None:
+    """Raise unless the keyword arguments of a token loss fit its targets."""
+    if weights is not None and (weights.shape, weights.device) != (targets.shape, targets.device):
+        raise ValueError(
+            f"{op}: weights must share shape and device with targets, got "
+            f"{describe(weights)} and {describe(targets)}"
+        )
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(
+            f"{op}: normalizer must hold one number, got shape {tuple(normalizer.shape)}"
+        )
+    for name, constant in (("weights", weights), ("normalizer", normalizer)):
+        if isinstance(constant, Tensor) and constant.requires_grad:
+            raise ValueError(f"{op}: {name} is a constant, got a tensor that requires grad")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if reduction not in REDUCTIONS:
+        known = ", ".join(REDUCTIONS)
+        raise ValueError(f"{op}: reduction must be one of {known}, got {reduction!r}")
+
+
+def token_weights(
+    targets: Tensor, weights: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the weight of every token in ``dtype``: 0 where the target is ``ignore_index``."""
+    counted = targets != ignore_index
+    return counted.to(dtype) if weights is None else torch.where(counted, weights, 0).to(dtype)
+
+
+def divisor(weights: Tensor, normalizer: Tensor | float | None, reduction: str) -> Tensor | float:
+    """Return what the weighted sum is divided by; 1 for the mean over no token at all."""
+    if isinstance(normalizer, Tensor):
+        return normalizer.to(weights).reshape(())
+    if normalizer is not None:
+        return normalizer
+    if reduction != "mean":
+        return 1.0
+    return torch.where((weights != 0).any(), weights.sum(), 1)
+
+
+def reduce(
+    losses: Tensor, weights: Tensor, normalizer: Tensor | float | None, reduction: str
+) -> Tensor:
+    """Reduce the losses of the tokens ``[...]`` with their :func:`token_weights`."""
+    weighted = losses * weights
+    total = weighted if reduction == "none" else weighted.sum()
+    return total / divisor(weights, normalizer, reduction)
+
+
+def token_losses(
+    logits: Tensor, targets: Tensor, weights: Tensor, z_loss: float, label_smoothing: float
+) -> Tensor:
+    """The definition of the loss of each token, before its weight: plain PyTorch.
+
+    Computed in the dtype of ``weights``. A token of weight 0 has loss 0, whatever its logits.
+    """
+    kept = weights != 0
+    logits = logits.to(weights.dtype).masked_fill(~kept[..., None], 0)
+    classes = torch.where(kept, targets, 0)
+    lse = logits.logsumexp(-1)
+    target = logits.gather(-1, classes[..., None]).squeeze(-1)
+    smoothed = torch.lerp(target, logits.mean(-1), label_smoothing)
+    return torch.where(kept, lse - smoothed + z_loss * lse.square(), 0)
