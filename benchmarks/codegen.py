@@ -1,0 +1,192 @@
+"""The code-generation gate: what the compiler makes of every Triton kernel, without a GPU.
+
+Every entry of every op's CONFIGS is launched on tensors without memory; each launch is compiled
+for each target, its machine code is counted and held to the contract that stands beside the
+kernel. The numbers are COUNTED: nothing here is timed.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+from unittest import mock
+
+import rich
+import triton
+import typer
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from benchmarks.machine_code import Facts, amd_facts, nvidia_facts
+from emu3_kernels._triton import INTERPRETED, Config, Contract
+from emu3_kernels.ops import OPS
+
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that one block may ask for: one entry a target."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a Triton launcher was given, in place of a launch."""
+
+    kernel: JITFunction
+    args: tuple
+    options: dict
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch compiled for one target; ``broken`` has a line for each term not kept."""
+
+    op: str
+    kernel: str
+    config: str
+    target: str
+    facts: Facts
+    broken: tuple[str, ...]
+
+
+def count(ops: Iterable[str] = OPS, targets: Iterable[str] = SHARED_LIMIT) -> Iterator[Row]:
+    """Yield a row for every op, config, kernel and target; an op without Triton has none."""
+    for op in ops:
+        name = f"emu3_kernels.ops.{op}.triton"
+        for config in import_module(name).CONFIGS if find_spec(name) else ():
+            yield from rows_of(op, config, targets)
+
+
+def rows_of(op: str, config: Config, targets: Iterable[str]) -> Iterator[Row]:
+    """Compile what ``config`` launches for ``targets`` and hold it to its contracts."""
+    launches = launches_of(config)
+    for target in targets:
+        for launch in launches:
+            kernel = launch.kernel.__name__
+            facts = facts_of(launch, target)
+            broken = tuple(breaches(config.contracts[kernel], facts, target))
+            yield Row(op, kernel, config.name, target, facts, broken)
+
+
+def launches_of(config: Config) -> list[Launch]:
+    if INTERPRETED:
+        raise RuntimeError("codegen: kernels must be compiled, got TRITON_INTERPRET=1")
+    with recorded() as launches:
+        config.call()
+    launched = {launch.kernel.__name__ for launch in launches}
+    if launched != set(config.contracts):
+        raise ValueError(
+            f"codegen: {config.name} must have a contract for each of {sorted(launched)}, "
+            f"got {sorted(config.contracts)}"
+        )
+    return launches
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Keep every Triton launch inside the block instead of making it."""
+    launches: list[Launch] = []
+
+    def run(kernel, *args, grid, warmup, **options):
+        launches.append(Launch(kernel, args, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+def facts_of(launch: Launch, target: str) -> Facts:
+    """Compile ``launch``, specialised as Triton's launcher would, and count."""
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
+    backend = make_backend(gpu)
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound = bind(*launch.args, **launch.options)
+    options, *source = kernel._pack_args(backend, launch.options, *bound)
+    with triton.knobs.compilation.scope():
+        # A cached binary could be another's: count what this source and this compiler make.
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(ASTSource(kernel, *source), target=gpu, options=vars(options))
+    if amd:
+        return amd_facts(compiled.asm["amdgcn"], compiled.metadata.shared)
+    return nvidia_facts(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def breaches(contract: Contract, facts: Facts, target: str) -> Iterator[str]:
+    """Say which terms of ``contract`` are not kept, and which exceptions are not needed."""
+    broken = dict(_broken_terms(contract, facts, SHARED_LIMIT[target]))
+    excused = {key.partition(": ")[2] for key in contract.exceptions if key.startswith(target)}
+    for term, what in broken.items():
+        if term not in excused:
+            yield f"{term}: {what}"
+    for term in excused - set(broken):
+        yield f"{term}: kept, so the exception on {target} must go"
+
+
+def _broken_terms(contract: Contract, facts: Facts, shared: int) -> Iterator[tuple[str, str]]:
+    if facts.stack or facts.spills:
+        yield "spills", f"must be none, got {facts.spills} and {facts.stack} bytes of stack"
+    if facts.shared > shared:
+        yield "shared", f"must be at most {shared} bytes, got {facts.shared}"
+    if facts.registers > contract.max_registers:
+        yield "registers", f"must be at most {contract.max_registers}, got {facts.registers}"
+    scalars = {"loads": contract.scalar_loads, "stores": contract.scalar_stores}
+    for way, allowed in scalars.items():
+        accesses = getattr(facts, way)
+        narrow = sum(n for width, n in accesses.items() if width < contract.access_bytes)
+        if narrow > allowed:
+            yield (
+                way,
+                f"must be {contract.access_bytes} bytes wide but for {allowed}, "
+                f"got {_listed(accesses)}",
+            )
+    if contract.tensor_cores and not facts.matrix_ops:
+        yield "tensor_cores", "must be used, got no matrix opcode"
+    if contract.async_copies and not facts.async_copies:
+        yield "async_copies", "must be used, got none"
+
+
+def _listed(counts: dict) -> str:
+    """Write counts as ``2x16 1x4``: two of 16 bytes, one of 4."""
+    return " ".join(f"{n}x{what}" for what, n in sorted(counts.items(), reverse=True)) or "-"
+
+
+def table(rows: Iterable[Row]) -> Table:
+    out = Table(title="COUNTED in the machine code; accesses are count x bytes a thread")
+    for column in ("op", "kernel", "config", "target"):
+        out.add_column(column)
+    for column in ("registers", "stack", "spills", "shared", "loads", "stores", "matrix", "async"):
+        out.add_column(column, justify="right")
+    out.add_column("contract")
+    for row in rows:
+        facts = row.facts
+        numbers = (facts.registers, facts.stack, facts.spills, facts.shared)
+        counts = (facts.loads, facts.stores, facts.matrix_ops)
+        out.add_row(
+            *(row.op, row.kernel, row.config, row.target),
+            *(str(n) for n in numbers),
+            *(_listed(c) for c in counts),
+            str(facts.async_copies),
+            "[red]" + "\n".join(row.broken) if row.broken else "[green]kept",
+        )
+    return out
+
+
+def codegen(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops; all of them by default.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+) -> None:
+    """Compile every Triton kernel for every target and hold it to its contract; no GPU needed."""
+    ops = ops or list(OPS)
+    if unknown := sorted(set(ops) - set(OPS)):
+        raise typer.BadParameter(f"ops must be of {', '.join(OPS)}, got {', '.join(unknown)}")
+    rows = list(count(ops))
+    rich.print(table(rows))
+    if json_path:
+        stated = {"label": "COUNTED", "triton": triton.__version__}
+        json_path.write_text(json.dumps(stated | {"rows": [asdict(r) for r in rows]}, indent=1))
+    if any(row.broken for row in rows):
+        raise typer.Exit(1)
