@@ -1,0 +1,58 @@
+#include "../cpu/nearest_code.h"
+
+#include <optional>
+
+#include "torch_stable.h"
+
+namespace emu3 {
+namespace {
+
+// A tree costs about 1,700 queries' worth of scanning, and one query of it as much as scanning 800
+// codes (measured). Above 8 dimensions it seldom prunes.
+bool tree_pays(int64_t num_queries, int64_t num_codes, int64_t dim) {
+  return dim <= 8 && num_queries * (num_codes - 800) > 1700 * num_codes;
+}
+
+constexpr int64_t kFewestCodesOfTree = 512;
+
+Tensor build_tree(const Tensor& codebook) {
+  const int64_t num_codes = codebook.size(0), dim = codebook.size(1);
+  const int64_t size = code_tree_size(num_codes, static_cast<int>(dim));
+  Tensor tree = torch::stable::new_empty(codebook, {size});
+  build_code_tree(static_cast<float*>(tree.mutable_data_ptr()),
+                  static_cast<const float*>(codebook.const_data_ptr()), num_codes,
+                  static_cast<int>(dim));
+  return tree;
+}
+
+// z [batch, dim, places] with any strides, codebook [codes, dim] float32 contiguous.
+Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor> tree) {
+  const int64_t batch = z.size(0), places = z.size(2), num_queries = batch * places;
+  const int64_t num_codes = codebook.size(0), dim = codebook.size(1);
+  Tensor ids = torch::stable::new_empty(z, {batch, places}, torch::headeronly::ScalarType::Long);
+  const Queries queries{dtype_of(z), z.const_data_ptr(), places, z.stride(0), z.stride(1), z.stride(2)};
+  if (!tree && tree_pays(num_queries, num_codes, dim)) tree = build_tree(codebook);
+  if (num_codes < kFewestCodesOfTree) tree.reset();
+  const float* codes = static_cast<const float*>(codebook.const_data_ptr());
+  const float* nodes = tree ? static_cast<const float*>(tree->const_data_ptr()) : nullptr;
+  int64_t* out = static_cast<int64_t*>(ids.mutable_data_ptr());
+  const int64_t grain = nodes ? 1024 : 32 + (1 << 20) / num_codes;
+  torch::stable::parallel_for(0, num_queries, grain, [&](int64_t begin, int64_t end) {
+    find_nearest_codes(queries, codes, num_codes, static_cast<int>(dim), nodes, begin, end, out);
+  });
+  return ids;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
+  m.def("nearest_code(Tensor z, Tensor codebook, Tensor? tree) -> Tensor");
+  m.def("nearest_code_tree(Tensor codebook) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
+  m.impl("nearest_code", TORCH_BOX(&search));
+  m.impl("nearest_code_tree", TORCH_BOX(&build_tree));
+}
+
+}  // namespace emu3
