@@ -33,8 +33,10 @@ def nvcc() -> str | None:
 
 
 def cuda_architectures() -> list[str]:
-    """Machine code for each architecture, and PTX of the last for those to come."""
-    archs = os.environ.get("EMU3_CUDA_ARCHS", "80;90;100").split(";")
+    """Machine code for each architecture that nvcc knows, and PTX of the last for later ones."""
+    asked = os.environ.get("EMU3_CUDA_ARCHS", "80;90;100").split(";")
+    listed = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True, check=True)
+    archs = [a for a in asked if f"sm_{a}" in listed.stdout.split()]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     return [*codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 

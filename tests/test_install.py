@@ -1,0 +1,74 @@
+"""Installation without a compiler, import without the library, import time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import emu3_kernels
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "always", "-c", code]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_the_installation_says_so_in_one_line():
+    command = [sys.executable, "setup.py", "--quiet", "build_ext"]
+    environment = {**os.environ, "CXX": "/no/such/compiler"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler here, the native library is not built" in done.stdout
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once():
+    done = run(
+        "import sys; sys.modules['emu3_kernels._C'] = None\n"
+        "import torch, emu3_kernels as ek\n"
+        "gate = torch.tensor([1.0]); print([ek.swiglu(gate, gate).item() for _ in range(3)])\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[0.731058")
+    assert done.stderr.count("the native library was not built") == 1
+
+
+def test_importing_takes_less_than_a_second_beyond_torch():
+    done = run(
+        "import time, torch; start = time.perf_counter(); import emu3_kernels\n"
+        "print(time.perf_counter() - start)"
+    )
+    assert float(done.stdout) < 1, done.stdout
+
+
+def test_the_level_can_be_lowered_from_outside():
+    done = run(
+        "from emu3_kernels import _native; print(_native.cpu_level())", EMU3_CPU_LEVEL="base"
+    )
+    assert done.stdout == "base\n", done.stderr
+
+
+@pytest.mark.parametrize("value", ["shape", "dtype", "device", "channels"])
+def test_bad_input_gets_one_line_that_names_the_op(value):
+    gate = torch.zeros(2, 3)
+    bad = {
+        "shape": (gate, torch.zeros(3, 2)),
+        "dtype": (gate, gate.half()),
+        "device": (gate, gate.to("meta")),
+        "channels": (gate.sum(), gate.sum()),
+    }[value]
+    with pytest.raises(ValueError, match=r"^swiglu: .* must .*, got [^\n]*$"):
+        emu3_kernels.swiglu(*bad)
+
+
+def test_bad_input_of_other_kinds_gets_one_line_too():
+    gate = torch.zeros(2, 3)
+    with pytest.raises(TypeError, match=r"^swiglu: gate must be floating point, got torch\.int64$"):
+        emu3_kernels.swiglu(gate.long(), gate.long())
+    with pytest.raises(ValueError, match=r"^rms_norm: weight must be \[3\] on cpu"):
+        emu3_kernels.rms_norm(gate, torch.ones(4))
