@@ -1,0 +1,30 @@
+"""rope on the CPU: csrc/cpu/rope.cpp."""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels import _native
+
+
+def why_not(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> str | None:
+    if cos.dtype != torch.float32:
+        return f"tables in {cos.dtype} are left to the reference"
+    return _native.why_not_cpu(q)
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+    return torch.ops.emu3_kernels.rope(q, k, cos, sin, positions, inverse)
+
+
+if not _native.MISSING:
+
+    @torch.library.register_fake("emu3_kernels::rope")
+    def _(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape)
