@@ -48,4 +48,6 @@ def rows(x: Tensor) -> Tensor:
     """View ``x`` ``[..., C]`` as ``[rows, C]`` with unit stride in C; copy only if no view is."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
+    if x.dim() == 2:
+        return x
     return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])
