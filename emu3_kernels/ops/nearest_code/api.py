@@ -10,8 +10,8 @@ from emu3_kernels.ops.nearest_code import native, reference
 BACKENDS = load("nearest_code", "native", "triton")
 
 LARGEST_DIM = 32
-MOST_CODES = 1 << 26
-"""Positions in the search tree are 32-bit integers."""
+MOST_CODES = 1 << 24
+"""Offsets into a codebook of D 32 then fit 32 bits, which the kernels and the tree use."""
 
 
 class CodeIndex:
