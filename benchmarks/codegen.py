@@ -31,6 +31,9 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 """Bytes of shared memory that one block may ask for: one entry a target."""
 
 
+_counted: dict[tuple[str, str, str], Facts] = {}
+
+
 @dataclass(frozen=True)
 class Launch:
     """What a Triton launcher was given, in place of a launch."""
@@ -98,21 +101,26 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def facts_of(launch: Launch, target: str) -> Facts:
-    """Compile ``launch``, specialised as Triton's launcher would, and count."""
+    """Compile ``launch``, specialised as Triton's launcher would, and count; the like of it once.
+
+    Triton's cache is passed by: what is counted is what this source and this compiler make.
+    """
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
     backend = make_backend(gpu)
     kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound = bind(*launch.args, **launch.options)
-    options, *source = kernel._pack_args(backend, launch.options, *bound)
-    with triton.knobs.compilation.scope():
-        # A cached binary could be another's: count what this source and this compiler make.
-        triton.knobs.compilation.always_compile = True
-        compiled = triton.compile(ASTSource(kernel, *source), target=gpu, options=vars(options))
-    if amd:
-        return amd_facts(compiled.asm["amdgcn"], compiled.metadata.shared)
-    return nvidia_facts(compiled.asm["cubin"], compiled.metadata.shared)
+    options, *specialised = kernel._pack_args(backend, launch.options, *bound)
+    source = ASTSource(kernel, *specialised)
+    key = (source.hash(), options.hash(), target)
+    if key not in _counted:
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile = True
+            compiled = triton.compile(source, target=gpu, options=vars(options))
+        code = compiled.asm["amdgcn" if amd else "cubin"]
+        _counted[key] = (amd_facts if amd else nvidia_facts)(code, compiled.metadata.shared)
+    return _counted[key]
 
 
 def breaches(contract: Contract, facts: Facts, target: str) -> Iterator[str]:

@@ -1,0 +1,24 @@
+"""add_rms_norm in Triton: the row kernels with a residual, which backward is the sum's gradient."""
+
+from torch import Tensor
+
+from emu3_kernels import _rms_norm_triton
+from emu3_kernels._triton import why_not_triton
+
+CONFIGS = _rms_norm_triton.configs(with_residual=True)
+
+
+def why_not(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
+    return why_not_triton(x) or why_not_triton(weight)
+
+
+def forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _rms_norm_triton.forward(x, residual, weight, eps)
+
+
+def backward(
+    dy: Tensor, dsummed: Tensor, summed: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _rms_norm_triton.backward(dy, dsummed, summed, weight, rstd)
