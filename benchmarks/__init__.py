@@ -1,0 +1,1 @@
+"""Measured and counted figures of the ops: ``python -m benchmarks --help``."""

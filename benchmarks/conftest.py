@@ -1,0 +1,41 @@
+"""Options and facts of a measured run; ``python -m benchmarks ops`` passes them."""
+
+import pytest
+import torch
+
+from benchmarks import contestants, machine
+from emu3_kernels.ops import OPS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--op", action="append", choices=OPS, help="Ops; all by default.")
+    parser.addoption("--threads", type=int, default=1, help="Threads of every contestant.")
+    parser.addoption("--seconds", type=float, default=2.0, help="Rounds of one row may take this.")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        ops = metafunc.config.getoption("--op") or OPS
+        metafunc.parametrize("case", [c for op in ops for c in contestants.cases(op)], ids=str)
+
+
+def pytest_benchmark_generate_machine_info() -> dict:
+    return machine.facts()
+
+
+def pytest_benchmark_generate_commit_info() -> dict:
+    return machine.commit()
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> int:
+    """Set the threads of torch and of the code that it compiles."""
+    count = request.config.getoption("--threads")
+    machine.prepare(count)
+    torch.compiler.reset()
+    torch._inductor.config.cpp.threads = count
+    # The compiler's own processes would be load: compile here, before the timing.
+    torch._inductor.config.compile_threads = 1
+    # A backward pass is timed more than once: it may not overwrite what forward saved.
+    torch._functorch.config.donated_buffer = False
+    return count

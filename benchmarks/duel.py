@@ -1,0 +1,69 @@
+"""Interleaved timing: every round times every contestant once, in an order drawn anew.
+
+pytest-benchmark's own loop times one function to the end before the next. Its ``pedantic`` mode
+asks ``setup`` for the arguments of each round, so here the contestant is the argument: one fixture
+and one clock give rounds that interleave, and ratios that are paired.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from math import ceil
+from statistics import median
+
+Call = Callable[[], object]
+
+MIN_SAMPLE = 1e-3
+"""Seconds that one sample lasts at least: short calls are repeated, so that the clock is exact."""
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 60
+
+PAUSE = 5e-3
+"""Seconds of rest before a sample: an OpenMP pool spins that long after its last region, and a
+contestant with a pool of its own would share the cores with it."""
+
+
+def interleave(
+    benchmark, calls: Mapping[str, Call], estimates: Mapping[str, float], seconds: float
+) -> dict[str, list[float]]:
+    """Time ``calls`` in interleaved rounds.
+
+    Args:
+        benchmark: the fixture of pytest-benchmark; it keeps the samples of the first contestant.
+        calls: contestants by name.
+        estimates: seconds that one call of each takes, roughly.
+        seconds: what all rounds together may take, at least ``MIN_ROUNDS`` of them.
+
+    Returns:
+        The seconds a call of every contestant, one figure a round.
+    """
+    repeats = {name: max(1, ceil(MIN_SAMPLE / estimates[name])) for name in calls}
+    a_round = sum(repeats[name] * estimates[name] + PAUSE for name in calls)
+    num_rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / a_round)))
+    shuffled = random.Random(0)
+    order = [n for _ in range(num_rounds) for n in shuffled.sample(list(calls), len(calls))]
+    upcoming = iter(order)
+
+    def next_contestant() -> tuple[tuple, dict]:
+        name = next(upcoming)
+        time.sleep(PAUSE)
+        return (calls[name], repeats[name]), {}
+
+    benchmark.pedantic(_repeat, setup=next_contestant, rounds=len(order))
+    samples = benchmark.stats.stats.data
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for name, duration in zip(order, samples, strict=True):
+        taken[name].append(duration / repeats[name])
+    samples[:] = taken[next(iter(calls))]
+    return taken
+
+
+def paired_ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
+    """Summarise how many times as long as ours theirs took, round by round."""
+    ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
+    return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def _repeat(call: Call, times: int) -> None:
+    for _ in range(times):
+        call()

