@@ -119,11 +119,13 @@ class DataSettings(Settings):
     held_out: float = Field(0.25, gt=0, lt=1)
     """Share of the digits that no stage may see."""
     batch_size: PositiveInt = 64
-    shift: NonNegativeFloat = 0.06
+    null_caption: float = Field(0.1, ge=0, le=1)
+    """Share of the pictures to draw that come without a caption, for guidance."""
+    shift: NonNegativeFloat = 0.03
     """Largest shift, as a share of the picture."""
-    rotate: NonNegativeFloat = 8.0
+    rotate: NonNegativeFloat = 5.0
     """Largest rotation in degrees."""
-    scale: float = Field(0.08, ge=0, lt=1)
+    scale: float = Field(0.05, ge=0, lt=1)
     """Largest relative change of size."""
     tokenizer: Path | None = None
     """Trained vision tokenizer; the decoder's stage reads it."""
@@ -222,6 +224,7 @@ PRESETS: Mapping[str, ModelSettings] = {
         head_width=32,
         ff_width=320,
         max_positions=256,
+        rope_theta=1e3,  # 62 positions: at 1e6 most channels would hardly turn
         dropout=0.0,
         init_std=0.05,
     ),

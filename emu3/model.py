@@ -2,7 +2,7 @@
 
 ``B`` batch, ``T`` tokens, ``D`` model width, ``H`` query heads, ``G`` key/value heads, ``K`` head
 width, ``V`` vocabulary. No biases; untied embeddings. Queries, keys and values share one
-projection, gate and up another, so that the fused ops read them as strided halves.
+projection, gate and up another; the fused ops read the parts where they lie.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
-from emu3_kernels import add_rms_norm, linear_cross_entropy, rms_norm, rope, swiglu
+from emu3_kernels import (
+    add_rms_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+    rope_tables,
+    swiglu_packed,
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(settings.ff_width, settings.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(swiglu(gate, up))
+        return self.down(swiglu_packed(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -105,7 +111,9 @@ class Emu3(nn.Module):
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
         self.norm = nn.Parameter(torch.ones(settings.width))
         self.head = nn.Linear(settings.width, vocabulary.size, bias=False)
-        cos, sin = rotation_tables(settings)
+        cos, sin = rope_tables(
+            settings.max_positions, settings.head_width, theta=settings.rope_theta
+        )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.apply(self._init)
@@ -160,12 +168,3 @@ def seed_visual_rows(model: Emu3, codebook: Tensor) -> None:
     projection = torch.randn(codebook.shape[1], model.settings.width)
     rows = (centred / centred.std(0)) @ projection / codebook.shape[1] ** 0.5
     model.embedding.weight[ids.visual_start : ids.size] = rows
-
-
-def rotation_tables(settings: ModelSettings) -> tuple[Tensor, Tensor]:
-    """``cos, sin [max_positions, K/2]``: angles in float64, rounded once to float32."""
-    channel = torch.arange(0, settings.head_width, 2, dtype=torch.float64)
-    frequency = settings.rope_theta ** (-channel / settings.head_width)
-    position = torch.arange(settings.max_positions, dtype=torch.float64)
-    angle = torch.outer(position, frequency)
-    return angle.cos().float(), angle.sin().float()

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from emu3.config import DataSettings, Recipe
 from emu3.data.digits import COLORS, Digits, caption, draw_motion, load_split, render
-from emu3.data.documents import collate
-from emu3.prompt import generation_document, understanding_document
+from emu3.data.documents import Lesson, collate
+from emu3.prompt import generation_document, understanding_document, understanding_prompt
 from emu3.text import TextTokenizer
 from emu3.vision import VisionTokenizer
 
@@ -51,14 +51,14 @@ class PictureStream(DigitStream):
 
 
 class DocumentStream(DigitStream):
-    """Documents for the decoder: caption before picture, and picture before caption, in turn."""
+    """Documents for the decoder: caption before picture, and picture before caption, in turn.
+
+    The first are learned whole, some without their caption, which is what guidance leads away
+    from. The second are learned from their caption on, as in Emu3's understanding stage.
+    """
 
     def __init__(
-        self,
-        digits: Digits,
-        recipe: Recipe,
-        tokenizer: VisionTokenizer,
-        text: TextTokenizer,
+        self, digits: Digits, recipe: Recipe, tokenizer: VisionTokenizer, text: TextTokenizer
     ) -> None:
         size = tokenizer.settings.image_size
         super().__init__(digits, recipe.data, size, recipe.train.seed)
@@ -68,14 +68,17 @@ class DocumentStream(DigitStream):
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Ids ``[B, T]`` and their loss weights ``[B, T]``."""
         pictures, labels, colors = self.draw()
-        documents = []
+        silent = torch.rand(len(labels), generator=self.generator) < self.settings.null_caption
+        lessons = []
         for number, codes in enumerate(self.tokenizer.encode(pictures)):
             words = caption(int(labels[number]), int(colors[number]))
             if number % 2:
-                documents.append(understanding_document(codes, words, self.text))
+                start = len(understanding_prompt(codes, self.text))
+                lessons.append(Lesson(understanding_document(codes, words, self.text), start))
             else:
-                documents.append(generation_document(words, codes, self.text))
-        return collate(documents, self.text.vocabulary, self.vision_weight)
+                words = "" if silent[number] else words
+                lessons.append(Lesson(generation_document(words, codes, self.text)))
+        return collate(lessons, self.text.vocabulary, self.vision_weight)
 
 
 def digits_to_learn(settings: DataSettings) -> Digits:

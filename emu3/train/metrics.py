@@ -23,7 +23,7 @@ class Metrics:
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
         _cut(self.path, step)
-        self._lines = self.path.open("a")
+        self._lines = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def log(self, step: int, figures: Mapping[str, float], tokens_per_second: float) -> None:

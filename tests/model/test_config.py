@@ -1,0 +1,66 @@
+"""Settings: presets, recipes, overrides, and one clear line for every mistake."""
+
+import pytest
+from pydantic import ValidationError
+
+from emu3.config import PRESETS, RECIPES, SettingsError, load_recipe
+
+
+def test_the_real_vocabulary_ends_where_the_official_one_does():
+    vocabulary = PRESETS["8b"].vocabulary
+    assert vocabulary.size == 184_622
+    assert vocabulary.visual_start == vocabulary.eoi + 1
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_that_ships_loads_by_name_and_by_path(path):
+    assert load_recipe(path.stem) == load_recipe(path)
+
+
+def test_an_override_wins_over_the_file_and_the_rest_stays():
+    plain, changed = load_recipe("digits"), load_recipe("digits", ["optim.lr=1e-4"])
+    assert changed.optim.lr == 1e-4
+    assert changed.model == plain.model
+
+
+def test_a_table_of_the_recipe_refines_the_preset(tmp_path):
+    path = tmp_path / "wide.toml"
+    path.write_text('preset = "8b"\n[train]\nstage = "decoder"\nsteps = 1\n[model]\nlayers = 2\n')
+    with pytest.raises(SettingsError, match="visual tokens"):
+        load_recipe(path)
+    model = load_recipe(path, ["vision.num_codes=32768"]).model
+    assert (model.layers, model.width) == (2, PRESETS["8b"].width)
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("optim.lrr=1", "optim.lrr: unknown setting; optim has betas, clip, eps, lr, min_lr, "),
+        ("optimm.lr=1", "optimm: unknown setting; recipe has data, model, optim, train, vision"),
+        (
+            "model.vocabulary.bow=1",
+            "model.vocabulary.bow: unknown setting; vocabulary has boi, bos, ",
+        ),
+        ("optim.lr=-1", "optim.lr: Input should be greater than 0, got -1"),
+        ("train.steps=soon", "train.steps: Input should be a valid integer"),
+        ("preset=9b", "preset: unknown '9b'; expected one of 8b, mini"),
+        ("optim.lr.peak=1", "optim.lr.peak: lr is a value, not a table"),
+        ("optim.lr", "optim.lr: an override must read key=value"),
+        ("model.kv_heads=3", "heads (4) must be a multiple of kv_heads"),
+    ],
+)
+def test_a_wrong_setting_gives_one_line_that_helps(word, line):
+    with pytest.raises(SettingsError) as fault:
+        load_recipe("digits", [word])
+    assert line in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+def test_a_missing_recipe_names_those_that_ship():
+    with pytest.raises(SettingsError, match="no file 'digit'; those that ship are digits, vision"):
+        load_recipe("digit")
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValidationError, match="frozen"):
+        PRESETS["mini"].width = 1

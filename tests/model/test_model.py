@@ -1,0 +1,123 @@
+"""The decoder against its facts and against Hugging Face's Emu3."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+from emu3.cache import KeyValueCache
+from emu3.config import PRESETS
+from emu3.model import Emu3
+from emu3.weights import load_decoder_into
+from tests.budget import assert_as_accurate
+from tests.model.tiny import TINY, tiny_model
+
+
+def test_the_8b_preset_has_the_official_parameter_count():
+    with torch.device("meta"):
+        model = Emu3(PRESETS["8b"])
+    assert sum(p.numel() for p in model.parameters()) == 8_492_011_520
+
+
+def test_logits_equal_hugging_face_through_a_file(tmp_path):
+    ours, theirs = tiny_model(), hugging_face()
+    weights = {name: value.contiguous() for name, value in theirs.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    load_decoder_into(ours, tmp_path / "model.safetensors")
+    tokens = some_tokens(2, 37)
+    with torch.no_grad():
+        actual, low = ours.head(ours(tokens)), theirs(tokens).logits
+        assert_as_accurate("logits", actual, low, theirs.double()(tokens).logits)
+
+
+def test_a_cache_gives_the_same_hidden_states_in_any_pieces():
+    model, tokens = tiny_model().double(), some_tokens(2, 21)
+    cache = KeyValueCache(TINY, torch.zeros(2, dtype=torch.int64), 21, torch.float64)
+    with torch.no_grad():
+        pieces = [model(piece, cache) for piece in tokens.split((5, 1, 1, 12, 2), dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), rtol=1e-9, atol=1e-9)
+    assert cache.length == 21
+
+
+def test_a_full_cache_refuses_another_token():
+    model = tiny_model()
+    cache = KeyValueCache(TINY, torch.zeros(1, dtype=torch.int64), 4, torch.float32)
+    with pytest.raises(ValueError, match="5 positions exceed its capacity 4"):
+        model(some_tokens(1, 5), cache)
+
+
+def test_no_token_sees_a_later_one():
+    model, tokens = tiny_model(), some_tokens(1, 16)
+    changed = tokens.clone()
+    changed[0, 9] = (tokens[0, 9] + 1) % 256
+    before, after = model(tokens), model(changed)
+    assert before[:, :9].equal(after[:, :9])
+    assert not before[:, 9:].isclose(after[:, 9:]).all(-1).any()
+
+
+def test_the_loss_weighs_every_target():
+    model, tokens = tiny_model(), some_tokens(2, 13)
+    weights = torch.rand(2, 13, generator=torch.Generator().manual_seed(1))
+    weights[:, 5] = 0.0
+
+    def plain(model):
+        nll = F.cross_entropy(
+            model.head(model(tokens[:, :-1])).flatten(0, 1),
+            tokens[:, 1:].flatten(),
+            reduction="none",
+        )
+        return (nll * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+
+    with torch.no_grad():
+        actual, low = model.loss(tokens, weights), plain(model)
+        assert_as_accurate("loss", actual, low, plain(model.double()))
+
+
+def test_dropout_acts_in_training_in_all_four_places():
+    """Embeddings, attention probabilities and both branches; none of them in eval mode."""
+    tokens = some_tokens(1, 8)
+    model = tiny_model(dropout=0.5)
+    assert model(tokens).equal(model(tokens))
+    dropped = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert len(dropped) == 1 + TINY.layers  # a block's one module serves both branches
+    for module in dropped:
+        module.p = 0.0
+    model.train()
+    assert not model(tokens).equal(model(tokens)), "attention probabilities are not dropped"
+    for block in model.blocks:
+        block.attention.settings = TINY
+    assert model(tokens).equal(model(tokens))
+    model.dropout.p = 0.5
+    assert not model(tokens).equal(model(tokens)), "embeddings are not dropped"
+    model.dropout.p = 0.0
+    model.blocks[0].dropout.p = 1.0
+    model.blocks[1].dropout.p = 1.0
+    alone = F.rms_norm(model.embedding(tokens), (TINY.width,), model.norm, TINY.norm_eps)
+    torch.testing.assert_close(model(tokens), alone)
+
+
+def some_tokens(rows: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(TINY.vocabulary.size, (rows, length), generator=generator)
+
+
+def hugging_face() -> Emu3ForCausalLM:
+    torch.manual_seed(3)
+    config = Emu3TextConfig(
+        vocab_size=TINY.vocabulary.size,
+        hidden_size=TINY.width,
+        intermediate_size=TINY.ff_width,
+        num_hidden_layers=TINY.layers,
+        num_attention_heads=TINY.heads,
+        num_key_value_heads=TINY.kv_heads,
+        head_dim=TINY.head_width,
+        max_position_embeddings=TINY.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": TINY.rope_theta},
+        rms_norm_eps=TINY.norm_eps,
+        initializer_range=TINY.init_std,
+        attention_dropout=0.0,
+        pad_token_id=TINY.vocabulary.pad,
+        tie_word_embeddings=False,
+    )
+    return Emu3ForCausalLM(config).eval()

@@ -1,0 +1,114 @@
+"""Checkpoints: there and back, foreign names, and one clear line for a wrong file."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from emu3.files import replacing
+from emu3.vision import VisionTokenizer
+from emu3.weights import (
+    load_decoder,
+    load_decoder_into,
+    load_vision,
+    official_views,
+    save_decoder,
+    save_vision,
+)
+from tests.model.tiny import TINY, TINY_VISION, tiny_model
+
+
+def test_a_decoder_comes_back_bit_for_bit(tmp_path):
+    model = tiny_model()
+    save_decoder(tmp_path / "decoder.safetensors", model)
+    again = load_decoder(tmp_path / "decoder.safetensors")
+    assert again.settings == TINY
+    assert not again.training
+    assert_same_state(model, again)
+
+
+def test_a_vision_tokenizer_comes_back_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = VisionTokenizer(TINY_VISION)
+    save_vision(tmp_path / "vision.safetensors", tokenizer)
+    again = load_vision(tmp_path / "vision.safetensors")
+    assert again.settings == TINY_VISION
+    assert_same_state(tokenizer, again)
+
+
+def test_the_file_has_the_official_layout(tmp_path):
+    save_decoder(tmp_path / "decoder.safetensors", tiny_model())
+    shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "decoder.safetensors").items()}
+    assert shapes["model.embed_tokens.weight"] == (776, 48)
+    assert shapes["model.layers.1.self_attn.q_proj.weight"] == (64, 48)
+    assert shapes["model.layers.1.self_attn.k_proj.weight"] == (32, 48)
+    assert shapes["model.layers.0.mlp.gate_proj.weight"] == (80, 48)
+    assert len(shapes) == 3 + 9 * TINY.layers
+
+
+@pytest.mark.parametrize("layout", ["text_model.model", "model.text_model"])
+def test_hugging_face_layouts_in_shards_load_and_their_vision_part_is_passed_over(layout, tmp_path):
+    """``text_model.*`` is how the hub files are written, ``model.text_model.*`` the runtime."""
+    model = tiny_model(seed=1)
+    tensors = {
+        name.replace("model.", f"{layout}.", 1)
+        if name.startswith("model.")
+        else (f"text_model.{name}" if layout.startswith("text") else name): view.clone()
+        for name, view in official_views(model).items()
+    }
+    vision = "vqmodel." if layout.startswith("text") else "model.vqmodel."
+    tensors[f"{vision}quantize.embedding.weight"] = torch.zeros(2, 2)
+    names = sorted(tensors)
+    for number, part in enumerate((names[:9], names[9:])):
+        save_file({name: tensors[name] for name in part}, tmp_path / f"{number}.safetensors")
+    again = tiny_model(seed=2)
+    load_decoder_into(again, tmp_path)
+    assert_same_state(model, again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"ff_width": 64}, r"down_proj.weight is \(48, 80\), expected \(48, 64\)"),
+        ({"layers": 1}, r"model.layers.1.input_layernorm.weight has no place here"),
+        ({"layers": 3}, r"it lacks model.layers.2.self_attn.q_proj.weight and 8 more"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_gives_one_line(changes, line, tmp_path):
+    save_decoder(tmp_path / "decoder.safetensors", tiny_model())
+    with pytest.raises(ValueError, match=line) as fault:
+        load_decoder_into(tiny_model(**changes), tmp_path / "decoder.safetensors")
+    assert "of another configuration" in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+def test_files_that_are_no_checkpoint_give_one_line(tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not tensors")
+    save_vision(tmp_path / "vision.safetensors", VisionTokenizer(TINY_VISION))
+    for path, line in [
+        (broken, "is not a safetensors file"),
+        (tmp_path / "none.safetensors", "weights: no file"),
+        (tmp_path / "vision.safetensors", "holds no decoder; it holds vision"),
+    ]:
+        with pytest.raises(ValueError, match=line) as fault:
+            load_decoder(path)
+        assert "\n" not in str(fault.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no [.]safetensors file"):
+        load_decoder_into(tiny_model(), tmp_path / "empty")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), replacing(path) as draft:
+        draft.write_text("half of the n")
+        (tmp_path / "none").read_text()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def assert_same_state(one, other):
+    states = one.state_dict(), other.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(value.equal(states[1][name]) for name, value in states[0].items())

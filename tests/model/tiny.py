@@ -1,0 +1,25 @@
+"""The smallest models that still have every part: grouped heads, two layers, all specials."""
+
+import torch
+
+from emu3.config import BYTE_VOCABULARY, ModelSettings, VisionSettings
+from emu3.model import Emu3
+
+TINY = ModelSettings(
+    vocabulary=BYTE_VOCABULARY,
+    width=48,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_width=16,
+    ff_width=80,
+    max_positions=128,
+    dropout=0.0,
+    init_std=0.3,
+)
+TINY_VISION = VisionSettings(image_size=16, channels=(8, 16))
+
+
+def tiny_model(seed: int = 0, **changes) -> Emu3:
+    torch.manual_seed(seed)
+    return Emu3(TINY.model_copy(update=changes)).eval()

@@ -1,0 +1,112 @@
+"""Digits, captions, batches and the stream that brings them."""
+
+import pytest
+import torch
+
+from emu3.config import BYTE_VOCABULARY, DataSettings
+from emu3.data.digits import (
+    BACKGROUND,
+    COLORS,
+    PALETTE,
+    at_rest,
+    caption,
+    load_split,
+    read_caption,
+    render,
+)
+from emu3.data.documents import Lesson, collate
+from emu3.data.stream import DocumentStream, PictureStream, digits_to_learn
+from emu3.prompt import parse_document
+from emu3.text import ByteTokenizer
+from emu3.weights import load_vision
+from tests.train.recipes import tiny_recipe
+
+
+def test_held_out_digits_are_no_training_digits_and_together_they_are_all():
+    learned, held_out = load_split(0.25)
+    both = torch.cat((learned.scans, held_out.scans)).flatten(1)
+    assert len(both) == 1797
+    assert not (learned.scans.flatten(1)[:, None] == held_out.scans.flatten(1)).all(-1).any()
+    share = held_out.labels.bincount() / both.new_tensor(
+        [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    )
+    assert (share - 0.25).abs().max() < 0.003
+
+
+def test_every_stage_learns_from_the_same_part():
+    learned, _ = load_split(0.25)
+    assert digits_to_learn(DataSettings(held_out=0.25)).scans.equal(learned.scans)
+
+
+def test_captions_read_back():
+    for digit in range(10):
+        for color in range(len(COLORS)):
+            assert read_caption(caption(digit, color)) == (digit, color)
+    assert caption(1, COLORS.index("orange")) == "an orange one"
+    assert read_caption("a pink seven") == (7, None)
+    assert read_caption("") == (None, None)
+
+
+def test_paint_and_background_have_the_colours_of_the_palette():
+    full, empty = torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    for color, paint in enumerate(PALETTE.values()):
+        middle = render(full, [color], at_rest(1), 32)[0, :, 16, 16]
+        torch.testing.assert_close((middle + 1) * 127.5, torch.tensor(paint, dtype=torch.float32))
+    ground = torch.tensor(BACKGROUND, dtype=torch.float32).view(1, 3, 1, 1)
+    torch.testing.assert_close(
+        (render(empty, [0], at_rest(1), 32) + 1) * 127.5, ground.expand(1, 3, 32, 32)
+    )
+
+
+def test_a_batch_weighs_text_one_vision_half_and_padding_nothing():
+    ids = BYTE_VOCABULARY
+    visual = ids.visual_start
+    tokens, weights = collate(
+        [Lesson([ids.bos, 65, visual, ids.eol, ids.eos]), Lesson([ids.bos, visual, 66], start=2)],
+        ids,
+        0.5,
+    )
+    assert tokens[1].tolist() == [ids.bos, visual, 66, ids.pad, ids.pad]
+    assert weights.tolist() == [[0, 1, 0.5, 1, 1], [0, 0, 1, 0, 0]]
+
+
+def test_documents_come_in_both_directions_and_say_what_they_show(tmp_path):
+    recipe = tiny_recipe("decoder", tmp_path)
+    tokenizer = load_vision(recipe.data.tokenizer)
+    text = ByteTokenizer(recipe.model.vocabulary)
+    digits = digits_to_learn(recipe.data)
+    tokens, weights = DocumentStream(digits, recipe, tokenizer, text).next_batch()
+    pictures, labels, colors = DocumentStream(digits, recipe, tokenizer, text).draw()
+    names = [caption(int(d), int(c)) for d, c in zip(labels, colors, strict=True)]
+    for number, (ids, codes) in enumerate(zip(tokens, tokenizer.encode(pictures), strict=True)):
+        document = parse_document(ids.tolist(), text)
+        assert document.codes.equal(codes)
+        if number % 2:
+            assert (document.before, document.after) == ("", names[number])
+            learned = ids[weights[number] > 0].tolist()
+            assert text.decode(learned[:-1]) == names[number]
+        else:
+            assert document.before in ("", names[number])
+            assert document.after == ""
+
+
+@pytest.mark.parametrize("batches", [0, 1, 300])
+def test_a_restored_stream_goes_on_where_it_stood(batches):
+    """300 batches of 6 pass the end of an epoch of 1,347 digits."""
+    settings = DataSettings(batch_size=6)
+    digits = digits_to_learn(settings)
+    stream = PictureStream(digits, settings, 8, seed=4)
+    for _ in range(batches):
+        stream.draw()
+    other = PictureStream(digits, settings, 8, seed=5)
+    other.restore(stream.state())
+    for one, two in zip(stream.draw(), other.draw(), strict=True):
+        assert one.equal(two)
+
+
+def test_an_epoch_shows_every_digit_once():
+    settings = DataSettings(batch_size=449)  # 3 batches are the 1,347 digits
+    digits = digits_to_learn(settings)
+    stream = PictureStream(digits, settings, 8, seed=0)
+    labels = torch.cat([stream.draw()[1] for _ in range(3)])
+    assert labels.bincount().equal(digits.labels.bincount())

@@ -1,0 +1,72 @@
+"""The demo, end to end on the smallest shapes; its figures at full size are its own report."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import emu3_kernels
+from emu3.config import DataSettings
+from emu3.data.digits import COLORS, at_rest, load_split, render
+from emu3.demo.judge import DigitJudge, judge_color
+from emu3.demo.measure import backends_used
+from emu3.demo.run import run_demo
+from tests.train.recipes import DECODER_WORDS, VISION_WORDS
+
+ACCURACIES = ("generated_digit_accuracy", "generated_color_accuracy", "caption_digit_accuracy")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    run_demo(folder, VISION_WORDS, DECODER_WORDS)
+    return folder
+
+
+def test_the_report_has_every_figure(folder):
+    report = json.loads((folder / "report.json").read_text())
+    assert all(0 <= report[name] <= 1 for name in ACCURACIES)
+    assert report["generated_pictures"] == 320
+    assert report["held_out_digits"] + report["learned_digits"] == 1797
+    assert report["judge_digit_accuracy_on_held_out"] > 0.9
+    assert set(report["backends"]) >= {"rms_norm", "add_rms_norm", "nearest_code", "rope"}
+    assert report["fused_speedup"] > 0
+    stages = report["seconds"]
+    assert stages["total"] == pytest.approx(sum(stages.values()) - stages["total"])
+    assert len(report["captions"]) == 24
+
+
+@pytest.mark.parametrize("name", ["drawn", "reconstructions", "captions", "loss"])
+def test_every_picture_is_a_large_png(folder, name):
+    with Image.open(folder / f"{name}.png") as image:
+        assert image.format == "PNG"
+        assert image.width >= 1000
+        assert image.height >= 400
+
+
+def test_a_second_demo_reports_the_same_figures(folder):
+    """All but seconds and speeds; the second run also replaces the runs of the first."""
+    first = json.loads((folder / "report.json").read_text())
+    second = run_demo(folder, VISION_WORDS, DECODER_WORDS)
+    clocked = {"seconds", "fused_speedup", "training_tokens_per_second", "drawn_tokens_per_second"}
+    assert {k: v for k, v in second.items() if k not in clocked} == {
+        k: v for k, v in first.items() if k not in clocked
+    }
+
+
+def test_the_judges_know_real_digits_they_never_saw():
+    learned, held_out = load_split(0.25)
+    colors = torch.arange(len(held_out)) % len(COLORS)
+    pictures = render(held_out.scans, colors, at_rest(len(held_out)), 48)
+    right = DigitJudge(learned, DataSettings(), 48)(pictures) == held_out.labels
+    assert right.double().mean() > 0.97
+    assert judge_color(pictures).equal(colors)
+
+
+def test_backends_used_names_what_ran():
+    x, weight = torch.ones(2, 16), torch.ones(16)
+    with emu3_kernels.use_backend("reference"), backends_used() as used:
+        emu3_kernels.rms_norm(x, weight)
+    emu3_kernels.swiglu(x, x)
+    assert used == {"rms_norm": "reference"}

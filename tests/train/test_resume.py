@@ -1,0 +1,89 @@
+"""A run that is killed and resumed leaves what the unbroken run leaves, to the byte."""
+
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from emu3.train.loop import train
+from emu3.weights import read_tensors
+from tests.train.recipes import tiny_recipe
+
+# Ends its own process by SIGKILL: at a step, or inside a save with the new file written and
+# the old one still in place. SIGKILL cannot be caught, so nothing is tidied up.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from emu3.train import loop
+from emu3 import files
+from tests.train.recipes import tiny_recipe
+
+stage, folder, where, count = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+module, name = (loop, "take_step") if where == "step" else (files, "_flush")
+real = getattr(module, name)
+calls = 0
+
+def count_down(*args):
+    global calls
+    calls += 1
+    if calls == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+
+setattr(module, name, count_down)
+loop.train(tiny_recipe(stage, folder), folder / "killed", resume=True)
+"""
+
+
+def run_until_killed(stage, folder, where, count):
+    command = [sys.executable, "-c", KILLED, stage, str(folder), where, str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize("stage", ["vision", "decoder"])
+def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
+    """Killed at a random step, then inside a save, then left to finish."""
+    recipe = tiny_recipe(stage, tmp_path)
+    unbroken = train(recipe, tmp_path / "unbroken")
+    step = random.Random(stage).randint(2, recipe.train.steps - 3)
+    run_until_killed(stage, tmp_path, "step", step)
+    run_until_killed(stage, tmp_path, "save", 3)
+    resumed = train(recipe, tmp_path / "killed", resume=True)
+    curves = [tmp_path / run / "metrics.jsonl" for run in ("unbroken", "killed")]
+    assert curves[0].read_bytes() == curves[1].read_bytes()
+    assert len(curves[0].read_text().splitlines()) == recipe.train.steps
+    assert resumed.read_bytes() == unbroken.read_bytes()
+    left = {path.name for path in (tmp_path / "killed").iterdir() if path.is_file()}
+    assert left == {"checkpoint.safetensors", "metrics.jsonl", f"{stage}.safetensors"}
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path):
+    recipe = tiny_recipe("vision", tmp_path)
+    recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"steps": 4, "save_every": 2})}
+    )
+    first = train(recipe, tmp_path / "run").read_bytes()
+    assert train(recipe, tmp_path / "run", resume=True).read_bytes() == first
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    recipe = tiny_recipe("vision", tmp_path)
+    train(recipe, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run; resume it, or name another"):
+        train(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_recipe_does_not_resume_and_says_what_differs(tmp_path):
+    recipe = tiny_recipe("vision", tmp_path)
+    train(recipe, tmp_path / "run")
+    before, _ = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
+    other = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": 0.5})})
+    with pytest.raises(ValueError, match=r"another recipe: optim.lr was 0.002, is 0.5"):
+        train(other, tmp_path / "run", resume=True)
+    after, _ = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(before[name].equal(after[name]) for name in before)
