@@ -36,7 +36,7 @@ $(VENV)/installed: pyproject.toml
 	@$(PIP) --no-build-isolation --editable ".[train,demo,bench,dev]"
 	@touch $@ $(VENV)/built
 
-$(VENV)/built: $(VENV)/installed $(SOURCES)
+$(VENV)/built: $(SOURCES) | $(VENV)/installed
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
