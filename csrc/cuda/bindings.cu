@@ -1,0 +1,82 @@
+// Launches the CUDA kernels on torch's current stream. Built against any torch, with or without CUDA, and
+// imported on machines without a driver: the CUDA runtime is linked statically, and the one function that
+// only CUDA builds of torch have is looked up at the first launch.
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+
+#include "../bindings/torch_stable.h"
+#include "nearest_code.cuh"
+
+namespace emu3 {
+namespace {
+
+cudaStream_t current_stream(int32_t device) {
+  using Getter = int32_t (*)(int32_t device, void** stream);  // 0 for success
+  static const Getter get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = dlsym(torch_cuda ? torch_cuda : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<Getter>(found);
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get && get(device, &stream) == 0, "emu3_kernels: torch names no CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+int num_multiprocessors(int32_t device) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  STD_TORCH_CHECK(error == cudaSuccess, "emu3_kernels: ", cudaGetErrorString(error));
+  return count;
+}
+
+// Rows of padded_dim floats, the first aligned to 16 bytes.
+Tensor padded_codes(const Tensor& codebook) {
+  const int64_t dim = codebook.size(1), padding = padded_dim(static_cast<int>(dim)) - dim;
+  if (padding) return torch::stable::pad(codebook, {0, padding});
+  const bool aligned = reinterpret_cast<uintptr_t>(codebook.const_data_ptr()) % sizeof(float4) == 0;
+  return aligned ? codebook : torch::stable::clone(codebook);
+}
+
+template <typename T>
+void launch(const Tensor& z, const Tensor& codes, const Tensor& ids) {
+  const Latents<T> latents{static_cast<const T*>(z.const_data_ptr()),
+                           z.size(0) * z.size(2),
+                           z.size(2),
+                           z.stride(0),
+                           z.stride(1),
+                           z.stride(2),
+                           static_cast<int>(z.size(1))};
+  const int32_t device = z.get_device();
+  nearest_code(latents, num_multiprocessors(device), [&](auto kernel, unsigned num_blocks) {
+    kernel<<<num_blocks, kThreads, 0, current_stream(device)>>>(
+        latents, static_cast<const float4*>(codes.const_data_ptr()), static_cast<int>(codes.size(0)),
+        static_cast<int64_t*>(ids.mutable_data_ptr()));
+  });
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "nearest_code: ", cudaGetErrorString(error));
+}
+
+// z [batch, dim, places] with any strides, codebook [codes, dim] float32 contiguous. The tree is the CPU's.
+Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor>) {
+  const torch::stable::accelerator::DeviceGuard guard(z.get_device());
+  Tensor ids = torch::stable::new_empty(z, {z.size(0), z.size(2)}, torch::headeronly::ScalarType::Long);
+  if (ids.numel() == 0) return ids;
+  const Tensor codes = padded_codes(codebook);
+  if (dtype_of(z) == Dtype::float32) {
+    launch<float>(z, codes, ids);
+  } else {
+    launch<bfloat16>(z, codes, ids);
+  }
+  return ids;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CUDA, m) {
+  m.impl("nearest_code", TORCH_BOX(&search));
+}
+
+}  // namespace emu3
