@@ -1,0 +1,24 @@
+"""A second process in which Triton compiles: where there is no GPU, this one interprets."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from unittest import mock
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def compiling() -> Iterator[Callable]:
+    """Call ``compiling(function, *args)`` there, with its result or exception here."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_poison) as pool:
+        with mock.patch.dict(os.environ):
+            os.environ.pop("TRITON_INTERPRET", None)
+            pool.submit(int).result()
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def _poison() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,50 @@
+"""Triton kernels executed on the CPU by ttsem, which runs the real TTIR: right in bfloat16, and
+an access out of bounds or a race between programs stops the launch with the line it stands on.
+
+Works only in a process where Triton compiles: see the ``compiling`` fixture.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import torch
+from ttsem import sanitize
+
+from emu3_kernels import _triton
+from tests.budget import assert_as_accurate
+from tests.kernels import faulty
+from tests.kernels.suite import double, part, public, value_and_gradients
+
+
+@contextmanager
+def emulated() -> Iterator[sanitize.Session]:
+    """Run every Triton launch of the block through ttsem, on the CPU tensors it is given."""
+    with (
+        mock.patch.object(_triton, "DEVICES", {"cpu"}),
+        sanitize.session(cuda_is_cpu=False) as session,
+    ):
+        try:
+            yield session
+        except (sanitize.KernelFault, sanitize.Unjudged) as stop:
+            # ttsem's own exceptions do not survive the way back to the test's process.
+            raise AssertionError(str(stop)) from None
+    assert not session.races_unchecked, "a launch was too large to be checked for races"
+
+
+def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype) -> None:
+    inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
+    with emulated() as session:
+        actual = value_and_gradients(op, partial(public(op), backend="triton"), inputs)
+    assert session.launches or not any(value.numel() for value in actual.values())
+    oracle = getattr(part(op, "reference"), op)
+    low = value_and_gradients(op, oracle, inputs)
+    exact = value_and_gradients(op, oracle, double(inputs))
+    for name, value in actual.items():
+        assert_as_accurate(name, value, low[name], exact[name])
+
+
+def launch_emulated(name: str) -> None:
+    with emulated():
+        faulty.launch(name)

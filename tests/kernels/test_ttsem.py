@@ -1,0 +1,41 @@
+"""The Triton kernels without a GPU, in bfloat16, which Triton's interpreter gets wrong.
+
+ttsem runs the real TTIR of every launch and refuses an access out of bounds and a race between
+programs. Neither depends on the dtype, so float32 and float16 are left to the interpreter.
+"""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.kernels.suite import calls
+
+if not find_spec("ttsem") and "triton" not in os.environ.get("EMU3_REQUIRE", ""):
+    pytest.skip(
+        "ttsem is not installed: pip install --no-deps --ignore-requires-python ttsem==0.1.0",
+        allow_module_level=True,
+    )
+
+from tests.kernels import emulated
+
+CALLS = [(o, s) for o, backend, s, d in calls() if backend == "triton" and d == torch.bfloat16]
+
+
+@pytest.mark.parametrize(("op", "size"), CALLS)
+def test_value_and_gradients(op, size, compiling):
+    compiling(emulated.check_value_and_gradients, op, size, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "line", "fault"),
+    [
+        ("_unmasked_kernel", r"tl\.store\(y_ptr \+ i, x\)", "writes 32 element.* past the end"),
+        ("_overread_kernel", r"x = tl\.load\(x_ptr \+ i\)", "reads 32 element.* past the end"),
+        ("_racy_kernel", r"tl\.store\(y_ptr \+ c, total\)", "any order and at the same time"),
+    ],
+)
+def test_a_fault_is_refused_by_its_line(kernel, line, fault, compiling):
+    with pytest.raises(AssertionError, match=rf"(?s){line}.*{fault}"):
+        compiling(emulated.launch_emulated, kernel)
