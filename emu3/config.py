@@ -119,6 +119,8 @@ class DataSettings(Settings):
     held_out: float = Field(0.25, gt=0, lt=1)
     """Share of the digits that no stage may see."""
     batch_size: PositiveInt = 64
+    describe: float = Field(0.65, ge=0, le=1)
+    """Share of the documents in which the caption follows the picture."""
     null_caption: float = Field(0.1, ge=0, le=1)
     """Share of the pictures to draw that come without a caption, for guidance."""
     shift: NonNegativeFloat = 0.03

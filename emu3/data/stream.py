@@ -6,7 +6,12 @@ from torch import Tensor
 from emu3.config import DataSettings, Recipe
 from emu3.data.digits import COLORS, Digits, caption, draw_motion, load_split, render
 from emu3.data.documents import Lesson, collate
-from emu3.prompt import generation_document, understanding_document, understanding_prompt
+from emu3.prompt import (
+    generation_document,
+    generation_prompt,
+    understanding_document,
+    understanding_prompt,
+)
 from emu3.text import TextTokenizer
 from emu3.vision import VisionTokenizer
 
@@ -51,10 +56,10 @@ class PictureStream(DigitStream):
 
 
 class DocumentStream(DigitStream):
-    """Documents for the decoder: caption before picture, and picture before caption, in turn.
+    """Documents for the decoder: caption before picture, or picture before caption.
 
-    The first are learned whole, some without their caption, which is what guidance leads away
-    from. The second are learned from their caption on, as in Emu3's understanding stage.
+    Only what comes second is learned, as in Emu3's fine-tuning. Some pictures come without
+    their caption, which is what guidance leads away from.
     """
 
     def __init__(
@@ -68,18 +73,20 @@ class DocumentStream(DigitStream):
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Ids ``[B, T]`` and their loss weights ``[B, T]``."""
         pictures, labels, colors = self.draw()
-        silent = torch.rand(len(labels), generator=self.generator) < self.settings.null_caption
+        describe, silent = torch.rand(2, len(labels), generator=self.generator)
         lessons = []
         for number, codes in enumerate(self.tokenizer.encode(pictures)):
             words = caption(int(labels[number]), int(colors[number]))
-            if number % 2:
+            if describe[number] < self.settings.describe:
                 start = len(understanding_prompt(codes, self.text))
                 lessons.append(Lesson(understanding_document(codes, words, self.text), start))
             else:
-                words = "" if silent[number] else words
-                lessons.append(Lesson(generation_document(words, codes, self.text)))
+                words = "" if silent[number] < self.settings.null_caption else words
+                start = len(generation_prompt(words, tuple(codes.shape), self.text))
+                lessons.append(Lesson(generation_document(words, codes, self.text), start))
         return collate(lessons, self.text.vocabulary, self.vision_weight)
 
 
 def digits_to_learn(settings: DataSettings) -> Digits:
+    """The digits that training may see."""
     return load_split(settings.held_out)[0]

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +52,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> Path:
     optimizer = build_optimizer(stage.model, recipe.optim)
     state = recipe, stage.model, optimizer, stage.stream
     done = checkpoint.restore(saved, *state) if saved.exists() else 0
-    metrics = Metrics(folder, done)
-    with _progress() as progress:
-        steps = recipe.train.steps
+    steps = recipe.train.steps
+    with closing(Metrics(folder, done)) as metrics, _progress() as progress:
         task = progress.add_task(recipe.train.stage, total=steps, completed=done, loss=math.nan)
         for step in range(done, steps):
             started = time.perf_counter()
@@ -63,13 +63,11 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> Path:
             norm = take_step(stage.model, optimizer, loss, lr, recipe.optim)
             if step % recipe.train.log_every == 0:
                 figures = {"loss": loss.detach(), "lr": lr, "grad_norm": norm, **figures}
-                speed = batch[0].numel() / (time.perf_counter() - started)
-                metrics.log(step, {name: float(value) for name, value in figures.items()}, speed)
-            if (step + 1) % recipe.train.save_every == 0:
+                metrics.log(step, figures, seconds=time.perf_counter() - started)
+            if (step + 1) % recipe.train.save_every == 0 or step + 1 == steps:
                 metrics.flush()
                 checkpoint.save(saved, step + 1, *state)
             progress.update(task, advance=1, loss=float(loss.detach()))
-    metrics.close()
     weights = folder / f"{recipe.train.stage}.safetensors"
     stage.save(weights, stage.model)
     return weights

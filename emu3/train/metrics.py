@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from emu3.files import replacing
@@ -26,9 +27,11 @@ class Metrics:
         self._lines = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-    def log(self, step: int, figures: Mapping[str, float], tokens_per_second: float) -> None:
-        self._lines.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in {**figures, "tokens_per_second": tokens_per_second}.items():
+    def log(self, step: int, figures: Mapping[str, Tensor | float], *, seconds: float) -> None:
+        """Record the figures of one step, and the time it took."""
+        values = {name: float(value) for name, value in figures.items()}
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in {**values, "seconds": seconds}.items():
             self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
