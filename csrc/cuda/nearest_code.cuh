@@ -27,8 +27,6 @@ struct Latents {
   int dim;
 };
 
-namespace {
-
 constexpr float kNothing = __builtin_huge_valf();
 
 __device__ inline float raise(float x) { return x; }
@@ -158,8 +156,6 @@ void nearest_code_of_dim(const Latents<T>& z, int num_multiprocessors, Launch la
     launch(nearest_code_kernel<T, kDim, kFew>, blocks(kFew));
   }
 }
-
-}  // namespace
 
 // Floats between two codes: the codebook must be padded to this with zeros.
 inline int padded_dim(int dim) { return dim <= 4 ? 4 : dim <= 8 ? 8 : dim <= 16 ? 16 : 32; }
