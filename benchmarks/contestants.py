@@ -11,13 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import peers
 from benchmarks.duel import Call
+from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER
 from emu3_kernels import _native
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import differentiable, part, public
 from tests.kernels.test_all_ops import test_value_and_gradients
 
-EAGER, COMPILED, COMPILED_OUT = "eager", "torch.compile", "torch.compile(out=)"
 READ, COPY = "bound: read", "bound: copy"
+LARGE_RESULT = 1 << 20
+"""Bytes from which fresh memory costs: below, a preallocated result is no other contestant."""
 SAME_CODES = 0.99
 """Share of integers on which a peer must agree: searches that expand the square miss near-ties."""
 
@@ -90,7 +92,7 @@ def lineup(case: Case) -> Lineup:
     entered.enter(case.backend, ours)
     forward = case.direction == "forward"
     low = getattr(part(case.op, "reference"), case.op)(**inputs) if forward else None
-    for name, build in rivals(case, inputs).items():
+    for name, build in rivals(case, inputs, exact).items():
         try:
             call = build()
             result = call()  # the first: a peer may work in place
@@ -107,8 +109,8 @@ def lineup(case: Case) -> Lineup:
     return entered
 
 
-def rivals(case: Case, inputs: Mapping) -> dict[str, Callable[[], Call]]:
-    """Name the peers of ``case`` and how each is built."""
+def rivals(case: Case, inputs: Mapping, results: object) -> dict[str, Callable[[], Call]]:
+    """Name the peers of ``case`` and how each is built; ``results`` is what ours gives."""
     entry = peers.FIELDS.get(case.op, peers.Field())
     eager = entry.eager or getattr(part(case.op, "reference"), case.op)
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
@@ -116,11 +118,11 @@ def rivals(case: Case, inputs: Mapping) -> dict[str, Callable[[], Call]]:
         EAGER: lambda: caller(case, eager, inputs),
         COMPILED: lambda: caller(case, compiled, inputs),
     }
-    if case.direction == "forward":
-        found[COMPILED_OUT] = lambda: compiled_into(eager, inputs)
-        for name, build in entry.peers.items():
-            found[name] = partial(build, **inputs)
-    return found
+    if case.direction != "forward":
+        return found
+    if sum(result.nbytes for result in as_tuple(results)) >= LARGE_RESULT:
+        found[COMPILED_OUT] = lambda: compiled_into(eager, inputs, results)
+    return found | {name: partial(build, **inputs) for name, build in entry.peers.items()}
 
 
 def caller(case: Case, function: Callable, inputs: Mapping) -> Call:
@@ -138,18 +140,18 @@ def caller(case: Case, function: Callable, inputs: Mapping) -> Call:
     return lambda: torch.autograd.grad(_with_gradient(bound()), wrt, douts)
 
 
-def compiled_into(function: Callable, inputs: Mapping) -> Call:
+def compiled_into(function: Callable, inputs: Mapping, results: object) -> Call:
     """Compile ``function`` with its results copied into memory that is there: the copy fuses."""
-    outs = [torch.empty_like(result) for result in as_tuple(function(**inputs))]
+    outs = [torch.empty_like(result) for result in as_tuple(results)]
 
     @torch.compile(fullgraph=True, dynamic=False)
     def write(outs: list[Tensor], inputs: dict) -> None:
         for out, result in zip(outs, as_tuple(function(**inputs)), strict=True):
             out.copy_(result)
 
-    def call() -> tuple[Tensor, ...]:
+    def call() -> list[Tensor]:
         write(outs, inputs)
-        return tuple(outs)
+        return outs
 
     return call
 

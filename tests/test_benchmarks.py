@@ -175,7 +175,9 @@ def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch):
     peers.vllm.cache_clear()
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     entry = peers.Field(peers.swiglu, peers.FIELDS["swiglu"].peers)
-    monkeypatch.setattr(contestants, "rivals", lambda case, inputs: uncompiled(entry, inputs))
+    monkeypatch.setattr(
+        contestants, "rivals", lambda case, inputs, results: uncompiled(entry, inputs)
+    )
     lineup = contestants.lineup(CASE)
     assert set(lineup.calls) == {"native", "eager", READ, COPY}
     assert lineup.missing["vLLM"].endswith(peers.VLLM)
@@ -184,7 +186,9 @@ def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch):
 
 def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
     entry = peers.Field(lambda gate, up: gate * up)
-    monkeypatch.setattr(contestants, "rivals", lambda case, inputs: uncompiled(entry, inputs))
+    monkeypatch.setattr(
+        contestants, "rivals", lambda case, inputs, results: uncompiled(entry, inputs)
+    )
     lineup = contestants.lineup(CASE)
     assert "eager" not in lineup.calls
     assert "exceeds its budget" in lineup.missing["eager"]
