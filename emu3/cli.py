@@ -15,7 +15,6 @@ from torch import Tensor
 from typer.core import TyperGroup
 
 from emu3.config import load_recipe
-from emu3.demo.run import run_demo
 from emu3.files import replacing
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.model import Emu3
@@ -50,6 +49,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo"),
 ) -> None:
     """Train the miniature on handwritten digits, draw, describe, and report."""
+    # Here, because matplotlib is slow to import and no other command needs it.
+    from emu3.demo.run import run_demo
+
     run_demo(out)
 
 

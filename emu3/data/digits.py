@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from emu3.config import DataSettings
@@ -53,6 +52,9 @@ def load_split(held_out: float, seed: int = 0) -> tuple[Digits, Digits]:
 
     The split depends on ``held_out`` and ``seed`` alone.
     """
+    # Here, because the painting and the captions below need no scikit-learn.
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     scans = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
     digits = Digits(scans, torch.tensor(bunch.target))

@@ -8,7 +8,7 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from emu3.cache import KeyValueCache
 from emu3.config import PRESETS
-from emu3.model import Emu3
+from emu3.model import Emu3, seed_visual_rows
 from emu3.weights import load_decoder_into
 from tests.budget import assert_as_accurate
 from tests.model.tiny import TINY, tiny_model
@@ -95,6 +95,19 @@ def test_dropout_acts_in_training_in_all_four_places():
     model.blocks[1].dropout.p = 1.0
     alone = F.rms_norm(model.embedding(tokens), (TINY.width,), model.norm, TINY.norm_eps)
     torch.testing.assert_close(model(tokens), alone)
+
+
+def test_codes_that_look_alike_start_alike():
+    model, ids = tiny_model(), TINY.vocabulary
+    before = model.embedding.weight.detach().clone()
+    codebook = torch.randn(ids.num_visual, 8, generator=torch.Generator().manual_seed(0))
+    codebook[1] = codebook[0]
+    codebook[2] = codebook[0] + 0.01
+    seed_visual_rows(model, codebook)
+    rows = model.embedding.weight[ids.visual_start :]
+    assert rows[1].equal(rows[0])
+    assert (rows[2] - rows[0]).norm() < 0.1 < (rows[3] - rows[0]).norm()
+    assert model.embedding.weight[: ids.visual_start].equal(before[: ids.visual_start])
 
 
 def some_tokens(rows: int, length: int) -> torch.Tensor:
