@@ -1,0 +1,66 @@
+"""Every block of the README runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+LINES = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+SETS_UP = ("git clone", "pip install")
+"""What CI does before this test can run."""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_the_import_example_runs(block):
+    assert re.fullmatch(r"loss \d+\.\d\d, \d+ codes\n", run([sys.executable, "-c", block]))
+
+
+def run(command: list[str], folder: Path = ROOT) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("make")])
+def test_the_targets_of_make_exist(line):
+    """Rehearsed: they take minutes, and one of them is this very suite."""
+    assert run([*line.split(), "--dry-run"])
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python")])
+def test_the_benchmark_runs(line):
+    assert run([sys.executable, *line.split()[1:], "swiglu"])
+
+
+def test_the_emu3_commands_run_one_after_another(tmp_path):
+    """Two steps of training stand in for two thousand."""
+    for line in (line for line in LINES if line.startswith("emu3")):
+        words = shlex.split(line)[1:]
+        run(
+            [sys.executable, "-m", "emu3", *words, *(["train.steps=2"] * (words[0] == "train"))],
+            tmp_path,
+        )
+    assert (tmp_path / "generated.png").stat().st_size > 0
+
+
+def test_no_line_of_the_readme_goes_untested():
+    tested = ("make", "python -m benchmarks", "emu3")
+    assert [line for line in LINES if line and not line.startswith((*tested, *SETS_UP))] == []
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
