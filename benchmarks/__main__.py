@@ -85,7 +85,7 @@ def run_pytest(op: str, threads: int, seconds: float, stored: Path) -> int:
             f"--benchmark-json={stored}",
             # The project's own options skip benchmarks and stop a test after five minutes.
             *("-o", "addopts=", "-o", "timeout=0", "-p", "no:cacheprovider"),
-            *("-W", "ignore::DeprecationWarning:torch", "-q", "-rs", "--tb=short", "--no-header"),
+            *("-W", "ignore::DeprecationWarning", "-q", "-rs", "--tb=short", "--no-header"),
         ]
     )
 

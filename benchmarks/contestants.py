@@ -97,7 +97,7 @@ def lineup(case: Case) -> Lineup:
             call = build()
             result = call()  # the first: a peer may work in place
             if forward:
-                assert_same(name, result, low, exact)
+                assert_same(name, case.dtype, result, low, exact)
             entered.enter(name, call)
         except peers.UnavailableError as reason:
             entered.missing[name] = str(reason)
@@ -185,11 +185,11 @@ def rehearse(call: Call) -> tuple[float, float]:
     return seconds, peak / 2**20
 
 
-def assert_same(name: str, theirs: object, low: object, ours: object) -> None:
-    """Raise unless a peer gives what we give, within the budget of the reference."""
+def assert_same(name: str, dtype: torch.dtype, theirs: object, low: object, ours: object) -> None:
+    """Raise unless a peer gives what we give, within the budget of the reference at ``dtype``."""
     for their, plain, our in zip(as_tuple(theirs), as_tuple(low), as_tuple(ours), strict=True):
         if our.is_floating_point():
-            assert_as_accurate(name, their, plain, our.double())
+            assert_as_accurate(name, their.to(dtype), plain.to(dtype), our.double())
         else:
             agreement = (their == our).double().mean().item()
             assert agreement >= SAME_CODES, f"{name}: {agreement:.1%} of its integers are ours"

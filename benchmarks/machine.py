@@ -22,7 +22,7 @@ def facts() -> dict:
         "cpu": processor(),
         "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python_version": platform.python_version(),
         "cpu_level": None if _native.MISSING else _native.cpu_level(),
         "versions": {name: installed(name) for name in PACKAGES},

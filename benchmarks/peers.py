@@ -27,6 +27,9 @@ OUTSIDE_TORCH = ("faiss", "scipy k-d tree")
 """Peers that allocate their memory themselves: its peak is not known."""
 
 
+BOTH = ("forward", "forward+backward")
+
+
 class UnavailableError(Exception):
     """A peer cannot run here; the message says why and what would help."""
 
@@ -69,6 +72,20 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: None) -> tup
 def _swap_halves(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Raise the logits to float32 and average, as Hugging Face's models do."""
+    if weights is None:
+        return F.cross_entropy(logits.float(), targets)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return (losses * weights).sum() / weights.where(targets != -100, 0).sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    return cross_entropy(F.linear(hidden, head), targets, weights)
 
 
 def nearest_code(z: Tensor, codebook: Tensor, search: Callable | None = None) -> Tensor:
@@ -197,8 +214,9 @@ FIELDS: dict[str, Field] = {
     "rms_norm": Field(rms_norm, {"vLLM": vllm_rms_norm}),
     "add_rms_norm": Field(add_rms_norm, {"vLLM": vllm_add_rms_norm}),
     "rope": Field(rope, {"vLLM": vllm_rope}),
-    "cross_entropy": Field(directions=("forward", "forward+backward")),
-    "linear_cross_entropy": Field(directions=("forward", "forward+backward")),
+    "cross_entropy": Field(cross_entropy, directions=BOTH),
+    # Its forward pass makes the gradients too, so that only the whole can be compared.
+    "linear_cross_entropy": Field(linear_cross_entropy, directions=BOTH[1:]),
     "nearest_code": Field(
         nearest_code,
         {

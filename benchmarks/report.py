@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from benchmarks.bars import verdicts
+
 RESULTS = Path(__file__).with_name("results")
 
 INTRODUCTION = """# Results
@@ -48,7 +50,13 @@ def write_markdown(results: Path) -> Path:
     for run in runs:
         for benchmark in run["benchmarks"]:
             by_op.setdefault(benchmark["extra_info"]["op"], []).append(benchmark["extra_info"])
-    pages = [INTRODUCTION, *machines(runs), *(section(op, rows) for op, rows in by_op.items())]
+    rows = [row for rows in by_op.values() for row in rows]
+    pages = [
+        INTRODUCTION,
+        *machines(runs),
+        bars(rows),
+        *(section(op, rows) for op, rows in by_op.items()),
+    ]
     return write(results / "README.md", "\n".join(pages))
 
 
@@ -74,6 +82,24 @@ def origin(run: dict) -> str:
         f"{run['datetime'][:10]}, commit {(commit['id'] or 'none')[:12]} ({state}), "
         f"Python {machine['python_version']}, {versions}"
     )
+
+
+def bars(rows: list[dict]) -> str:
+    """Hold every row to the bar that covers it; a bar that is missed stands beside the others."""
+    header = ["op", "direction", "threads", "against", "at least", "measured", ""]
+    lines = ["## Bars\n", line(header), line(["---"] * len(header))]
+    for bar, row in verdicts(rows):
+        peer = row["peers"][bar.peer] if row else None
+        kept = peer and ("kept" if peer["ratio"]["median"] >= bar.at_least else "**missed**")
+        lines.append(
+            line(
+                [
+                    *(bar.op, bar.direction, str(row["threads"]) if row else "-", bar.peer),
+                    *(f"{bar.at_least}x", ratio(peer), kept or "not measured"),
+                ]
+            )
+        )
+    return "\n".join([*lines, ""])
 
 
 def section(op: str, rows: list[dict]) -> str:
