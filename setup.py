@@ -18,9 +18,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 OLDEST_TORCH = 0x020B000000000000  # 2.11, as in the project's dependencies
-# GCC 12 warns inside its own intrinsics headers (maybe-uninitialized) and of vectors in signatures
+# GCC 12 warns inside its own intrinsics headers (uninitialized) and of vectors in signatures
 # that never leave a file (psabi).
-WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
+WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized"]
 FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 LEVELS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -101,5 +101,6 @@ def token_losses(
     classes = torch.where(kept, targets, 0)
     lse = logits.logsumexp(-1)
     target = logits.gather(-1, classes[..., None]).squeeze(-1)
-    smoothed = torch.lerp(target, logits.mean(-1), label_smoothing)
-    return torch.where(kept, lse - smoothed + z_loss * lse.square(), 0)
+    if label_smoothing:  # else a class at -infinity would turn 0 * infinity into NaN
+        target = torch.lerp(target, logits.mean(-1), label_smoothing)
+    return torch.where(kept, lse - target + z_loss * lse.square(), 0)

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._checks import check_floating, check_has_channels
+from emu3_kernels._checks import check_floating, check_has_channels, rows
 from emu3_kernels._dispatch import choose, load
-from emu3_kernels._token_loss import check_settings, check_targets
+from emu3_kernels._token_loss import check_settings, check_targets, reduce, token_weights
 from emu3_kernels.ops.cross_entropy import reference
 
-BACKENDS = load("cross_entropy")
+BACKENDS = load("cross_entropy", "native")
 
 
 def cross_entropy(
@@ -63,14 +63,38 @@ def cross_entropy(
         ignore_index=ignore_index,
     )
     check_settings("cross_entropy", targets, weights, normalizer, label_smoothing, reduction)
-    choose("cross_entropy", BACKENDS, backend, logits)
-    return reference.cross_entropy(
-        logits,
-        targets,
-        weights=weights,
-        normalizer=normalizer,
-        z_loss=z_loss,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
+    chosen = choose("cross_entropy", BACKENDS, backend, logits)
+    if chosen == "reference":
+        return reference.cross_entropy(
+            logits,
+            targets,
+            weights=weights,
+            normalizer=normalizer,
+            z_loss=z_loss,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    weights = token_weights(targets, weights, ignore_index, torch.float32)
+    losses = _TokenLosses.apply(
+        rows(logits), targets.flatten(), weights.flatten(), z_loss, label_smoothing, chosen
     )
+    return reduce(losses.view(targets.shape), weights, normalizer, reduction)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The losses of the tokens before their weights, 0 where the weight is."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, weights, z_loss, label_smoothing, backend):
+        targets, weights = targets.contiguous(), weights.contiguous()
+        settings = (z_loss, label_smoothing)
+        losses, denominators = BACKENDS[backend].forward(logits, targets, weights, *settings)
+        ctx.save_for_backward(logits, targets, denominators)
+        ctx.settings, ctx.backend = settings, backend
+        return losses
+
+    @staticmethod
+    def backward(ctx, dlosses):
+        dlogits = BACKENDS[ctx.backend].backward(dlosses, *ctx.saved_tensors, *ctx.settings)
+        return dlogits, None, None, None, None, None

@@ -1,0 +1,133 @@
+#include "cross_entropy.h"
+
+#include "simd.h"
+
+namespace emu3::EMU3_LEVEL {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr double kLn2 = 0.6931471805599453;
+constexpr int64_t kBlock = 2048;  // at most 8 KiB: still in the L1 cache when it is read again
+
+// What one pass over a row collects: sum = Σ e^(x - highest) and, if asked for, total = Σ x.
+struct Sums {
+  float highest = -1e30f;  // finite, so that a block of -infinity leaves no NaN
+  double sum = 0, total = 0;
+};
+
+inline float lowest(float) { return -__builtin_inff(); }
+inline bfloat16 lowest(bfloat16) { return {0xff80}; }
+
+// The first `count` <= kPair elements, -infinity in place of the rest.
+template <typename T>
+inline Pair load_pair_or_lowest(const T* from, int64_t count) {
+  if (count == kPair) return load_pair(from);
+  T block[kPair];
+  for (T& x : block) x = lowest(T{});
+  __builtin_memcpy(block, from, count * sizeof *from);
+  return load_pair(block);
+}
+
+// e^(x - highest) / 2^log2_sum. The difference comes first: it is small, and x may be huge.
+inline Vec softmax(Vec x, float highest, float log2_sum) {
+  return exp2(fma(x - highest, splat(kLog2E), splat(-log2_sum)));
+}
+
+template <typename T, bool kTotal>
+void add_block(Sums& sums, const T* logits, int64_t count) {
+  Pair highest{splat(sums.highest), splat(sums.highest)}, total{};
+  over_pairs(count, [&](int64_t c, int64_t n) {
+    const Pair x = load_pair_or_lowest(logits + c, n);
+    highest = {max(highest.a, x.a), max(highest.b, x.b)};
+    if (kTotal) total = total + load_pair(logits + c, n);
+  });
+  const float top = reduce_max(max(highest.a, highest.b));
+  Pair sum{};
+  over_pairs(count, [&](int64_t c, int64_t n) {
+    const Pair x = load_pair_or_lowest(logits + c, n);
+    sum = sum + Pair{softmax(x.a, top, 0), softmax(x.b, top, 0)};
+  });
+  sums.sum = sums.sum * softmax(splat(sums.highest), top, 0)[0] + reduce_add(sum);
+  sums.total += reduce_add(total);
+  sums.highest = top;
+}
+
+// Blocks begin at the first class wherever that lies, so that alignment never changes a result.
+template <typename T, bool kTotal>
+Sums sums_of(const T* logits, int64_t classes) {
+  Sums sums;
+  for (int64_t c = 0; c < classes; c += kBlock)
+    add_block<T, kTotal>(sums, logits + c, classes - c < kBlock ? classes - c : kBlock);
+  return sums;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) { return widen(HalfVec{} + x.bits)[0]; }
+
+// loss = lse - (1 - s) * logits[target] - s * mean(logits) + z * lse^2.
+template <typename T>
+TokenLoss forward_row(const T* logits, int64_t classes, int64_t target, LossSettings settings) {
+  const double smoothing = settings.label_smoothing;
+  const Sums sums =
+      smoothing ? sums_of<T, true>(logits, classes) : sums_of<T, false>(logits, classes);
+  const double log2_sum = __builtin_log2(sums.sum);
+  const double lse = sums.highest + kLn2 * log2_sum;
+  double loss = lse - (1 - smoothing) * to_float(logits[target]) + settings.z_loss * lse * lse;
+  if (smoothing) loss -= smoothing * sums.total / classes;
+  return {(float)loss, {sums.highest, (float)log2_sum}};
+}
+
+// Elements before the first that begins a cache line: rows of an odd width start anywhere.
+template <typename T>
+int64_t head(const T* row, int64_t count) {
+  const int64_t elements = (64 - reinterpret_cast<uintptr_t>(row) % 64) % 64 / sizeof(T);
+  return elements < count ? elements : count;
+}
+
+// dlogits = dloss * (softmax * (1 + 2 z lse) - (1 - s) * onehot - s / V).
+template <typename T>
+void backward_row(const T* logits, T* dlogits, int64_t classes, int64_t target, Denominator denominator,
+                  float dloss, LossSettings settings, bool past_caches) {
+  const auto [highest, log2_sum] = denominator;
+  const float lse = highest + (float)kLn2 * log2_sum;
+  const Vec scale = splat(dloss * (1 + 2 * settings.z_loss * lse));
+  const Vec spread = splat(-dloss * settings.label_smoothing / classes);
+  const auto gradient = [&](Vec x) {
+    return fma(softmax(x, highest, log2_sum), scale, spread);
+  };
+  const Vec at_target = gradient(splat(to_float(logits[target]))) - dloss * (1 - settings.label_smoothing);
+  const auto write_block = [&](int64_t from, int64_t count, bool past) {
+    over_pairs(count, [&](int64_t c, int64_t n) {
+      const Pair x = load_pair(logits + from + c, n);
+      store_pair(dlogits + from + c, {gradient(x.a), gradient(x.b)}, n, past);
+    });
+  };
+  const int64_t aligned = head(dlogits, classes);
+  if (aligned) write_block(0, aligned, false);
+  write_block(aligned, classes - aligned, past_caches);
+  stream_fence();  // before the one class that is written twice
+  store_tail(dlogits + target, at_target, 1);
+}
+
+TokenLoss forward(Dtype dtype, const void* logits, int64_t classes, int64_t target,
+                  LossSettings settings) {
+  TokenLoss result;
+  with_type(dtype, [&](auto type) {
+    result = forward_row((const decltype(type)*)logits, classes, target, settings);
+  });
+  return result;
+}
+
+void backward(Dtype dtype, const void* logits, void* dlogits, int64_t classes, int64_t target,
+              Denominator denominator, float dloss, LossSettings settings, bool past_caches) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    backward_row((const T*)logits, (T*)dlogits, classes, target, denominator, dloss, settings, past_caches);
+  });
+}
+
+}  // namespace
+
+extern const CrossEntropy cross_entropy{forward, backward};
+
+}  // namespace emu3::EMU3_LEVEL
