@@ -30,7 +30,6 @@ from emu3_kernels.ops import OPS
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory that one block may ask for: one entry a target."""
 
-
 _counted: dict[tuple[str, str, str], Facts] = {}
 
 
@@ -45,7 +44,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Row:
-    """One launch compiled for one target; ``broken`` has a line for each term not kept."""
+    """One launch compiled for one target, and how its contract fares."""
 
     op: str
     kernel: str
@@ -53,6 +52,9 @@ class Row:
     target: str
     facts: Facts
     broken: tuple[str, ...]
+    """A line for each term that is not kept, and for each exception that is not needed."""
+    excused: tuple[str, ...]
+    """A line for each term that is not kept for a reason, which stands in the contract."""
 
 
 def count(ops: Iterable[str] = OPS, targets: Iterable[str] = SHARED_LIMIT) -> Iterator[Row]:
@@ -70,8 +72,8 @@ def rows_of(op: str, config: Config, targets: Iterable[str]) -> Iterator[Row]:
         for launch in launches:
             kernel = launch.kernel.__name__
             facts = facts_of(launch, target)
-            broken = tuple(breaches(config.contracts[kernel], facts, target))
-            yield Row(op, kernel, config.name, target, facts, broken)
+            broken, excused = judge(config.contracts[kernel], facts, target)
+            yield Row(op, kernel, config.name, target, facts, broken, excused)
 
 
 def launches_of(config: Config) -> list[Launch]:
@@ -79,6 +81,8 @@ def launches_of(config: Config) -> list[Launch]:
         raise RuntimeError("codegen: kernels must be compiled, got TRITON_INTERPRET=1")
     with recorded() as launches:
         config.call()
+    if any("enable_fp_fusion" not in launch.options for launch in launches):
+        raise ValueError(f"codegen: {config.name} must set enable_fp_fusion, got Triton's default")
     launched = {launch.kernel.__name__ for launch in launches}
     if launched != set(config.contracts):
         raise ValueError(
@@ -123,15 +127,23 @@ def facts_of(launch: Launch, target: str) -> Facts:
     return _counted[key]
 
 
-def breaches(contract: Contract, facts: Facts, target: str) -> Iterator[str]:
-    """Say which terms of ``contract`` are not kept, and which exceptions are not needed."""
+def judge(contract: Contract, facts: Facts, target: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what ``facts`` break of ``contract``: without an excuse, and with one."""
     broken = dict(_broken_terms(contract, facts, SHARED_LIMIT[target]))
-    excused = {key.partition(": ")[2] for key in contract.exceptions if key.startswith(target)}
-    for term, what in broken.items():
-        if term not in excused:
-            yield f"{term}: {what}"
-    for term in excused - set(broken):
-        yield f"{term}: kept, so the exception on {target} must go"
+    reasons = {
+        key.removeprefix(f"{target}: "): reason
+        for key, reason in contract.exceptions.items()
+        if key.startswith(f"{target}: ")
+    }
+    refused = {term: what for term, what in broken.items() if term not in reasons}
+    excused = {term: reason for term, reason in reasons.items() if term in broken}
+    for term in reasons.keys() - broken.keys():
+        refused[term] = f"kept, so the exception on {target} must go"
+    return _lines(refused), _lines(excused)
+
+
+def _lines(terms: dict[str, str]) -> tuple[str, ...]:
+    return tuple(f"{term}: {what}" for term, what in terms.items())
 
 
 def _broken_terms(contract: Contract, facts: Facts, shared: int) -> Iterator[tuple[str, str]]:
@@ -178,19 +190,24 @@ def table(rows: Iterable[Row]) -> Table:
             *(str(n) for n in numbers),
             *(_listed(c) for c in counts),
             str(facts.async_copies),
-            "[red]" + "\n".join(row.broken) if row.broken else "[green]kept",
+            _verdict(row),
         )
     return out
 
 
+def _verdict(row: Row) -> str:
+    excuses = [f"[yellow]excused {line}" for line in row.excused]
+    return "\n".join([*(f"[red]{line}" for line in row.broken), *excuses]) or "[green]kept"
+
+
 def codegen(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops; all of them by default.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Op to compile; all by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Compile every Triton kernel for every target and hold it to its contract; no GPU needed."""
-    ops = ops or list(OPS)
+    ops = op or list(OPS)
     if unknown := sorted(set(ops) - set(OPS)):
-        raise typer.BadParameter(f"ops must be of {', '.join(OPS)}, got {', '.join(unknown)}")
+        raise typer.BadParameter(f"--op must be of {', '.join(OPS)}, got {', '.join(unknown)}")
     rows = list(count(ops))
     rich.print(table(rows))
     if json_path:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import triton
+
 MNEMONIC = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 SASS_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 SASS_MATRIX = re.compile(r"(?:HMMA|IMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)$")
@@ -90,7 +92,5 @@ def _sass_accesses(opcodes: list[list[str]], names: set[str]) -> dict[int, int]:
 
 
 def _tool(name: str, *arguments: str | Path) -> str:
-    import triton
-
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     return subprocess.run([path, *arguments], capture_output=True, check=True, text=True).stdout

@@ -10,6 +10,7 @@ from functools import partial
 from unittest import mock
 
 import torch
+from torch import Tensor
 from ttsem import sanitize
 
 from emu3_kernels import _triton
@@ -37,7 +38,8 @@ def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype) -> None:
     inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
     with emulated() as session:
         actual = value_and_gradients(op, partial(public(op), backend="triton"), inputs)
-    assert session.launches or not any(value.numel() for value in actual.values())
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    assert session.launches or not all(t.numel() for t in tensors), "no kernel was launched"
     oracle = getattr(part(op, "reference"), op)
     low = value_and_gradients(op, oracle, inputs)
     exact = value_and_gradients(op, oracle, double(inputs))

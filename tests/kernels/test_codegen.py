@@ -124,6 +124,19 @@ def test_the_gate_bites(config, target, refusals, compiling):
     assert [refusal for refusal in refusals if refusal not in lines] == [], lines
 
 
+def unfused() -> Config:
+    def call():
+        with mock.patch.object(Tile, "options", return_value={"BLOCK": 1024}):
+            swiglu.CONFIGS[0].call()
+
+    return Config("unfused", call, {"_fwd_kernel": GENEROUS})
+
+
+def test_a_launch_that_leaves_fp_fusion_to_triton_is_refused(compiling):
+    with pytest.raises(ValueError, match="unfused must set enable_fp_fusion"):
+        compiling(lines_of, unfused, "sm_90")
+
+
 def uncontracted() -> None:
     codegen.launches_of(Config("bare", swiglu.CONFIGS[0].call, {}))
 
@@ -136,7 +149,7 @@ def test_a_launch_without_a_contract_is_refused(compiling):
 
 def test_a_broken_contract_fails_the_command(tmp_path):
     facts = machine_code.Facts(255, 8, 2, 0, {2: 65}, {16: 1}, {}, 0)
-    row = codegen.Row("swiglu", "_fwd_kernel", "x", "sm_90", facts, ("spills: must be none",))
+    row = codegen.Row("swiglu", "_fwd_kernel", "x", "sm_90", facts, ("spills: must be none",), ())
     with mock.patch.object(codegen, "count", return_value=[row]), pytest.raises(typer.Exit) as stop:
         codegen.codegen(["swiglu"], tmp_path / "rows.json")
     assert stop.value.exit_code == 1
