@@ -18,10 +18,9 @@ constexpr int64_t kFewestCodesOfTree = 512;
 Tensor build_tree(const Tensor& codebook) {
   const int64_t num_codes = codebook.size(0), dim = codebook.size(1);
   const int64_t size = code_tree_size(num_codes, static_cast<int>(dim));
-  Tensor tree = torch::stable::new_empty(codebook, {size});
-  build_code_tree(static_cast<float*>(tree.mutable_data_ptr()),
-                  static_cast<const float*>(codebook.const_data_ptr()), num_codes,
-                  static_cast<int>(dim));
+  Tensor tree = torch::stable::new_empty(codebook, {size}, torch::headeronly::ScalarType::Int);
+  build_code_tree(tree.mutable_data_ptr(), static_cast<const float*>(codebook.const_data_ptr()),
+                  num_codes, static_cast<int>(dim));
   return tree;
 }
 
@@ -34,7 +33,7 @@ Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor> tre
   if (!tree && tree_pays(num_queries, num_codes, dim)) tree = build_tree(codebook);
   if (num_codes < kFewestCodesOfTree) tree.reset();
   const float* codes = static_cast<const float*>(codebook.const_data_ptr());
-  const float* nodes = tree ? static_cast<const float*>(tree->const_data_ptr()) : nullptr;
+  const void* nodes = tree ? tree->const_data_ptr() : nullptr;
   int64_t* out = static_cast<int64_t*>(ids.mutable_data_ptr());
   const int64_t grain = nodes ? 1024 : 32 + (1 << 20) / num_codes;
   torch::stable::parallel_for(0, num_queries, grain, [&](int64_t begin, int64_t end) {

@@ -123,7 +123,7 @@ class Block {
 }  // namespace
 
 void find_nearest_codes(const Queries& z, const float* codebook, int64_t num_codes, int dim,
-                        const float* tree_memory, int64_t begin, int64_t end, int64_t* out) {
+                        const void* tree_memory, int64_t begin, int64_t end, int64_t* out) {
   Block block(dim);
   for (; begin < end; begin += kBlock) {
     const int64_t stop = std::min(end, begin + kBlock);
@@ -134,7 +134,7 @@ void find_nearest_codes(const Queries& z, const float* codebook, int64_t num_cod
     }
     block.keep_finite();
     if (tree_memory) {
-      const CodeTree tree = view_code_tree(const_cast<float*>(tree_memory), num_codes, dim);
+      const CodeTree tree = view_code_tree(const_cast<void*>(tree_memory), num_codes, dim);
       block.sort(tree);
       block.pack(true);
       nearest_code().search(tree, codebook, num_codes, block.packed(), block.home(), block.ids(),

@@ -125,25 +125,25 @@ class Builder {
 
 // Hands out the parts of the tree in order; with no memory it only counts.
 struct Layout {
-  float* memory;
+  uint32_t* memory;
   int64_t used = 0;
 
   template <typename T>
   void take(T*& part, int64_t count) {
-    static_assert(sizeof(T) == sizeof(float));
+    static_assert(sizeof(T) == sizeof(uint32_t));
     part = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
     used += count;
   }
 };
 
-int64_t lay_out(CodeTree& tree, float* memory, int64_t num_codes, int dim) {
+int64_t lay_out(CodeTree& tree, void* memory, int64_t num_codes, int dim) {
   tree.dim = dim;
   tree.num_leaves = 1;
   while (int64_t{tree.num_leaves} * kLeaf < num_codes) tree.num_leaves *= 2;
   tree.num_groups = divide_up(tree.num_leaves, 16);
   tree.num_clusters = divide_up(tree.num_groups, 16);
   const int64_t leaves = tree.num_groups * 16;
-  Layout layout{memory};
+  Layout layout{static_cast<uint32_t*>(memory)};
   layout.take(tree.split, leaves);
   layout.take(tree.axis, leaves);
   layout.take(tree.groups, int64_t{tree.num_clusters} * dim * 32);
@@ -161,15 +161,15 @@ int64_t code_tree_size(int64_t num_codes, int dim) {
   return lay_out(tree, nullptr, num_codes, dim);
 }
 
-CodeTree view_code_tree(float* memory, int64_t num_codes, int dim) {
+CodeTree view_code_tree(void* memory, int64_t num_codes, int dim) {
   CodeTree tree;
   lay_out(tree, memory, num_codes, dim);
   return tree;
 }
 
-void build_code_tree(float* memory, const float* codebook, int64_t num_codes, int dim) {
+void build_code_tree(void* memory, const float* codebook, int64_t num_codes, int dim) {
   const CodeTree tree = view_code_tree(memory, num_codes, dim);
-  std::fill_n(memory, code_tree_size(num_codes, dim), 0.0f);
+  std::fill_n(static_cast<uint32_t*>(memory), code_tree_size(num_codes, dim), 0);
   Builder(tree, codebook, num_codes).run();
 }
 

@@ -1,4 +1,4 @@
-// A k-d tree over a codebook, flat in memory so that it travels as one float32 tensor.
+// A k-d tree over a codebook, flat in memory so that it travels as one tensor of 32-bit words.
 // N codes of dimension D; L leaves (a power of two) of up to 16 codes each; 16 leaves make a group and
 // 16 groups a cluster, so that one vector operation tests 16 boxes or 16 codes.
 #pragma once
@@ -21,12 +21,12 @@ struct CodeTree {
   int32_t* ids;     // [groups * 16][16] ascending in a leaf; INT32_MAX in lanes without a code
 };
 
-// Floats that the tree of num_codes codes takes: a function of the two counts alone.
+// Words that the tree of num_codes codes takes: a function of the two counts alone.
 int64_t code_tree_size(int64_t num_codes, int dim);
 
-CodeTree view_code_tree(float* memory, int64_t num_codes, int dim);
+CodeTree view_code_tree(void* memory, int64_t num_codes, int dim);
 
 // Codes with a coordinate that is not finite are left out: they are nearest to nothing.
-void build_code_tree(float* memory, const float* codebook, int64_t num_codes, int dim);
+void build_code_tree(void* memory, const float* codebook, int64_t num_codes, int dim);
 
 }  // namespace emu3

@@ -31,6 +31,6 @@ struct Queries {
 
 // ids of queries begin..end into out[begin..end); tree_memory is null for a scan of all codes.
 void find_nearest_codes(const Queries& z, const float* codebook, int64_t num_codes, int dim,
-                        const float* tree_memory, int64_t begin, int64_t end, int64_t* out);
+                        const void* tree_memory, int64_t begin, int64_t end, int64_t* out);
 
 }  // namespace emu3

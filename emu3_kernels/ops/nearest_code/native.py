@@ -31,7 +31,7 @@ def build_tree(codebook: Tensor) -> Tensor:
 
 
 def tree_size(num_codes: int, dim: int) -> int:
-    """Count the floats of a tree, as csrc/cpu/code_tree.cpp lays it out."""
+    """Count the 32-bit words of a tree, as csrc/cpu/code_tree.cpp lays it out."""
     num_leaves = 1
     while num_leaves * 16 < num_codes:
         num_leaves *= 2
@@ -49,4 +49,4 @@ if not _native.MISSING:
 
     @torch.library.register_fake("emu3_kernels::nearest_code_tree")
     def _(codebook: Tensor) -> Tensor:
-        return codebook.new_empty(tree_size(*codebook.shape))
+        return codebook.new_empty(tree_size(*codebook.shape), dtype=torch.int32)
