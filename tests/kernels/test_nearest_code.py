@@ -112,8 +112,8 @@ def test_products_are_not_fused_into_sums(backend):
     rounded = squares[:, 0] + squares[:, 1]
     for fused in (squares[:, 0] + exact[:, 1], exact[:, 0] + squares[:, 1]):
         misled = (rounded[:, None] > rounded) & (fused.float()[:, None] <= fused.float())
-        first, second = misled.nonzero()[0]
-        assert search(backend, torch.zeros(1, 2), codes[[first, second]]).item() == 1
+        pair = misled.nonzero()[0]
+        assert search(backend, torch.zeros(1, 2), codes[pair]).item() == 1
 
 
 @pytest.mark.parametrize("backend", [*ALL, "reference"])
