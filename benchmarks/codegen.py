@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated
 from unittest import mock
 
-import rich
 import triton
 import typer
+from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -177,9 +177,9 @@ def _listed(counts: dict) -> str:
 def table(rows: Iterable[Row]) -> Table:
     out = Table(title="COUNTED in the machine code; accesses are count x bytes a thread")
     for column in ("op", "kernel", "config", "target"):
-        out.add_column(column)
+        out.add_column(column, no_wrap=True)
     for column in ("registers", "stack", "spills", "shared", "loads", "stores", "matrix", "async"):
-        out.add_column(column, justify="right")
+        out.add_column(column, justify="right", no_wrap=True)
     out.add_column("contract")
     for row in rows:
         facts = row.facts
@@ -209,7 +209,8 @@ def codegen(
     if unknown := sorted(set(ops) - set(OPS)):
         raise typer.BadParameter(f"--op must be of {', '.join(OPS)}, got {', '.join(unknown)}")
     rows = list(count(ops))
-    rich.print(table(rows))
+    # Columns that are cut short say nothing: a narrow terminal wraps whole lines instead.
+    Console(width=max(Console().width, 180)).print(table(rows))
     if json_path:
         stated = {"label": "COUNTED", "triton": triton.__version__}
         json_path.write_text(json.dumps(stated | {"rows": [asdict(r) for r in rows]}, indent=1))

@@ -47,6 +47,16 @@ def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype) -> None:
         assert_as_accurate(name, value, low[name], exact[name])
 
 
+def check_the_sum_is_rounded() -> None:
+    size = part("add_rms_norm", "cases").CHECK[-1]
+    inputs = part("add_rms_norm", "cases").make(**size, dtype=torch.bfloat16, device="cpu")
+    with emulated():
+        y, summed = public("add_rms_norm")(**inputs, backend="triton")
+        apart = public("rms_norm")(summed, inputs["weight"], backend="triton")
+    assert torch.equal(summed, inputs["x"] + inputs["residual"])
+    assert torch.equal(y, apart)
+
+
 def launch_emulated(name: str) -> None:
     with emulated():
         faulty.launch(name)

@@ -28,6 +28,18 @@ def test_value_and_gradients(op, size, compiling):
     compiling(emulated.check_value_and_gradients, op, size, torch.bfloat16)
 
 
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+def test_a_row_wider_than_the_registers(op, compiling):
+    """Five rows: one more than the programs that sum the gradient of the weight."""
+    size = {"num_rows": 5, "width": 16384 + 41}
+    compiling(emulated.check_value_and_gradients, op, size, torch.bfloat16)
+
+
+def test_the_sum_is_rounded_before_it_is_normalised(compiling):
+    """Or the pair would not equal the two steps apart, and its gradients would be another's."""
+    compiling(emulated.check_the_sum_is_rounded)
+
+
 @pytest.mark.parametrize(
     ("kernel", "line", "fault"),
     [

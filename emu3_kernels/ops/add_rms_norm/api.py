@@ -7,7 +7,7 @@ from emu3_kernels._checks import check_alike, check_channel_weight, check_has_ch
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.add_rms_norm import reference
 
-BACKENDS = load("add_rms_norm", "native")
+BACKENDS = load("add_rms_norm", "native", "triton")
 
 
 def add_rms_norm(

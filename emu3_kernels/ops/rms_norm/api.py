@@ -7,7 +7,7 @@ from emu3_kernels._checks import check_channel_weight, check_floating, check_has
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.rms_norm import reference
 
-BACKENDS = load("rms_norm", "native")
+BACKENDS = load("rms_norm", "native", "triton")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
