@@ -92,6 +92,10 @@ class BuildNative(build_ext):
         return str(Path(self.build_temp) / f"{name}.o")
 
     def run_compiler(self, command: list[str], source: Path, target: str) -> None:
+        headers = [*ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh")]
+        newest = max(path.stat().st_mtime for path in [source, Path(__file__), *headers])
+        if not self.force and Path(target).exists() and Path(target).stat().st_mtime > newest:
+            return
         print(f"compiling {Path(target).stem}", flush=True)
         subprocess.run([*command, "-c", str(source), "-o", target], check=True)
 
