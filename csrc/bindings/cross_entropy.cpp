@@ -1,5 +1,6 @@
 #include "../cpu/cross_entropy.h"
 
+#include <cmath>
 #include <cstring>
 #include <tuple>
 
@@ -38,11 +39,16 @@ void each(const Rows& rows, Body body) {
   });
 }
 
-LossSettings settings(double z_loss, double label_smoothing) {
-  return {static_cast<float>(z_loss), static_cast<float>(label_smoothing)};
+LossSettings settings(double z_loss, double label_smoothing, int64_t num_classes) {
+  return {static_cast<float>(z_loss), static_cast<float>(label_smoothing), num_classes};
 }
 
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+// lse - (1 - s) * logits[target] - s * mean(logits) + z * lse^2.
+float loss_of(const Sums& sums, const LossSettings& chosen) {
+  const double smoothing = chosen.label_smoothing, lse = sums.highest + std::log(sums.sum);
+  const double loss = lse - (1 - smoothing) * sums.target + chosen.z_loss * lse * lse;
+  return static_cast<float>(smoothing ? loss - smoothing * sums.total / chosen.num_classes : loss);
+}
 
 // logits [rows, V] with unit stride in V; targets and weights [rows], contiguous. Returns the loss of
 // each row and its Denominator, [rows, 2]; 0 where the weight is 0.
@@ -51,16 +57,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& targets,
   const Rows rows(logits, targets, weights);
   Tensor losses = torch::stable::new_empty(logits, {rows.count}, ScalarType::Float);
   Tensor denominators = torch::stable::new_empty(logits, {rows.count, 2}, ScalarType::Float);
-  float* const loss_of = floats(losses);
+  auto* const to = static_cast<float*>(losses.mutable_data_ptr());
   auto* const denominator_of = static_cast<Denominator*>(denominators.mutable_data_ptr());
-  const LossSettings chosen = settings(z_loss, label_smoothing);
+  const LossSettings chosen = settings(z_loss, label_smoothing, rows.classes);
   each(rows, [&](int64_t row) {
-    TokenLoss token{};
-    if (rows.weights[row] != 0)
-      token = cross_entropy().forward(rows.dtype, at(logits, row * rows.stride), rows.classes,
-                                      rows.targets[row], chosen);
-    loss_of[row] = token.loss;
-    denominator_of[row] = token.denominator;
+    to[row] = 0;
+    denominator_of[row] = {0, 0};
+    if (rows.weights[row] == 0) return;
+    Sums sums;
+    cross_entropy().add(rows.dtype, at(logits, row * rows.stride), rows.classes, rows.targets[row],
+                        chosen, &sums);
+    to[row] = loss_of(sums, chosen);
+    denominator_of[row] = {static_cast<float>(sums.highest), static_cast<float>(std::log2(sums.sum))};
   });
   return {losses, denominators};
 }
@@ -73,7 +81,7 @@ Tensor backward(const Tensor& dlosses, const Tensor& logits, const Tensor& targe
   const auto* const denominator_of =
       static_cast<const Denominator*>(denominators.const_data_ptr());
   const bool past = past_caches(dlogits);
-  const LossSettings chosen = settings(z_loss, label_smoothing);
+  const LossSettings chosen = settings(z_loss, label_smoothing, rows.classes);
   each(rows, [&](int64_t row) {
     char* const to = mutable_at(dlogits, row * rows.classes);
     if (rows.weights[row] == 0) {
@@ -86,31 +94,6 @@ Tensor backward(const Tensor& dlosses, const Tensor& logits, const Tensor& targe
   return dlogits;
 }
 
-// Overwrites logits with the gradient of Σ dlosses * losses, each row while it is in the cache, and
-// returns the losses.
-Tensor gradient(Tensor logits, const Tensor& targets, const Tensor& dlosses, double z_loss,
-                double label_smoothing) {
-  const Rows rows(logits, targets, dlosses);
-  Tensor losses = torch::stable::new_empty(logits, {rows.count}, ScalarType::Float);
-  float* const loss_of = floats(losses);
-  const LossSettings chosen = settings(z_loss, label_smoothing);
-  each(rows, [&](int64_t row) {
-    char* const from = mutable_at(logits, row * rows.stride);
-    if (rows.weights[row] == 0) {
-      std::memset(from, 0, rows.classes * logits.element_size());
-      loss_of[row] = 0;
-      return;
-    }
-    const CrossEntropy& kernel = cross_entropy();
-    const TokenLoss token =
-        kernel.forward(rows.dtype, from, rows.classes, rows.targets[row], chosen);
-    kernel.backward(rows.dtype, from, from, rows.classes, rows.targets[row], token.denominator,
-                    rows.weights[row], chosen, false);
-    loss_of[row] = token.loss;
-  });
-  return losses;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
@@ -120,15 +103,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
   m.def(
       "cross_entropy_backward(Tensor dlosses, Tensor logits, Tensor targets, Tensor denominators, "
       "float z_loss, float label_smoothing) -> Tensor");
-  m.def(
-      "cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor dlosses, float z_loss, "
-      "float label_smoothing) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&backward));
-  m.impl("cross_entropy_gradient_", TORCH_BOX(&gradient));
 }
 
 }  // namespace emu3

@@ -6,14 +6,8 @@ namespace emu3::EMU3_LEVEL {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
-constexpr double kLn2 = 0.6931471805599453;
+constexpr float kLn2 = 0.693147181f;
 constexpr int64_t kBlock = 2048;  // at most 8 KiB: still in the L1 cache when it is read again
-
-// What one pass over a row collects: sum = Σ e^(x - highest) and, if asked for, total = Σ x.
-struct Sums {
-  float highest = -1e30f;  // finite, so that a block of -infinity leaves no NaN
-  double sum = 0, total = 0;
-};
 
 inline float lowest(float) { return -__builtin_inff(); }
 inline bfloat16 lowest(bfloat16) { return {0xff80}; }
@@ -35,7 +29,8 @@ inline Vec softmax(Vec x, float highest, float log2_sum) {
 
 template <typename T, bool kTotal>
 void add_block(Sums& sums, const T* logits, int64_t count) {
-  Pair highest{splat(sums.highest), splat(sums.highest)}, total{};
+  const float before = sums.highest;
+  Pair highest{splat(before), splat(before)}, total{};
   over_pairs(count, [&](int64_t c, int64_t n) {
     const Pair x = load_pair_or_lowest(logits + c, n);
     highest = {max(highest.a, x.a), max(highest.b, x.b)};
@@ -47,34 +42,20 @@ void add_block(Sums& sums, const T* logits, int64_t count) {
     const Pair x = load_pair_or_lowest(logits + c, n);
     sum = sum + Pair{softmax(x.a, top, 0), softmax(x.b, top, 0)};
   });
-  sums.sum = sums.sum * softmax(splat(sums.highest), top, 0)[0] + reduce_add(sum);
+  sums.sum = sums.sum * softmax(splat(before), top, 0)[0] + reduce_add(sum);
   sums.total += reduce_add(total);
   sums.highest = top;
-}
-
-// Blocks begin at the first class wherever that lies, so that alignment never changes a result.
-template <typename T, bool kTotal>
-Sums sums_of(const T* logits, int64_t classes) {
-  Sums sums;
-  for (int64_t c = 0; c < classes; c += kBlock)
-    add_block<T, kTotal>(sums, logits + c, classes - c < kBlock ? classes - c : kBlock);
-  return sums;
 }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) { return widen(HalfVec{} + x.bits)[0]; }
 
-// loss = lse - (1 - s) * logits[target] - s * mean(logits) + z * lse^2.
-template <typename T>
-TokenLoss forward_row(const T* logits, int64_t classes, int64_t target, LossSettings settings) {
-  const double smoothing = settings.label_smoothing;
-  const Sums sums =
-      smoothing ? sums_of<T, true>(logits, classes) : sums_of<T, false>(logits, classes);
-  const double log2_sum = __builtin_log2(sums.sum);
-  const double lse = sums.highest + kLn2 * log2_sum;
-  double loss = lse - (1 - smoothing) * to_float(logits[target]) + settings.z_loss * lse * lse;
-  if (smoothing) loss -= smoothing * sums.total / classes;
-  return {(float)loss, {sums.highest, (float)log2_sum}};
+// Blocks begin at the first class wherever that lies, so that alignment never changes a result.
+template <typename T, bool kTotal>
+void add_row(const T* logits, int64_t classes, int64_t target, Sums& sums) {
+  for (int64_t c = 0; c < classes; c += kBlock)
+    add_block<T, kTotal>(sums, logits + c, classes - c < kBlock ? classes - c : kBlock);
+  if (0 <= target && target < classes) sums.target = to_float(logits[target]);
 }
 
 // Elements before the first that begins a cache line: rows of an odd width start anywhere.
@@ -89,13 +70,14 @@ template <typename T>
 void backward_row(const T* logits, T* dlogits, int64_t classes, int64_t target, Denominator denominator,
                   float dloss, LossSettings settings, bool past_caches) {
   const auto [highest, log2_sum] = denominator;
-  const float lse = highest + (float)kLn2 * log2_sum;
+  const float lse = highest + kLn2 * log2_sum;
   const Vec scale = splat(dloss * (1 + 2 * settings.z_loss * lse));
-  const Vec spread = splat(-dloss * settings.label_smoothing / classes);
+  const Vec spread = splat(-dloss * settings.label_smoothing / settings.num_classes);
   const auto gradient = [&](Vec x) {
     return fma(softmax(x, highest, log2_sum), scale, spread);
   };
-  const Vec at_target = gradient(splat(to_float(logits[target]))) - dloss * (1 - settings.label_smoothing);
+  const bool has_target = 0 <= target && target < classes;
+  const Vec target_logit = splat(has_target ? to_float(logits[target]) : 0);  // before it is lost
   const auto write_block = [&](int64_t from, int64_t count, bool past) {
     over_pairs(count, [&](int64_t c, int64_t n) {
       const Pair x = load_pair(logits + from + c, n);
@@ -106,16 +88,18 @@ void backward_row(const T* logits, T* dlogits, int64_t classes, int64_t target, 
   if (aligned) write_block(0, aligned, false);
   write_block(aligned, classes - aligned, past_caches);
   stream_fence();  // before the one class that is written twice
-  store_tail(dlogits + target, at_target, 1);
+  if (!has_target) return;
+  const float onehot = dloss * (1 - settings.label_smoothing);
+  store_tail(dlogits + target, gradient(target_logit) - onehot, 1);
 }
 
-TokenLoss forward(Dtype dtype, const void* logits, int64_t classes, int64_t target,
-                  LossSettings settings) {
-  TokenLoss result;
+void add(Dtype dtype, const void* logits, int64_t classes, int64_t target, LossSettings settings,
+         Sums* sums) {
   with_type(dtype, [&](auto type) {
-    result = forward_row((const decltype(type)*)logits, classes, target, settings);
+    using T = decltype(type);
+    const auto row = settings.label_smoothing ? add_row<T, true> : add_row<T, false>;
+    row((const T*)logits, classes, target, *sums);
   });
-  return result;
 }
 
 void backward(Dtype dtype, const void* logits, void* dlogits, int64_t classes, int64_t target,
@@ -128,6 +112,6 @@ void backward(Dtype dtype, const void* logits, void* dlogits, int64_t classes, i
 
 }  // namespace
 
-extern const CrossEntropy cross_entropy{forward, backward};
+extern const CrossEntropy cross_entropy{add, backward};
 
 }  // namespace emu3::EMU3_LEVEL

@@ -1,0 +1,70 @@
+// The steps of linear_cross_entropy between its matrix products, on one block of the vocabulary:
+// logits [rows, block], the classes from `first` on, unit stride.
+#include "../cpu/cross_entropy.h"
+
+#include "torch_stable.h"
+
+namespace emu3 {
+namespace {
+
+LossSettings settings(double z_loss, double label_smoothing, int64_t num_classes) {
+  return {static_cast<float>(z_loss), static_cast<float>(label_smoothing), num_classes};
+}
+
+// Calls body(row) for every row, a row being the work of one thread.
+template <typename Body>
+void each(const Tensor& logits, Body body) {
+  const int64_t grain = row_grain(logits.size(1));
+  torch::stable::parallel_for(0, logits.size(0), grain, [&](int64_t row, int64_t end) {
+    for (; row < end; ++row) body(row);
+  });
+}
+
+// Adds a block to sums, float64 [rows, 4] (highest, sum, total, target); the block at 0 starts them.
+void add_(const Tensor& logits, const Tensor& targets, Tensor sums, int64_t first,
+          double label_smoothing) {
+  const auto* const target_of = static_cast<const int64_t*>(targets.const_data_ptr());
+  auto* const sums_of = static_cast<Sums*>(sums.mutable_data_ptr());
+  const Dtype dtype = dtype_of(logits);
+  const LossSettings chosen = settings(0, label_smoothing, 0);
+  each(logits, [&](int64_t row) {
+    if (first == 0) sums_of[row] = Sums{};
+    cross_entropy().add(dtype, at(logits, row * logits.stride(0)), logits.size(1),
+                        target_of[row] - first, chosen, sums_of + row);
+  });
+}
+
+// Overwrites a block with the gradient of Σ dlosses * losses; denominators are float32 [rows, 2].
+void gradient_(Tensor logits, const Tensor& targets, const Tensor& denominators,
+               const Tensor& dlosses, int64_t first, int64_t num_classes, double z_loss,
+               double label_smoothing) {
+  const auto* const target_of = static_cast<const int64_t*>(targets.const_data_ptr());
+  const auto* const denominator_of =
+      static_cast<const Denominator*>(denominators.const_data_ptr());
+  const auto* const dloss_of = static_cast<const float*>(dlosses.const_data_ptr());
+  const Dtype dtype = dtype_of(logits);
+  const LossSettings chosen = settings(z_loss, label_smoothing, num_classes);
+  each(logits, [&](int64_t row) {
+    char* const block = mutable_at(logits, row * logits.stride(0));
+    cross_entropy().backward(dtype, block, block, logits.size(1), target_of[row] - first,
+                             denominator_of[row], dloss_of[row], chosen, false);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
+  m.def(
+      "linear_cross_entropy_add_(Tensor logits, Tensor targets, Tensor(a!) sums, int first, "
+      "float label_smoothing) -> ()");
+  m.def(
+      "linear_cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor denominators, "
+      "Tensor dlosses, int first, int num_classes, float z_loss, float label_smoothing) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
+  m.impl("linear_cross_entropy_add_", TORCH_BOX(&add_));
+  m.impl("linear_cross_entropy_gradient_", TORCH_BOX(&gradient_));
+}
+
+}  // namespace emu3
