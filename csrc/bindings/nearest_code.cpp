@@ -7,10 +7,10 @@
 namespace emu3 {
 namespace {
 
-// A tree costs about 1,700 queries' worth of scanning, and one query of it as much as scanning 800
+// A tree costs about 900 queries' worth of scanning, and one query of it as much as scanning 800
 // codes (measured). Above 8 dimensions it seldom prunes.
 bool tree_pays(int64_t num_queries, int64_t num_codes, int64_t dim) {
-  return dim <= 8 && num_queries * (num_codes - 800) > 1700 * num_codes;
+  return dim <= 8 && num_queries * (num_codes - 800) > 900 * num_codes;
 }
 
 constexpr int64_t kFewestCodesOfTree = 512;

@@ -10,7 +10,7 @@ CHECK = [
     {"shape": (1, 4), "num_codes": 1, "on_grid": True},
     {"shape": (2, 3, 5), "num_codes": 41, "on_grid": True},
     {"shape": (1, 32, 9), "num_codes": 17, "on_grid": True},
-    {"shape": (1, 4, 37, 65), "num_codes": 2000, "on_grid": True},  # pays for a tree on the CPU
+    {"shape": (1, 4, 37, 65), "num_codes": 2000, "on_grid": True},  # pays for a tree on a CPU
     {"shape": (2, 4, 3, 5, 7), "num_codes": 1025, "on_grid": True},
 ]
 TIME = [
