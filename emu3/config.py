@@ -119,15 +119,15 @@ class DataSettings(Settings):
     held_out: float = Field(0.25, gt=0, lt=1)
     """Share of the digits that no stage may see."""
     batch_size: PositiveInt = 64
-    describe: float = Field(0.65, ge=0, le=1)
+    describe: float = Field(0.6, ge=0, le=1)
     """Share of the documents in which the caption follows the picture."""
     null_caption: float = Field(0.1, ge=0, le=1)
     """Share of the pictures to draw that come without a caption, for guidance."""
-    shift: NonNegativeFloat = 0.03
+    shift: NonNegativeFloat = 0.02
     """Largest shift, as a share of the picture."""
-    rotate: NonNegativeFloat = 5.0
+    rotate: NonNegativeFloat = 4.0
     """Largest rotation in degrees."""
-    scale: float = Field(0.05, ge=0, lt=1)
+    scale: float = Field(0.04, ge=0, lt=1)
     """Largest relative change of size."""
     tokenizer: Path | None = None
     """Trained vision tokenizer; the decoder's stage reads it."""

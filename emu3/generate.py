@@ -84,13 +84,14 @@ def generate_captions(
     tokens, starts = _on(model, *pad_left(prompts, ids.pad))
     capacity = tokens.shape[1] + max_new_tokens - 1
     cache = KeyValueCache(model.settings, starts, capacity, model.head.weight.dtype)
-    allowed = torch.tensor([*range(ids.num_text), ids.eos], device=tokens.device)
-    text_head = model.head.weight[allowed]
+    text_head, end_head = model.head.weight[: ids.num_text], model.head.weight[ids.eos][None]
     written = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
-        best = F.linear(model(tokens, cache)[:, -1], text_head).argmax(-1)
-        token = allowed[best].masked_fill(ended, ids.eos)
+        hidden = model(tokens, cache)[:, -1]
+        logits = torch.cat((F.linear(hidden, text_head), F.linear(hidden, end_head)), dim=-1)
+        best = logits.argmax(-1)
+        token = best.masked_fill(ended | (best == ids.num_text), ids.eos)
         ended |= token == ids.eos
         if ended.all():
             break

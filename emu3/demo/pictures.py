@@ -30,11 +30,13 @@ def draw_grid(path: Path, pictures: Tensor) -> None:
     _write(figure, path)
 
 
-def draw_reconstructions(path: Path, real: Tensor, redrawn: Tensor) -> None:
+def draw_reconstructions(
+    path: Path, real: Tensor, redrawn: Tensor, grid: tuple[int, int]
+) -> None:
     """Held-out pictures above what is left of them after the codes, ``[n, 3, H, W]`` each."""
-    columns = 10
+    columns, codes = 10, "x".join(map(str, grid))
     rows = 2 * (len(real) // columns)
-    figure = _page(12.0, 1.35 * rows + 0.7, "Held-out digits, and the same through 6x6 codes")
+    figure = _page(12.0, 1.35 * rows + 0.7, f"Held-out digits, and the same through {codes} codes")
     axes = figure.subplots(rows, columns, squeeze=False)
     for number in range(len(real)):
         row, column = divmod(number, columns)
@@ -97,8 +99,8 @@ def _picture(axis, picture: Tensor) -> None:
         edge.set_color(_FAINT)
 
 
-def _smooth(values: np.ndarray, window: int = 25) -> np.ndarray:
-    window = min(window, len(values))
+def _smooth(values: np.ndarray) -> np.ndarray:
+    window = 1 + len(values) // 20
     padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
     return np.convolve(padded, np.ones(window) / window, mode="valid")
 

@@ -69,7 +69,7 @@ class Clock:
 def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = ()) -> dict:
     """Train the miniature; leave pictures, captions and ``report.json`` in ``folder``.
 
-    All figures but the seconds depend on the recipes' seeds alone.
+    Every figure but seconds and speeds depends on the recipes' seeds alone.
 
     Args:
         vision: ``key=value`` overrides of the tokenizer's recipe.
@@ -97,7 +97,7 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
     report = {
         **_accuracies(mini, judge, drawn, described, redrawn, colors),
         **speed,
-        **_speeds(mini, drawn, clock.seconds),
+        **_speeds(folder / "runs", drawn, clock.seconds),
         "captions": _samples(mini, described, colors),
         "machine": _machine(),
     }
@@ -111,11 +111,16 @@ def _train(
     runs: Path, clock: Clock, vision: Sequence[str], decoder: Sequence[str]
 ) -> Miniature:
     shutil.rmtree(runs, ignore_errors=True)
-    recipe = load_recipe("vision", vision)
-    learned, held_out = load_split(recipe.data.held_out)
+    first = load_recipe("vision", vision)
+    learned, held_out = load_split(first.data.held_out)
     with clock.stage("train_tokenizer"):
-        vision_file = train(recipe, runs / "vision")
+        vision_file = train(first, runs / "vision")
     recipe = load_recipe("digits", [f"data.tokenizer={json.dumps(str(vision_file))}", *decoder])
+    if recipe.data.held_out != first.data.held_out:
+        raise ValueError(
+            "demo: both recipes must hold out the same digits, got data.held_out "
+            f"{first.data.held_out} and {recipe.data.held_out}"
+        )
     with clock.stage("train_decoder"):
         decoder_file = train(recipe, runs / "decoder")
     return Miniature(
@@ -147,7 +152,10 @@ def _draw(
     few = _spread(len(described.pictures), 20)
     pictures.draw_grid(folder / "drawn.png", drawn.pictures[0])
     pictures.draw_reconstructions(
-        folder / "reconstructions.png", described.pictures[few], redrawn[few]
+        folder / "reconstructions.png",
+        described.pictures[few],
+        redrawn[few],
+        mini.tokenizer.settings.grid,
     )
     some = _spread(len(described.pictures), 24)
     pictures.draw_captions(
@@ -188,11 +196,8 @@ def _accuracies(
     }
 
 
-def _speeds(mini: Miniature, drawn: Drawn, seconds: dict[str, float]) -> dict:
-    height, width = mini.tokenizer.settings.grid
-    stream = DocumentStream(mini.learned, mini.recipe, mini.tokenizer, mini.text)
-    tokens, _ = stream.next_batch()
-    trained = tokens.numel() * mini.recipe.train.steps
+def _speeds(runs: Path, drawn: Drawn, seconds: dict[str, float]) -> dict:
+    trained = sum(line["tokens"] for line in read_metrics(runs / "decoder" / "metrics.jsonl"))
     return {
         "training_tokens_per_second": round(trained / seconds["train_decoder"]),
         "drawn_tokens_per_second": round(drawn.num_tokens / seconds["draw"]),

@@ -11,7 +11,7 @@ def next_token(
     model: Emu3, tokens: Tensor, weights: Tensor
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """Weighted next-token loss of ``tokens [B, T]``."""
-    return model.loss(tokens, weights), {}
+    return model.loss(tokens, weights), {"tokens": tokens.numel()}
 
 
 def reconstruction(

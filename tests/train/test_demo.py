@@ -55,6 +55,12 @@ def test_a_second_demo_reports_the_same_figures(folder):
     }
 
 
+def test_stages_that_hold_out_different_digits_are_refused(tmp_path):
+    """Else the tokenizer would have learned from digits that the decoder is measured on."""
+    with pytest.raises(ValueError, match=r"hold out the same digits, got .* 0.25 and 0.5"):
+        run_demo(tmp_path, VISION_WORDS, [*DECODER_WORDS, "data.held_out=0.5"])
+
+
 def test_the_judges_know_real_digits_they_never_saw():
     learned, held_out = load_split(0.25)
     colors = torch.arange(len(held_out)) % len(COLORS)
