@@ -106,7 +106,10 @@ def fused_speedup(model: Emu3, tokens: Tensor, weights: Tensor, *, pairs: int = 
 
 @contextmanager
 def backends_used() -> Iterator[dict[str, str]]:
-    """Fill a dictionary with the backend that each op runs on inside the block."""
+    """Fill a dictionary with the backend that each op runs on inside the block.
+
+    Every op asks one function which backend to use; its answers are overheard.
+    """
     used: dict[str, str] = {}
     watched = emu3_kernels._dispatch.choose.__code__
 

@@ -16,7 +16,7 @@ from emu3.data.digits import (
 )
 from emu3.data.documents import Lesson, collate
 from emu3.data.stream import DocumentStream, PictureStream, digits_to_learn
-from emu3.prompt import parse_document
+from emu3.prompt import image_ids, parse_document
 from emu3.text import ByteTokenizer
 from emu3.weights import load_vision
 from tests.train.recipes import tiny_recipe
@@ -70,24 +70,29 @@ def test_a_batch_weighs_text_one_vision_half_and_padding_nothing():
     assert weights.tolist() == [[0, 1, 0.5, 1, 1], [0, 0, 1, 0, 0]]
 
 
-def test_documents_come_in_both_directions_and_say_what_they_show(tmp_path):
+def test_documents_come_in_both_directions_and_are_learned_from_what_comes_second(tmp_path):
     recipe = tiny_recipe("decoder", tmp_path)
-    tokenizer = load_vision(recipe.data.tokenizer)
-    text = ByteTokenizer(recipe.model.vocabulary)
+    recipe = recipe.model_copy(update={"data": DataSettings(batch_size=64, null_caption=0.2)})
+    tokenizer = load_vision(tmp_path / "tokenizer.safetensors")
+    ids, text = recipe.model.vocabulary, ByteTokenizer(recipe.model.vocabulary)
     digits = digits_to_learn(recipe.data)
     tokens, weights = DocumentStream(digits, recipe, tokenizer, text).next_batch()
     pictures, labels, colors = DocumentStream(digits, recipe, tokenizer, text).draw()
     names = [caption(int(d), int(c)) for d, c in zip(labels, colors, strict=True)]
-    for number, (ids, codes) in enumerate(zip(tokens, tokenizer.encode(pictures), strict=True)):
-        document = parse_document(ids.tolist(), text)
+    kinds = set()
+    for row, weight, codes, name in zip(
+        tokens, weights, tokenizer.encode(pictures), names, strict=True
+    ):
+        document, learned = parse_document(row.tolist(), text), row[weight > 0].tolist()
         assert document.codes.equal(codes)
-        if number % 2:
-            assert (document.before, document.after) == ("", names[number])
-            learned = ids[weights[number] > 0].tolist()
-            assert text.decode(learned[:-1]) == names[number]
+        kinds.add((document.before == name, document.after == name))
+        if document.after:
+            assert (document.before, document.after) == ("", name)
+            assert learned == [*text.encode(name), ids.eos]
         else:
-            assert document.before in ("", names[number])
-            assert document.after == ""
+            assert document.before in ("", name)
+            assert learned == [*image_ids(codes, text)[5:], ids.eos]  # all but boi "4*4" img
+    assert kinds == {(True, False), (False, True), (False, False)}
 
 
 @pytest.mark.parametrize("batches", [0, 1, 300])
