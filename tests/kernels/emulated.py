@@ -45,6 +45,18 @@ def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype) -> None:
     exact = value_and_gradients(op, oracle, double(inputs))
     for name, value in actual.items():
         assert_as_accurate(name, value, low[name], exact[name])
+        assert_rounded_once(name, value, low[name], exact[name])
+
+
+def assert_rounded_once(name: str, actual: Tensor, low: Tensor, exact: Tensor) -> None:
+    """Hold the mean error to that of the reference, which computes in float32 and rounds once.
+
+    A product rounded on the way, for want of float32, stays within the budget of the largest
+    error, but brings the mean to the root of two times its own; the bound lies halfway.
+    """
+    if actual.numel():
+        error, once = ((value.double() - exact).abs().mean() for value in (actual, low))
+        assert error <= 2**0.25 * once, f"{name}: mean error {error:.2e}, rounded once {once:.2e}"
 
 
 def check_the_sum_is_rounded() -> None:
