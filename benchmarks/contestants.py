@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import peers
-from benchmarks.duel import Call
+from benchmarks.duel import MIN_SAMPLE, Call
 from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER
 from emu3_kernels import _native
 from tests.budget import assert_as_accurate
@@ -22,6 +22,8 @@ MATRIX = 1024
 """Rows and columns of the matrices whose product bounds an op that counts FLOPs."""
 LARGE_RESULT = 1 << 20
 """Bytes from which fresh memory costs: below, a preallocated result is no other contestant."""
+SHORT = 0.1
+"""Seconds below which a call is estimated anew, warm and without the profiler."""
 SAME_CODES = 0.99
 """Share of integers on which a peer must agree: searches that expand the square miss near-ties."""
 
@@ -51,10 +53,18 @@ class Lineup:
     peak_mib: dict[str, float | None] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def enter(self, name: str, call: Call) -> None:
-        seconds, peak = rehearse(call)
-        self.calls[name], self.seconds[name] = call, seconds
+    def enter(self, name: str, call: Call) -> object:
+        """Call once for the result, the seconds that a call takes roughly and the memory."""
+        if name in (COMPILED, COMPILED_OUT):
+            call()
+        result, self.seconds[name], peak = observe(call)
         self.peak_mib[name] = None if name in peers.OUTSIDE_TORCH else peak
+        self.calls[name] = call
+        return result
+
+    def drop(self, name: str, reason: str) -> None:
+        self.calls.pop(name, None)
+        self.missing[name] = reason
 
 
 def cases(op: str) -> list[Case]:
@@ -89,25 +99,25 @@ def lineup(case: Case) -> Lineup:
     inputs = part(case.op, "cases").make(**case.size, dtype=case.dtype, device="cpu")
     ours = caller(case, partial(public(case.op), backend=case.backend), inputs)
     forward = case.direction == "forward"
-    exact = ours() if forward else None
-    check(case.op, case.backend, case.dtype)
     entered = Lineup()
-    entered.enter(case.backend, ours)
+    exact = entered.enter(case.backend, ours)
+    check(case.op, case.backend, case.dtype)
     low = getattr(part(case.op, "reference"), case.op)(**inputs) if forward else None
     for name, build in rivals(case, inputs, exact).items():
         try:
-            call = build()
-            result = call()  # compiles; and a peer that works in place is right this once
+            result = entered.enter(name, build())
             if forward:
                 assert_same(name, case.dtype, result, low, exact)
-            entered.enter(name, call)
         except peers.UnavailableError as reason:
-            entered.missing[name] = str(reason)
+            entered.drop(name, str(reason))
         except Exception as error:  # a peer that fails is a result too, and is published
             first_line = (str(error).strip().splitlines() or [""])[0]
-            entered.missing[name] = f"{type(error).__name__}: {first_line}"
+            entered.drop(name, f"{type(error).__name__}: {first_line}")
     for name, call in bounds(case).items():
         entered.enter(name, call)
+    for name, call in entered.calls.items():
+        if entered.seconds[name] < SHORT:
+            entered.seconds[name] = estimate(call)
     return entered
 
 
@@ -186,24 +196,31 @@ def flops(case: Case) -> int | None:
     return products * stated.flops(**case.size, dtype=case.dtype)
 
 
-def rehearse(call: Call) -> tuple[float, float]:
-    """Call again, for the seconds that it takes roughly and the MiB that torch allocates."""
+def observe(call: Call) -> tuple[object, float, float]:
+    """Call once: the result, the seconds, and the MiB that torch's allocator held at the peak."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         start = time.perf_counter()
-        call()
+        result = call()
         seconds = time.perf_counter() - start
-    if seconds < 0.01:  # the profiler itself weighs on a short call
-        start = time.perf_counter()
-        for _ in range(10):
-            call()
-        seconds = (time.perf_counter() - start) / 10
     events = profiled.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = peak = 0
     for _, num_bytes in changes:
         held += num_bytes
         peak = max(peak, held)
-    return seconds, peak / 2**20
+    return result, seconds, peak / 2**20
+
+
+def estimate(call: Call) -> float:
+    """Average as many calls as fill a few samples: cold, a short call takes ten times as long."""
+    times, elapsed = 1, 0.0
+    while elapsed < 5 * MIN_SAMPLE:
+        times *= 2
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        elapsed = time.perf_counter() - start
+    return elapsed / times
 
 
 def assert_same(name: str, dtype: torch.dtype, theirs: object, low: object, ours: object) -> None:

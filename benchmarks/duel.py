@@ -13,7 +13,7 @@ from statistics import median
 
 Call = Callable[[], object]
 
-MIN_SAMPLE = 1e-3
+MIN_SAMPLE = 2e-3
 """Seconds that one sample lasts at least: short calls are repeated, so that the clock is exact."""
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 60
