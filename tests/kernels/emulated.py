@@ -1,7 +1,7 @@
-"""Triton kernels executed on the CPU by ttsem, which runs the real TTIR: right in bfloat16, and
-an access out of bounds or a race between programs stops the launch with the line it stands on.
+"""Triton kernels executed on the CPU by ttsem, which runs their real TTIR.
 
-Works only in a process where Triton compiles: see the ``compiling`` fixture.
+It is right in bfloat16, and stops a launch at the line of an access out of bounds or of a race
+between programs. For a process in which Triton compiles: see the ``compiling`` fixture.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
 """The Triton kernels without a GPU, in bfloat16, which Triton's interpreter gets wrong.
 
-ttsem runs the real TTIR of every launch and refuses an access out of bounds and a race between
-programs. Neither depends on the dtype, so float32 and float16 are left to the interpreter.
+ttsem runs the real TTIR of every launch, as compiled for sm_90, and refuses an access out of bounds
+and a race between programs. Neither depends on the dtype, so float32 and float16 are left to the
+interpreter. What comes after TTIR is out of its sight: layouts, the copies that a pipelined loop
+makes ahead, races between the warps of one program. ``test_codegen`` counts the machine code.
 """
 
 import os
