@@ -45,11 +45,12 @@ def run_until_killed(stage, folder, where, count):
 
 @pytest.mark.parametrize("stage", ["vision", "decoder"])
 def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
-    """Killed at a random step, then inside a save, then left to finish."""
+    """Killed at a random step past the first checkpoint, then inside a save, then left alone."""
     recipe = tiny_recipe(stage, tmp_path)
     unbroken = train(recipe, tmp_path / "unbroken")
-    step = random.Random(stage).randint(2, recipe.train.steps - 3)
+    step = random.Random(stage).randint(recipe.train.save_every + 2, recipe.train.steps - 1)
     run_until_killed(stage, tmp_path, "step", step)
+    assert (tmp_path / "killed" / "checkpoint.safetensors").exists()
     run_until_killed(stage, tmp_path, "save", 3)
     resumed = train(recipe, tmp_path / "killed", resume=True)
     curves = [tmp_path / run / "metrics.jsonl" for run in ("unbroken", "killed")]
