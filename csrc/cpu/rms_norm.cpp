@@ -6,35 +6,54 @@
 namespace emu3::EMU3_LEVEL {
 namespace {
 
+// A row that is read again stays in the L1 cache up to this many elements.
+constexpr int64_t kScratch = 8192;
+
 template <typename T>
-float mean_square(const T* x, int64_t width) {
+float sum_of_squares(const T* x, int64_t width) {
   Pair sum{};
   over_pairs(width, [&](int64_t c, int64_t count) {
     const Pair value = load_pair(x + c, count);
     sum = fma(value, value, sum);
   });
-  return reduce_add(sum) / width;
+  return reduce_add(sum);
+}
+
+// Adds two rows, rounded, into `summed` and `copy`; the sum of squares is that of the rounded sum.
+template <typename T>
+float add_rows(const T* x, const T* residual, T* summed, T* copy, int64_t width, bool past_caches) {
+  Pair sum{};
+  over_pairs(width, [&](int64_t c, int64_t count) {
+    const Pair both = load_pair(x + c, count) + load_pair(residual + c, count);
+    store_pair(summed + c, both, count, past_caches);
+    store_pair(copy + c, both, count, false);
+    const Pair value = load_pair(copy + c, count);
+    sum = fma(value, value, sum);
+  });
+  return reduce_add(sum);
 }
 
 template <typename T>
 void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summed, float* rstd,
                   int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride, float eps,
                   bool past_caches) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = x + r * x_stride;
+  T scratch[kScratch];
+  for (int64_t r = 0; r < rows; ++r, x += x_stride, y += width) {
+    const T* row = x;
+    float squares;
     if (residual) {
-      over_pairs(width, [&](int64_t c, int64_t count) {
-        const Pair other = load_pair(residual + r * residual_stride + c, count);
-        store_pair(summed + r * width + c, load_pair(row + c, count) + other, count, false);
-      });
-      row = summed + r * width;
+      const bool fits = width <= kScratch;
+      T* copy = fits ? scratch : summed;
+      squares = add_rows(x, residual, summed, copy, width, fits && past_caches);
+      row = copy, residual += residual_stride, summed += width;
+    } else {
+      squares = sum_of_squares(x, width);
     }
-    const float scale = 1 / __builtin_sqrtf(mean_square(row, width) + eps);
+    const float scale = rstd[r] = 1 / __builtin_sqrtf(squares / width + eps);
     over_pairs(width, [&](int64_t c, int64_t count) {
       const Pair out = load_pair(row + c, count) * scale * load_pair(weight + c, count);
-      store_pair(y + r * width + c, out, count, past_caches);
+      store_pair(y + c, out, count, past_caches);
     });
-    rstd[r] = scale;
   }
 }
 
@@ -45,15 +64,16 @@ void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, c
                    int64_t dsummed_stride, int64_t x_stride, bool past_caches) {
   for (int64_t c = 0; c < padded_width(width); ++c) dweight[c] = 0;
   for (int64_t r = 0; r < rows; ++r, dy += dy_stride, x += x_stride, dx += width) {
+    const float scale = rstd[r];
     Pair sum{};
     over_pairs(width, [&](int64_t c, int64_t count) {
       const Pair g = load_pair(dy + c, count), value = load_pair(x + c, count);
       sum = fma(g * load_pair(weight + c, count), value, sum);
-      store_pair(dweight + c, fma(g, value * rstd[r], load_pair(dweight + c)), false);
+      store_pair(dweight + c, fma(g, value * scale, load_pair(dweight + c)), false);
     });
-    const float slope = -reduce_add(sum) / width * rstd[r] * rstd[r] * rstd[r];
+    const float slope = -reduce_add(sum) / width * scale * scale * scale;
     over_pairs(width, [&](int64_t c, int64_t count) {
-      const Pair direct = load_pair(dy + c, count) * load_pair(weight + c, count) * rstd[r];
+      const Pair direct = load_pair(dy + c, count) * load_pair(weight + c, count) * scale;
       Pair d = load_pair(x + c, count) * slope + direct;
       if (dsummed) d = d + load_pair(dsummed + r * dsummed_stride + c, count);
       store_pair(dx + c, d, count, past_caches);
@@ -77,7 +97,8 @@ void forward(Dtype dtype, const void* x, const void* residual, const void* weigh
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     forward_rows((const T*)x, (const T*)residual, (const T*)weight, (T*)y, (T*)summed, rstd, rows,
-                 width, x_stride, residual_stride, eps, past_caches && can_stream((T*)y, width));
+                 width, x_stride, residual_stride, eps,
+                 past_caches && can_stream((T*)y, width) && can_stream((T*)summed, width));
   });
   stream_fence();
 }

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_alike, check_channel_weight, check_has_channels, rows
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.add_rms_norm import reference
@@ -37,7 +38,11 @@ def add_rms_norm(
     chosen = choose("add_rms_norm", BACKENDS, backend, x, residual, weight, eps)
     if chosen == "reference":
         return reference.add_rms_norm(x, residual, weight, eps)
-    y, summed = _AddRMSNorm.apply(rows(x), rows(residual), weight.contiguous(), eps, chosen)
+    operands = rows(x), rows(residual), weight.contiguous(), eps
+    if needs_gradient(x, residual, weight):
+        y, summed = _AddRMSNorm.apply(*operands, chosen)
+    else:
+        y, summed, _ = BACKENDS[chosen].forward(*operands)
     return y.view(x.shape), summed.view(x.shape)
 
 

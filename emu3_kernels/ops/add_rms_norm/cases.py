@@ -9,6 +9,7 @@ CHECK = [
     {"num_rows": 3, "width": 41},
     {"num_rows": 37, "width": 256},  # three blocks of rows for the gradient of the weight
     {"num_rows": 2, "width": 1030},  # one power of two and a ragged rest
+    {"num_rows": 2, "width": 8200},  # longer than the native kernel's copy of a row
 ]
 TIME = [
     {"num_rows": 4096, "width": 4096},  # Emu3-8B, one packed sequence

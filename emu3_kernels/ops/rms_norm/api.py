@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_channel_weight, check_floating, check_has_channels, rows
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.rms_norm import reference
@@ -35,7 +36,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | Non
     chosen = choose("rms_norm", BACKENDS, backend, x, weight, eps)
     if chosen == "reference":
         return reference.rms_norm(x, weight, eps)
-    return _RMSNorm.apply(rows(x), weight.contiguous(), eps, chosen).view(x.shape)
+    operands = rows(x), weight.contiguous(), eps
+    if needs_gradient(x, weight):
+        y = _RMSNorm.apply(*operands, chosen)
+    else:
+        y, _ = BACKENDS[chosen].forward(*operands)
+    return y.view(x.shape)
 
 
 class _RMSNorm(torch.autograd.Function):

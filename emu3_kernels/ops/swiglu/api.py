@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_alike, check_floating, check_has_channels, rows
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.swiglu import reference
@@ -34,7 +35,12 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     chosen = choose("swiglu", BACKENDS, backend, gate, up)
     if chosen == "reference":
         return reference.swiglu(gate, up)
-    return _SwiGLU.apply(rows(gate), rows(up), chosen).view(gate.shape)
+    operands = rows(gate), rows(up)
+    if needs_gradient(gate, up):
+        out = _SwiGLU.apply(*operands, chosen)
+    else:
+        out = BACKENDS[chosen].forward(*operands)
+    return out.view(gate.shape)
 
 
 def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -57,7 +63,11 @@ def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     chosen = choose("swiglu_packed", BACKENDS, backend, gate, up)
     if chosen == "reference":
         return reference.swiglu(gate, up)
-    return _SwiGLUPacked.apply(rows(gate_up), chosen).view(gate.shape)
+    if needs_gradient(gate_up):
+        out = _SwiGLUPacked.apply(rows(gate_up), chosen)
+    else:
+        out = BACKENDS[chosen].forward(rows(gate), rows(up))
+    return out.view(gate.shape)
 
 
 class _SwiGLU(torch.autograd.Function):
