@@ -46,7 +46,8 @@ class Block {
     }
   }
 
-  // Queries that are finite, in order. The distance of any other to every code is infinite or NaN.
+  // Queries that are finite, in order. Any other is at no finite distance from a code: its answer is 0,
+  // and a search, which would never find a bound, would visit every code.
   void keep_finite() {
     order_.resize(size_);
     int32_t count = 0;
