@@ -104,6 +104,20 @@ def test_huge_logits_neither_overflow_nor_vanish(backend, dtype, shift):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rises", [True, False])
+def test_the_largest_logit_may_stand_in_any_block(backend, rises):
+    """Random logits have it in the first of two blocks mostly, and never scale the sum again."""
+    logits = torch.linspace(-9, 9, 6000).repeat(2, 1) * (1 if rises else -1)
+    targets = torch.tensor([0, 5999])
+    loss, dlogits = gradient(backend, logits, targets)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach().float())
+    torch.testing.assert_close(dlogits, exact.grad.float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_classes_at_minus_infinity_are_out_of_the_race(backend):
     """A whole first block of them: no difference of infinities may appear."""
     logits, targets = sample(3, 5000)
