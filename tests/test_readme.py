@@ -42,7 +42,7 @@ def test_the_targets_of_make_exist(line):
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python")])
 def test_the_benchmark_runs(line):
-    assert run([sys.executable, *line.split()[1:], "swiglu"])
+    assert run([sys.executable, *line.split()[1:], "--op", "swiglu"])
 
 
 def test_the_emu3_commands_run_one_after_another(tmp_path):
