@@ -101,6 +101,8 @@ def test_a_tie_goes_to_the_lowest_code(backend):
     codes = torch.tensor([[9.0, 9], [1, 0], [0, 5], [-1, 0], [0, 5]])
     z = torch.tensor([[0.0, 0], [0, 6], [0, 5], [9, 8]])
     assert search(backend, z, codes).tolist() == [1, 2, 2, 0]
+    again = codes.repeat(300, 1)  # more than any block of codes
+    assert search(backend, z, again).tolist() == [1, 2, 2, 0]
 
 
 @pytest.mark.parametrize("backend", [*ALL, "reference"])
