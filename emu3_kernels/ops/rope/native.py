@@ -6,9 +6,7 @@ from torch import Tensor
 from emu3_kernels import _native
 
 
-def why_not(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
-) -> str | None:
+def why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> str | None:
     if cos.dtype != torch.float32:
         return f"tables in {cos.dtype} are left to the reference"
     return _native.why_not_cpu(q)
