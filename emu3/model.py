@@ -8,7 +8,7 @@ projection, gate and up another; the fused ops read the parts where they lie.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache

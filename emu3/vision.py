@@ -8,7 +8,7 @@ optimizer; codes that starve move to latents of the current batch.
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.config import VisionSettings

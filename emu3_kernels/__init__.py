@@ -1,6 +1,6 @@
 """Fused, differentiable ops for Emu3-type models: Triton, CUDA C++ and native CPU code."""
 
-from emu3_kernels._dispatch import use_backend
+from emu3_kernels._dispatch import record_backends, use_backend
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
@@ -15,6 +15,7 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "nearest_code",
+    "record_backends",
     "rms_norm",
     "rope",
     "rope_tables",

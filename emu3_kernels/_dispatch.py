@@ -9,6 +9,7 @@ from types import ModuleType
 from emu3_kernels import _native
 
 _forced: str | None = None
+_record: dict[str, str] | None = None
 _announced = False
 
 
@@ -40,6 +41,13 @@ def choose(op: str, backends: Mapping[str, ModuleType | str], backend: str | Non
     With none asked for, the first that supports the call runs, and the
     reference, which supports every call, if no other does.
     """
+    chosen = _choose(op, backends, backend, *args)
+    if _record is not None:
+        _record[op] = chosen
+    return chosen
+
+
+def _choose(op: str, backends: Mapping[str, ModuleType | str], backend: str | None, *args) -> str:
     asked = backend or _forced
     if asked is None:
         for name, module in backends.items():
@@ -70,6 +78,17 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def record_backends() -> Iterator[dict[str, str]]:
+    """Collect the backend that each op inside the block runs on, the last call's for each."""
+    global _record
+    before, _record = _record, {}
+    try:
+        yield _record
+    finally:
+        _record = before
 
 
 def _announce_missing_library() -> None:

@@ -6,7 +6,7 @@ real scans alone, and the colour judge measures distances to the palette.
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from sklearn.svm import SVC
 from torch import Tensor
 

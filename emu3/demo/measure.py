@@ -1,9 +1,6 @@
 """What the demo reports: accuracies by independent judges, and the speed of the fused ops."""
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -81,9 +78,7 @@ def measure_describing(
     read = [read_caption(words) for words in captions]
     digit_right = torch.tensor([r[0] == int(label) for r, label in zip(read, labels, strict=True)])
     color_right = torch.tensor([r[1] == int(color) for r, color in zip(read, colors, strict=True)])
-    return Described(
-        pictures, captions, digit_right, share(digit_right), share(color_right)
-    )
+    return Described(pictures, captions, digit_right, share(digit_right), share(color_right))
 
 
 def fused_speedup(model: Emu3, tokens: Tensor, weights: Tensor, *, pairs: int = 7) -> float:
@@ -102,27 +97,6 @@ def fused_speedup(model: Emu3, tokens: Tensor, weights: Tensor, *, pairs: int = 
         with emu3_kernels.use_backend("reference"):
             ratios.append(seconds() / fused)
     return median(ratios[1:])  # the first pair warms up
-
-
-@contextmanager
-def backends_used() -> Iterator[dict[str, str]]:
-    """Fill a dictionary with the backend that each op runs on inside the block.
-
-    Every op asks one function which backend to use; its answers are overheard.
-    """
-    used: dict[str, str] = {}
-    watched = emu3_kernels._dispatch.choose.__code__
-
-    def watch(frame, event, result) -> None:
-        if event == "return" and frame.f_code is watched and result is not None:
-            used[frame.f_locals["op"]] = result
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        yield used
-    finally:
-        sys.setprofile(before)
 
 
 def share(right: Tensor) -> float:

@@ -30,9 +30,7 @@ def draw_grid(path: Path, pictures: Tensor) -> None:
     _write(figure, path)
 
 
-def draw_reconstructions(
-    path: Path, real: Tensor, redrawn: Tensor, grid: tuple[int, int]
-) -> None:
+def draw_reconstructions(path: Path, real: Tensor, redrawn: Tensor, grid: tuple[int, int]) -> None:
     """Held-out pictures above what is left of them after the codes, ``[n, 3, H, W]`` each."""
     columns, codes = 10, "x".join(map(str, grid))
     rows = 2 * (len(real) // columns)

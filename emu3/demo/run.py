@@ -22,7 +22,6 @@ from emu3.demo.judge import DigitJudge, judge_color
 from emu3.demo.measure import (
     Described,
     Drawn,
-    backends_used,
     fused_speedup,
     measure_describing,
     measure_drawing,
@@ -36,6 +35,7 @@ from emu3.train.loop import train
 from emu3.train.metrics import read_metrics
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_decoder, load_vision
+from emu3_kernels import record_backends
 
 # Every digit in every colour, this many times: 320 pictures, a standard error below 2.5 %.
 _ROUNDS = 4
@@ -107,9 +107,7 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
     return report
 
 
-def _train(
-    runs: Path, clock: Clock, vision: Sequence[str], decoder: Sequence[str]
-) -> Miniature:
+def _train(runs: Path, clock: Clock, vision: Sequence[str], decoder: Sequence[str]) -> Miniature:
     shutil.rmtree(runs, ignore_errors=True)
     first = load_recipe("vision", vision)
     learned, held_out = load_split(first.data.held_out)
@@ -135,7 +133,7 @@ def _train(
 
 def _compare_backends(mini: Miniature) -> dict:
     stream = DocumentStream(mini.learned, mini.recipe, mini.tokenizer, mini.text)
-    with backends_used() as used:
+    with record_backends() as used:
         tokens, weights = stream.next_batch()
         mini.model.loss(tokens, weights)
     return {"backends": used, "fused_speedup": fused_speedup(mini.model, tokens, weights)}

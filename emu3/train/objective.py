@@ -1,6 +1,6 @@
 """What each stage minimises: a loss to differentiate, and figures to log."""
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from emu3.model import Emu3

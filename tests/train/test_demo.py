@@ -6,11 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-import emu3_kernels
 from emu3.config import DataSettings
 from emu3.data.digits import COLORS, at_rest, load_split, render
 from emu3.demo.judge import DigitJudge, judge_color
-from emu3.demo.measure import backends_used
 from emu3.demo.run import run_demo
 from tests.train.recipes import DECODER_WORDS, VISION_WORDS
 
@@ -68,11 +66,3 @@ def test_the_judges_know_real_digits_they_never_saw():
     right = DigitJudge(learned, DataSettings(), 48)(pictures) == held_out.labels
     assert right.double().mean() > 0.97
     assert judge_color(pictures).equal(colors)
-
-
-def test_backends_used_names_what_ran():
-    x, weight = torch.ones(2, 16), torch.ones(16)
-    with emu3_kernels.use_backend("reference"), backends_used() as used:
-        emu3_kernels.rms_norm(x, weight)
-    emu3_kernels.swiglu(x, x)
-    assert used == {"rms_norm": "reference"}

@@ -1,7 +1,7 @@
 """The definition of linear_cross_entropy in plain PyTorch."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from emu3_kernels import _token_loss
