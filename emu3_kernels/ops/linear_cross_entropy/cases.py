@@ -28,8 +28,9 @@ CHECK = [
     },
 ]
 TIME = [
-    {"tokens": 2048, "width": 512, "classes": 184_622},  # Emu3's vocabulary on a small decoder
-    {"tokens": 2048, "width": 512, "classes": 184_622, "dropped": 0.75},  # captions only
+    # Emu3's vocabulary on a small decoder: all tokens, and captions only
+    {"tokens": 2048, "width": 512, "classes": 184_622, "dropped": 0.0},
+    {"tokens": 2048, "width": 512, "classes": 184_622, "dropped": 0.75},
 ]
 
 
@@ -39,14 +40,14 @@ def make(
     width: int,
     classes: int,
     weighted: bool = False,
-    dropped: float = 0.0,
+    dropped: float | None = None,
     dtype: torch.dtype,
     device: str,
     **settings: object,
 ) -> dict[str, object]:
     """Every third token is ignored; with ``weighted``, the last one has weight 0.
 
-    With ``dropped``, no token is ignored and the first ones have weight 0 in that proportion.
+    With ``dropped``, no token is ignored and the first ones have weight 0 in that share.
     """
     random = torch.Generator(device).manual_seed(0)
     on = {"generator": random, "device": device}
@@ -59,15 +60,13 @@ def make(
     if weighted:
         inputs["weights"] = torch.rand(tokens, **on)
         inputs["weights"][-1:] = 0
-    if dropped:
-        inputs["weights"] = (torch.arange(tokens, device=device) >= dropped * tokens).float()
-    elif tokens < 100:
+    if dropped is None:
         inputs["targets"][1::3] = -100
+    elif dropped:
+        inputs["weights"] = (torch.arange(tokens, device=device) >= dropped * tokens).float()
     return inputs
 
 
-def flops(
-    *, tokens: int, width: int, classes: int, dropped: float = 0.0, dtype: torch.dtype
-) -> int:
+def flops(*, tokens: int, width: int, classes: int, dropped: float, dtype: torch.dtype) -> int:
     """Of the product of the forward pass; the backward pass takes twice as many."""
     return round((1 - dropped) * tokens) * 2 * width * classes
