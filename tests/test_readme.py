@@ -15,7 +15,7 @@ LINES = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
-SETS_UP = ("git clone", "pip install")
+SETS_UP = ("cd", "pip install")
 """What CI does before this test can run."""
 
 
