@@ -1,0 +1,225 @@
+"""The ops as ``nn.Module``: the same mathematics, with parameters under the names everybody uses.
+
+D model width, V classes, N codes, H query heads, G key heads, K head width. Every module calls the
+op of its name, whose docstring states formula and precision; ``use_backend`` chooses for them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
+from emu3_kernels.ops.cross_entropy.api import cross_entropy
+from emu3_kernels.ops.linear_cross_entropy.api import MEMORY, linear_cross_entropy
+from emu3_kernels.ops.nearest_code.api import nearest_code
+from emu3_kernels.ops.rms_norm.api import rms_norm
+from emu3_kernels.ops.rope.api import rope, rope_tables
+from emu3_kernels.ops.swiglu.api import swiglu
+
+
+class RMSNorm(nn.Module):
+    """:func:`emu3_kernels.rms_norm` with its ``weight [D]``, ones at first.
+
+    Args:
+        width: D.
+        eps: added to the mean square; 1e-5 in Emu3.
+        device: where the weight lies.
+        dtype: of the weight.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-5,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x [..., D]``."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
+
+class AddRMSNorm(RMSNorm):
+    """:func:`emu3_kernels.add_rms_norm` with its ``weight [D]``; arguments of :class:`RMSNorm`."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x + residual`` normalised, and the sum itself, both ``[..., D]``."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """:func:`emu3_kernels.swiglu`: the activation alone, without parameters."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Gate ``up`` by the SiLU of ``gate``, both ``[..., C]``."""
+        return swiglu(gate, up)
+
+
+class RotaryEmbedding(nn.Module):
+    """:func:`emu3_kernels.rope` with its tables, which no state dict holds.
+
+    The tables stay float32 when the module is cast to a narrower dtype.
+
+    Args:
+        num_positions: the longest sequence.
+        width: K, even.
+        theta: the base of the wavelengths; 1e6 in Emu3.
+        device: where the tables lie.
+    """
+
+    def __init__(
+        self,
+        num_positions: int,
+        width: int,
+        *,
+        theta: float = 1e6,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        cos, sin = rope_tables(num_positions, width, theta=theta, device=device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self, q: Tensor, k: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate ``q [B, T, H, K]`` and ``k [B, T, G, K]``; ``positions [B, T]`` as in the op."""
+        return rope(q, k, self.cos, self.sin, positions)
+
+    def _apply(self, fn, recurse=True):
+        tables = self.cos, self.sin
+        super()._apply(fn, recurse)
+        if self.cos.dtype not in (torch.float32, torch.float64):
+            self.cos, self.sin = (table.to(self.cos.device) for table in tables)
+        return self
+
+
+class CrossEntropy(nn.Module):
+    """:func:`emu3_kernels.cross_entropy` with its settings.
+
+    Args:
+        z_loss: factor of the squared log-sum-exp.
+        label_smoothing: share of the target's probability that all V classes divide.
+        ignore_index: the target of tokens that do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    def __init__(
+        self,
+        *,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.settings = {
+            "z_loss": z_loss,
+            "label_smoothing": label_smoothing,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+        }
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """Average the loss of ``logits [..., V]``; weights and normalizer as in the op."""
+        tokens = {"weights": weights, "normalizer": normalizer}
+        return cross_entropy(logits, targets, **tokens, **self.settings)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class LinearCrossEntropy(CrossEntropy):
+    """:func:`emu3_kernels.linear_cross_entropy` with its head: ``weight [V, D]``, as ``nn.Linear``.
+
+    Args:
+        width: D.
+        num_classes: V.
+        memory: bytes that a call may take beyond its gradients.
+        device: where the weight lies.
+        dtype: of the weight.
+        settings: those of :class:`CrossEntropy`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        *,
+        memory: int = MEMORY,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: float | str,
+    ) -> None:
+        super().__init__(**settings)
+        self.memory = memory
+        head = nn.Linear(width, num_classes, bias=False, device=device, dtype=dtype)
+        self.weight = head.weight
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """Average the loss of ``hidden [..., D]`` without its logits."""
+        tokens = {"weights": weights, "normalizer": normalizer, "memory": self.memory}
+        return linear_cross_entropy(hidden, self.weight, targets, **tokens, **self.settings)
+
+    def extra_repr(self) -> str:
+        num_classes, width = self.weight.shape
+        return f"{width}, {num_classes}, {super().extra_repr()}"
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest code of every latent, with a codebook ``weight [N, D]``, as ``nn.Embedding``.
+
+    Codes come from :func:`emu3_kernels.nearest_code`. Gradients pass the rounding unchanged to the
+    latents (straight through); the codebook gets them from :meth:`lookup` alone.
+
+    Args:
+        num_codes: N.
+        width: D, at most 32.
+        device: where the codebook lies.
+        dtype: of the codebook.
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        weight = torch.empty(num_codes, width, device=device, dtype=dtype)
+        self.weight = nn.Parameter(nn.init.uniform_(weight, -1 / num_codes, 1 / num_codes))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Round ``z [B, D, ...]``: the codes' vectors in its shape, and the codes ``[B, ...]``."""
+        codes = nearest_code(z, self.weight)
+        rounded = self.lookup(codes).detach().to(z.dtype)
+        return z + (rounded - z).detach(), codes
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Return the vectors ``[B, D, ...]`` of ``codes [B, ...]``."""
+        return F.embedding(codes, self.weight).movedim(-1, 1)
+
+    def extra_repr(self) -> str:
+        return "{}, {}".format(*self.weight.shape)
