@@ -24,7 +24,11 @@ WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialize
 FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 LEVELS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+    LEVELS |= {
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": ["-march=x86-64-v4"],
+        "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    }
 
 
 def nvcc() -> str | None:

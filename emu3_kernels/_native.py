@@ -13,7 +13,7 @@ try:
 except ModuleNotFoundError:
     MISSING = "the native library was not built (no C++ compiler or no torch at installation)"
 
-LEVELS = ("base", "avx2", "avx512", "amx")
+LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction sets, lowest first; a library for another processor holds ``base`` alone."""
 
 DTYPES = (torch.float32, torch.bfloat16)

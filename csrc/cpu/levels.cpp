@@ -45,17 +45,18 @@ bool has_amx() {
 int ask_processor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!has_avx2()) return 0;
-  if (!has_avx512()) return 1;
-  return has_amx() ? 3 : 2;
+  if (!has_avx2()) return kBase;
+  if (!has_avx512()) return kAvx2;
+  if (!__builtin_cpu_supports("avx512bf16")) return kAvx512;
+  return has_amx() ? kAmx : kAvx512Bf16;
 #else
-  return 0;
+  return kBase;
 #endif
 }
 
 int start_level() {
   const char* asked = std::getenv("EMU3_CPU_LEVEL");
-  const char* const names[] = {"base", "avx2", "avx512", "amx"};
+  const char* const names[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
   for (int level = 0; asked && level < highest_cpu_level(); ++level)
     if (!std::strcmp(asked, names[level])) return level;
   return highest_cpu_level();

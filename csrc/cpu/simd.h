@@ -141,7 +141,18 @@ inline Pair load_pair(const bfloat16* from) {
   return {(Vec)(both << 16), (Vec)(both & 0xffff0000)};
 }
 
-inline BitVec narrow_pair(Pair x) { return (rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000); }
+// The processor's own rounding takes numbers below 2^-126 for zero.
+inline BitVec narrow_pair(Pair x) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t kInterleave[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(x.b, x.a);
+  return (BitVec)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves);
+#else
+  return (rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000);
+#endif
+}
 
 inline void write(void* to, BitVec x, bool past_caches) {
 #if defined(__AVX512F__)

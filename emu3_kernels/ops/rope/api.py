@@ -7,7 +7,7 @@ from emu3_kernels._checks import check_floating, describe
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.rope import reference
 
-BACKENDS = load("rope", "native")
+BACKENDS = load("rope", "native", "triton")
 
 
 def rope_tables(
