@@ -93,20 +93,28 @@ def linear_cross_entropy(
 
 
 class _TotalLoss(torch.autograd.Function):
-    """The sum of ``shares * losses``; its gradients are ready when the forward pass ends."""
+    """The sum of ``shares * losses``; its gradients are ready when the forward pass ends.
+
+    The backward pass scales them in place and gives them away; one that comes again, through a
+    retained graph, computes them anew.
+    """
 
     @staticmethod
     def forward(ctx, hidden, head, targets, shares, z_loss, label_smoothing, memory, backend):
-        losses, dhidden, dhead = BACKENDS[backend].gradients(
-            hidden, head, targets, shares, z_loss, label_smoothing, memory
-        )
-        ctx.save_for_backward(dhidden, dhead)
+        settings = (z_loss, label_smoothing, memory)
+        operands = (hidden, head, targets, shares)
+        losses, *ctx.gradients = BACKENDS[backend].gradients(*operands, *settings)
+        ctx.save_for_backward(*operands)
+        ctx.settings, ctx.backend = settings, backend
         return (shares * losses).sum()
 
     @staticmethod
     def backward(ctx, dtotal):
-        dhidden, dhead = ctx.saved_tensors
-        return dhidden * dtotal, dhead * dtotal, *[None] * 6
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, *gradients = BACKENDS[ctx.backend].gradients(*ctx.saved_tensors, *ctx.settings)
+        dhidden, dhead = (gradient.mul_(dtotal) for gradient in gradients)
+        return dhidden, dhead, *[None] * 6
 
 
 class _TokenLosses(torch.autograd.Function):
