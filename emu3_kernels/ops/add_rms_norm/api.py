@@ -43,7 +43,7 @@ def add_rms_norm(
         y, summed = _AddRMSNorm.apply(*operands, chosen)
     else:
         y, summed, _ = BACKENDS[chosen].forward(*operands)
-    return y.view(x.shape), summed.view(x.shape)
+    return y.view_as(x), summed.view_as(x)
 
 
 class _AddRMSNorm(torch.autograd.Function):

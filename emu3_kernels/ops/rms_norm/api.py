@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | Non
     Returns:
         ``[..., D]`` in the dtype of ``x``.
     """
-    check_floating("rms_norm", x=x, weight=weight)
+    check_floating("rms_norm", x=x)
     check_has_channels("rms_norm", x=x)
     check_channel_weight("rms_norm", x, weight)
     chosen = choose("rms_norm", BACKENDS, backend, x, weight, eps)
@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | Non
         y = _RMSNorm.apply(*operands, chosen)
     else:
         y, _ = BACKENDS[chosen].forward(*operands)
-    return y.view(x.shape)
+    return y.view_as(x)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -40,7 +40,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         out = _SwiGLU.apply(*operands, chosen)
     else:
         out = BACKENDS[chosen].forward(*operands)
-    return out.view(gate.shape)
+    return out.view_as(gate)
 
 
 def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -67,7 +67,7 @@ def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
         out = _SwiGLUPacked.apply(rows(gate_up), chosen)
     else:
         out = BACKENDS[chosen].forward(rows(gate), rows(up))
-    return out.view(gate.shape)
+    return out.view_as(gate)
 
 
 class _SwiGLU(torch.autograd.Function):
