@@ -1,0 +1,240 @@
+"""The ops inside a Hugging Face Emu3: ``model = emu3_kernels.huggingface.apply(model)``.
+
+B batch, T tokens, D model width, K head width. Every function below ``apply`` is the forward pass
+of one kind of module, with the signature it has in transformers, which is imported in here only.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
+from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
+from emu3_kernels.ops.nearest_code.api import LARGEST_DIM, nearest_code
+from emu3_kernels.ops.rms_norm.api import rms_norm
+from emu3_kernels.ops.rope.api import rope
+from emu3_kernels.ops.swiglu.api import swiglu
+
+
+def apply(model: nn.Module) -> nn.Module:
+    """Let every part of a Hugging Face Emu3 for which there is an op compute with it.
+
+    RMSNorm (after attention together with the residual sum), SwiGLU, the rotation of queries and
+    keys, the nearest code of the vision tokenizer, and the loss: called with ``labels``, the model
+    computes it by :func:`emu3_kernels.linear_cross_entropy` from the hidden states, and
+    **``.logits`` of what it returns is None**; call it without labels for logits. The loss is that
+    of transformers, ``num_items_in_batch``, ``shift_labels`` and ``ignore_index`` included, but 0
+    where it is NaN there: over no token at all. A call for which the op is no equal runs as before:
+    with ``logits_to_keep``, another ``loss_function``, or a head that is no plain linear layer.
+    So do an MLP whose activation is not SiLU and a codebook of more than 32 dimensions.
+
+    The instance alone is changed, in place: no class is, nor parameters, state dicts, signatures,
+    caches, hooks or gradient checkpointing. Copies are changed too, pickled ones are not. Results
+    differ from those before by rounding alone, mostly for the better: cosines and sines stay
+    float32 under narrower weights, and each op rounds once.
+
+    Args:
+        model: any Emu3 model of ``transformers``: ``Emu3ForCausalLM``,
+            ``Emu3ForConditionalGeneration``, ``Emu3Model``, ``Emu3TextModel`` or ``Emu3VQVAE``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is something else.
+        ValueError: the forward pass of a part was replaced before, by something else.
+    """
+    from transformers.models.emu3 import modeling_emu3 as hf
+
+    known = (hf.Emu3PreTrainedModel, hf.Emu3VQVAE)
+    if not isinstance(model, known):
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"huggingface.apply: model must be an Emu3 of transformers, got {kind}")
+    forwards: dict[type, Callable] = {
+        hf.Emu3RMSNorm: _rms_norm,
+        hf.Emu3MLP: _mlp,
+        hf.Emu3RotaryEmbedding: _rotary_embedding,
+        hf.Emu3Attention: _attention,
+        hf.Emu3DecoderLayer: _decoder_layer,
+        hf.Emu3VQVAEVectorQuantizer: _vector_quantizer,
+        hf.Emu3ForCausalLM: _with_fused_loss(hf.Emu3ForCausalLM.forward),
+        hf.Emu3ForConditionalGeneration: _with_fused_loss(hf.Emu3ForConditionalGeneration.forward),
+    }
+    found = [
+        (name, module, forward)
+        for name, module in model.named_modules()
+        for kind, forward in forwards.items()
+        if isinstance(module, kind) and type(module).forward is kind.forward and _fits(module)
+    ]
+    for name, module, _ in found:
+        _check_own(name, module)
+    for _, module, forward in found:
+        module.forward = MethodType(_dressed(forward, type(module).forward), module)
+    return model
+
+
+def _fits(module: nn.Module) -> bool:
+    """Say whether the op computes what ``module`` does."""
+    if hasattr(module, "act_fn"):
+        return module.config.hidden_act in ("silu", "swish")
+    if isinstance(getattr(module, "embedding", None), nn.Embedding):
+        return module.embedding.embedding_dim <= LARGEST_DIM
+    return True
+
+
+def _check_own(name: str, module: nn.Module) -> None:
+    replaced = vars(module).get("forward")
+    if replaced is not None and not hasattr(replaced, "of_emu3_kernels"):
+        raise ValueError(
+            f"huggingface.apply: {name or type(module).__name__}.forward must be its class's own, "
+            f"got {replaced!r}: apply before hooks and other patches"
+        )
+
+
+def _dressed(forward: Callable, original: Callable) -> Callable:
+    """Give ``forward`` the name and signature of ``original``: trainers read the one, pickle both.
+
+    A pickled model looks ``forward`` up by that name, and so comes back with its class's own.
+    """
+
+    @wraps(original)
+    def dressed(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    dressed.of_emu3_kernels = True
+    return dressed
+
+
+def _rms_norm(self, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _mlp(self, x: Tensor) -> Tensor:
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _rotary_embedding(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[B or 1, T, K]`` as they are, not rounded to the dtype of ``x``."""
+    compute = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    return type(self).forward(self, compute, position_ids)
+
+
+def _attention(
+    self,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values=None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    from transformers.models.emu3 import modeling_emu3 as hf
+
+    heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+    q, k = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+    q, k = _rotated(q, k, *position_embeddings)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, self.layer_idx)
+    attend = hf.ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, hf.eager_attention_forward
+    )
+    dropout = self.attention_dropout if self.training else 0.0
+    attended, scores = attend(
+        self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+    )
+    return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous()), scores
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate by ``cos`` and ``sin [B or 1, T, K]``, whose two halves are the same.
+
+    Their rows serve as the table: sequences that share positions start at row 0, the others each
+    at its own.
+    """
+    batch, num_tokens, width = cos.shape
+    compute = torch.promote_types(cos.dtype, torch.float32)
+    cos, sin = (x[..., : width // 2].flatten(0, 1).to(compute) for x in (cos, sin))
+    positions = None
+    if batch > 1:
+        positions = torch.arange(batch * num_tokens, device=q.device).view(batch, num_tokens)
+    return rope(q, k, cos, sin, positions)
+
+
+def _decoder_layer(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    branch, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    # Under autocast the branch is narrower than the stream, and the sum as wide as the stream.
+    branch = self.dropout(branch).to(hidden_states.dtype)
+    norm = self.post_attention_layernorm
+    x, residual = add_rms_norm(branch, hidden_states, norm.weight, norm.variance_epsilon)
+    return residual + self.dropout(self.mlp(x))
+
+
+def _vector_quantizer(self, hidden_state: Tensor) -> Tensor:
+    """Codes ``[B, t, h, w]`` of latents ``[B, t, D, h, w]``, read where they lie."""
+    return nearest_code(hidden_state.transpose(1, 2), self.embedding.weight)
+
+
+def _with_fused_loss(original: Callable) -> Callable:
+    """Return ``original``, a forward pass with a head, with the loss computed without logits."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+    from transformers.utils import can_return_tuple
+
+    names = tuple(inspect.signature(original).parameters)[1:]
+    with_loss = can_return_tuple(_causal_lm)
+
+    def forward(self, *args, **kwargs):
+        kwargs |= zip(names, args, strict=False)
+        keep, head = kwargs.get("logits_to_keep", 0), self.lm_head
+        if (
+            kwargs.get("labels") is not None
+            and self.loss_function is ForCausalLMLoss
+            and (isinstance(keep, int) and keep == 0)
+            and getattr(head.forward, "__func__", None) is nn.Linear.forward
+            and head.bias is None
+        ):
+            return with_loss(self, **kwargs)
+        return original(self, **kwargs)
+
+    return forward
+
+
+def _causal_lm(self, *, labels: Tensor, logits_to_keep: int = 0, **kwargs):
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    outputs = self.model(**kwargs)
+    return CausalLMOutputWithPast(
+        loss=_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+def _loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **_: object,
+) -> Tensor:
+    """``ForCausalLMLoss`` of transformers: a token predicts the label of the next one."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        return linear_cross_entropy(
+            hidden.to(dtype),
+            head.to(dtype),
+            shift_labels.reshape(hidden.shape[:-1]).to(hidden.device),
+            normalizer=num_items_in_batch,
+            ignore_index=ignore_index,
+        )
