@@ -34,9 +34,10 @@ struct Rows {
 // Calls body(row) for every row, a row being the work of one thread.
 template <typename Body>
 void each(const Rows& rows, Body body) {
-  torch::stable::parallel_for(0, rows.count, row_grain(rows.classes), [&](int64_t row, int64_t end) {
-    for (; row < end; ++row) body(row);
-  });
+  torch::stable::parallel_for(0, rows.count, row_grain(rows.classes),
+                              [&](int64_t row, int64_t end) {
+                                for (; row < end; ++row) body(row);
+                              });
 }
 
 LossSettings settings(double z_loss, double label_smoothing, int64_t num_classes) {
@@ -50,8 +51,8 @@ float loss_of(const Sums& sums, const LossSettings& chosen) {
   return static_cast<float>(smoothing ? loss - smoothing * sums.total / chosen.num_classes : loss);
 }
 
-// logits [rows, V] with unit stride in V; targets and weights [rows], contiguous. Returns the loss of
-// each row and its Denominator, [rows, 2]; 0 where the weight is 0.
+// logits [rows, V] with unit stride in V; targets and weights [rows], contiguous. Returns the loss
+// of each row and its Denominator, [rows, 2]; 0 where the weight is 0.
 std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& targets,
                                    const Tensor& weights, double z_loss, double label_smoothing) {
   const Rows rows(logits, targets, weights);
@@ -68,7 +69,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& targets,
     cross_entropy().add(rows.dtype, at(logits, row * rows.stride), rows.classes, rows.targets[row],
                         chosen, &sums);
     to[row] = loss_of(sums, chosen);
-    denominator_of[row] = {static_cast<float>(sums.highest), static_cast<float>(std::log2(sums.sum))};
+    denominator_of[row] = {static_cast<float>(sums.highest),
+                           static_cast<float>(std::log2(sums.sum))};
   });
   return {losses, denominators};
 }
@@ -78,8 +80,7 @@ Tensor backward(const Tensor& dlosses, const Tensor& logits, const Tensor& targe
                 const Tensor& denominators, double z_loss, double label_smoothing) {
   const Rows rows(logits, targets, dlosses);
   Tensor dlogits = torch::stable::new_empty(logits, {rows.count, rows.classes});
-  const auto* const denominator_of =
-      static_cast<const Denominator*>(denominators.const_data_ptr());
+  const auto* const denominator_of = static_cast<const Denominator*>(denominators.const_data_ptr());
   const bool past = past_caches(dlogits);
   const LossSettings chosen = settings(z_loss, label_smoothing, rows.classes);
   each(rows, [&](int64_t row) {
@@ -89,7 +90,8 @@ Tensor backward(const Tensor& dlosses, const Tensor& logits, const Tensor& targe
       return;
     }
     cross_entropy().backward(rows.dtype, at(logits, row * rows.stride), to, rows.classes,
-                             rows.targets[row], denominator_of[row], rows.weights[row], chosen, past);
+                             rows.targets[row], denominator_of[row], rows.weights[row], chosen,
+                             past);
   });
   return dlogits;
 }

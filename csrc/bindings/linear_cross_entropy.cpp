@@ -20,7 +20,8 @@ void each(const Tensor& logits, Body body) {
   });
 }
 
-// Adds a block to sums, float64 [rows, 4] (highest, sum, total, target); the block at 0 starts them.
+// Adds a block to sums, float64 [rows, 4] (highest, sum, total, target); the block at 0 starts
+// them.
 void add_(const Tensor& logits, const Tensor& targets, Tensor sums, int64_t first,
           double label_smoothing) {
   const auto* const target_of = static_cast<const int64_t*>(targets.const_data_ptr());
@@ -39,8 +40,7 @@ void gradient_(Tensor logits, const Tensor& targets, const Tensor& denominators,
                const Tensor& dlosses, int64_t first, int64_t num_classes, double z_loss,
                double label_smoothing) {
   const auto* const target_of = static_cast<const int64_t*>(targets.const_data_ptr());
-  const auto* const denominator_of =
-      static_cast<const Denominator*>(denominators.const_data_ptr());
+  const auto* const denominator_of = static_cast<const Denominator*>(denominators.const_data_ptr());
   const auto* const dloss_of = static_cast<const float*>(dlosses.const_data_ptr());
   const Dtype dtype = dtype_of(logits);
   const LossSettings chosen = settings(z_loss, label_smoothing, num_classes);

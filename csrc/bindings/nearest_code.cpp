@@ -29,7 +29,8 @@ Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor> tre
   const int64_t batch = z.size(0), places = z.size(2), num_queries = batch * places;
   const int64_t num_codes = codebook.size(0), dim = codebook.size(1);
   Tensor ids = torch::stable::new_empty(z, {batch, places}, torch::headeronly::ScalarType::Long);
-  const Queries queries{dtype_of(z), z.const_data_ptr(), places, z.stride(0), z.stride(1), z.stride(2)};
+  const Queries queries{dtype_of(z), z.const_data_ptr(), places,
+                        z.stride(0), z.stride(1),        z.stride(2)};
   if (!tree && tree_pays(num_queries, num_codes, dim)) tree = build_tree(codebook);
   if (num_codes < kFewestCodesOfTree) tree.reset();
   const float* codes = static_cast<const float*>(codebook.const_data_ptr());

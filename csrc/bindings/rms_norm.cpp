@@ -20,17 +20,18 @@ Forward run_forward(const Tensor& x, const Tensor* residual, const Tensor& weigh
   const Dtype dtype = dtype_of(x);
   const bool past = past_caches(y);
   torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
-    rms_norm().forward(
-        dtype, at(x, begin * x.stride(0)),
-        residual ? at(*residual, begin * residual->stride(0)) : nullptr, at(weight, 0),
-        mutable_at(y, begin * width), residual ? mutable_at(summed, begin * width) : nullptr,
-        (float*)mutable_at(rstd, begin), end - begin, width, x.stride(0),
-        residual ? residual->stride(0) : 0, static_cast<float>(eps), past);
+    rms_norm().forward(dtype, at(x, begin * x.stride(0)),
+                       residual ? at(*residual, begin * residual->stride(0)) : nullptr,
+                       at(weight, 0), mutable_at(y, begin * width),
+                       residual ? mutable_at(summed, begin * width) : nullptr,
+                       (float*)mutable_at(rstd, begin), end - begin, width, x.stride(0),
+                       residual ? residual->stride(0) : 0, static_cast<float>(eps), past);
   });
   return {y, summed, rstd};
 }
 
-// dweight is summed over blocks of rows, then over the blocks: the same numbers on any number of threads.
+// dweight is summed over blocks of rows, then over the blocks: the same numbers on any number of
+// threads.
 std::tuple<Tensor, Tensor> run_backward(const Tensor& dy, const Tensor* dsummed, const Tensor& x,
                                         const Tensor& weight, const Tensor& rstd) {
   constexpr int64_t kMostBlocks = 32, kLeastRows = 16;
@@ -45,12 +46,12 @@ std::tuple<Tensor, Tensor> run_backward(const Tensor& dy, const Tensor* dsummed,
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * block, end = std::min(rows, begin + block);
-      rms_norm().backward(
-          dtype, at(dy, begin * dy.stride(0)),
-          dsummed ? at(*dsummed, begin * dsummed->stride(0)) : nullptr, at(x, begin * x.stride(0)),
-          at(weight, 0), (const float*)at(rstd, begin), mutable_at(dx, begin * width),
-          (float*)mutable_at(partial, b * padded_width(width)), end - begin, width, dy.stride(0),
-          dsummed ? dsummed->stride(0) : 0, x.stride(0), past);
+      rms_norm().backward(dtype, at(dy, begin * dy.stride(0)),
+                          dsummed ? at(*dsummed, begin * dsummed->stride(0)) : nullptr,
+                          at(x, begin * x.stride(0)), at(weight, 0), (const float*)at(rstd, begin),
+                          mutable_at(dx, begin * width),
+                          (float*)mutable_at(partial, b * padded_width(width)), end - begin, width,
+                          dy.stride(0), dsummed ? dsummed->stride(0) : 0, x.stride(0), past);
     }
   });
   rms_norm().reduce(dtype, (const float*)at(partial, 0), mutable_at(dweight, 0), blocks, width);

@@ -54,9 +54,8 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor
       .k = heads(k, k_out),
   };
   const int64_t grain = row_grain((q.size(2) + k.size(2)) * width);
-  torch::stable::parallel_for(0, batch * tokens, grain, [&](int64_t begin, int64_t end) {
-    rope().rotate(call, begin, end);
-  });
+  torch::stable::parallel_for(0, batch * tokens, grain,
+                              [&](int64_t begin, int64_t end) { rope().rotate(call, begin, end); });
   return {q_out, k_out};
 }
 

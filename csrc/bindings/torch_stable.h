@@ -1,4 +1,5 @@
-// What every file that knows torch shares: the stable ABI, dtypes, row views, when a result is large.
+// What every file that knows torch shares: the stable ABI, dtypes, row views, when a result is
+// large.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

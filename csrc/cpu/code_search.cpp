@@ -37,7 +37,8 @@ class Block {
     for (int64_t t = begin; t < end;) {
       const int64_t batch = t / z.places, place = t % z.places;
       const int64_t run = std::min(end - t, z.places - place);
-      const T* from = static_cast<const T*>(z.data) + batch * z.batch_stride + place * z.place_stride;
+      const T* from =
+          static_cast<const T*>(z.data) + batch * z.batch_stride + place * z.place_stride;
       for (int d = 0; d < dim_; ++d)
         for (int64_t i = 0; i < run; ++i)
           to[i * dim_ + d] = raise(from[d * z.dim_stride + i * z.place_stride]);
@@ -46,8 +47,8 @@ class Block {
     }
   }
 
-  // Queries that are finite, in order. Any other is at no finite distance from a code: its answer is 0,
-  // and a search, which would never find a bound, would visit every code.
+  // Queries that are finite, in order. Any other is at no finite distance from a code: its answer
+  // is 0, and a search, which would never find a bound, would visit every code.
   void keep_finite() {
     order_.resize(size_);
     int32_t count = 0;
@@ -100,8 +101,9 @@ class Block {
   int64_t num_packets() const { return num_packets_; }
 
  private:
-  // Several queries at once hide the latency of the loads. Children of every other node are mirrored
-  // (a Gray code), so that leaves next to each other in number are next to each other in space.
+  // Several queries at once hide the latency of the loads. Children of every other node are
+  // mirrored (a Gray code), so that leaves next to each other in number are next to each other in
+  // space.
   void descend(const CodeTree& tree, const int32_t* query, int count) {
     int node[kAtOnce];
     const float* at[kAtOnce];

@@ -119,7 +119,8 @@ class Builder {
     return mirrored ? end - half : begin + half;
   }
 
-  // Boxes that hold nothing run from +infinity to -infinity: at an infinite distance from everything.
+  // Boxes that hold nothing run from +infinity to -infinity: at an infinite distance from
+  // everything.
   void clear() {
     const int leaves = tree_.num_groups * 16;
     const auto empty = [dim = dim()](float* boxes, int count) {

@@ -1,6 +1,6 @@
 // A k-d tree over a codebook, flat in memory so that it travels as one tensor of 32-bit words.
-// N codes of dimension D; L leaves (a power of two) of up to 16 codes each; 16 leaves make a group and
-// 16 groups a cluster, so that one vector operation tests 16 boxes or 16 codes.
+// N codes of dimension D; L leaves (a power of two) of up to 16 codes each; 16 leaves make a group
+// and 16 groups a cluster, so that one vector operation tests 16 boxes or 16 codes.
 #pragma once
 
 #include <stdint.h>

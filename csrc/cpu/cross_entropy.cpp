@@ -67,15 +67,13 @@ int64_t head(const T* row, int64_t count) {
 
 // dlogits = dloss * (softmax * (1 + 2 z lse) - (1 - s) * onehot - s / V).
 template <typename T>
-void backward_row(const T* logits, T* dlogits, int64_t classes, int64_t target, Denominator denominator,
-                  float dloss, LossSettings settings, bool past_caches) {
+void backward_row(const T* logits, T* dlogits, int64_t classes, int64_t target,
+                  Denominator denominator, float dloss, LossSettings settings, bool past_caches) {
   const auto [highest, log2_sum] = denominator;
   const float lse = highest + kLn2 * log2_sum;
   const Vec scale = splat(dloss * (1 + 2 * settings.z_loss * lse));
   const Vec spread = splat(-dloss * settings.label_smoothing / settings.num_classes);
-  const auto gradient = [&](Vec x) {
-    return fma(softmax(x, highest, log2_sum), scale, spread);
-  };
+  const auto gradient = [&](Vec x) { return fma(softmax(x, highest, log2_sum), scale, spread); };
   const bool has_target = 0 <= target && target < classes;
   const Vec target_logit = splat(has_target ? to_float(logits[target]) : 0);  // before it is lost
   const auto write_block = [&](int64_t from, int64_t count, bool past) {
@@ -106,7 +104,8 @@ void backward(Dtype dtype, const void* logits, void* dlogits, int64_t classes, i
               Denominator denominator, float dloss, LossSettings settings, bool past_caches) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    backward_row((const T*)logits, (T*)dlogits, classes, target, denominator, dloss, settings, past_caches);
+    backward_row((const T*)logits, (T*)dlogits, classes, target, denominator, dloss, settings,
+                 past_caches);
   });
 }
 

@@ -7,7 +7,8 @@
 
 namespace emu3 {
 
-// What the classes seen so far add up to: sum = Σ e^(x - highest), total = Σ x (for smoothing alone).
+// What the classes seen so far add up to: sum = Σ e^(x - highest), total = Σ x (for smoothing
+// alone).
 struct Sums {
   double highest = -1e30;  // a float, finite so that a block of -infinity leaves no NaN
   double sum = 0, total = 0, target = 0;
@@ -23,8 +24,8 @@ struct LossSettings {
   int64_t num_classes;  // of the vocabulary, of which a row may hold a part
 };
 
-// A row holds consecutive classes with unit stride. `target` counts from its first one; outside the row
-// it belongs to another part.
+// A row holds consecutive classes with unit stride. `target` counts from its first one; outside the
+// row it belongs to another part.
 struct CrossEntropy {
   void (*add)(Dtype dtype, const void* logits, int64_t classes, int64_t target,
               LossSettings settings, Sums* sums);

@@ -30,7 +30,8 @@ inline Floats load16(const float* from) {
 
 inline Ints load16(const int32_t* from) {
   Ints x;
-  for (int i = 0; i < kParts; ++i) __builtin_memcpy(&x.part[i], from + i * kLanes, sizeof x.part[i]);
+  for (int i = 0; i < kParts; ++i)
+    __builtin_memcpy(&x.part[i], from + i * kLanes, sizeof x.part[i]);
   return x;
 }
 

@@ -1,14 +1,15 @@
-// Which instruction set the kernels run with. Each cpu/<op>.cpp is compiled once per level and defines
-// one table of functions in the namespace of that level; EMU3_KERNELS declares the tables and a function
-// that picks one.
+// Which instruction set the kernels run with. Each cpu/<op>.cpp is compiled once per level and
+// defines one table of functions in the namespace of that level; EMU3_KERNELS declares the tables
+// and a function that picks one.
 #pragma once
 
 namespace emu3 {
 
 enum Level { kBase, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-// kAvx2 is x86-64-v3, kAvx512 x86-64-v4, kAvx512Bf16 that and bfloat16 conversions, kAmx bfloat16 tiles
-// that the operating system has granted. No kernel holds AMX code yet: kAmx runs the tables below it.
+// kAvx2 is x86-64-v3, kAvx512 x86-64-v4, kAvx512Bf16 that and bfloat16 conversions, kAmx bfloat16
+// tiles that the operating system has granted. No kernel holds AMX code yet: kAmx runs the tables
+// below it.
 int cpu_level();
 int highest_cpu_level();
 void set_cpu_level(int level);
@@ -16,23 +17,23 @@ void set_cpu_level(int level);
 }  // namespace emu3
 
 #if defined(__x86_64__)
-#define EMU3_KERNELS(Table, name)                                                             \
-  namespace base {                                                                            \
-  extern const Table name;                                                                    \
-  }                                                                                           \
-  namespace avx2 {                                                                            \
-  extern const Table name;                                                                    \
-  }                                                                                           \
-  namespace avx512 {                                                                          \
-  extern const Table name;                                                                    \
-  }                                                                                           \
-  namespace avx512_bf16 {                                                                     \
-  extern const Table name;                                                                    \
-  }                                                                                           \
-  inline const Table& name() {                                                                \
-    static constexpr const Table* kTables[] = {&base::name, &avx2::name, &avx512::name,       \
-                                               &avx512_bf16::name, &avx512_bf16::name};       \
-    return *kTables[cpu_level()];                                                             \
+#define EMU3_KERNELS(Table, name)                                                       \
+  namespace base {                                                                      \
+  extern const Table name;                                                              \
+  }                                                                                     \
+  namespace avx2 {                                                                      \
+  extern const Table name;                                                              \
+  }                                                                                     \
+  namespace avx512 {                                                                    \
+  extern const Table name;                                                              \
+  }                                                                                     \
+  namespace avx512_bf16 {                                                               \
+  extern const Table name;                                                              \
+  }                                                                                     \
+  inline const Table& name() {                                                          \
+    static constexpr const Table* kTables[] = {&base::name, &avx2::name, &avx512::name, \
+                                               &avx512_bf16::name, &avx512_bf16::name}; \
+    return *kTables[cpu_level()];                                                       \
   }
 #else
 #define EMU3_KERNELS(Table, name) \

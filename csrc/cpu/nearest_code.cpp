@@ -5,11 +5,12 @@
 namespace emu3::EMU3_LEVEL {
 namespace {
 
-// Why pruning by boxes is exact although everything is rounded. For a code c inside [low, high] and a
-// query q, each coordinate of q - clamp(q, low, high) is no larger than |q - c| before rounding; rounding
-// is monotone, and so are the rounded square and the rounded sum in the same order. So the distance to
-// the box, computed exactly as a distance to a code, never exceeds the computed distance to any code in
-// it. A box at exactly the best distance is left out only if it holds no id below the best one.
+// Why pruning by boxes is exact although everything is rounded. For a code c inside [low, high] and
+// a query q, each coordinate of q - clamp(q, low, high) is no larger than |q - c| before rounding;
+// rounding is monotone, and so are the rounded square and the rounded sum in the same order. So the
+// distance to the box, computed exactly as a distance to a code, never exceeds the computed
+// distance to any code in it. A box at exactly the best distance is left out only if it holds no id
+// below the best one.
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -17,8 +18,8 @@ constexpr float kInfinity = __builtin_inff();
 constexpr int kPairs = 1024;
 constexpr int kPairsOfGroup = 256;
 
-// A scanned pair costs 1.6 times its share of a scan of all codes (measured), so that a packet which
-// has scanned this part of all pairs is better off, and the ones after it likely are.
+// A scanned pair costs 1.6 times its share of a scan of all codes (measured), so that a packet
+// which has scanned this part of all pairs is better off, and the ones after it likely are.
 constexpr int kGiveUp = 4;
 constexpr int kLongestPause = 64;
 
@@ -50,7 +51,8 @@ struct Boxes {
 
 // All codes against kPackets packets: the least of 16 codes is kept, and only the id of the 16.
 template <int kDim, int kPackets>
-void scan_packets(const float* codebook, int64_t num_codes, int dim, const float* queries, int32_t* ids) {
+void scan_packets(const float* codebook, int64_t num_codes, int dim, const float* queries,
+                  int32_t* ids) {
   const int num_dims = dim_of<kDim>(dim);
   Floats best[kPackets];
   Ints block[kPackets];
@@ -80,7 +82,8 @@ void scan_packets(const float* codebook, int64_t num_codes, int dim, const float
       for (; distance[lane] < kInfinity; ++id) {
         float sum = 0;
         for (int d = 0; d < num_dims; ++d) {
-          const float x = queries[(p * num_dims + d) * 16 + lane] - codebook[id * int64_t{num_dims} + d];
+          const float x =
+              queries[(p * num_dims + d) * 16 + lane] - codebook[id * int64_t{num_dims} + d];
           sum += x * x;
         }
         if (sum == distance[lane]) break;
@@ -96,7 +99,8 @@ void scan_all(const float* codebook, int64_t num_codes, int dim, const float* qu
   const int64_t queries_of_packet = dim_of<kDim>(dim) * 16;
   int64_t p = 0;
   for (; p + kPackets <= num_packets; p += kPackets)
-    scan_packets<kDim, kPackets>(codebook, num_codes, dim, queries + p * queries_of_packet, ids + p * 16);
+    scan_packets<kDim, kPackets>(codebook, num_codes, dim, queries + p * queries_of_packet,
+                                 ids + p * 16);
   for (; p < num_packets; ++p)
     scan_packets<kDim, 1>(codebook, num_codes, dim, queries + p * queries_of_packet, ids + p * 16);
 }
@@ -205,7 +209,8 @@ struct Packet {
     float most = greatest(load16(best));
     int within = 0;
     for (int c = 0; c < tree.num_clusters; ++c)
-      within += __builtin_popcount(groups_within({tree.groups + c * box_floats()}, low, high, most));
+      within +=
+          __builtin_popcount(groups_within({tree.groups + c * box_floats()}, low, high, most));
     if (2 * within > tree.num_groups) {
       for (int lane = 0; lane < 16; ++lane) scan_nearest_leaf(lane);
       most = greatest(load16(best));
@@ -228,8 +233,8 @@ struct Packet {
 };
 
 template <int kDim>
-void search_all(const CodeTree& tree, const float* codebook, int64_t num_codes, const float* queries,
-                const int32_t* home, int32_t* ids, int64_t num_packets) {
+void search_all(const CodeTree& tree, const float* codebook, int64_t num_codes,
+                const float* queries, const int32_t* home, int32_t* ids, int64_t num_packets) {
   const int64_t queries_of_packet = dim_of<kDim>(tree.dim) * 16;
   const int64_t most_pairs = int64_t{tree.num_leaves} * 16 / kGiveUp;
   int64_t pause = 1, resume = 0;

@@ -9,9 +9,9 @@
 namespace emu3 {
 
 // Queries come in packets of 16, one a lane, all finite: queries [num_packets][dim][16],
-// ids [num_packets][16]. Distances are those of nearest_code's definition, bit for bit: float32, summed
-// over d in order, every operation rounded; the lowest id wins among equal distances, and id 0 stands
-// where no distance is below infinity.
+// ids [num_packets][16]. Distances are those of nearest_code's definition, bit for bit: float32,
+// summed over d in order, every operation rounded; the lowest id wins among equal distances, and id
+// 0 stands where no distance is below infinity.
 struct NearestCode {
   // home [num_packets][16]: a leaf for each query to start from; near ones save work.
   void (*search)(const CodeTree& tree, const float* codebook, int64_t num_codes,

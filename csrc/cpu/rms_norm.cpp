@@ -57,7 +57,8 @@ void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summe
   }
 }
 
-// With n = x * rstd:  dx = rstd * (dy * weight - n * mean(dy * weight * n)),  dweight = sum of dy * n.
+// With n = x * rstd:  dx = rstd * (dy * weight - n * mean(dy * weight * n)),  dweight = sum of dy *
+// n.
 template <typename T>
 void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, const float* rstd,
                    T* dx, float* dweight, int64_t rows, int64_t width, int64_t dy_stride,

@@ -13,8 +13,8 @@ struct RMSNorm {
   void (*forward)(Dtype dtype, const void* x, const void* residual, const void* weight, void* y,
                   void* summed, float* rstd, int64_t rows, int64_t width, int64_t x_stride,
                   int64_t residual_stride, float eps, bool past_caches);
-  // dx gains dsummed if there is one. `dweight`, padded_width(width) floats, is overwritten with the sum
-  // over these rows, in an order of channels that only reduce() knows.
+  // dx gains dsummed if there is one. `dweight`, padded_width(width) floats, is overwritten with
+  // the sum over these rows, in an order of channels that only reduce() knows.
   void (*backward)(Dtype dtype, const void* dy, const void* dsummed, const void* x,
                    const void* weight, const float* rstd, void* dx, float* dweight, int64_t rows,
                    int64_t width, int64_t dy_stride, int64_t dsummed_stride, int64_t x_stride,

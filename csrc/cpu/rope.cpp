@@ -24,7 +24,8 @@ struct Rotation {
   Rotation(const float* cosines, const float* sines, int64_t half, bool inverse) {
     over_pairs(half, [&](int64_t c, int64_t count) {
       cos[c / kPair] = in_order((const T*)nullptr, load_pair(cosines + c, count));
-      sin[c / kPair] = in_order((const T*)nullptr, load_pair(sines + c, count)) * (inverse ? -1.0f : 1.0f);
+      sin[c / kPair] =
+          in_order((const T*)nullptr, load_pair(sines + c, count)) * (inverse ? -1.0f : 1.0f);
     });
   }
 };

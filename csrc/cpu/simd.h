@@ -1,8 +1,8 @@
 // A vector of floats as wide as the level's registers, and what the kernels do with one.
 // Built on the vector extensions of GCC and Clang; an intrinsic stands where they compile badly.
-// Included by files that are compiled once per level: everything lives in EMU3_LEVEL's namespace, and
-// no header of the standard library with inline code may be included beside it (an inline function
-// compiled for AVX-512 could be the copy that the linker keeps for every processor).
+// Included by files that are compiled once per level: everything lives in EMU3_LEVEL's namespace,
+// and no header of the standard library with inline code may be included beside it (an inline
+// function compiled for AVX-512 could be the copy that the linker keeps for every processor).
 #pragma once
 
 #include <stdint.h>
@@ -68,12 +68,10 @@ inline Vec min(Vec a, Vec b) {
 }
 
 // bfloat16 is the upper half of a float.
-inline Vec widen(HalfVec half) {
-  return (Vec)(__builtin_convertvector(half, BitVec) << 16);
-}
+inline Vec widen(HalfVec half) { return (Vec)(__builtin_convertvector(half, BitVec) << 16); }
 
-// The bits of x with its upper half rounded to nearest, ties to even. A NaN out of arithmetic is quiet:
-// its upper half is a NaN already, and rounding could carry out of it.
+// The bits of x with its upper half rounded to nearest, ties to even. A NaN out of arithmetic is
+// quiet: its upper half is a NaN already, and rounding could carry out of it.
 inline BitVec rounded(Vec x) {
   const BitVec bits = (BitVec)x;
   return (x == x) ? bits + 0x7fff + ((bits >> 16) & 1) : bits;
@@ -100,7 +98,8 @@ inline void store(bfloat16* to, Vec x) {
   __builtin_memcpy(to, &half, sizeof half);
 }
 
-// The first `count` < kLanes elements; the lanes beyond them are `fill` and are not touched in memory.
+// The first `count` < kLanes elements; the lanes beyond them are `fill` and are not touched in
+// memory.
 inline Vec load_tail(const float* from, int64_t count, float fill = 0) {
   Vec x = splat(fill);
   __builtin_memcpy(&x, from, count * sizeof *from);
@@ -122,8 +121,9 @@ inline void store_tail(bfloat16* to, Vec x, int64_t count) {
   __builtin_memcpy(to, &half, count * sizeof *to);
 }
 
-// 2 * kLanes elements at once, in whatever order is cheap: for float the lower and the upper half, for
-// bfloat16 the even and the odd ones, which come apart with a shift and a mask. Same order in and out.
+// 2 * kLanes elements at once, in whatever order is cheap: for float the lower and the upper half,
+// for bfloat16 the even and the odd ones, which come apart with a shift and a mask. Same order in
+// and out.
 struct Pair {
   Vec a, b;
 };
@@ -163,8 +163,8 @@ inline void write(void* to, BitVec x, bool past_caches) {
   __builtin_memcpy(to, &x, sizeof x);
 }
 
-// Past the caches: saves reading the line that is about to be overwritten. `to` must then be aligned to
-// a vector, and the last such store be followed by stream_fence().
+// Past the caches: saves reading the line that is about to be overwritten. `to` must then be
+// aligned to a vector, and the last such store be followed by stream_fence().
 inline void store_pair(float* to, Pair x, bool past_caches) {
   write(to, (BitVec)x.a, past_caches);
   write(to + kLanes, (BitVec)x.b, past_caches);
@@ -248,7 +248,8 @@ inline Vec exp2(Vec t) {
 #endif
 }
 
-// e^x to within three units in the last place; the bounds are where float has gone to 0 and infinity.
+// e^x to within three units in the last place; the bounds are where float has gone to 0 and
+// infinity.
 inline Vec exp(Vec x) {
   x = min(splat(89), max(splat(-104), x));
   const Vec t = x * 1.44269504f;
@@ -257,7 +258,8 @@ inline Vec exp(Vec x) {
   return fma(y, lost * 0.693147181f, y);
 }
 
-// Off by one part in 1e6 at most where it is below 1e-4; never below 2^-126, which keeps 1 + e^-x normal.
+// Off by one part in 1e6 at most where it is below 1e-4; never below 2^-126, which keeps 1 + e^-x
+// normal.
 inline Vec sigmoid(Vec x) { return reciprocal(exp2(min(splat(126), x * -1.44269504f)) + 1.0f); }
 
 inline float reduce_add(Vec x) {

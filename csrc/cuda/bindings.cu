@@ -1,6 +1,6 @@
-// Launches the CUDA kernels on torch's current stream. Built against any torch, with or without CUDA, and
-// imported on machines without a driver: the CUDA runtime is linked statically, and the one function that
-// only CUDA builds of torch have is looked up at the first launch.
+// Launches the CUDA kernels on torch's current stream. Built against any torch, with or without
+// CUDA, and imported on machines without a driver: the CUDA runtime is linked statically, and the
+// one function that only CUDA builds of torch have is looked up at the first launch.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -17,7 +17,8 @@ cudaStream_t current_stream(int32_t device) {
   using Getter = int32_t (*)(int32_t device, void** stream);  // 0 for success
   static const Getter get = [] {
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* found = dlsym(torch_cuda ? torch_cuda : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+    void* found =
+        dlsym(torch_cuda ? torch_cuda : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
     return reinterpret_cast<Getter>(found);
   }();
   void* stream = nullptr;
@@ -52,17 +53,19 @@ void launch(const Tensor& z, const Tensor& codes, const Tensor& ids) {
   const int32_t device = z.get_device();
   nearest_code(latents, num_multiprocessors(device), [&](auto kernel, unsigned num_blocks) {
     kernel<<<num_blocks, kThreads, 0, current_stream(device)>>>(
-        latents, static_cast<const float4*>(codes.const_data_ptr()), static_cast<int>(codes.size(0)),
-        static_cast<int64_t*>(ids.mutable_data_ptr()));
+        latents, static_cast<const float4*>(codes.const_data_ptr()),
+        static_cast<int>(codes.size(0)), static_cast<int64_t*>(ids.mutable_data_ptr()));
   });
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "nearest_code: ", cudaGetErrorString(error));
 }
 
-// z [batch, dim, places] with any strides, codebook [codes, dim] float32 contiguous. The tree is the CPU's.
+// z [batch, dim, places] with any strides, codebook [codes, dim] float32 contiguous. The tree is
+// the CPU's.
 Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor>) {
   const torch::stable::accelerator::DeviceGuard guard(z.get_device());
-  Tensor ids = torch::stable::new_empty(z, {z.size(0), z.size(2)}, torch::headeronly::ScalarType::Long);
+  Tensor ids =
+      torch::stable::new_empty(z, {z.size(0), z.size(2)}, torch::headeronly::ScalarType::Long);
   if (ids.numel() == 0) return ids;
   const Tensor codes = padded_codes(codebook);
   if (dtype_of(z) == Dtype::float32) {
@@ -75,8 +78,6 @@ Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor>) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CUDA, m) {
-  m.impl("nearest_code", TORCH_BOX(&search));
-}
+STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CUDA, m) { m.impl("nearest_code", TORCH_BOX(&search)); }
 
 }  // namespace emu3

@@ -1,9 +1,8 @@
-// nearest_code on a GPU: every query against every code, float32 on the plain cores. Tensor cores would
-// round the products to TF32 and pad D = 4 to 8 or 16.
-// A block of 8 warps holds 32 * kQueries queries. Codes stream through shared memory, 16 bytes a load;
-// each warp takes an eighth of a tile for all queries of the block, and the warps' answers are compared
-// at the end, so that few queries still fill the machine.
-// Knows no torch. tests/cuda/fiber.h compiles it for the CPU.
+// nearest_code on a GPU: every query against every code, float32 on the plain cores. Tensor cores
+// would round the products to TF32 and pad D = 4 to 8 or 16. A block of 8 warps holds 32 * kQueries
+// queries. Codes stream through shared memory, 16 bytes a load; each warp takes an eighth of a tile
+// for all queries of the block, and the warps' answers are compared at the end, so that few queries
+// still fill the machine. Knows no torch. tests/cuda/fiber.h compiles it for the CPU.
 #pragma once
 
 #include <stdint.h>
@@ -40,7 +39,8 @@ __device__ void load_query(const Latents<T>& z, int64_t t, float* query) {
   for (int d = 0; d < kDim; ++d) query[d] = d < z.dim ? raise(from[d * z.dim_stride]) : 0.0f;
 }
 
-// The definition: float32, in the order of d, every operation rounded. The intrinsics are never fused.
+// The definition: float32, in the order of d, every operation rounded. The intrinsics are never
+// fused.
 template <int kDim>
 __device__ float distance(const float* query, const float* code) {
   float sum = 0;
@@ -164,10 +164,14 @@ inline int padded_dim(int dim) { return dim <= 4 ? 4 : dim <= 8 ? 8 : dim <= 16 
 template <typename T, typename Launch>
 void nearest_code(const Latents<T>& z, int num_multiprocessors, Launch launch) {
   switch (padded_dim(z.dim)) {
-    case 4: return nearest_code_of_dim<T, 4>(z, num_multiprocessors, launch);
-    case 8: return nearest_code_of_dim<T, 8>(z, num_multiprocessors, launch);
-    case 16: return nearest_code_of_dim<T, 16>(z, num_multiprocessors, launch);
-    default: return nearest_code_of_dim<T, 32>(z, num_multiprocessors, launch);
+    case 4:
+      return nearest_code_of_dim<T, 4>(z, num_multiprocessors, launch);
+    case 8:
+      return nearest_code_of_dim<T, 8>(z, num_multiprocessors, launch);
+    case 16:
+      return nearest_code_of_dim<T, 16>(z, num_multiprocessors, launch);
+    default:
+      return nearest_code_of_dim<T, 32>(z, num_multiprocessors, launch);
   }
 }
 

@@ -1,8 +1,9 @@
 // Runs CUDA C++ on a CPU, for tests: compile a .cuh with g++ and this header first, then call
-// fiber::launch. A block is one fiber per thread; every thread runs until it waits, in an order that a
-// seed shuffles anew after each barrier, and shared memory is filled with NaN before each block. So a
-// missing __syncthreads() reads NaN or another order's values; a barrier that not every thread of the
-// block reaches, or that they reach at different lines, is an error. Blocks run one after the other.
+// fiber::launch. A block is one fiber per thread; every thread runs until it waits, in an order
+// that a seed shuffles anew after each barrier, and shared memory is filled with NaN before each
+// block. So a missing __syncthreads() reads NaN or another order's values; a barrier that not every
+// thread of the block reaches, or that they reach at different lines, is an error. Blocks run one
+// after the other.
 #pragma once
 
 #include <link.h>
@@ -23,8 +24,8 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-// The thread-local storage of the program is the shared memory: one piece, so that it can be poisoned.
-// All blocks run on one thread of the system, one after the other, so that one copy does.
+// The thread-local storage of the program is the shared memory: one piece, so that it can be
+// poisoned. All blocks run on one thread of the system, one after the other, so that one copy does.
 #define __shared__ static thread_local
 #define __syncthreads() fiber::wait({__LINE__, 0xffffffff, true})
 #define __syncwarp() fiber::wait({__LINE__, 0xffffffff, false})

@@ -64,21 +64,18 @@ __global__ void reduce(const int* in, int* out) {
   __syncthreads();
   if (threadIdx.x % 32 == 0) atomicAdd(&total, sum);
   __syncthreads();
-  out[threadIdx.x] = total + __shfl_sync(0xffffffffu, sum, 0) - __shfl_down_sync(0xffffffffu, sum, 1);
+  out[threadIdx.x] =
+      total + __shfl_sync(0xffffffffu, sum, 0) - __shfl_down_sync(0xffffffffu, sum, 1);
 }
 
 }  // namespace
 
 int main(int, char** argv) {
   const std::map<std::string, std::function<void(const int*, int*)>> kernels = {
-      {"reverse", reverse<true>},
-      {"reverse_without_sync", reverse<false>},
-      {"sum_tiles", sum_tiles<true>},
-      {"sum_tiles_without_second_sync", sum_tiles<false>},
-      {"last_writer", last_writer},
-      {"divergent", divergent},
-      {"two_barriers", two_barriers},
-      {"reduce", reduce},
+      {"reverse", reverse<true>},     {"reverse_without_sync", reverse<false>},
+      {"sum_tiles", sum_tiles<true>}, {"sum_tiles_without_second_sync", sum_tiles<false>},
+      {"last_writer", last_writer},   {"divergent", divergent},
+      {"two_barriers", two_barriers}, {"reduce", reduce},
   };
   int in[kThreads], out[kThreads];
   std::iota(in, in + kThreads, 0);

@@ -1,5 +1,5 @@
-// nearest_code.cuh on the CPU. Reads a call from stdin, writes its ids to stdout; the inputs end where
-// unmapped memory begins, so that a read past them is a segmentation fault.
+// nearest_code.cuh on the CPU. Reads a call from stdin, writes its ids to stdout; the inputs end
+// where unmapped memory begins, so that a read past them is a segmentation fault.
 #include "fiber.h"
 
 #include "nearest_code.cuh"
@@ -27,8 +27,13 @@ void* read_guarded(size_t bytes) {
 
 template <typename T>
 void run(const Header& h) {
-  const emu3::Latents<T> z{static_cast<const T*>(read_guarded(h.z_bytes)), h.num_queries, h.places,
-                           h.batch_stride, h.dim_stride, h.place_stride, static_cast<int>(h.dim)};
+  const emu3::Latents<T> z{static_cast<const T*>(read_guarded(h.z_bytes)),
+                           h.num_queries,
+                           h.places,
+                           h.batch_stride,
+                           h.dim_stride,
+                           h.place_stride,
+                           static_cast<int>(h.dim)};
   const int num_codes = static_cast<int>(h.num_codes);
   const size_t bytes = sizeof(float) * emu3::padded_dim(z.dim) * h.num_codes;
   const float4* codes = static_cast<const float4*>(read_guarded(bytes));
