@@ -45,7 +45,8 @@ def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype) -> None:
     exact = value_and_gradients(op, oracle, double(inputs))
     for name, value in actual.items():
         assert_as_accurate(name, value, low[name], exact[name])
-        assert_rounded_once(name, value, low[name], exact[name])
+        if value.dtype == dtype:  # the mean of few float32 results, such as a loss, is luck
+            assert_rounded_once(name, value, low[name], exact[name])
 
 
 def assert_rounded_once(name: str, actual: Tensor, low: Tensor, exact: Tensor) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from emu3_kernels import cross_entropy
-from tests.kernels.suite import at_level, backends
+from tests.kernels.suite import at_level, backends, runnable
 
 BACKENDS = [*backends("cross_entropy"), "reference"]
 NAN = float("nan")
@@ -82,7 +82,7 @@ def test_the_normalizer_is_used_as_given(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_left_as_they_were(backend, dtype):
     logits, targets = sample()
-    logits = logits.to(dtype)
+    logits = logits.to(runnable(backend, dtype))
     before = logits.clone()
     gradient(backend, logits, targets)
     assert torch.equal(logits, before)
@@ -93,6 +93,7 @@ def test_logits_are_left_as_they_were(backend, dtype):
 @pytest.mark.parametrize("shift", [-3e4, 3e4])
 def test_huge_logits_neither_overflow_nor_vanish(backend, dtype, shift):
     """Multiples of 256 are exact in both types, so the shift changes nothing but the scale."""
+    dtype = runnable(backend, dtype)
     logits = 256 * torch.randint(-2, 3, (4, 3000), generator=torch.Generator().manual_seed(0))
     targets = torch.arange(4)
     shifted = (logits + int(shift) // 1024 * 1024).to(dtype)
@@ -138,6 +139,22 @@ def test_a_nan_is_seen_wherever_it_stands(backend, at):
     loss, dlogits = gradient(backend, logits, targets, reduction="none")
     assert loss.isnan().tolist() == [True, False]
     assert dlogits.isnan().any(dim=1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("backend", [*backends("cross_entropy")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [1, 5, 8, 70, 9000])
+def test_where_a_row_starts_changes_no_bit(backend, dtype, num_classes):
+    """Amid NaN, at every distance from the 16 bytes of one access, in rows of odd strides."""
+    logits, targets = sample(3, num_classes)
+    logits = logits.to(runnable(backend, dtype))
+    expected = gradient(backend, logits, targets, label_smoothing=0.1)
+    for offset in range(8):
+        for stride in (num_classes + 3, (num_classes + 15) // 8 * 8):
+            memory = logits.new_full((offset + 3 * stride,), NAN)
+            view = memory[offset:].view(3, stride)[:, :num_classes].copy_(logits)
+            actual = gradient(backend, view, targets, label_smoothing=0.1)
+            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

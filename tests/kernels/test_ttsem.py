@@ -37,6 +37,13 @@ def test_a_row_wider_than_the_registers(op, compiling):
     compiling(emulated.check_value_and_gradients, op, size, torch.bfloat16)
 
 
+@pytest.mark.parametrize("op", ["cross_entropy"])
+def test_a_row_of_several_blocks_of_the_token_losses(op, compiling):
+    """Rows start off the 16 bytes of one access; the last block is ragged."""
+    size = {"tokens": 3, "classes": 2 * 4096 + 41, "weighted": True, "label_smoothing": 0.1}
+    compiling(emulated.check_value_and_gradients, op, size, torch.bfloat16)
+
+
 def test_the_sum_is_rounded_before_it_is_normalised(compiling):
     """Or the pair would not equal the two steps apart, and its gradients would be another's."""
     compiling(emulated.check_the_sum_is_rounded)

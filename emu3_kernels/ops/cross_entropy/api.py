@@ -8,7 +8,7 @@ from emu3_kernels._dispatch import choose, load
 from emu3_kernels._token_loss import check_settings, check_targets, reduce, token_weights
 from emu3_kernels.ops.cross_entropy import reference
 
-BACKENDS = load("cross_entropy", "native")
+BACKENDS = load("cross_entropy", "native", "triton")
 
 
 def cross_entropy(
