@@ -18,6 +18,9 @@ from tests.budget import assert_as_accurate
 from tests.kernels import faulty
 from tests.kernels.suite import double, part, public, value_and_gradients
 
+ROUND_TWICE = {"linear_cross_entropy"}
+"""Ops that keep a rounded gradient, scale it in the backward pass and round it again."""
+
 
 @contextmanager
 def emulated() -> Iterator[sanitize.Session]:
@@ -34,10 +37,12 @@ def emulated() -> Iterator[sanitize.Session]:
     assert not session.races_unchecked, "a launch was too large to be checked for races"
 
 
-def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype) -> None:
+def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype, **settings: object) -> None:
+    """Hold a call to the reference; ``settings`` are those of the op alone, such as its memory."""
     inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
+    call = partial(public(op), backend="triton", **settings)
     with emulated() as session:
-        actual = value_and_gradients(op, partial(public(op), backend="triton"), inputs)
+        actual = value_and_gradients(op, call, inputs)
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     assert session.launches or not all(t.numel() for t in tensors), "no kernel was launched"
     oracle = getattr(part(op, "reference"), op)
@@ -45,7 +50,8 @@ def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype) -> None:
     exact = value_and_gradients(op, oracle, double(inputs))
     for name, value in actual.items():
         assert_as_accurate(name, value, low[name], exact[name])
-        if value.dtype == dtype:  # the mean of few float32 results, such as a loss, is luck
+        # The mean error of few float32 results, such as a loss, is luck.
+        if value.dtype == dtype and op not in ROUND_TWICE:
             assert_rounded_once(name, value, low[name], exact[name])
 
 

@@ -11,7 +11,7 @@ from emu3_kernels.ops.linear_cross_entropy import cases, reference
 from emu3_kernels.ops.linear_cross_entropy.api import MEMORY
 from emu3_kernels.ops.linear_cross_entropy.blocks import MIN_BLOCK, block_size
 from tests.budget import assert_as_accurate
-from tests.kernels.suite import at_level, backends, double, value_and_gradients
+from tests.kernels.suite import at_level, backends, double, runnable, value_and_gradients
 
 FUSED = list(backends("linear_cross_entropy"))
 SEVERAL_BLOCKS = {"tokens": 7, "width": 24, "classes": 2 * MIN_BLOCK + 37, "weighted": True}
@@ -39,7 +39,7 @@ def assert_same(actual, expected):
     "settings", [{}, {"reduction": "none"}, {"label_smoothing": 0.1, "z_loss": 1e-3}]
 )
 def test_several_blocks_are_as_accurate_as_none(backend, dtype, settings):
-    inputs = make(dtype, **SEVERAL_BLOCKS, **settings)
+    inputs = make(runnable(backend, dtype), **SEVERAL_BLOCKS, **settings)
     actual = run(backend, inputs, memory=0)
     low = value_and_gradients("linear_cross_entropy", reference.linear_cross_entropy, inputs)
     exact = value_and_gradients(
@@ -107,7 +107,7 @@ def test_without_gradients_the_value_is_the_same(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_two_runs_and_two_thread_counts_give_the_same_bits(backend):
-    inputs = make(torch.bfloat16, **SEVERAL_BLOCKS)
+    inputs = make(runnable(backend, torch.bfloat16), **SEVERAL_BLOCKS)
     threads = torch.get_num_threads()
     first = run(backend, inputs)
     torch.set_num_threads(1)

@@ -7,6 +7,7 @@ makes ahead, races between the warps of one program. ``test_codegen`` counts the
 """
 
 import os
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -37,11 +38,17 @@ def test_a_row_wider_than_the_registers(op, compiling):
     compiling(emulated.check_value_and_gradients, op, size, torch.bfloat16)
 
 
-@pytest.mark.parametrize("op", ["cross_entropy"])
-def test_a_row_of_several_blocks_of_the_token_losses(op, compiling):
+def test_a_row_of_several_blocks_of_the_token_losses(compiling):
     """Rows start off the 16 bytes of one access; the last block is ragged."""
     size = {"tokens": 3, "classes": 2 * 4096 + 41, "weighted": True, "label_smoothing": 0.1}
-    compiling(emulated.check_value_and_gradients, op, size, torch.bfloat16)
+    compiling(emulated.check_value_and_gradients, "cross_entropy", size, torch.bfloat16)
+
+
+def test_several_products_of_the_head(compiling):
+    """Without memory a block has 1,024 classes, and the sums of three are added up."""
+    op, size = "linear_cross_entropy", {"tokens": 3, "width": 24, "classes": 2085}
+    check = partial(emulated.check_value_and_gradients, memory=0)
+    compiling(check, op, size | {"label_smoothing": 0.1}, torch.bfloat16)
 
 
 def test_the_sum_is_rounded_before_it_is_normalised(compiling):

@@ -8,7 +8,7 @@ from emu3_kernels._dispatch import choose, load
 from emu3_kernels._token_loss import check_settings, check_targets, divisor, reduce, token_weights
 from emu3_kernels.ops.linear_cross_entropy import reference
 
-BACKENDS = load("linear_cross_entropy", "native")
+BACKENDS = load("linear_cross_entropy", "native", "triton")
 
 MEMORY = 768 << 20
 """Bytes that a call may take beyond its gradients, unless it is told otherwise."""
