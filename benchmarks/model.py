@@ -6,13 +6,15 @@ A step is forward and backward, without an optimizer. V vocabulary, T predicted 
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestants import Lineup
-from benchmarks.duel import Call
+from benchmarks.contestants import MATRIX, MULTIPLY, Lineup
+from benchmarks.duel import Call, paired_ratio
 from emu3.config import PRESETS, ModelSettings
 from emu3.model import Emu3
 from emu3.weights import official_views
@@ -109,6 +111,29 @@ def drawn(settings: ModelSettings, num_tokens: int, seed: int) -> Tensor:
     return (settings.vocabulary.size * random.double() ** 8).long()
 
 
+def flops(settings: ModelSettings, num_tokens: int, counted: int) -> int:
+    """Count the FLOPs of the products with weights: one forward and two backward, for each token.
+
+    Attention is left out, and the head multiplies the tokens that count.
+    """
+    s = settings
+    heads = (2 * s.heads + 2 * s.kv_heads) * s.head_width
+    blocks = s.layers * s.width * (heads + 3 * s.ff_width)
+    return 6 * (num_tokens * blocks + counted * s.width * s.vocabulary.size)
+
+
+def bound(num_flops: int, ours: list[float], multiply: list[float]) -> dict[str, Any]:
+    """Set ours against products of the same FLOPs at the rate of one that was timed beside it."""
+    calibration = 2 * MATRIX**3
+    return {
+        "label": "BOUND",
+        "flops": num_flops,
+        "tflop_s": num_flops / median(ours) / 1e12,
+        "multiply_tflop_s": calibration / median(multiply) / 1e12,
+        "fraction": num_flops / calibration * paired_ratio(multiply, ours)["median"],
+    }
+
+
 def lineup(settings: ModelSettings, num_tokens: int, counted: int) -> Lineup:
     """Bring everyone to the third step, each checked against ours; the last ``counted`` count.
 
@@ -126,6 +151,8 @@ def lineup(settings: ModelSettings, num_tokens: int, counted: int) -> Lineup:
         entered.peak_mib[name] -= gradients / 2**20
         if abs(losses[name] / losses[OURS] - 1) > SAME_LOSS:
             entered.drop(name, f"its loss is {losses[name]:.4f}, ours {losses[OURS]:.4f}")
+    left, right = (torch.randn(MATRIX, MATRIX).bfloat16() for _ in range(2))
+    entered.enter(MULTIPLY, partial(torch.mm, left, right))
     return entered
 
 

@@ -17,10 +17,13 @@ def test_model(counted: int, threads: int, benchmark, request: pytest.FixtureReq
     lineup = model.lineup(model.SETTINGS, model.TOKENS, counted)
     seconds = request.config.getoption("--seconds")
     taken = interleave(benchmark, lineup.calls, lineup.seconds, seconds)
+    multiply, ours = taken.pop(model.MULTIPLY), taken[model.OURS]
     size = {"tokens": model.TOKENS, "counted": counted}
     case = Case("model", model.OURS, size, torch.bfloat16, "forward+backward")
     benchmark.extra_info.update(row(case, threads, [before, machine.load()], lineup, taken))
-    benchmark.extra_info["tokens_per_s"] = model.TOKENS / median(taken[model.OURS])
+    num_flops = model.flops(model.SETTINGS, model.TOKENS, counted)
+    benchmark.extra_info["bound"] = model.bound(num_flops, ours, multiply)
+    benchmark.extra_info["tokens_per_s"] = model.TOKENS / median(ours)
     num_steps = request.config.getoption("--steps")
     if num_steps and counted == model.TOKENS:
         after = model.after_steps(model.SETTINGS, model.TOKENS, num_steps)

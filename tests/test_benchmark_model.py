@@ -50,8 +50,18 @@ def test_a_contestant_that_loses_something_else_is_not_timed(monkeypatch):
     right = model.labelled
     monkeypatch.setattr(model, "labelled", lambda *args: 1.01 * right(*args))
     lineup = model.lineup(TINY, NUM_TOKENS, COUNTED)
-    assert set(lineup.calls) == {model.OURS}
+    assert set(lineup.calls) == {model.OURS, model.MULTIPLY}
     assert "its loss is" in lineup.missing[model.THEIRS]
+
+
+def test_the_bound_counts_every_matrix_three_times_and_the_head_for_tokens_that_count():
+    module = model.emu3(TINY, model.hugging_face(TINY))
+    head = module.head.weight.numel()
+    matrices = sum(p.numel() for p in module.blocks.parameters() if p.dim() == 2)
+    counted = model.flops(TINY, NUM_TOKENS, COUNTED)
+    assert counted == 6 * (NUM_TOKENS * matrices + COUNTED * head)
+    bound = model.bound(2 * model.MATRIX**3, [2.0, 4.0], [1.0, 3.0])
+    assert bound["fraction"] == 0.625
 
 
 def test_training_starts_from_the_same_weights_and_reaches_the_same_loss():
