@@ -55,6 +55,8 @@ class Row:
     """A line for each term that is not kept, and for each exception that is not needed."""
     excused: tuple[str, ...]
     """A line for each term that is not kept for a reason, which stands in the contract."""
+    held: bool = True
+    """False for the kernels of others, which have no contract."""
 
 
 def count(ops: Iterable[str] = OPS, targets: Iterable[str] = SHARED_LIMIT) -> Iterator[Row]:
@@ -196,6 +198,8 @@ def table(rows: Iterable[Row]) -> Table:
 
 
 def _verdict(row: Row) -> str:
+    if not row.held:
+        return "none"
     excuses = [f"[yellow]excused {line}" for line in row.excused]
     return "\n".join([*(f"[red]{line}" for line in row.broken), *excuses]) or "[green]kept"
 
@@ -203,12 +207,15 @@ def _verdict(row: Row) -> str:
 def codegen(
     op: Annotated[list[str] | None, typer.Option(help="Op to compile; all by default.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    peers: Annotated[bool, typer.Option(help="Count Liger-Kernel's kernels beside ours.")] = False,
 ) -> None:
     """Compile every Triton kernel for every target and hold it to its contract; no GPU needed."""
     ops = op or list(OPS)
     if unknown := sorted(set(ops) - set(OPS)):
         raise typer.BadParameter(f"--op must be of {', '.join(OPS)}, got {', '.join(unknown)}")
     rows = list(count(ops))
+    if peers:
+        rows += import_module("benchmarks.codegen_peers").rows(ops, SHARED_LIMIT)
     # Columns that are cut short say nothing: a narrow terminal wraps whole lines instead.
     Console(width=max(Console().width, 180)).print(table(rows))
     if json_path:

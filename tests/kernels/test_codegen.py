@@ -154,3 +154,19 @@ def test_a_broken_contract_fails_the_command(tmp_path):
         codegen.codegen(["swiglu"], tmp_path / "rows.json")
     assert stop.value.exit_code == 1
     assert '"COUNTED"' in (tmp_path / "rows.json").read_text()
+
+
+def peers_rows() -> dict[str, machine_code.Facts]:
+    from benchmarks import codegen_peers
+
+    targets = codegen.SHARED_LIMIT
+    return {row.target: row.facts for row in codegen_peers.rows(["cross_entropy"], targets)}
+
+
+def test_the_kernels_of_others_are_counted_as_they_are(compiling):
+    """Rows of 184,622 classes start off 16 bytes: Liger reads two bytes at a time, and spills."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is in the extra bench")
+    facts = compiling(peers_rows)
+    assert set(facts) == set(codegen.SHARED_LIMIT)
+    assert all(f.loads[2] > 8 and 16 not in f.loads for f in facts.values())
+    assert facts["sm_90"].spills

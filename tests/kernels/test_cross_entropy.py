@@ -157,6 +157,19 @@ def test_where_a_row_starts_changes_no_bit(backend, dtype, num_classes):
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", [*backends("cross_entropy")])
+def test_a_class_is_added_in_one_order_wherever_its_row_starts(backend):
+    """Three classes that share an accumulator, the last of them in a whole group or in a part."""
+    logits, targets = torch.full((8, 9001), -float("inf")), torch.full((8,), 9000)
+    logits[:, 808::4096] = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    expected = gradient(backend, logits, targets, reduction="none")
+    for offset in range(4):
+        memory = torch.empty(offset + logits.numel())
+        view = memory[offset:].view(8, 9001).copy_(logits)
+        actual = gradient(backend, view, targets, reduction="none")
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_leading_dimensions_are_tokens(backend):
     logits, targets = sample()

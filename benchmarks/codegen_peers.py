@@ -1,0 +1,97 @@
+"""Liger-Kernel's Triton kernels for the ops we share, compiled and counted like ours.
+
+Their own host code launches them and is told which GPU there is, since it asks for more or fewer
+warps by that. They promise nothing, so they are held to nothing.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+
+from benchmarks.codegen import Row, facts_of, recorded
+
+ARCHITECTURE = {"sm_80": "ampere_ada", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3"}
+"""Their name for each target."""
+
+
+def rows(ops: Iterable[str], targets: Iterable[str]) -> Iterator[Row]:
+    """Yield a row for every kernel of Liger's for ``ops`` and every target."""
+    for op in ops:
+        for config, call in CALLS.get(op, {}).items():
+            call_once_to_import(call)
+            for target in targets:
+                with pretending(target), recorded() as launches:
+                    call()
+                kernels = {launch.kernel.__name__: launch for launch in launches}
+                for name, launch in kernels.items():
+                    facts = facts_of(launch, target)
+                    yield Row(op, f"Liger {name}", config, target, facts, (), (), held=False)
+
+
+def call_once_to_import(call: Callable[[], None]) -> None:
+    with recorded():
+        call()
+
+
+@contextmanager
+def pretending(target: str) -> Iterator[None]:
+    """Let every module of Liger's believe that ``target`` is the GPU of this machine."""
+    answers = {
+        "is_hip": lambda: target.startswith("gfx"),
+        "infer_device_arch": lambda: ARCHITECTURE[target],
+    }
+    with ExitStack() as patches:
+        for module in [m for name, m in sys.modules.items() if name.startswith("liger_kernel")]:
+            for name in answers.keys() & vars(module).keys():
+                patches.enter_context(mock.patch.object(module, name, answers[name]))
+        yield
+
+
+def _bfloat16(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def _rms_norm() -> None:
+    from liger_kernel.ops.rms_norm import rms_norm_forward
+
+    rms_norm_forward(_bfloat16(8, 4096), _bfloat16(4096), 1e-5, 0.0, "llama", None)
+
+
+def _swiglu() -> None:
+    from liger_kernel.ops.swiglu import swiglu_forward
+
+    swiglu_forward(_bfloat16(8, 14336), _bfloat16(8, 14336))
+
+
+def _rope() -> None:
+    from liger_kernel.ops.rope import rope_forward
+
+    q, k = (_bfloat16(1, 8, heads, 128).transpose(1, 2) for heads in (32, 8))
+    rope_forward(q, k, torch.zeros(1, 8, 128), torch.zeros(1, 8, 128))
+
+
+def _cross_entropy() -> None:
+    from liger_kernel.ops.cross_entropy import cross_entropy_forward
+
+    logits = _bfloat16(2, 184622).requires_grad_()
+    targets = torch.zeros(2, dtype=torch.int64)
+    cross_entropy_forward(logits, targets, None, -100, 0.0, 0.0, "mean", None, False)
+
+
+def _linear_cross_entropy() -> None:
+    from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
+
+    hidden, head = _bfloat16(2, 8).requires_grad_(), _bfloat16(184622, 8).requires_grad_()
+    fused_linear_cross_entropy_forward(hidden, head, torch.zeros(2, dtype=torch.int64))
+
+
+CALLS: dict[str, dict[str, Callable[[], None]]] = {
+    "rms_norm": {"8 x 4096": _rms_norm},
+    "swiglu": {"8 x 14336": _swiglu},
+    "rope": {"8 tokens, 32 + 8 heads": _rope},
+    "cross_entropy": {"2 x 184622, both passes": _cross_entropy},
+    "linear_cross_entropy": {"2 x 184622, both passes": _linear_cross_entropy},
+}
