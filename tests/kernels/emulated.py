@@ -76,6 +76,21 @@ def check_the_sum_is_rounded() -> None:
     assert torch.equal(y, apart)
 
 
+def check_a_dropped_row_is_not_read() -> None:
+    """The third row does not exist: a read of it would be out of bounds."""
+    module = part("cross_entropy", "triton")
+    logits, targets = torch.randn(2, 4133), torch.tensor([1, 2, 3])
+    losses, denominators = torch.ones(3), torch.ones(3, 2)
+    options = module.SUMS_TILE.options() | {"STAGES": 1, "LANES": 4, "SMOOTHED": False}
+    with emulated():
+        module._fwd_kernel[(3,)](
+            *(logits, targets, torch.tensor([1.0, 1.0, 0.0]), losses, denominators),
+            *(module.lead_of(logits), 4133, 4133, 0.0, 0.0),
+            **options,
+        )
+    assert losses.ne(0).tolist() == denominators.any(dim=1).tolist() == [True, True, False]
+
+
 def launch_emulated(name: str) -> None:
     with emulated():
         faulty.launch(name)

@@ -44,6 +44,11 @@ def test_a_row_of_several_blocks_of_the_token_losses(compiling):
     compiling(emulated.check_value_and_gradients, "cross_entropy", size, torch.bfloat16)
 
 
+def test_a_row_of_weight_zero_is_not_read(compiling):
+    """Its loss would be 0 all the same: only the time would tell."""
+    compiling(emulated.check_a_dropped_row_is_not_read)
+
+
 def test_several_products_of_the_head(compiling):
     """Without memory a block has 1,024 classes, and the sums of three are added up."""
     op, size = "linear_cross_entropy", {"tokens": 3, "width": 24, "classes": 2085}
