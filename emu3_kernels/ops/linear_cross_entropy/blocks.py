@@ -31,14 +31,68 @@ class Settings(NamedTuple):
     memory: int
 
 
-def losses(
+def as_ops(backend: str, kernels: Kernels) -> tuple[Callable, Callable]:
+    """Make ``losses`` and ``gradients`` of a backend: over all T tokens, those of weight 0 dropped.
+
+    Both are opaque to ``torch.compile``: how many tokens count is known when they run. They may be
+    Python ops because 50 microseconds a call are nothing beside their matrix products.
+    """
+    name = f"emu3_kernels::linear_cross_entropy_{{}}_{backend}"
+
+    @torch.library.custom_op(name.format("losses"), mutates_args=())
+    def losses(
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        z_loss: float,
+        label_smoothing: float,
+        memory: int,
+    ) -> Tensor:
+        kept = weights.nonzero().squeeze(1)
+        settings = Settings(z_loss, label_smoothing, memory)
+        counted = counted_losses(kernels, hidden[kept], head, targets[kept], settings)
+        return weights.new_zeros(weights.shape).index_copy_(0, kept, counted)
+
+    @torch.library.custom_op(name.format("gradients"), mutates_args=())
+    def gradients(
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        dlosses: Tensor,
+        z_loss: float,
+        label_smoothing: float,
+        memory: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kept = dlosses.nonzero().squeeze(1)
+        settings = Settings(z_loss, label_smoothing, memory)
+        counted, dkept, dhead = counted_gradients(
+            kernels, hidden[kept], head, targets[kept], dlosses[kept], settings
+        )
+        dhidden = hidden.new_zeros(hidden.shape).index_copy_(0, kept, dkept)
+        return dlosses.new_zeros(dlosses.shape).index_copy_(0, kept, counted), dhidden, dhead
+
+    losses.register_fake(_fake_losses)
+    gradients.register_fake(_fake_gradients)
+    return losses, gradients
+
+
+def _fake_losses(hidden, head, targets, weights, z_loss, label_smoothing, memory):
+    return weights.new_empty(weights.shape)
+
+
+def _fake_gradients(hidden, head, targets, dlosses, z_loss, label_smoothing, memory):
+    return dlosses.new_empty(dlosses.shape), hidden.new_empty(hidden.shape), torch.empty_like(head)
+
+
+def counted_losses(
     kernels: Kernels, hidden: Tensor, head: Tensor, targets: Tensor, settings: Settings
 ) -> Tensor:
     """Return the losses ``[N]`` in float32: every block is multiplied once."""
     return _Pass(kernels, hidden, head, targets, settings).losses()
 
 
-def losses_and_gradients(
+def counted_gradients(
     kernels: Kernels,
     hidden: Tensor,
     head: Tensor,

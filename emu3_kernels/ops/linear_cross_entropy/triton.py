@@ -1,8 +1,4 @@
-"""linear_cross_entropy in Triton: matrix products by torch, the rows of logits between them here.
-
-The loop over blocks is opaque to ``torch.compile``: how many tokens count is known when it runs.
-N tokens that count, V classes.
-"""
+"""linear_cross_entropy in Triton: products by torch, the rows of logits between them here."""
 
 from dataclasses import replace
 
@@ -15,58 +11,11 @@ from emu3_kernels import _cross_entropy_triton as rows
 from emu3_kernels._cross_entropy_triton import SUMS_TILE, lanes, lead_of, sums_of_row
 from emu3_kernels._triton import Config, meta, why_not_triton
 from emu3_kernels.ops.linear_cross_entropy import blocks
-from emu3_kernels.ops.linear_cross_entropy.blocks import Kernels, Settings
+from emu3_kernels.ops.linear_cross_entropy.blocks import Kernels
 
 
 def why_not(hidden: Tensor, *_: object) -> str | None:
     return why_not_triton(hidden)
-
-
-@torch.library.custom_op("emu3_kernels::linear_cross_entropy_losses_triton", mutates_args=())
-def losses(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    z_loss: float,
-    label_smoothing: float,
-    memory: int,
-) -> Tensor:
-    """Return the losses ``[T]`` before their weights, 0 where the weight is."""
-    kept = weights.nonzero().squeeze(1)
-    settings = Settings(z_loss, label_smoothing, memory)
-    counted = blocks.losses(KERNELS, hidden[kept], head, targets[kept], settings)
-    return weights.new_zeros(weights.shape).index_copy_(0, kept, counted)
-
-
-@torch.library.custom_op("emu3_kernels::linear_cross_entropy_gradients_triton", mutates_args=())
-def gradients(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    dlosses: Tensor,
-    z_loss: float,
-    label_smoothing: float,
-    memory: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return :func:`losses`, with dlosses for weights, and the gradients of their product."""
-    kept = dlosses.nonzero().squeeze(1)
-    settings = Settings(z_loss, label_smoothing, memory)
-    counted, dkept, dhead = blocks.losses_and_gradients(
-        KERNELS, hidden[kept], head, targets[kept], dlosses[kept], settings
-    )
-    dhidden = hidden.new_zeros(hidden.shape).index_copy_(0, kept, dkept)
-    return dlosses.new_zeros(dlosses.shape).index_copy_(0, kept, counted), dhidden, dhead
-
-
-@losses.register_fake
-def _(hidden, head, targets, weights, z_loss, label_smoothing, memory):
-    return weights.new_empty(weights.shape)
-
-
-@gradients.register_fake
-def _(hidden, head, targets, dlosses, z_loss, label_smoothing, memory):
-    return dlosses.new_empty(dlosses.shape), hidden.new_empty(hidden.shape), torch.empty_like(head)
 
 
 def add_(logits: Tensor, targets: Tensor, sums: Tensor, first: int, label_smoothing: float) -> None:
@@ -96,7 +45,7 @@ def gradient_(
         )  # fmt: skip
 
 
-KERNELS = Kernels(add_, gradient_)
+losses, gradients = blocks.as_ops("triton", Kernels(add_, gradient_))
 
 
 @triton.jit
