@@ -18,7 +18,7 @@ from benchmarks.duel import Call, paired_ratio
 from emu3.config import PRESETS, ModelSettings
 from emu3.model import Emu3
 from emu3.weights import official_views
-from emu3_kernels import huggingface, rope_tables
+from emu3_kernels import huggingface
 
 OURS, THEIRS, APPLIED = "emu3.Emu3", "Hugging Face", "Hugging Face with our ops"
 
@@ -55,11 +55,8 @@ def contestants(settings: ModelSettings) -> Iterator[tuple[str, nn.Module, Loss]
 
 
 def emu3(settings: ModelSettings, theirs: nn.Module) -> Emu3:
-    """Build our decoder with the weights of ``theirs``, its rotary tables in float32."""
+    """Build our decoder with the weights of ``theirs``."""
     ours = Emu3(settings).to(torch.bfloat16)
-    ours.cos, ours.sin = rope_tables(
-        settings.max_positions, settings.head_width, theta=settings.rope_theta
-    )
     weights = theirs.state_dict()
     for name, view in official_views(ours).items():
         view.copy_(weights[name])

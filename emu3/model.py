@@ -13,22 +13,15 @@ from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
-from emu3_kernels import (
-    add_rms_norm,
-    linear_cross_entropy,
-    rms_norm,
-    rope,
-    rope_tables,
-    swiglu_packed,
-)
+from emu3_kernels import add_rms_norm, linear_cross_entropy, rms_norm, swiglu_packed
+from emu3_kernels.modules import RotaryEmbedding
 
 
 @dataclass(frozen=True)
 class Context:
     """What every layer of one call shares: the rotation, and how the tokens join a cache."""
 
-    cos: Tensor
-    sin: Tensor
+    rotate: RotaryEmbedding
     cache: KeyValueCache | None = None
     positions: Tensor | None = None
     mask: Tensor | None = None
@@ -48,7 +41,7 @@ class Attention(nn.Module):
         s = self.settings
         heads = self.qkv(x).unflatten(-1, (-1, s.head_width))
         q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=2)
-        q, k = rope(q, k, context.cos, context.sin, context.positions)
+        q, k = context.rotate(q, k, context.positions)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
         attended = F.scaled_dot_product_attention(
@@ -111,11 +104,9 @@ class Emu3(nn.Module):
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
         self.norm = nn.Parameter(torch.ones(settings.width))
         self.head = nn.Linear(settings.width, vocabulary.size, bias=False)
-        cos, sin = rope_tables(
+        self.rotate = RotaryEmbedding(
             settings.max_positions, settings.head_width, theta=settings.rope_theta
         )
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
         self.apply(self._init)
 
     def _init(self, module: nn.Module) -> None:
@@ -129,12 +120,10 @@ class Emu3(nn.Module):
 
         With a ``cache`` the tokens continue what it holds and are appended to it.
         """
-        context = Context(self.cos, self.sin)
+        context = Context(self.rotate)
         if cache is not None:
             num_new = tokens.shape[1]
-            context = Context(
-                self.cos, self.sin, cache, cache.positions(num_new), cache.mask(num_new)
-            )
+            context = Context(self.rotate, cache, cache.positions(num_new), cache.mask(num_new))
         residual = self.dropout(self.embedding(tokens))
         branch = None
         for block in self.blocks:

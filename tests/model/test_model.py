@@ -134,3 +134,12 @@ def hugging_face() -> Emu3ForCausalLM:
         tie_word_embeddings=False,
     )
     return Emu3ForCausalLM(config).eval()
+
+
+def test_a_model_cast_to_bfloat16_keeps_its_rotation_in_float32():
+    """It was cast with the weights once, and the rotation then refused the tables."""
+    model = tiny_model().to(torch.bfloat16)
+    with torch.no_grad():
+        hidden = model(torch.zeros(1, 5, dtype=torch.int64))
+    assert hidden.dtype == torch.bfloat16
+    assert model.rotate.cos.dtype == torch.float32
