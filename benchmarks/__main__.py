@@ -67,7 +67,7 @@ def time_all(
     """Time each of ``chosen`` with each number of threads, unless the machine is busy."""
     if max(counts) > machine.cores():
         raise typer.BadParameter(f"--threads must be at most {machine.cores()}, got {max(counts)}")
-    if (reason := machine.why_not_start(machine.load())) and not allow_load:
+    if (reason := machine.why_not_publish(machine.load())) and not allow_load:
         refuse(f"{reason}; --allow-load times and writes nothing")
     failures = []
     for name in chosen:
@@ -91,7 +91,7 @@ def time_one(op: str, threads: int, seconds: float, *options: int, write: bool) 
         return "a check failed, see above" if rows else "no backend could be timed, see above"
     if not write:
         return None
-    if reason := machine.why_not_publish([load for row in rows for load in row["load"]]):
+    if reason := machine.why_not_publish(*(load for row in rows for load in row["load"])):
         return reason
     console.print(f"wrote {publish(RESULTS, op, threads, run)}")
     return None

@@ -15,7 +15,6 @@ SASS_MATRIX = re.compile(r"(?:HMMA|IMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)$")
 SASS_COPY = {"LDGSTS", "UBLKCP", "UTMALDG"}
 
 AMD_ACCESS = re.compile(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)", re.MULTILINE)
-AMD_METADATA = re.compile(r"^\s+(?:- )?\.(\w+): +(\d+)$", re.MULTILINE)
 AMD_MATRIX = re.compile(r"^\s+(v_s?mfmac?)_", re.MULTILINE)
 AMD_COPY = re.compile(r"^\s+(?:global|buffer)_load_.*\blds\b", re.MULTILINE)
 AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}

@@ -85,33 +85,9 @@ inline Vec load(const float* from) {
   return x;
 }
 
-inline Vec load(const bfloat16* from) {
-  HalfVec half;
-  __builtin_memcpy(&half, from, sizeof half);
-  return widen(half);
-}
-
 inline void store(float* to, Vec x) { __builtin_memcpy(to, &x, sizeof x); }
 
-inline void store(bfloat16* to, Vec x) {
-  const HalfVec half = narrow(x);
-  __builtin_memcpy(to, &half, sizeof half);
-}
-
-// The first `count` < kLanes elements; the lanes beyond them are `fill` and are not touched in
-// memory.
-inline Vec load_tail(const float* from, int64_t count, float fill = 0) {
-  Vec x = splat(fill);
-  __builtin_memcpy(&x, from, count * sizeof *from);
-  return x;
-}
-
-inline Vec load_tail(const bfloat16* from, int64_t count, float fill = 0) {
-  HalfVec half = narrow(splat(fill));
-  __builtin_memcpy(&half, from, count * sizeof *from);
-  return widen(half);
-}
-
+// The first `count` < kLanes elements alone.
 inline void store_tail(float* to, Vec x, int64_t count) {
   __builtin_memcpy(to, &x, count * sizeof *to);
 }
@@ -246,16 +222,6 @@ inline Vec exp2(Vec t) {
   const IntVec half = n >> 1;  // two factors, since 2^128 overflows and 2^-150 underflows alone
   return p * (Vec)((half + 127) << 23) * (Vec)((n - half + 127) << 23);
 #endif
-}
-
-// e^x to within three units in the last place; the bounds are where float has gone to 0 and
-// infinity.
-inline Vec exp(Vec x) {
-  x = min(splat(89), max(splat(-104), x));
-  const Vec t = x * 1.44269504f;
-  const Vec lost = fma(x, splat(1.92596299e-8f), fma(x, splat(1.44269504f), -t));
-  const Vec y = exp2(t);
-  return fma(y, lost * 0.693147181f, y);
 }
 
 // Off by one part in 1e6 at most where it is below 1e-4; never below 2^-126, which keeps 1 + e^-x
