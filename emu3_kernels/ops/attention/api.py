@@ -6,7 +6,7 @@ from torch import Tensor
 from emu3_kernels._attention.spans import Dropout, Spans, spans_of
 from emu3_kernels._checks import check_floating, describe
 from emu3_kernels._dispatch import choose, load
-from emu3_kernels._dropout import check_dropout, seed_or_draw
+from emu3_kernels._dropout import check_dropout, draw_seed
 from emu3_kernels.ops.attention import reference
 
 BACKENDS = load("attention")
@@ -62,15 +62,15 @@ def attention(
     """
     _check_heads(q, k, v)
     _check_documents(q, k, document_ids)
-    check_dropout("attention", dropout_p)
+    check_dropout("attention", dropout_p, seed, q.device)
     asked = (causal, document_ids, dropout_p, return_lse)
     chosen = choose("attention", BACKENDS, backend, q, k, v, *asked)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     settings = {"causal": causal, "document_ids": document_ids, "scale": scale}
     if chosen in WHOLE:
         return BACKENDS[chosen].attention(q, k, v, dropout_p=dropout_p, **settings)
-    if dropout_p > 0:
-        seed = seed_or_draw(seed, q.device)
+    if dropout_p > 0 and seed is None:
+        seed = draw_seed(q.device)
     if chosen == "reference":
         random = {"dropout_p": dropout_p, "seed": seed}
         return reference.attention(q, k, v, **settings, **random, return_lse=return_lse)

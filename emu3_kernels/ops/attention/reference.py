@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._dropout import keep
+from emu3_kernels._dropout import keep, keep_scale
 
 
 def attention(
@@ -37,6 +37,6 @@ def attention(
     if dropout_p > 0:
         head = torch.arange(batch * heads, device=q.device).view(batch, groups, -1, 1, 1)
         kept = keep(seed, dropout_p, row + num_keys - num_queries, column, head)
-        weights = weights * kept / (1 - dropout_p)
+        weights = weights * kept * keep_scale(dropout_p)
     out = torch.einsum("bgrts,bsgk->btgrk", weights, v.to(compute)).flatten(2, 3).to(q.dtype)
     return (out, lse.flatten(1, 2)) if return_lse else out
