@@ -8,7 +8,7 @@ from types import ModuleType
 
 from emu3_kernels import _native
 
-_forced: str | None = None
+_forced: dict[str | None, str] = {}
 _record: dict[str, str] | None = None
 _announced = False
 
@@ -48,7 +48,7 @@ def choose(op: str, backends: Mapping[str, ModuleType | str], backend: str | Non
 
 
 def _choose(op: str, backends: Mapping[str, ModuleType | str], backend: str | None, *args) -> str:
-    asked = backend or _forced
+    asked = backend or _forced.get(op) or _forced.get(None)
     if asked is None:
         for name, module in backends.items():
             if why_not(module, *args) is None:
@@ -67,13 +67,13 @@ def _choose(op: str, backends: Mapping[str, ModuleType | str], backend: str | No
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Make every op inside the block run on ``backend``, as if asked for by name.
+def use_backend(backend: str, *ops: str) -> Iterator[None]:
+    """Make ``ops``, or every op, inside the block run on ``backend``, as if asked for by name.
 
-    For tests and bug hunts; one setting for the whole process, all threads.
+    For tests, bug hunts and comparisons; one setting for the whole process, all threads.
     """
     global _forced
-    before, _forced = _forced, backend
+    before, _forced = _forced, _forced | dict.fromkeys(ops or (None,), backend)
     try:
         yield
     finally:

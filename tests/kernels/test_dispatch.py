@@ -19,6 +19,16 @@ def test_use_backend_holds_inside_its_block_alone():
     assert used["swiglu"] != "reference"
 
 
+def test_use_backend_can_name_the_ops_it_is_for():
+    with emu3_kernels.record_backends() as used, emu3_kernels.use_backend("native"):
+        with emu3_kernels.use_backend("reference", "rms_norm"):
+            emu3_kernels.rms_norm(X, WEIGHT)
+            emu3_kernels.swiglu(X, X)
+        assert used == {"rms_norm": "reference", "swiglu": "native"}
+        emu3_kernels.rms_norm(X, WEIGHT)
+    assert used["rms_norm"] == "native"
+
+
 def test_a_backend_asked_for_by_name_wins_over_use_backend():
     with emu3_kernels.record_backends() as used, emu3_kernels.use_backend("native"):
         emu3_kernels.rms_norm(X, WEIGHT, backend="reference")
