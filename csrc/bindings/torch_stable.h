@@ -1,11 +1,12 @@
-// What every file that knows torch shares: the stable ABI, dtypes, row views, when a result is
-// large.
+// What every file that knows torch shares: the stable ABI, dtypes, row views, dropout, when a
+// result is large.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "../cpu/dropout.h"
 #include "../cpu/dtype.h"
 #include "../cpu/levels.h"
 
@@ -27,6 +28,16 @@ inline const char* at(const Tensor& tensor, int64_t element) {
 
 inline char* mutable_at(const Tensor& tensor, int64_t element) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + element * tensor.element_size();
+}
+
+// drop_below() and keep_scale() of _dropout.py; the seed is 0-d int64.
+inline Dropout dropout_of(double p, const Tensor& seed) {
+  const double below = __builtin_nearbyint(p * 4294967296.0);
+  return {
+      .seed = *static_cast<const uint64_t*>(seed.const_data_ptr()),
+      .drop_below = below < 4294967295.0 ? static_cast<uint32_t>(below) : 0xffffffff,
+      .scale = static_cast<float>(1 / (1 - p)),
+  };
 }
 
 // A result that overflows the caches is written past them; a smaller one is soon read again.

@@ -1,0 +1,69 @@
+"""Counter-based dropout: whether an element is kept depends on the seed and its place alone.
+
+Philox 4x32-10, from "Parallel random numbers: as easy as 1, 2, 3" (Salmon et al., SC'11). Key: the
+64 bits of the seed. Counter: ``(column // 4, row, head, 0)``, of which the element takes word
+``column % 4``; it is kept iff that word is at least ``p * 2**32``. Every backend draws the same
+words, and so does a shard that knows where it begins. Here in plain PyTorch: the definition.
+"""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels._checks import describe
+
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+WEYL = 0x9E3779B9, 0xBB67AE85
+LOWER = 0xFFFFFFFF
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw a seed, 0-d int64, from torch's default generator of ``device``."""
+    return torch.randint(torch.iinfo(torch.int64).max, (), device=device)
+
+
+def drop_below(p: float) -> int:
+    """Return the smallest word of a kept element: it fits in 32 bits, so that p stays below 1."""
+    return min(round(p * 2**32), LOWER)
+
+
+def keep_scale(p: float) -> float:
+    """Return the factor of the kept elements, which leaves the mean as it was."""
+    return 1 / (1 - p)
+
+
+def keep(
+    seed: Tensor, p: float, row: Tensor | int, column: Tensor | int, head: Tensor | int = 0
+) -> Tensor:
+    """Say which elements dropout keeps: a bool for each of the broadcast places.
+
+    Args:
+        seed: 0-d int64; all 64 bits count.
+        p: share of the elements that are dropped, in ``[0, 1)``.
+        row: int64 tensor or number, of which the lower 32 bits count; as of the next two.
+        column: channel, or key of an attention.
+        head: head over all of the batch of an attention; 0 elsewhere.
+    """
+    place = row, column, head
+    row, column, head = (torch.as_tensor(index, device=seed.device) for index in place)
+    words = philox(seed, column >> 2, row, head, torch.zeros_like(head))
+    first, second = (torch.where(column % 4 == i, words[i], words[i + 2]) for i in (0, 1))
+    return torch.where(column % 2 == 0, first, second) >= drop_below(p)
+
+
+def philox(key: Tensor, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Encrypt the four words of ``counter`` in ten rounds; a word is the lower half of an int64."""
+    a, b, c, d = counter
+    for i in range(10):
+        # Products wrap around at 64 bits, whose upper half the mask cuts out of a signed shift.
+        x, y = (MULTIPLIERS[0] * (a & LOWER)), (MULTIPLIERS[1] * (c & LOWER))
+        a, c = (y >> 32) ^ b ^ (key + i * WEYL[0]), (x >> 32) ^ d ^ ((key >> 32) + i * WEYL[1])
+        b, d = y, x
+    return a & LOWER, b & LOWER, c & LOWER, d & LOWER
+
+
+def check_dropout(op: str, p: float, seed: Tensor | None, device: torch.device) -> None:
+    """Raise unless ``p`` is in ``[0, 1)`` and ``seed`` None or 0-d int64 on ``device``."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: dropout_p must lie in [0, 1), got {p}")
+    if seed is not None and (seed.dim(), seed.dtype, seed.device) != (0, torch.int64, device):
+        raise ValueError(f"{op}: seed must be () torch.int64 {device}, got {describe(seed)}")

@@ -1,0 +1,20 @@
+"""Counter-based dropout in Triton: the words of ``_dropout.py``, which defines them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def keep(seed, drop_below, row, column, head):
+    """Say which elements are kept; ``row``, ``column`` and ``head`` broadcast.
+
+    Columns that lie side by side in a thread share their Philox: the compiler sees that its four
+    words are the same, as long as the first column is known to be a multiple of 4.
+    """
+    row, column = tl.to_tensor(row).to(tl.uint32), tl.to_tensor(column).to(tl.uint32)
+    head = tl.to_tensor(head).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, column >> 2, row, head, head * 0)
+    word = tl.where(
+        column & 2 == 0, tl.where(column & 1 == 0, w0, w1), tl.where(column & 1 == 0, w2, w3)
+    )
+    return word >= tl.to_tensor(drop_below).to(tl.uint32)
