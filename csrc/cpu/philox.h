@@ -6,7 +6,7 @@
 #include "simd.h"
 
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace emu3::EMU3_LEVEL {
