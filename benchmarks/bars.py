@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER
+from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ BARS = (
     Bar("swiglu", COMPILED_OUT, 1.5, MLP),
     Bar("swiglu", EAGER, 4.0, MLP),
     Bar("swiglu", COMPILED, 1.5, MLP, "backward"),
-    Bar("rope", "vLLM", 1.0, (("tokens", 2048),)),
+    Bar("rope", "vLLM (in place)", 1.0, (("tokens", 2048),), IN_PLACE),
     Bar("cross_entropy", COMPILED, 2.0, LOGITS),
     Bar("cross_entropy", COMPILED, 2.0, LOGITS, "forward+backward"),
     Bar("linear_cross_entropy", EAGER, 2.0, (("tokens", 2048),), "forward+backward"),

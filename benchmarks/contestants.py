@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import peers
 from benchmarks.duel import MIN_SAMPLE, Call
-from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER
+from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
 from emu3_kernels import _native
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import differentiable, part, public
@@ -22,6 +22,7 @@ MATRIX = 1024
 """Rows and columns of the matrices whose product bounds an op that counts FLOPs."""
 LARGE_RESULT = 1 << 20
 """Bytes from which fresh memory costs: below, a preallocated result is no other contestant."""
+WITHOUT_GRADIENT = ("forward", IN_PLACE)
 SHORT = 0.1
 """Seconds below which a call is estimated anew, warm and without the profiler."""
 SAME_CODES = 0.99
@@ -98,7 +99,7 @@ def lineup(case: Case) -> Lineup:
     """
     inputs = part(case.op, "cases").make(**case.size, dtype=case.dtype, device="cpu")
     ours = caller(case, partial(public(case.op), backend=case.backend), inputs)
-    forward = case.direction == "forward"
+    forward = case.direction in WITHOUT_GRADIENT
     entered = Lineup()
     exact = entered.enter(case.backend, ours)
     check(case.op, case.backend, case.dtype)
@@ -124,6 +125,8 @@ def lineup(case: Case) -> Lineup:
 def rivals(case: Case, inputs: Mapping, results: object) -> dict[str, Callable[[], Call]]:
     """Name the peers of ``case`` and how each is built; ``results`` is what ours gives."""
     entry = peers.FIELDS.get(case.op, peers.Field())
+    if case.direction == IN_PLACE:
+        return {name: partial(build, **inputs) for name, build in entry.in_place.items()}
     eager = entry.eager or getattr(part(case.op, "reference"), case.op)
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     found: dict[str, Callable[[], Call]] = {
@@ -141,6 +144,8 @@ def caller(case: Case, function: Callable, inputs: Mapping) -> Call:
     """Bind ``function`` to the inputs and, for a backward pass, to random gradients."""
     if case.direction == "forward":
         return partial(function, **inputs)
+    if case.direction == IN_PLACE:
+        return over_its_inputs(function, inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in _leaves(case, inputs)}
     bound = partial(function, **{**inputs, **leaves})
     results = _with_gradient(bound())
@@ -150,6 +155,13 @@ def caller(case: Case, function: Callable, inputs: Mapping) -> Call:
     if case.direction == "backward":
         return lambda: torch.autograd.grad(results, wrt, douts, retain_graph=True)
     return lambda: torch.autograd.grad(_with_gradient(bound()), wrt, douts)
+
+
+def over_its_inputs(function: Callable, inputs: Mapping) -> Call:
+    """Write the results over copies of the first inputs, and read them in the next call."""
+    written = list(inputs)[: len(as_tuple(function(**inputs)))]
+    written = {name: inputs[name].clone() for name in written}
+    return partial(function, **{**inputs, **written}, out=tuple(written.values()))
 
 
 def compiled_into(function: Callable, inputs: Mapping, results: object) -> Call:
@@ -182,7 +194,7 @@ def bounds(case: Case) -> dict[str, Call]:
 def bytes_moved(case: Case) -> int | None:
     """Count the bytes that ``case`` must move; they are stated for the forward pass alone."""
     counted = getattr(part(case.op, "cases"), "bytes_moved", None)
-    if counted is None or case.direction != "forward":
+    if counted is None or case.direction not in WITHOUT_GRADIENT:
         return None
     return counted(**case.size, dtype=case.dtype)
 
@@ -192,7 +204,7 @@ def flops(case: Case) -> int | None:
     stated = part(case.op, "cases")
     if hasattr(stated, "bytes_moved") or not hasattr(stated, "flops"):
         return None
-    products = {"forward": 1, "backward": 2, "forward+backward": 3}[case.direction]
+    products = {"backward": 2, "forward+backward": 3}.get(case.direction, 1)
     return products * stated.flops(**case.size, dtype=case.dtype)
 
 

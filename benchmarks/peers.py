@@ -28,6 +28,7 @@ OUTSIDE_TORCH = ("faiss", "scipy k-d tree")
 
 
 BOTH = ("forward", "forward+backward")
+IN_PLACE = "forward in place"
 
 
 class UnavailableError(Exception):
@@ -39,11 +40,13 @@ class Field:
     """What an op is timed against, and in what.
 
     ``eager`` is the PyTorch that a user writes without us; None stands for the reference. It is
-    compiled too, unless ``peers`` has a ``torch.compile`` of its own.
+    compiled too, unless ``peers`` has a ``torch.compile`` of its own. Peers ``in_place`` are timed
+    against an op that writes over its inputs too.
     """
 
     eager: Callable | None = None
     peers: Mapping[str, Callable[..., Call]] = field(default_factory=dict)
+    in_place: Mapping[str, Callable[..., Call]] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     directions: tuple[str, ...] = ("forward", "backward")
 
@@ -213,7 +216,12 @@ FIELDS: dict[str, Field] = {
     "swiglu": Field(swiglu, {"vLLM": vllm_swiglu}),
     "rms_norm": Field(rms_norm, {"vLLM": vllm_rms_norm}),
     "add_rms_norm": Field(add_rms_norm, {"vLLM": vllm_add_rms_norm}),
-    "rope": Field(rope, {"vLLM": vllm_rope}),
+    "rope": Field(
+        rope,
+        {"vLLM (in place)": vllm_rope},
+        in_place={"vLLM (in place)": vllm_rope},
+        directions=("forward", IN_PLACE, "backward"),
+    ),
     "cross_entropy": Field(cross_entropy, directions=BOTH),
     # Its forward pass makes the gradients too, so that only the whole can be compared.
     "linear_cross_entropy": Field(linear_cross_entropy, directions=BOTH[1:]),

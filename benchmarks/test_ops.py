@@ -13,7 +13,7 @@ from emu3_kernels import _native
 
 def test_op(case: Case, threads: int, benchmark, request: pytest.FixtureRequest) -> None:
     before = machine.load()
-    with torch.set_grad_enabled(case.direction != "forward"):
+    with torch.set_grad_enabled(case.direction not in contestants.WITHOUT_GRADIENT):
         try:
             lineup = contestants.lineup(case)
         except NotImplementedError as reason:

@@ -1,6 +1,8 @@
 #include "../cpu/rope.h"
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
 
 #include "torch_stable.h"
@@ -8,55 +10,88 @@
 namespace emu3 {
 namespace {
 
-void check_positions(const std::optional<Tensor>& positions, int64_t batch, int64_t tokens,
-                     int64_t longest) {
-  if (!positions) {
-    STD_TORCH_CHECK(tokens <= longest, "rope: positions must lie in [0, ", longest, "), got 0 … ",
-                    tokens - 1);
-    return;
+// Raises Python's ValueError, which std::invalid_argument becomes on its way there.
+void check_inside(const char* op, const char* name, int64_t index, int64_t stop) {
+  if (0 <= index && index < stop) return;
+  std::ostringstream message;
+  message << op << ": " << name << " must lie in [0, " << stop << "), got " << index;
+  throw std::invalid_argument(message.str());
+}
+
+// The view of `indices` [B, T], every one of which must lie in [0, stop).
+Indices checked(const char* op, const char* name, const Tensor& indices, int64_t stop) {
+  const Indices view{static_cast<const int64_t*>(indices.const_data_ptr()), indices.stride(0),
+                     indices.stride(1)};
+  for (int64_t b = 0; b < indices.size(0); ++b)
+    for (int64_t t = 0; t < indices.size(1); ++t)
+      check_inside(op, name, view.data[b * view.batch_stride + t * view.token_stride], stop);
+  return view;
+}
+
+Heads heads(const Tensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Rotated rotated(const Tensor& from, const Tensor& to) {
+  const bool in_place = from.const_data_ptr() == to.const_data_ptr();
+  return {heads(from), heads(to), from.size(2), past_caches(to) && !in_place};
+}
+
+// q [B, T, H, K] and k, v [B, T, G, K], and where they go, with unit stride in K; tables with unit
+// stride in K/2.
+void run(const Tensor& q, const Tensor& cos, const Tensor& sin, RopeCall call) {
+  call.dtype = dtype_of(q);
+  call.tokens = q.size(1);
+  call.width = q.size(3);
+  call.cos = static_cast<const float*>(cos.const_data_ptr());
+  call.sin = static_cast<const float*>(sin.const_data_ptr());
+  call.cos_stride = cos.stride(0);
+  call.sin_stride = sin.stride(0);
+  const int64_t heads = call.q.heads + call.k.heads + call.v.heads;
+  torch::stable::parallel_for(0, q.size(0) * call.tokens, row_grain(heads * call.width),
+                              [&](int64_t begin, int64_t end) { rope().rotate(call, begin, end); });
+}
+
+void rotate_into(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                 const std::optional<Tensor>& positions, bool inverse, const Tensor& q_out,
+                 const Tensor& k_out) {
+  RopeCall call{.inverse = inverse, .q = rotated(q, q_out), .k = rotated(k, k_out)};
+  if (positions) {
+    call.positions = checked("rope", "positions", *positions, cos.size(0));
+  } else if (q.size(1)) {
+    check_inside("rope", "positions", q.size(1) - 1, cos.size(0));
   }
-  const auto* const from = static_cast<const int64_t*>(positions->const_data_ptr());
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t position = from[b * positions->stride(0) + t * positions->stride(1)];
-      STD_TORCH_CHECK(0 <= position && position < longest, "rope: positions must lie in [0, ",
-                      longest, "), got ", position);
-    }
+  run(q, cos, sin, call);
 }
 
-Heads heads(const Tensor& from, const Tensor& to) {
-  return {from.const_data_ptr(), to.mutable_data_ptr(), from.size(2),
-          from.stride(0),        from.stride(1),        from.stride(2)};
-}
-
-// q [B, T, H, K] and k [B, T, G, K] with unit stride in K; tables with unit stride in K/2.
 std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor& cos,
                                   const Tensor& sin, const std::optional<Tensor>& positions,
                                   bool inverse) {
-  const int64_t batch = q.size(0), tokens = q.size(1), width = q.size(3);
-  check_positions(positions, batch, tokens, cos.size(0));
-  Tensor q_out = torch::stable::new_empty(q, {batch, tokens, q.size(2), width});
-  Tensor k_out = torch::stable::new_empty(k, {batch, tokens, k.size(2), width});
-  const RopeCall call{
-      .dtype = dtype_of(q),
-      .inverse = inverse,
-      .past_caches = past_caches(q_out),
-      .tokens = tokens,
-      .width = width,
-      .cos = static_cast<const float*>(cos.const_data_ptr()),
-      .sin = static_cast<const float*>(sin.const_data_ptr()),
-      .cos_stride = cos.stride(0),
-      .sin_stride = sin.stride(0),
-      .positions = positions ? static_cast<const int64_t*>(positions->const_data_ptr()) : nullptr,
-      .positions_batch_stride = positions ? positions->stride(0) : 0,
-      .positions_token_stride = positions ? positions->stride(1) : 0,
-      .q = heads(q, q_out),
-      .k = heads(k, k_out),
-  };
-  const int64_t grain = row_grain((q.size(2) + k.size(2)) * width);
-  torch::stable::parallel_for(0, batch * tokens, grain,
-                              [&](int64_t begin, int64_t end) { rope().rotate(call, begin, end); });
+  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  Tensor k_out = torch::stable::new_empty(k, k.sizes());
+  rotate_into(q, k, cos, sin, positions, inverse, q_out, k_out);
   return {q_out, k_out};
+}
+
+void rotate_out(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+                const std::optional<Tensor>& positions, const Tensor& q_out, const Tensor& k_out) {
+  rotate_into(q, k, cos, sin, positions, false, q_out, k_out);
+}
+
+Tensor append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+              const Tensor& sin, const Tensor& key_cache, const Tensor& value_cache,
+              const Tensor& slots, const std::optional<Tensor>& positions) {
+  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  RopeCall call{
+      .slots = checked("rope_append", "slots", slots, key_cache.size(1)),
+      .q = rotated(q, q_out),
+      .k = rotated(k, key_cache),
+      .v = rotated(v, value_cache),
+  };
+  call.positions = checked("rope_append", "positions", positions ? *positions : slots, cos.size(0));
+  call.k.past_caches = false;  // attention reads them next
+  run(q, cos, sin, call);
+  return q_out;
 }
 
 }  // namespace
@@ -65,8 +100,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
   m.def(
       "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, bool inverse) -> "
       "(Tensor, Tensor)");
+  m.def(
+      "rope_out(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, Tensor(a!) q_out, "
+      "Tensor(b!) k_out) -> ()");
+  m.def(
+      "rope_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
+      "Tensor(b!) value_cache, Tensor slots, Tensor? positions) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) { m.impl("rope", TORCH_BOX(&rotate)); }
+STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
+  m.impl("rope", TORCH_BOX(&rotate));
+  m.impl("rope_out", TORCH_BOX(&rotate_out));
+  m.impl("rope_append", TORCH_BOX(&append));
+}
 
 }  // namespace emu3

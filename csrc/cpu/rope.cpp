@@ -31,50 +31,70 @@ struct Rotation {
 };
 
 template <typename T>
-void rotate_heads(const Heads& x, const T* from, T* to, int64_t width, int64_t first, int64_t count,
-                  const Rotation<T>& rotation, bool past_caches) {
-  const int64_t half = width / 2;
-  for (int64_t head = 0; head < x.heads; ++head, from += x.head_stride, to += width)
+inline T* token_of(const Heads& x, int64_t batch, int64_t token) {
+  return (T*)x.data + batch * x.batch_stride + token * x.token_stride;
+}
+
+// Elements [first, first + count) of both halves of every head.
+template <typename T>
+void rotate_heads(const Rotated& x, const T* from, T* to, int64_t half, int64_t first,
+                  int64_t count, const Rotation<T>& rotation) {
+  for (int64_t head = 0; head < x.heads; ++head) {
     over_pairs(count, [&](int64_t i, int64_t n) {
       const Pair cos = rotation.cos[i / kPair], sin = rotation.sin[i / kPair];
       const int64_t c = first + i;
       const Pair a = load_pair(from + c, n), b = load_pair(from + half + c, n);
-      store_pair(to + c, fma(a, cos, b * sin * -1.0f), n, past_caches);
-      store_pair(to + half + c, fma(b, cos, a * sin), n, past_caches);
+      store_pair(to + c, fma(a, cos, b * sin * -1.0f), n, x.past_caches);
+      store_pair(to + half + c, fma(b, cos, a * sin), n, x.past_caches);
     });
-}
-
-template <typename T>
-void rotate_token(const RopeCall& call, int64_t batch, int64_t token, const float* cos,
-                  const float* sin, bool past_q, bool past_k) {
-  const int64_t half = call.width / 2, row = batch * call.tokens + token;
-  for (int64_t first = 0; first < half; first += Rotation<T>::kMost) {
-    const int64_t count = half - first < Rotation<T>::kMost ? half - first : Rotation<T>::kMost;
-    const Rotation<T> rotation(cos + first, sin + first, count, call.inverse);
-    const auto rotate = [&](const Heads& x, bool past_caches) {
-      const T* from = (const T*)x.from + batch * x.batch_stride + token * x.token_stride;
-      T* to = (T*)x.to + row * x.heads * call.width;
-      rotate_heads<T>(x, from, to, call.width, first, count, rotation, past_caches);
-    };
-    rotate(call.q, past_q);
-    rotate(call.k, past_k);
+    from += x.from.head_stride, to += x.to.head_stride;
   }
 }
 
 template <typename T>
-void rotate_tokens(const RopeCall& call, int64_t begin, int64_t end) {
-  // A block that is less than a cache line would leave half a line behind for the next block.
-  const bool lines = call.past_caches && kPair * sizeof(T) >= 64;
-  const bool past_q = lines && can_stream((T*)call.q.to, call.width / 2);
-  const bool past_k = lines && can_stream((T*)call.k.to, call.width / 2);
+void copy_heads(const Rotated& x, const T* from, T* to, int64_t width) {
+  for (int64_t head = 0; head < x.heads; ++head) {
+    __builtin_memcpy(to, from, width * sizeof(T));
+    from += x.from.head_stride, to += x.to.head_stride;
+  }
+}
+
+// A block that is less than a cache line would leave half a line behind for the next block.
+template <typename T>
+bool may_stream(const Rotated& x, int64_t half) {
+  const int64_t strides = x.to.batch_stride | x.to.token_stride | x.to.head_stride;
+  return x.past_caches && kPair * sizeof(T) >= 64 && can_stream((T*)x.to.data, strides | half);
+}
+
+inline int64_t index_of(const Indices& indices, int64_t batch, int64_t token) {
+  if (!indices.data) return token;
+  return indices.data[batch * indices.batch_stride + token * indices.token_stride];
+}
+
+template <typename T>
+void rotate_tokens(RopeCall call, int64_t begin, int64_t end) {
+  const int64_t half = call.width / 2;
+  call.q.past_caches = may_stream<T>(call.q, half);
+  call.k.past_caches = may_stream<T>(call.k, half);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t batch = i / call.tokens, token = i % call.tokens;
-    const int64_t position = call.positions ? call.positions[batch * call.positions_batch_stride +
-                                                             token * call.positions_token_stride]
-                                            : token;
+    const int64_t position = index_of(call.positions, batch, token);
+    const int64_t slot = index_of(call.slots, batch, token);
     const float* const cos = call.cos + position * call.cos_stride;
     const float* const sin = call.sin + position * call.sin_stride;
-    rotate_token<T>(call, batch, token, cos, sin, past_q, past_k);
+    const T* const q = token_of<T>(call.q.from, batch, token);
+    const T* const k = token_of<T>(call.k.from, batch, token);
+    T* const q_to = token_of<T>(call.q.to, batch, token);
+    T* const k_to = token_of<T>(call.k.to, batch, slot);
+    for (int64_t first = 0; first < half; first += Rotation<T>::kMost) {
+      const int64_t count = half - first < Rotation<T>::kMost ? half - first : Rotation<T>::kMost;
+      const Rotation<T> rotation(cos + first, sin + first, count, call.inverse);
+      rotate_heads<T>(call.q, q, q_to, half, first, count, rotation);
+      rotate_heads<T>(call.k, k, k_to, half, first, count, rotation);
+    }
+    if (call.v.heads)
+      copy_heads<T>(call.v, token_of<T>(call.v.from, batch, token),
+                    token_of<T>(call.v.to, batch, slot), call.width);
   }
 }
 

@@ -7,22 +7,33 @@
 
 namespace emu3 {
 
-// The heads of q or of k. Strides count elements; the width has unit stride.
+// The heads of a tensor [B, T, heads, K]: strides count elements, K has unit stride.
 struct Heads {
-  const void* from;
-  void* to;
-  int64_t heads, batch_stride, token_stride, head_stride;  // of `from`; `to` is contiguous
+  void* data;
+  int64_t batch_stride, token_stride, head_stride;
+};
+
+// Where heads come from and go to, which may be the same place.
+struct Rotated {
+  Heads from, to;
+  int64_t heads;
+  bool past_caches;
+};
+
+// Positions or slots [B, T].
+struct Indices {
+  const int64_t* data;  // null: 0 … T - 1 in every sequence
+  int64_t batch_stride, token_stride;
 };
 
 struct RopeCall {
   Dtype dtype;
-  bool inverse, past_caches;
+  bool inverse;
   int64_t tokens, width;  // of one sequence; of one head
   const float *cos, *sin;
   int64_t cos_stride, sin_stride;
-  const int64_t* positions;  // null: 0 … tokens - 1
-  int64_t positions_batch_stride, positions_token_stride;
-  Heads q, k;
+  Indices positions, slots;  // of q and k in the tables; of k and v where they go
+  Rotated q, k, v;           // v is copied, if it has heads
 };
 
 // Tokens [begin, end) of all sequences laid end to end.

@@ -12,10 +12,10 @@ from tests.kernels.suite import at_level, backends, runnable
 BACKENDS = [*backends("rope"), "reference"]
 
 
-def call(backend, *args):
+def call(backend, *args, **settings):
     name, level = at_level(backend)
     with level:
-        return rope(*args, backend=name)
+        return rope(*args, **settings, backend=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,10 +77,76 @@ def test_positions_outside_the_tables_are_refused(backend, position):
         call(backend, q, k, cos[:2], sin[:2])
 
 
+def some_heads(dtype):
+    """Views of a packed projection, the tables and the positions of its tokens."""
+    heads = torch.randn(2, 5, 4 + 2 + 2, 70).to(dtype).split((4, 2, 2), dim=2)
+    return *heads[:2], *rope_tables(16, 70), torch.randint(16, (2, 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_results_go_where_out_says(backend, dtype):
+    q, k, *where = some_heads(runnable(backend, dtype))
+    expected = call(backend, q, k, *where)
+    packed = torch.full((2, 5, 8, 70), 7.0, dtype=q.dtype)
+    out = packed.split((4, 2, 2), dim=2)
+    actual = call(backend, q, k, *where, out=out[:2])
+    assert all(a is o for a, o in zip(actual, out, strict=False))
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert out[2].eq(7).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_are_rotated_in_place(backend, dtype):
+    q, k, *where = some_heads(runnable(backend, dtype))
+    expected = call(backend, q, k, *where)
+    call(backend, q, k, *where, out=(q, k))
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_rotating_in_place_compiles_as_one_graph(backend):
+    q, k, *where = some_heads(torch.float32)
+    expected = rope(q, k, *where, backend=backend)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def rotate(q, k):
+        rope(q, k, *where, out=(q, k), backend=backend)
+
+    rotate(q, k)
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])
+
+
+@pytest.mark.skipif("native@base" not in BACKENDS, reason="the native library was not built")
+def test_the_native_op_that_writes_into_out_is_registered_right():
+    q, k, *where = some_heads(torch.float32)
+    out = torch.empty_like(q), torch.empty_like(k)
+    torch.library.opcheck(torch.ops.emu3_kernels.rope_out.default, (q, k, *where, *out))
+
+
+def test_an_out_that_cannot_take_the_results_is_named():
+    q, k, tables = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 1, 8), rope_tables(4, 8)
+    with pytest.raises(ValueError, match=r"rope: out must be like q and k, got \(1, 2, 1, 8\)"):
+        rope(q, k, *tables, out=(k, k))
+    with pytest.raises(ValueError, match=r"out must be like q and k, got .* torch\.float64"):
+        rope(q, k, *tables, out=(q, k.double()))
+    with pytest.raises(ValueError, match="out for q must have unit stride in K"):
+        rope(q, k, *tables, out=(q.mT.contiguous().mT, k))
+    with pytest.raises(ValueError, match=r"out for k must have .* not be expanded"):
+        rope(q, k, *tables, out=(q, torch.empty(1, 1, 1, 8).expand(1, 2, 1, 8)))
+    with pytest.raises(ValueError, match="rope: out has no gradient"):
+        rope(q.requires_grad_(), k, *tables, out=(q, k))
+    with torch.no_grad():
+        rope(q, k, *tables, out=(q, k))
+
+
 @pytest.mark.skipif("native@base" not in BACKENDS, reason="the native library was not built")
 def test_the_native_kernel_checks_positions_that_a_traced_call_could_not():
     q, cos = torch.randn(1, 1, 1, 8), torch.ones(4, 4)
-    with pytest.raises(RuntimeError, match=r"rope: positions must lie in \[0, 4\), got 4"):
+    with pytest.raises(ValueError, match=r"rope: positions must lie in \[0, 4\), got 4"):
         torch.ops.emu3_kernels.rope(q, q, cos, cos, torch.tensor([[4]]), False)
 
 

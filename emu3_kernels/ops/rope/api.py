@@ -3,8 +3,16 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._checks import check_floating, describe
+from emu3_kernels._autograd import needs_gradient
+from emu3_kernels._checks import describe
 from emu3_kernels._dispatch import choose, load
+from emu3_kernels._rope import (
+    check_heads,
+    check_indices,
+    check_inside,
+    check_tables,
+    check_written,
+)
 from emu3_kernels.ops.rope import reference
 
 BACKENDS = load("rope", "native", "triton")
@@ -41,6 +49,7 @@ def rope(
     sin: Tensor,
     positions: Tensor | None = None,
     *,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Rotate the halves of every head by the angle of its position.
@@ -59,17 +68,31 @@ def rope(
         cos: ``[max_T, K/2]``, float32 (or float64), a constant: see :func:`rope_tables`.
         sin: same shape and dtype as ``cos``.
         positions: ``[B, T]`` int64 in ``[0, max_T)``; None is ``0 … T-1`` in every sequence.
+        out: where the results go, for a call without a gradient: tensors like q and k, any strides
+            but unit stride in K. ``(q, k)`` rotates in place; another tensor must not overlap them.
         backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
 
     Returns:
-        New tensors for q and k, shapes and dtype of the old.
+        ``out``, or new tensors for q and k, shapes and dtype of the old.
     """
-    _check_heads(q, k)
-    _check_tables(q, cos, sin)
-    _check_positions(q, cos, positions)
+    check_heads("rope", q, k=k)
+    check_tables("rope", q, cos, sin)
+    if out is not None:
+        _check_out(q, k, out)
+    if positions is not None:
+        check_indices("rope", "positions", positions, q)
+    elif q.shape[1] > cos.shape[0]:
+        raise ValueError(
+            f"rope: positions must lie in [0, {cos.shape[0]}), got 0 … {q.shape[1] - 1}"
+        )
     chosen = choose("rope", BACKENDS, backend, q, k, cos, sin, positions)
+    if chosen != "native" and positions is not None:  # the native kernel looks for itself
+        check_inside("rope", "positions", positions, cos.shape[0])
     if chosen == "reference":
-        return reference.rope(q, k, cos, sin, positions)
+        results = reference.rope(q, k, cos, sin, positions)
+        return results if out is None else _copied(results, out)
+    if out is not None or not needs_gradient(q, k):
+        return BACKENDS[chosen].rotate(q, k, cos, sin, positions, inverse=False, out=out)
     return _Rope.apply(q, k, cos, sin, positions, chosen)
 
 
@@ -86,51 +109,18 @@ class _Rope(torch.autograd.Function):
         return dq, dk, None, None, None, None
 
 
-def _check_heads(q: Tensor, k: Tensor) -> None:
-    check_floating("rope", q=q, k=k)
-    alike = (q.dtype, q.device) == (k.dtype, k.device)
-    fits = q.dim() == k.dim() == 4 and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
-    if not (alike and fits):
-        raise ValueError(
-            "rope: q must be [B, T, H, K] and k [B, T, G, K] of the same dtype and device, got "
-            f"{describe(q)} and {describe(k)}"
-        )
-    if q.shape[3] % 2:
-        raise ValueError(f"rope: the head width K must be even, got {q.shape[3]}")
+def _copied(results: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    for written, result in zip(out, results, strict=True):
+        written.copy_(result)
+    return out
 
 
-def _check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"rope: {name} must be float32 or float64, got {table.dtype}")
-        if table.requires_grad:
-            raise ValueError(f"rope: {name} is a constant, got a tensor that requires grad")
-    fits = cos.dim() == 2 and cos.shape[1] == q.shape[3] // 2 and cos.device == q.device
-    if not fits or (cos.shape, cos.dtype, cos.device) != (sin.shape, sin.dtype, sin.device):
-        raise ValueError(
-            f"rope: cos and sin must be alike, [max_T, {q.shape[3] // 2}] on {q.device}, got "
-            f"{describe(cos)} and {describe(sin)}"
-        )
-
-
-def _check_positions(q: Tensor, cos: Tensor, positions: Tensor | None) -> None:
-    """Look at values where that costs no synchronisation: in eager calls on a CPU."""
-    if positions is None:
-        if q.shape[1] > cos.shape[0]:
+def _check_out(q: Tensor, k: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    if needs_gradient(q, k, *out):
+        raise ValueError("rope: out has no gradient: leave it out, or call under torch.no_grad()")
+    for name, x, written in zip(("q", "k"), (q, k), out, strict=True):
+        if (written.shape, written.dtype, written.device) != (x.shape, x.dtype, x.device):
             raise ValueError(
-                f"rope: positions must lie in [0, {cos.shape[0]}), got 0 … {q.shape[1] - 1}"
+                f"rope: out must be like q and k, got {describe(written)} for {name}, {describe(x)}"
             )
-        return
-    if positions.dtype != torch.int64:
-        raise TypeError(f"rope: positions must be int64, got {positions.dtype}")
-    if positions.shape != q.shape[:2] or positions.device != q.device:
-        raise ValueError(
-            f"rope: positions must be {tuple(q.shape[:2])} on {q.device}, got {describe(positions)}"
-        )
-    inside = ((positions >= 0) & (positions < cos.shape[0])).all()
-    must = f"rope: positions must lie in [0, {cos.shape[0]})"
-    if torch.compiler.is_compiling() or positions.device.type != "cpu":
-        torch._assert_async(inside, must)
-    elif not inside:
-        low, high = positions.aminmax()
-        raise ValueError(f"{must}, got {low.item()} … {high.item()}")
+        check_written("rope", f"out for {name}", written)

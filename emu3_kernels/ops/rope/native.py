@@ -13,10 +13,20 @@ def why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | 
 
 
 def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *, inverse: bool
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    *,
+    inverse: bool,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
-    return torch.ops.emu3_kernels.rope(q, k, cos, sin, positions, inverse)
+    if out is None:
+        return torch.ops.emu3_kernels.rope(q, k, cos, sin, positions, inverse)
+    torch.ops.emu3_kernels.rope_out(q, k, cos, sin, positions, *out)
+    return out
 
 
 if not _native.MISSING:
@@ -26,3 +36,14 @@ if not _native.MISSING:
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape)
+
+    @torch.library.register_fake("emu3_kernels::rope_out")
+    def _(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        q_out: Tensor,
+        k_out: Tensor,
+    ) -> None: ...

@@ -5,11 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._triton import Config, Contract, meta, next_power_of_2, why_not_triton
-
-# Pairs of a program. Of each half, a thread holds 16 elements with a warp of 32 lanes, 8 (the 16
-# bytes of one access) with 64.
-BLOCK, NUM_WARPS = 512, 1
+from emu3_kernels._rope_triton import load_rotation, options, rotate_heads
+from emu3_kernels._triton import Config, Contract, meta, why_not_triton
 
 
 def why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> str | None:
@@ -19,50 +16,39 @@ def why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | 
 
 
 def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *, inverse: bool
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    *,
+    inverse: bool,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
-    rotated_q, rotated_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    rotated_q, rotated_k = out or (q.new_empty(q.shape), k.new_empty(k.shape))
     batch, tokens, num_heads, width = q.shape
-    half = next_power_of_2(max(width // 2, 1))
-    heads = max(BLOCK // half, 1)
-    blocks = triton.cdiv(num_heads, heads), triton.cdiv(k.shape[2], heads)
-    if rotated_q.numel() + rotated_k.numel():
+    how = options(width)
+    blocks = [triton.cdiv(heads, how["HEADS"]) for heads in (num_heads, k.shape[2])]
+    if q.numel() + k.numel():
         _fwd_kernel[(batch * tokens, sum(blocks))](
             q, k, cos, sin, positions, rotated_q, rotated_k,
-            *q.stride()[:3], *k.stride()[:3], cos.stride(0), sin.stride(0),
-            *((0, 0) if positions is None else positions.stride()),
-            tokens, num_heads, k.shape[2], width // 2, blocks[0],
-            HEADS=heads, HALF=half, INVERSE=inverse, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            *q.stride()[:3], *k.stride()[:3], *rotated_q.stride()[:3], *rotated_k.stride()[:3],
+            cos.stride(0), sin.stride(0), *((0, 0) if positions is None else positions.stride()),
+            tokens, num_heads, k.shape[2], width // 2, blocks[0], INVERSE=inverse, **how,
         )  # fmt: skip
     return rotated_q, rotated_k
-
-
-@triton.jit
-def _rotate(
-    x_ptr, out_ptr, head_stride, block, num_heads, half, cos, sin,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """out = (first * cos - second * sin, second * cos + first * sin) in a block of heads."""
-    head = block * HEADS + tl.arange(0, HEADS)[:, None]
-    c = tl.arange(0, HALF)[None, :]
-    inside = (head < num_heads) & (c < half)
-    x_ptr += head.to(tl.int64) * head_stride + c
-    out_ptr += head.to(tl.int64) * (2 * half) + c
-    first = tl.load(x_ptr, mask=inside, other=0).to(tl.float32)
-    second = tl.load(x_ptr + half, mask=inside, other=0).to(tl.float32)
-    dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr, (first * cos - second * sin).to(dtype), mask=inside)
-    tl.store(out_ptr + half, (second * cos + first * sin).to(dtype), mask=inside)
 
 
 @triton.jit
 def _fwd_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, rotated_q_ptr, rotated_k_ptr,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
+    rotated_q_batch_stride, rotated_q_token_stride, rotated_q_head_stride,
+    rotated_k_batch_stride, rotated_k_token_stride, rotated_k_head_stride,
     cos_stride, sin_stride, positions_batch_stride, positions_token_stride,
     tokens, num_heads, num_groups, half, num_q_blocks,
-    HEADS: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr,
+    INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Rotate a block of heads of q, or of k where those of q are done; backwards if INVERSE."""
     row = tl.program_id(0).to(tl.int64)
@@ -72,21 +58,24 @@ def _fwd_kernel(
         position = tl.load(
             positions_ptr + batch * positions_batch_stride + token * positions_token_stride
         )
-    c = tl.arange(0, HALF)[None, :]
-    cos = tl.load(cos_ptr + position * cos_stride + c, mask=c < half, other=0)
-    sin = tl.load(sin_ptr + position * sin_stride + c, mask=c < half, other=0)
+    cos, sin = load_rotation(cos_ptr, sin_ptr, cos_stride, sin_stride, position, half, HALF)
     if INVERSE:
         sin = -sin
     block = tl.program_id(1)
     if block < num_q_blocks:
-        x_ptr = q_ptr + batch * q_batch_stride + token * q_token_stride
-        out_ptr = rotated_q_ptr + row * num_heads * (2 * half)
-        _rotate(x_ptr, out_ptr, q_head_stride, block, num_heads, half, cos, sin, HEADS, HALF)
+        q_ptr += batch * q_batch_stride + token * q_token_stride
+        rotated_q_ptr += batch * rotated_q_batch_stride + token * rotated_q_token_stride
+        rotate_heads(
+            q_ptr, rotated_q_ptr, q_head_stride, rotated_q_head_stride,
+            block, num_heads, half, cos, sin, HEADS, HALF,
+        )  # fmt: skip
     else:
-        block -= num_q_blocks
-        x_ptr = k_ptr + batch * k_batch_stride + token * k_token_stride
-        out_ptr = rotated_k_ptr + row * num_groups * (2 * half)
-        _rotate(x_ptr, out_ptr, k_head_stride, block, num_groups, half, cos, sin, HEADS, HALF)
+        k_ptr += batch * k_batch_stride + token * k_token_stride
+        rotated_k_ptr += batch * rotated_k_batch_stride + token * rotated_k_token_stride
+        rotate_heads(
+            k_ptr, rotated_k_ptr, k_head_stride, rotated_k_head_stride,
+            block - num_q_blocks, num_groups, half, cos, sin, HEADS, HALF,
+        )  # fmt: skip
 
 
 def _packed(tokens: int, positions: Tensor | None, *, inverse: bool) -> None:

@@ -1,0 +1,75 @@
+"""What rope and rope_append share: the rotation in plain PyTorch, and argument checks."""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels._checks import check_floating, describe
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """Rotate ``x [B, T, H, K]`` by the table rows at ``positions``, ``[B, T]`` or ``[T]``."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (table[positions][..., None, :].to(compute) for table in (cos, sin))
+    first, second = x.to(compute).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def check_heads(op: str, q: Tensor, **others: Tensor) -> None:
+    """Raise unless ``q`` is ``[B, T, H, K]``, K even, and each of ``others`` ``[B, T, G, K]``."""
+    for name, x in others.items():
+        check_floating(op, q=q, **{name: x})
+        alike = (q.dtype, q.device) == (x.dtype, x.device)
+        fits = q.dim() == x.dim() == 4 and (*q.shape[:2], q.shape[3]) == (*x.shape[:2], x.shape[3])
+        if not (alike and fits):
+            raise ValueError(
+                f"{op}: q must be [B, T, H, K] and {name} [B, T, G, K] of the same dtype and "
+                f"device, got {describe(q)} and {describe(x)}"
+            )
+    if q.shape[3] % 2:
+        raise ValueError(f"{op}: the head width K must be even, got {q.shape[3]}")
+
+
+def check_tables(op: str, q: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise unless both tables are constants ``[max_T, K/2]`` on the device of ``q``."""
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{op}: {name} must be float32 or float64, got {table.dtype}")
+        if table.requires_grad:
+            raise ValueError(f"{op}: {name} is a constant, got a tensor that requires grad")
+    fits = cos.dim() == 2 and cos.shape[1] == q.shape[3] // 2 and cos.device == q.device
+    if not fits or (cos.shape, cos.dtype, cos.device) != (sin.shape, sin.dtype, sin.device):
+        raise ValueError(
+            f"{op}: cos and sin must be alike, [max_T, {q.shape[3] // 2}] on {q.device}, got "
+            f"{describe(cos)} and {describe(sin)}"
+        )
+
+
+def check_indices(op: str, name: str, indices: Tensor, q: Tensor) -> None:
+    """Raise unless ``indices`` are ``[B, T]`` int64 on the device of ``q``."""
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, got {indices.dtype}")
+    if indices.shape != q.shape[:2] or indices.device != q.device:
+        raise ValueError(
+            f"{op}: {name} must be {tuple(q.shape[:2])} on {q.device}, got {describe(indices)}"
+        )
+
+
+def check_inside(op: str, name: str, indices: Tensor, stop: int) -> None:
+    """Look at the values: at once in eager calls on a CPU, elsewhere without synchronisation."""
+    inside = ((indices >= 0) & (indices < stop)).all()
+    must = f"{op}: {name} must lie in [0, {stop})"
+    if torch.compiler.is_compiling() or indices.device.type != "cpu":
+        torch._assert_async(inside, must)
+    elif not inside:
+        low, high = indices.aminmax()
+        raise ValueError(f"{must}, got {low.item()} … {high.item()}")
+
+
+def check_written(op: str, name: str, written: Tensor) -> None:
+    """Raise unless every element of ``written`` has a place of its own, K with unit stride."""
+    strides = [s for s, size in zip(written.stride(), written.shape, strict=True) if size > 1]
+    if 0 in strides or (written.shape[-1] > 1 and written.stride(-1) != 1):
+        raise ValueError(
+            f"{op}: {name} must have unit stride in K and not be expanded, got strides "
+            f"{written.stride()} of {tuple(written.shape)}"
+        )
