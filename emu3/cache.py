@@ -34,10 +34,17 @@ class KeyValueCache:
         self.capacity = capacity
         self.length = 0
 
+    def slots(self, num_new: int) -> Tensor:
+        """``[B, T]`` where the next ``num_new`` tokens go: after ``length``, in every row."""
+        stop = self.length + num_new
+        if stop > self.capacity:
+            raise ValueError(f"KeyValueCache: {stop} positions exceed its capacity {self.capacity}")
+        slots = torch.arange(self.length, stop, device=self.starts.device)
+        return slots.expand(len(self.starts), num_new)
+
     def positions(self, num_new: int) -> Tensor:
         """``[B, T]`` positions of the next ``num_new`` tokens, counted without the padding."""
-        index = torch.arange(self.length, self.length + num_new, device=self.starts.device)
-        return (index - self.starts[:, None]).clamp_min(0)
+        return (self.slots(num_new) - self.starts[:, None]).clamp_min(0)
 
     def mask(self, num_new: int) -> Tensor:
         """``[B, 1, T, S]`` True where a new token may look: causal, and never at padding.
@@ -50,17 +57,13 @@ class KeyValueCache:
         visible = (key <= query) & (key >= self.starts[:, None, None])
         return (visible | (key == query))[:, None]
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[B, T, G, K]`` after ``length``; return all keys and values up to there.
+    def layer(self, index: int, num_new: int) -> tuple[Tensor, Tensor]:
+        """Views ``[B, S, G, K]`` of one layer's keys and values, up to the last new token.
 
-        ``advance`` moves ``length`` once every layer has stored.
+        ``advance`` moves ``length`` once every layer has stored the new ones.
         """
-        stop = self.length + key.shape[1]
-        if stop > self.capacity:
-            raise ValueError(f"KeyValueCache: {stop} positions exceed its capacity {self.capacity}")
-        self.keys[layer, :, self.length : stop] = key
-        self.values[layer, :, self.length : stop] = value
-        return self.keys[layer, :, :stop], self.values[layer, :, :stop]
+        stop = self.length + num_new
+        return self.keys[index, :, :stop], self.values[index, :, :stop]
 
     def advance(self, num_new: int) -> None:
         self.length += num_new

@@ -23,6 +23,7 @@ class Context:
 
     rotate: RotaryEmbedding
     cache: KeyValueCache | None = None
+    slots: Tensor | None = None
     positions: Tensor | None = None
     mask: Tensor | None = None
 
@@ -41,9 +42,12 @@ class Attention(nn.Module):
         s = self.settings
         heads = self.qkv(x).unflatten(-1, (-1, s.head_width))
         q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=2)
-        q, k = context.rotate(q, k, context.positions)
-        if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v)
+        if context.cache is None:
+            q, k = context.rotate(q, k)
+        else:
+            keys, values = context.cache.layer(self.layer, x.shape[1])
+            q = context.rotate.append(q, k, v, keys, values, context.slots, context.positions)
+            k, v = keys, values
         attended = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -118,12 +122,14 @@ class Emu3(nn.Module):
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states ``[B, T, D]`` of ``tokens [B, T]``, after the final norm.
 
-        With a ``cache`` the tokens continue what it holds and are appended to it.
+        With a ``cache`` the tokens continue what it holds and are appended to it, which has no
+        gradient.
         """
         context = Context(self.rotate)
         if cache is not None:
             num_new = tokens.shape[1]
-            context = Context(self.rotate, cache, cache.positions(num_new), cache.mask(num_new))
+            new = (cache.slots(num_new), cache.positions(num_new), cache.mask(num_new))
+            context = Context(self.rotate, cache, *new)
         residual = self.dropout(self.embedding(tokens))
         branch = None
         for block in self.blocks:

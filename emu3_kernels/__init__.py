@@ -7,6 +7,7 @@ from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.nearest_code.api import CodeIndex, nearest_code
 from emu3_kernels.ops.rms_norm.api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
+from emu3_kernels.ops.rope_append.api import rope_append
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "record_backends",
     "rms_norm",
     "rope",
+    "rope_append",
     "rope_tables",
     "swiglu",
     "swiglu_packed",

@@ -14,6 +14,7 @@ from emu3_kernels.ops.linear_cross_entropy.api import MEMORY, linear_cross_entro
 from emu3_kernels.ops.nearest_code.api import nearest_code
 from emu3_kernels.ops.rms_norm.api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
+from emu3_kernels.ops.rope_append.api import rope_append
 from emu3_kernels.ops.swiglu.api import swiglu
 
 
@@ -93,6 +94,20 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Rotate ``q [B, T, H, K]`` and ``k [B, T, G, K]``; ``positions [B, T]`` as in the op."""
         return rope(q, k, self.cos, self.sin, positions)
+
+    def append(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return q rotated; write rotated k, and v, into their caches: ``rope_append``."""
+        caches = key_cache, value_cache
+        return rope_append(q, k, v, self.cos, self.sin, *caches, slots, positions)
 
     def _apply(self, fn, recurse=True):
         tables = self.cos, self.sin

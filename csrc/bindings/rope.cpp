@@ -80,7 +80,7 @@ void rotate_out(const Tensor& q, const Tensor& k, const Tensor& cos, const Tenso
 
 Tensor append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
               const Tensor& sin, const Tensor& key_cache, const Tensor& value_cache,
-              const Tensor& slots, const std::optional<Tensor>& positions) {
+              const Tensor& slots, const Tensor& positions) {
   Tensor q_out = torch::stable::new_empty(q, q.sizes());
   RopeCall call{
       .slots = checked("rope_append", "slots", slots, key_cache.size(1)),
@@ -88,7 +88,7 @@ Tensor append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& c
       .k = rotated(k, key_cache),
       .v = rotated(v, value_cache),
   };
-  call.positions = checked("rope_append", "positions", positions ? *positions : slots, cos.size(0));
+  call.positions = checked("rope_append", "positions", positions, cos.size(0));
   call.k.past_caches = false;  // attention reads them next
   run(q, cos, sin, call);
   return q_out;
@@ -105,7 +105,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
       "Tensor(b!) k_out) -> ()");
   m.def(
       "rope_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
-      "Tensor(b!) value_cache, Tensor slots, Tensor? positions) -> Tensor");
+      "Tensor(b!) value_cache, Tensor slots, Tensor positions) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {

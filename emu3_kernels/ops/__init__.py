@@ -6,6 +6,7 @@ OPS = (
     "swiglu",
     "nearest_code",
     "rope",
+    "rope_append",
     "cross_entropy",
     "linear_cross_entropy",
 )

@@ -70,11 +70,17 @@ def double(inputs: dict) -> dict:
 
 
 def value_and_gradients(op: str, function: Callable, inputs: dict) -> dict[str, Tensor]:
-    """Call ``function``, draw a gradient for every floating result, and pull all of them back."""
+    """Call ``function``, draw a gradient for every floating result, and pull all of them back.
+
+    What an op has WRITTEN into its inputs, copies of them here, is a result too.
+    """
+    written = {name: inputs[name].clone() for name in getattr(part(op, "cases"), "WRITTEN", ())}
+    inputs = inputs | written
     leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable(op, inputs)}
     results = function(**{**inputs, **leaves})
     results = results if isinstance(results, tuple) else (results,)
     named = {f"output {i}": result.detach() for i, result in enumerate(results)}
+    named |= written
     floating = [result for result in results if result.requires_grad]
     if floating:
         random = torch.Generator().manual_seed(1)

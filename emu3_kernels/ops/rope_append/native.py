@@ -1,0 +1,45 @@
+"""rope_append on the CPU: csrc/cpu/rope.cpp."""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels import _native
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, *others: Tensor) -> str | None:
+    if cos.dtype != torch.float32:
+        return f"tables in {cos.dtype} are left to the reference"
+    return _native.why_not_cpu(q)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    q, k, v, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, cos, sin))
+    append = torch.ops.emu3_kernels.rope_append
+    return append(q, k, v, cos, sin, key_cache, value_cache, slots, positions)
+
+
+if not _native.MISSING:
+
+    @torch.library.register_fake("emu3_kernels::rope_append")
+    def _(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        return q.new_empty(q.shape)
