@@ -2,6 +2,22 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from emu3_kernels._dropout import drop_below, keep_scale
+
+
+def arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int | None, float | None]:
+    """Return ``seed_ptr``, ``drop_below`` and ``scale`` of a launch: None each without a seed."""
+    return (None, None, None) if seed is None else (seed, drop_below(p), keep_scale(p))
+
+
+@triton.jit
+def load_seed(seed_ptr):
+    """Load the seed; None without one."""
+    if seed_ptr is None:
+        return None
+    return tl.load(seed_ptr)
 
 
 @triton.jit

@@ -4,11 +4,15 @@ A row of D channels stays in registers, read once, up to 16384 channels forward 
 where it shares them with its sums; a wider one is walked over twice. R rows, P programs.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from emu3_kernels import _dropout_triton
 from emu3_kernels._triton import (
     NUM_MULTIPROCESSORS,
     Config,
@@ -41,40 +45,61 @@ BACKWARD = {"_bwd_kernel": ROWS_AHEAD, "_sum_kernel": SUM}
 BACKWARD_WIDE = {"_bwd_wide_kernel": WIDE, "_bwd_weight_wide_kernel": WIDE, "_sum_kernel": SUM}
 
 
-def row_tile(width: int) -> Tile:
+def row_tile(width: int, with_dropout: bool = False) -> Tile:
     """Hold a row: 16 elements a thread up to 8192, so that every access has 16 bytes.
 
     Stages are the rows that the backward pass has under way: two ahead up to 4096 channels (32 KiB
-    in bfloat16), one beyond, where float32 would ask sm_80 for more shared memory than it has.
+    in bfloat16); one beyond, where float32 would ask sm_80 for more shared memory than it has; and
+    one with dropout, whose words are held in the registers that the second would take.
     """
     block = next_power_of_2(width)
     num_warps = min(max(block // 512, 1), 16)
-    return Tile(block, num_warps, num_stages=3 if block <= 4096 else 2)
+    return Tile(block, num_warps, num_stages=3 if block <= 4096 and not with_dropout else 2)
 
 
 def configs(with_residual: bool) -> tuple[Config, ...]:
     """Return the CONFIGS of an op: Emu3's width, the widest rows in registers, and a wider one."""
 
-    def run_forward(num_rows: int, width: int) -> None:
+    def run_forward(num_rows: int, width: int, *dropout: float | Tensor) -> None:
         x = meta(num_rows, width)
-        forward(x, x if with_residual else None, meta(width), 1e-5)
+        forward(x, x if with_residual else None, meta(width), 1e-5, *dropout)
 
-    def run_backward(num_rows: int, width: int) -> None:
+    def run_backward(num_rows: int, width: int, *dropout: float | Tensor) -> None:
         x, rstd = meta(num_rows, width), meta(num_rows, dtype=torch.float32)
-        backward(x, x if with_residual else None, x, meta(width), rstd)
+        backward(x, x if with_residual else None, x, meta(width), rstd, *dropout)
 
-    return (
-        Config("4096 x 4096", lambda: run_forward(4096, 4096), {"_fwd_kernel": FORWARD}),
-        Config("1024 x 16384", lambda: run_forward(1024, 16384), {"_fwd_kernel": FORWARD_16384}),
-        Config("512 x 32768", lambda: run_forward(512, 32768), {"_fwd_wide_kernel": FORWARD}),
-        Config("4096 x 4096", lambda: run_backward(4096, 4096), BACKWARD),
-        Config("2048 x 8192", lambda: run_backward(2048, 8192), BACKWARD),
-        Config("512 x 32768", lambda: run_backward(512, 32768), BACKWARD_WIDE),
+    launches = (
+        (run_forward, 4096, 4096, {"_fwd_kernel": FORWARD}),
+        (run_forward, 1024, 16384, {"_fwd_kernel": FORWARD_16384}),
+        (run_forward, 512, 32768, {"_fwd_wide_kernel": FORWARD}),
+        (run_backward, 4096, 4096, BACKWARD),
+        (run_backward, 2048, 8192, BACKWARD),
+        (run_backward, 512, 32768, BACKWARD_WIDE),
     )
+    plain = (
+        Config(f"{num_rows} x {width}", partial(run, num_rows, width), contracts)
+        for run, num_rows, width, contracts in launches
+    )
+    dropped = (
+        Config(
+            f"{num_rows} x {width}, dropout",
+            partial(run, num_rows, width, 0.1, meta(dtype=torch.int64)),
+            # The seed is one more scalar.
+            {name: replace(c, scalar_loads=c.scalar_loads + 1) for name, c in contracts.items()},
+        )
+        for run, num_rows, width, contracts in launches
+        if with_residual
+    )
+    return *plain, *dropped
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the sum that was normalised (``x`` itself without a residual) and rstd ``[R]``."""
     num_rows, width = x.shape
@@ -89,33 +114,46 @@ def forward(
         )
         strides = (x.stride(0), 0 if residual is None else residual.stride(0))
         kernel[(num_rows,)](
-            x, residual, weight, y, summed, rstd, *strides, width, eps, **tile.options()
-        )
+            x, residual, weight, y, summed, rstd, *strides, width, eps,
+            *_dropout_triton.arguments(dropout_p, seed), **tile.options(),
+        )  # fmt: skip
     return y, x if summed is None else summed, rstd
 
 
 def backward(
-    dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return dx (with ``dsummed`` added) and dweight, summed in an order fixed by P and R alone."""
+    dy: Tensor,
+    dsummed: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dresidual and dweight, summed in an order fixed by P and R alone.
+
+    ``dsummed`` is added to both of the former, which are one tensor without dropout.
+    """
     num_rows, width = x.shape
     dx = x.new_empty(num_rows, width)
+    dresidual = None if seed is None else torch.empty_like(dx)
     if not dx.numel():
-        return dx, torch.zeros_like(weight)
-    tile = row_tile(width) if width <= MAX_BACKWARD else WIDE_TILE
+        return dx, dx if dresidual is None else dresidual, torch.zeros_like(weight)
+    tile = row_tile(width, seed is not None) if width <= MAX_BACKWARD else WIDE_TILE
     # Eight warps a multiprocessor; each program writes one row of partials.
     num_programs = min(num_rows, NUM_MULTIPROCESSORS * max(8 // tile.num_warps, 1))
     partials = x.new_empty(num_programs, width, dtype=torch.float32)
     strides = (dy.stride(0), 0 if dsummed is None else dsummed.stride(0), x.stride(0))
+    dropout = _dropout_triton.arguments(dropout_p, seed)
     if width <= MAX_BACKWARD:
         _bwd_kernel[(num_programs,)](
-            dy, dsummed, x, weight, rstd, dx, partials, *strides, num_rows, width,
-            STAGES=tile.num_stages, **tile.options(),
+            dy, dsummed, x, weight, rstd, dx, dresidual, partials, *strides, num_rows, width,
+            *dropout, STAGES=tile.num_stages, **tile.options(),
         )  # fmt: skip
     else:
         _bwd_wide_kernel[(num_rows,)](
-            dy, dsummed, x, weight, rstd, dx, *strides, width, **tile.options()
-        )
+            dy, dsummed, x, weight, rstd, dx, dresidual, *strides, width, *dropout,
+            **tile.options(),
+        )  # fmt: skip
         _bwd_weight_wide_kernel[(triton.cdiv(width, tile.block), num_programs)](
             dy, x, rstd, partials, dy.stride(0), x.stride(0), num_rows, width, **tile.options()
         )
@@ -123,7 +161,7 @@ def backward(
     _sum_kernel[(triton.cdiv(width, SUM_TILE.block),)](
         partials, dweight, num_programs, width, ROWS=16, **SUM_TILE.options()
     )
-    return dx, dweight
+    return dx, dx if dresidual is None else dresidual, dweight
 
 
 @triton.jit
@@ -137,9 +175,16 @@ def _store(ptr, c, value, inside):
 
 
 @triton.jit
-def _load_sum(x_ptr, residual_ptr, c, inside):
-    """x + residual, rounded to the dtype of x: what is normalised is what is returned."""
+def _drop(x, row, c, seed, drop_below, scale):
+    return tl.where(_dropout_triton.keep(seed, drop_below, row, c, 0), x * scale, 0.0)
+
+
+@triton.jit
+def _load_sum(x_ptr, residual_ptr, c, inside, row, seed, drop_below, scale):
+    """dropout(x) + residual, rounded to the dtype of x: what is normalised is what is returned."""
     x = _load(x_ptr, c, inside)
+    if seed is not None:
+        x = _drop(x, row, c, seed, drop_below, scale)
     if residual_ptr is not None:
         x = (x + _load(residual_ptr, c, inside)).to(x_ptr.dtype.element_ty).to(tl.float32)
     return x
@@ -148,7 +193,7 @@ def _load_sum(x_ptr, residual_ptr, c, inside):
 @triton.jit
 def _fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, summed_ptr, rstd_ptr, x_stride, residual_stride,
-    width, eps, BLOCK: tl.constexpr,
+    width, eps, seed_ptr, drop_below, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = x * rstd * weight;  rstd = rsqrt(mean(x**2) + eps)."""
     row = tl.program_id(0).to(tl.int64)
@@ -156,7 +201,9 @@ def _fwd_kernel(
     inside = c < width
     if residual_ptr is not None:
         residual_ptr += row * residual_stride
-    x = _load_sum(x_ptr + row * x_stride, residual_ptr, c, inside)
+    x_ptr += row * x_stride
+    seed = _dropout_triton.load_seed(seed_ptr)
+    x = _load_sum(x_ptr, residual_ptr, c, inside, row, seed, drop_below, scale)
     weight = _load(weight_ptr, c, inside)
     rstd = tl.rsqrt(tl.sum(x * x) / width + eps)
     tl.store(rstd_ptr + row, rstd)
@@ -168,24 +215,25 @@ def _fwd_kernel(
 @triton.jit
 def _fwd_wide_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, summed_ptr, rstd_ptr, x_stride, residual_stride,
-    width, eps, BLOCK: tl.constexpr,
+    width, eps, seed_ptr, drop_below, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The forward pass of a row that registers cannot hold: read for rstd, and read again."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     if residual_ptr is not None:
         residual_ptr += row * residual_stride
+    seed = _dropout_triton.load_seed(seed_ptr)
     squares = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        x = _load_sum(x_ptr, residual_ptr, c, c < width)
+        x = _load_sum(x_ptr, residual_ptr, c, c < width, row, seed, drop_below, scale)
         squares += x * x
     rstd = tl.rsqrt(tl.sum(squares) / width + eps)
     tl.store(rstd_ptr + row, rstd)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
         inside = c < width
-        x = _load_sum(x_ptr, residual_ptr, c, inside)
+        x = _load_sum(x_ptr, residual_ptr, c, inside, row, seed, drop_below, scale)
         _store(y_ptr + row * width, c, x * rstd * _load(weight_ptr, c, inside), inside)
         if summed_ptr is not None:
             _store(summed_ptr + row * width, c, x, inside)
@@ -193,8 +241,8 @@ def _fwd_wide_kernel(
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, dsummed_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partials_ptr,
-    dy_stride, dsummed_stride, x_stride, num_rows, width,
+    dy_ptr, dsummed_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, partials_ptr,
+    dy_stride, dsummed_stride, x_stride, num_rows, width, seed_ptr, drop_below, scale,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (dnormed - normed * mean(dnormed * normed));  dnormed = dy * weight.
@@ -206,6 +254,7 @@ def _bwd_kernel(
     inside = c < width
     weight = _load(weight_ptr, c, inside)
     dweight = tl.zeros([BLOCK], tl.float32)
+    seed = _dropout_triton.load_seed(seed_ptr)
     for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=STAGES):
         rstd = tl.load(rstd_ptr + row)
         normed = _load(x_ptr + row * x_stride, c, inside) * rstd
@@ -215,14 +264,17 @@ def _bwd_kernel(
         dx = rstd * (dnormed - normed * (tl.sum(dnormed * normed) / width))
         if dsummed_ptr is not None:
             dx += _load(dsummed_ptr + row * dsummed_stride, c, inside)
+        if seed is not None:
+            _store(dresidual_ptr + row * width, c, dx, inside)
+            dx = _drop(dx, row, c, seed, drop_below, scale)
         _store(dx_ptr + row * width, c, dx, inside)
     _store(partials_ptr + program * width, c, dweight, inside)
 
 
 @triton.jit
 def _bwd_wide_kernel(
-    dy_ptr, dsummed_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr,
-    dy_stride, dsummed_stride, x_stride, width, BLOCK: tl.constexpr,
+    dy_ptr, dsummed_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr,
+    dy_stride, dsummed_stride, x_stride, width, seed_ptr, drop_below, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The dx of a row that registers cannot hold: read for the mean, and read again."""
     row = tl.program_id(0).to(tl.int64)
@@ -231,6 +283,7 @@ def _bwd_wide_kernel(
     if dsummed_ptr is not None:
         dsummed_ptr += row * dsummed_stride
     rstd = tl.load(rstd_ptr + row)
+    seed = _dropout_triton.load_seed(seed_ptr)
     products = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
@@ -245,6 +298,9 @@ def _bwd_wide_kernel(
         dx = rstd * (dnormed - _load(x_ptr, c, inside) * rstd * mean)
         if dsummed_ptr is not None:
             dx += _load(dsummed_ptr, c, inside)
+        if seed is not None:
+            _store(dresidual_ptr + row * width, c, dx, inside)
+            dx = _drop(dx, row, c, seed, drop_below, scale)
         _store(dx_ptr + row * width, c, dx, inside)
 
 

@@ -88,4 +88,4 @@ class Config:
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Make a tensor without memory, as aligned as an allocation: the argument of a Config."""
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")

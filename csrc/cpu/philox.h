@@ -72,8 +72,10 @@ inline BitPair dropout_words(uint64_t seed, int64_t head, int64_t row, int64_t c
   }
 }
 
-// x times the scale where it is kept, 0 where it is dropped.
-inline Pair drop(Pair x, BitPair words, const Dropout& dropout) {
+// x times the scale where it is kept, 0 where it is dropped; places as of dropout_words().
+template <typename T>
+inline Pair drop(Pair x, const Dropout& dropout, int64_t head, int64_t row, int64_t column) {
+  const BitPair words = dropout_words<T>(dropout.seed, head, row, column);
   return {words.a >= dropout.drop_below ? x.a * dropout.scale : Vec{},
           words.b >= dropout.drop_below ? x.b * dropout.scale : Vec{}};
 }

@@ -1,6 +1,7 @@
 // y = x * rsqrt(mean(x^2) + eps) * weight, and its gradients; a row is read from memory once.
 #include "rms_norm.h"
 
+#include "philox.h"
 #include "simd.h"
 
 namespace emu3::EMU3_LEVEL {
@@ -20,11 +21,13 @@ float sum_of_squares(const T* x, int64_t width) {
 }
 
 // Adds two rows, rounded, into `summed` and `copy`; the sum of squares is that of the rounded sum.
-template <typename T>
-float add_rows(const T* x, const T* residual, T* summed, T* copy, int64_t width, bool past_caches) {
+// `branch` makes of an element of x and its channel what is added.
+template <typename T, typename Branch>
+float add_rows(const T* x, const T* residual, T* summed, T* copy, int64_t width, bool past_caches,
+               Branch branch) {
   Pair sum{};
   over_pairs(width, [&](int64_t c, int64_t count) {
-    const Pair both = load_pair(x + c, count) + load_pair(residual + c, count);
+    const Pair both = branch(load_pair(x + c, count), c) + load_pair(residual + c, count);
     store_pair(summed + c, both, count, past_caches);
     store_pair(copy + c, both, count, false);
     const Pair value = load_pair(copy + c, count);
@@ -33,10 +36,11 @@ float add_rows(const T* x, const T* residual, T* summed, T* copy, int64_t width,
   return reduce_add(sum);
 }
 
-template <typename T>
+// Two functions are compiled of each pass, so that the one without dropout has no trace of it.
+template <bool kDrop, typename T>
 void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summed, float* rstd,
                   int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride, float eps,
-                  bool past_caches) {
+                  const Dropout* dropout, int64_t first_row, bool past_caches) {
   T scratch[kScratch];
   for (int64_t r = 0; r < rows; ++r, x += x_stride, y += width) {
     const T* row = x;
@@ -44,7 +48,10 @@ void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summe
     if (residual) {
       const bool fits = width <= kScratch;
       T* copy = fits ? scratch : summed;
-      squares = add_rows(x, residual, summed, copy, width, fits && past_caches);
+      squares = add_rows(x, residual, summed, copy, width, fits && past_caches,
+                         [&](Pair value, int64_t c) {
+                           return kDrop ? drop<T>(value, *dropout, 0, first_row + r, c) : value;
+                         });
       row = copy, residual += residual_stride, summed += width;
     } else {
       squares = sum_of_squares(x, width);
@@ -59,10 +66,11 @@ void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summe
 
 // With n = x * rstd:  dx = rstd * (dy * weight - n * mean(dy * weight * n)),  dweight = sum of dy *
 // n.
-template <typename T>
+template <bool kDrop, typename T>
 void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, const float* rstd,
-                   T* dx, float* dweight, int64_t rows, int64_t width, int64_t dy_stride,
-                   int64_t dsummed_stride, int64_t x_stride, bool past_caches) {
+                   T* dx, T* dresidual, float* dweight, int64_t rows, int64_t width,
+                   int64_t dy_stride, int64_t dsummed_stride, int64_t x_stride,
+                   const Dropout* dropout, int64_t first_row, bool past_caches) {
   for (int64_t c = 0; c < padded_width(width); ++c) dweight[c] = 0;
   for (int64_t r = 0; r < rows; ++r, dy += dy_stride, x += x_stride, dx += width) {
     const float scale = rstd[r];
@@ -77,6 +85,10 @@ void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, c
       const Pair direct = load_pair(dy + c, count) * load_pair(weight + c, count) * scale;
       Pair d = load_pair(x + c, count) * slope + direct;
       if (dsummed) d = d + load_pair(dsummed + r * dsummed_stride + c, count);
+      if constexpr (kDrop) {
+        store_pair(dresidual + r * width + c, d, count, past_caches);
+        d = drop<T>(d, *dropout, 0, first_row + r, c);
+      }
       store_pair(dx + c, d, count, past_caches);
     });
   }
@@ -94,24 +106,28 @@ void reduce_partials(const float* partial, T* dweight, int64_t partials, int64_t
 
 void forward(Dtype dtype, const void* x, const void* residual, const void* weight, void* y,
              void* summed, float* rstd, int64_t rows, int64_t width, int64_t x_stride,
-             int64_t residual_stride, float eps, bool past_caches) {
+             int64_t residual_stride, float eps, const Dropout* dropout, int64_t first_row,
+             bool past_caches) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    forward_rows((const T*)x, (const T*)residual, (const T*)weight, (T*)y, (T*)summed, rstd, rows,
-                 width, x_stride, residual_stride, eps,
-                 past_caches && can_stream((T*)y, width) && can_stream((T*)summed, width));
+    const auto run = dropout ? forward_rows<true, T> : forward_rows<false, T>;
+    run((const T*)x, (const T*)residual, (const T*)weight, (T*)y, (T*)summed, rstd, rows, width,
+        x_stride, residual_stride, eps, dropout, first_row,
+        past_caches && can_stream((T*)y, width) && can_stream((T*)summed, width));
   });
   stream_fence();
 }
 
 void backward(Dtype dtype, const void* dy, const void* dsummed, const void* x, const void* weight,
-              const float* rstd, void* dx, float* dweight, int64_t rows, int64_t width,
-              int64_t dy_stride, int64_t dsummed_stride, int64_t x_stride, bool past_caches) {
+              const float* rstd, void* dx, void* dresidual, float* dweight, int64_t rows,
+              int64_t width, int64_t dy_stride, int64_t dsummed_stride, int64_t x_stride,
+              const Dropout* dropout, int64_t first_row, bool past_caches) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    backward_rows((const T*)dy, (const T*)dsummed, (const T*)x, (const T*)weight, rstd, (T*)dx,
-                  dweight, rows, width, dy_stride, dsummed_stride, x_stride,
-                  past_caches && can_stream((T*)dx, width));
+    const auto run = dropout ? backward_rows<true, T> : backward_rows<false, T>;
+    run((const T*)dy, (const T*)dsummed, (const T*)x, (const T*)weight, rstd, (T*)dx, (T*)dresidual,
+        dweight, rows, width, dy_stride, dsummed_stride, x_stride, dropout, first_row,
+        past_caches && can_stream((T*)dx, width) && can_stream((T*)dresidual, width));
   });
   stream_fence();
 }

@@ -6,26 +6,43 @@ from torch import Tensor
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_alike, check_channel_weight, check_has_channels, rows
 from emu3_kernels._dispatch import choose, load
+from emu3_kernels._dropout import check_dropout, draw_seed
 from emu3_kernels.ops.add_rms_norm import reference
 
 BACKENDS = load("add_rms_norm", "native", "triton")
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Add, then normalise: ``summed = x + residual``, ``y = rms_norm(summed, weight, eps)``.
+    r"""Add, then normalise: ``summed = dropout(x) + residual``, ``y = rms_norm(summed, weight)``.
 
     The sum is rounded to the dtype of ``x`` before it is normalised, so that
     the pair equals the two steps apart; the rest is computed in float32 and
     rounded once. Differentiable in ``x``, ``residual`` and ``weight``, through
     both results; keeps ``summed`` and one float32 per row.
 
+    Dropout multiplies the elements that it keeps by ``1 / (1 - dropout_p)`` in
+    float32, and rounds their sum with the residual once. Which elements those
+    are follows from ``seed``, row and channel alone: all backends keep the same,
+    and the backward pass, or a checkpoint's second forward pass, keeps them
+    again; only the seed is saved.
+
     Args:
         x: ``[..., D]``, any floating dtype: what the last sublayer added.
         residual: same shape, dtype and device as ``x``: the stream it adds to.
         weight: ``[D]``, floating, on the device of ``x``.
         eps: added to the mean square; 1e-5 in Emu3.
+        dropout_p: share of ``x`` that is dropped, in ``[0, 1)``.
+        seed: 0-d int64 on the device of ``x``; None draws one from torch's default generator
+            if there is dropout.
         backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
 
     Returns:
@@ -35,10 +52,15 @@ def add_rms_norm(
     check_alike("add_rms_norm", x=x, residual=residual)
     check_has_channels("add_rms_norm", x=x)
     check_channel_weight("add_rms_norm", x, weight)
+    check_dropout("add_rms_norm", dropout_p, seed, x.device)
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(x.device)
     chosen = choose("add_rms_norm", BACKENDS, backend, x, residual, weight, eps)
     if chosen == "reference":
-        return reference.add_rms_norm(x, residual, weight, eps)
-    operands = rows(x), rows(residual), weight.contiguous(), eps
+        return reference.add_rms_norm(x, residual, weight, eps, dropout_p=dropout_p, seed=seed)
+    operands = rows(x), rows(residual), weight.contiguous(), eps, dropout_p, seed
     if needs_gradient(x, residual, weight):
         y, summed = _AddRMSNorm.apply(*operands, chosen)
     else:
@@ -48,14 +70,14 @@ def add_rms_norm(
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, backend):
-        y, summed, rstd = BACKENDS[backend].forward(x, residual, weight, eps)
-        ctx.save_for_backward(summed, weight, rstd)
-        ctx.backend = backend
+    def forward(ctx, x, residual, weight, eps, dropout_p, seed, backend):
+        y, summed, rstd = BACKENDS[backend].forward(x, residual, weight, eps, dropout_p, seed)
+        ctx.save_for_backward(summed, weight, rstd, seed)
+        ctx.dropout_p, ctx.backend = dropout_p, backend
         return y, summed
 
     @staticmethod
     def backward(ctx, dy, dsummed):
-        backward = BACKENDS[ctx.backend].backward
-        dx, dweight = backward(rows(dy), rows(dsummed), *ctx.saved_tensors)
-        return dx, dx, dweight, None, None
+        *saved, seed = ctx.saved_tensors
+        grads = BACKENDS[ctx.backend].backward(rows(dy), rows(dsummed), *saved, ctx.dropout_p, seed)
+        return *grads, None, None, None, None

@@ -13,21 +13,38 @@ def why_not(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | No
 
 
 def forward(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.emu3_kernels.add_rms_norm_forward(x, residual, weight, eps)
+    return torch.ops.emu3_kernels.add_rms_norm_forward(x, residual, weight, eps, dropout_p, seed)
 
 
 def backward(
-    dy: Tensor, dsummed: Tensor, summed: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.emu3_kernels.add_rms_norm_backward(dy, dsummed, summed, weight, rstd)
+    dy: Tensor,
+    dsummed: Tensor,
+    summed: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ops, operands = torch.ops.emu3_kernels, (dy, dsummed, summed, weight, rstd)
+    if seed is not None:
+        return ops.add_rms_norm_backward_dropped(*operands, dropout_p, seed)
+    dx, dweight = ops.add_rms_norm_backward(*operands)
+    return dx, dx, dweight
 
 
 if not _native.MISSING:
 
     @torch.library.register_fake("emu3_kernels::add_rms_norm_forward")
-    def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rstd = x.new_empty(x.shape[0], dtype=torch.float32)
         return x.new_empty(x.shape), x.new_empty(x.shape), rstd
 
@@ -36,3 +53,16 @@ if not _native.MISSING:
         dy: Tensor, dsummed: Tensor, summed: Tensor, weight: Tensor, rstd: Tensor
     ) -> tuple[Tensor, Tensor]:
         return summed.new_empty(summed.shape), weight.new_empty(weight.shape)
+
+    @torch.library.register_fake("emu3_kernels::add_rms_norm_backward_dropped")
+    def _(
+        dy: Tensor,
+        dsummed: Tensor,
+        summed: Tensor,
+        weight: Tensor,
+        rstd: Tensor,
+        dropout_p: float,
+        seed: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx, dresidual = summed.new_empty(summed.shape), summed.new_empty(summed.shape)
+        return dx, dresidual, weight.new_empty(weight.shape)

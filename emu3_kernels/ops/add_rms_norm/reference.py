@@ -1,14 +1,31 @@
 """The definition of add_rms_norm in plain PyTorch."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
+from emu3_kernels._dropout import keep, keep_scale
+
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    summed = x + residual
     compute = torch.promote_types(x.dtype, torch.float32)
+    branch = x if seed is None else _dropout(x.to(compute), dropout_p, seed)
+    summed = (branch + residual).to(x.dtype)
     wide = summed.to(compute)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * rstd * weight.to(compute)).to(x.dtype), summed
+
+
+def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    row = torch.arange(prod(x.shape[:-1]), device=x.device).view(*x.shape[:-1], 1)
+    kept = keep(seed, p, row, torch.arange(x.shape[-1], device=x.device))
+    return torch.where(kept, x * keep_scale(p), 0)

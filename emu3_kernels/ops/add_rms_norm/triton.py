@@ -13,12 +13,18 @@ def why_not(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | No
 
 
 def forward(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _rms_norm_triton.forward(x, residual, weight, eps)
+    return _rms_norm_triton.forward(x, residual, weight, eps, dropout_p, seed)
 
 
 def backward(
-    dy: Tensor, dsummed: Tensor, summed: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _rms_norm_triton.backward(dy, dsummed, summed, weight, rstd)
+    dy: Tensor,
+    dsummed: Tensor,
+    summed: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _rms_norm_triton.backward(dy, dsummed, summed, weight, rstd, dropout_p, seed)

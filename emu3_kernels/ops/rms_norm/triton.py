@@ -18,4 +18,5 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return _rms_norm_triton.backward(dy, None, x, weight, rstd)
+    dx, _, dweight = _rms_norm_triton.backward(dy, None, x, weight, rstd)
+    return dx, dweight
