@@ -1,49 +1,44 @@
-"""Front door: ``python -m benchmarks ops | model | codegen | report``, from the root."""
+"""Front door: ``python -m benchmarks all | ops | model | codegen | report``, from the root."""
 
-import json
-import os
-import sys
-import tempfile
+import time
+from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
-import pytest
 import typer
-from rich.console import Console
 
-from benchmarks import machine
-from benchmarks.report import RESULTS, as_table, publish, write_markdown
+from benchmarks import base as other_commit
+from benchmarks import machine, run
+from benchmarks.report import CODEGEN, RESULTS, write_page
 from emu3_kernels.ops import OPS
 
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
-"""Freed memory stays with the process: without it a fresh result costs page faults, up to three
-times the op. glibc reads the settings at start only, so the process starts itself again."""
-
-QUIET = {"KINETO_LOG_LEVEL": "6"}
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-console = Console(width=200 if not sys.stdout.isatty() else None)
+
+Load = Annotated[bool, typer.Option(help="Time on a busy machine: print, and never write.")]
+Threads = Annotated[list[int] | None, typer.Option(help="Thread counts; 1 and 2.")]
+TOKENS = 512
+"""Tokens of a step of training: 50 steps of 2048 tokens take nine minutes on two cores."""
 
 
 @app.command()
 def ops(
     op: Annotated[list[str] | None, typer.Option(help="Op to time; all by default.")] = None,
-    threads: Annotated[list[int] | None, typer.Option(help="Thread counts; 1 and 2.")] = None,
+    threads: Threads = None,
     seconds: Annotated[float, typer.Option(help="All rounds of a row may take this long.")] = 2.0,
-    allow_load: Annotated[
-        bool, typer.Option(help="Time on a busy machine: print, and never write.")
-    ] = False,
+    base: Annotated[str | None, typer.Option(help="Time against this commit, and print.")] = None,
+    rounds: Annotated[int, typer.Option(help="Processes of each side, with --base.")] = 5,
+    allow_load: Load = False,
 ) -> None:
-    """Time the ops beside their peers on this CPU and write benchmarks/results."""
+    """Time the ops beside their peers and write benchmarks/results."""
     chosen = op or list(OPS)
     if unknown := sorted(set(chosen) - set(OPS)):
         raise typer.BadParameter(f"--op must be of {', '.join(OPS)}, got {', '.join(unknown)}")
-    time_all(chosen, threads or [1, 2], seconds, allow_load)
+    if base is None:
+        run.refuse(run.time_all(run.runs(chosen, threads, seconds), allow_load))
+        return
+    if (reason := machine.why_not_publish(machine.load())) and not allow_load:
+        run.refuse([reason])
+    other_commit.compare(base, chosen, max(threads or [min(2, machine.cores())]), rounds)
 
 
 @app.command()
@@ -51,91 +46,64 @@ def model(
     threads: Annotated[list[int] | None, typer.Option(help="Thread counts; 2.")] = None,
     seconds: Annotated[float, typer.Option(help="All rounds of a row may take this long.")] = 60.0,
     steps: Annotated[int, typer.Option(help="Train so long too, and compare the losses.")] = 0,
-    allow_load: Annotated[
-        bool, typer.Option(help="Time on a busy machine: print, and never write.")
-    ] = False,
+    step_tokens: Annotated[int, typer.Option(help="Tokens of such a step.")] = TOKENS,
+    allow_load: Load = False,
 ) -> None:
     """Time a training step (no optimizer) beside Hugging Face's Emu3 and write results."""
     if find_spec("transformers") is None:
-        refuse("transformers is not installed: pip install 'transformers>=5.23'")
-    time_all(["model"], threads or [min(2, machine.cores())], seconds, allow_load, steps)
+        run.refuse(["transformers is not installed: pip install 'transformers>=5.23'"])
+    listed = steps_of_model(threads, seconds, steps, step_tokens)
+    run.refuse(run.time_all(listed, allow_load))
 
 
-def time_all(
-    chosen: list[str], counts: list[int], seconds: float, allow_load: bool, *options: int
-) -> None:
-    """Time each of ``chosen`` with each number of threads, unless the machine is busy."""
-    if max(counts) > machine.cores():
-        raise typer.BadParameter(f"--threads must be at most {machine.cores()}, got {max(counts)}")
-    if (reason := machine.why_not_publish(machine.load())) and not allow_load:
-        refuse(f"{reason}; --allow-load times and writes nothing")
-    failures = []
-    for name in chosen:
-        for count in counts:
-            if reason := time_one(name, count, seconds, *options, write=not allow_load):
-                failures.append(f"{name}, {count} threads: {reason}")
-    if failures:
-        refuse("; ".join(failures))
+def steps_of_model(
+    threads: list[int] | None, seconds: float, steps: int, step_tokens: int
+) -> list[run.Run]:
+    counts = threads or [min(2, machine.cores())]
+    options = (f"--steps={steps}", f"--step-tokens={step_tokens}")
+    return run.runs(["model"], counts, seconds, *options, scale=False)
 
 
-def time_one(op: str, threads: int, seconds: float, *options: int, write: bool) -> str | None:
-    """Time one op in a session of pytest, print it, publish it; return why it is not published."""
-    with tempfile.TemporaryDirectory() as folder:
-        stored = Path(folder, "run.json")
-        status = run_pytest(op, threads, seconds, stored, *options)
-        run = json.loads(stored.read_text()) if stored.exists() else {"benchmarks": []}
-    rows = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
-    if rows:
-        console.print(as_table(op, rows))
-    if status != pytest.ExitCode.OK or not rows:
-        return "a check failed, see above" if rows else "no backend could be timed, see above"
-    if not write:
-        return None
-    if reason := machine.why_not_publish(*(load for row in rows for load in row["load"])):
-        return reason
-    console.print(f"wrote {publish(RESULTS, op, threads, run)}")
-    return None
+@app.command(name="all")
+def everything(allow_load: Load = False) -> None:
+    """Time and count everything and write the report: 20 minutes on two quiet cores."""
+    start, write = time.monotonic(), not allow_load
+    if (reason := machine.why_not_publish(machine.load())) and write:
+        run.refuse([reason])
+    listed = run.runs(list(OPS), None, seconds=1.0)
+    if find_spec("transformers"):
+        listed += steps_of_model(None, 30.0, steps=50, step_tokens=TOKENS)
+    failures = run.time_all(listed, allow_load)
+    if find_spec("triton"):
+        run.progress(len(listed), len(listed), "machine code of the GPU kernels", start)
+        failures += count_all(write)
+    if write:
+        report()
+    run.progress(len(listed), len(listed), "done", start)
+    run.refuse(failures)
 
 
-def run_pytest(op: str, threads: int, seconds: float, stored: Path, steps: int = 0) -> int:
-    """Let pytest-benchmark time ``op``, or the model, and store the figures at ``stored``."""
-    suite = "test_model.py" if op == "model" else "test_ops.py"
-    return pytest.main(
-        [
-            str(Path(__file__).with_name(suite)),
-            *(f"--op={op}", f"--threads={threads}", f"--seconds={seconds}", f"--steps={steps}"),
-            *("--benchmark-only", "--benchmark-quiet", "--benchmark-disable-gc"),
-            f"--benchmark-json={stored}",
-            # The project's own options skip benchmarks and stop a test after five minutes.
-            *("-o", "addopts=", "-o", "timeout=0", "-p", "no:cacheprovider"),
-            *("-W", "ignore::DeprecationWarning", "-q", "-rs", "--tb=short", "--no-header"),
-        ]
-    )
+def count_all(write: bool) -> list[str]:
+    """Count what the compiler makes of every kernel; return the contracts that are broken."""
+    codegen = import_module("benchmarks.codegen")
+    rows = codegen.rows_beside(OPS, peers=find_spec("liger_kernel") is not None)
+    if write:
+        codegen.write(RESULTS / CODEGEN, rows)
+    return [f"{r.op}, {r.kernel}, {r.target}: {line}" for r in rows for line in r.broken]
 
 
 @app.command()
 def report() -> None:
-    """Write benchmarks/results/README.md from the JSON files beside it."""
-    console.print(f"wrote {write_markdown(RESULTS)}")
-
-
-def refuse(reason: str) -> None:
-    typer.echo(f"benchmarks: refusing to publish: {reason}", err=True)
-    raise typer.Exit(1)
+    """Write benchmarks/results/README.md and its charts from the JSON files beside it."""
+    run.console.print(f"wrote {write_page(RESULTS)}")
 
 
 if find_spec("triton"):
-    from benchmarks.codegen import codegen
-
-    app.command()(codegen)
+    app.command()(import_module("benchmarks.codegen").codegen)
 
 
 def main() -> None:
-    """Start again where the environment is not the one that every contestant needs."""
-    wanted = {**os.environ, **ALLOCATOR, **QUIET}
-    wanted.pop("TRITON_INTERPRET", None)  # an interpreter is no contestant
-    if wanted != dict(os.environ):
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], wanted)
+    run.start_again_alike()
     app()
 
 

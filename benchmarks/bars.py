@@ -4,11 +4,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
+from benchmarks.tables import ratio
+
+TIME, MEMORY, LOSS = "time", "memory", "loss"
+A_LITTLE = 1e-3
+"""MiB that stand for none."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """``peer`` must take ``at_least`` times as long as ``op`` at sizes that hold ``size``."""
+    """``peer`` must take ``at_least`` times as long as ``op`` at sizes that hold ``size``.
+
+    Of memory it must hold so many times as much beside the results; of a loss, ``at_least`` is the
+    share by which the two may differ at most.
+    """
 
     op: str
     peer: str
@@ -16,19 +25,47 @@ class Bar:
     size: tuple[tuple[str, object], ...]
     direction: str = "forward"
     threads: tuple[int, ...] = (1, 2)
+    of: str = TIME
 
     def covers(self, row: dict) -> bool:
         return (
             (self.op, self.direction) == (row["op"], row["direction"])
+            and row.get("device", "cpu") == "cpu"
             and row["threads"] in self.threads
             and all(row["size"].get(name) == value for name, value in self.size)
             and self.peer in row["peers"]
+            and (self.of != LOSS or "after_steps" in row)
         )
+
+    def value(self, row: dict) -> float:
+        if self.of == LOSS:
+            losses = row["after_steps"]["losses"]
+            return abs(losses[row["backend"]] / losses[self.peer] - 1)
+        peer = row["peers"][self.peer]
+        if self.of == MEMORY:
+            results = row.get("results_mib", 0)
+            return (peer["peak_mib"] - results) / max(row["peak_mib"] - results, A_LITTLE)
+        return peer["ratio"]["median"]
+
+    def kept(self, row: dict) -> bool:
+        value = self.value(row)
+        return value <= self.at_least if self.of == LOSS else value >= self.at_least
+
+    def asked(self) -> str:
+        return f"within {self.at_least:.1%}" if self.of == LOSS else f"{self.at_least}x"
+
+    def measured(self, row: dict) -> str:
+        if self.of == TIME:
+            return ratio(row["peers"][self.peer])
+        return f"{self.value(row):.2%}" if self.of == LOSS else f"{self.value(row):.1f}x"
 
 
 NORM = (("num_rows", 4096), ("width", 4096))
 MLP = (("num_rows", 2048), ("width", 14336))
 LOGITS = (("tokens", 256), ("classes", 184_622))
+HEAD = (("tokens", 2048), ("classes", 184_622))
+STEP, HALF_STEP = (("tokens", 2048), ("counted", 2048)), (("tokens", 2048), ("counted", 1024))
+BOTH, HF = "forward+backward", "Hugging Face"
 
 BARS = (
     Bar("rms_norm", "vLLM", 1.3, NORM),
@@ -40,9 +77,14 @@ BARS = (
     Bar("swiglu", COMPILED, 1.5, MLP, "backward"),
     Bar("rope", "vLLM (in place)", 1.0, (("tokens", 2048),), IN_PLACE),
     Bar("cross_entropy", COMPILED, 2.0, LOGITS),
-    Bar("cross_entropy", COMPILED, 2.0, LOGITS, "forward+backward"),
-    Bar("linear_cross_entropy", EAGER, 2.0, (("tokens", 2048),), "forward+backward"),
+    Bar("cross_entropy", COMPILED, 2.0, LOGITS, BOTH),
+    Bar("linear_cross_entropy", EAGER, 2.0, HEAD, BOTH),
+    Bar("linear_cross_entropy", EAGER, 8.0, HEAD, BOTH, of=MEMORY),
     Bar("nearest_code", "faiss", 6.0, (("shape", [8, 4, 64, 64]),), threads=(1,)),
+    Bar("model", HF, 2.5, STEP, BOTH),
+    Bar("model", HF, 4.0, HALF_STEP, BOTH),
+    Bar("model", HF, 4.0, STEP, BOTH, of=MEMORY),
+    Bar("model", HF, 0.005, STEP, BOTH, of=LOSS),
 )
 
 

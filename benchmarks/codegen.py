@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 from unittest import mock
 
+import torch
 import triton
 import typer
 from rich.console import Console
@@ -41,6 +42,10 @@ class Launch:
     args: tuple
     options: dict
 
+    def num_bytes(self) -> int:
+        given = [*self.args, *self.options.values()]
+        return sum({id(t): t.nbytes for t in given if isinstance(t, torch.Tensor)}.values())
+
 
 @dataclass(frozen=True)
 class Row:
@@ -51,6 +56,8 @@ class Row:
     config: str
     target: str
     facts: Facts
+    num_bytes: int
+    """Size of all tensors that the launch is given, each once."""
     broken: tuple[str, ...]
     """A line for each term that is not kept, and for each exception that is not needed."""
     excused: tuple[str, ...]
@@ -75,7 +82,8 @@ def rows_of(op: str, config: Config, targets: Iterable[str]) -> Iterator[Row]:
             kernel = launch.kernel.__name__
             facts = facts_of(launch, target)
             broken, excused = judge(config.contracts[kernel], facts, target)
-            yield Row(op, kernel, config.name, target, facts, broken, excused)
+            moved = launch.num_bytes()
+            yield Row(op, kernel, config.name, target, facts, moved, broken, excused)
 
 
 def launches_of(config: Config) -> list[Launch]:
@@ -213,13 +221,21 @@ def codegen(
     ops = op or list(OPS)
     if unknown := sorted(set(ops) - set(OPS)):
         raise typer.BadParameter(f"--op must be of {', '.join(OPS)}, got {', '.join(unknown)}")
-    rows = list(count(ops))
-    if peers:
-        rows += import_module("benchmarks.codegen_peers").rows(ops, SHARED_LIMIT)
+    rows = rows_beside(ops, peers)
     # Columns that are cut short say nothing: a narrow terminal wraps whole lines instead.
-    Console(width=max(Console().width, 180)).print(table(rows))
+    Console(width=max(Console().width, 210)).print(table(rows))
     if json_path:
-        stated = {"label": "COUNTED", "triton": triton.__version__}
-        json_path.write_text(json.dumps(stated | {"rows": [asdict(r) for r in rows]}, indent=1))
+        write(json_path, rows)
     if any(row.broken for row in rows):
         raise typer.Exit(1)
+
+
+def rows_beside(ops: Iterable[str], peers: bool) -> list[Row]:
+    beside = import_module("benchmarks.codegen_peers").rows(ops, SHARED_LIMIT) if peers else ()
+    return [*count(ops), *beside]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Write ``rows`` as ``report`` reads them."""
+    stated = {"label": "COUNTED", "triton": triton.__version__}
+    path.write_text(json.dumps(stated | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")

@@ -28,7 +28,8 @@ def rows(ops: Iterable[str], targets: Iterable[str]) -> Iterator[Row]:
                 kernels = {launch.kernel.__name__: launch for launch in launches}
                 for name, launch in kernels.items():
                     facts = facts_of(launch, target)
-                    yield Row(op, f"Liger {name}", config, target, facts, (), (), held=False)
+                    moved = launch.num_bytes()
+                    yield Row(op, f"Liger {name}", config, target, facts, moved, (), (), held=False)
 
 
 def call_once_to_import(call: Callable[[], None]) -> None:

@@ -11,13 +11,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--op", action="append", choices=(*OPS, "model"), help="Ops.")
     parser.addoption("--threads", type=int, default=1, help="Threads of every contestant.")
     parser.addoption("--seconds", type=float, default=2.0, help="Rounds of one row may take this.")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="Where to time.")
+    parser.addoption("--scale", action="store_true", help="Time the sizes of SCALE too.")
     parser.addoption("--steps", type=int, default=0, help="Train the models this long too.")
+    parser.addoption("--step-tokens", type=int, default=0, help="Tokens of a step of training.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        ops = metafunc.config.getoption("--op") or OPS
-        metafunc.parametrize("case", [c for op in ops for c in contestants.cases(op)], ids=str)
+        asked = metafunc.config.getoption
+        ops, how = asked("--op") or OPS, (asked("--device"), asked("--scale"))
+        found = [case for op in ops for case in contestants.cases(op, *how)]
+        metafunc.parametrize("case", found, ids=str)
 
 
 def pytest_benchmark_generate_machine_info() -> dict:

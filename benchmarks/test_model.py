@@ -13,18 +13,21 @@ from benchmarks.test_ops import row
 
 @pytest.mark.parametrize("counted", [model.TOKENS, model.TOKENS // 2])
 def test_model(counted: int, threads: int, benchmark, request: pytest.FixtureRequest) -> None:
-    before = machine.load()
-    lineup = model.lineup(model.SETTINGS, model.TOKENS, counted)
-    seconds = request.config.getoption("--seconds")
-    taken = interleave(benchmark, lineup.calls, lineup.seconds, seconds)
-    multiply, ours = taken.pop(model.MULTIPLY), taken[model.OURS]
+    asked, before = request.config.getoption, machine.load()
+    device = asked("--device")
+    lineup = model.lineup(model.SETTINGS, model.TOKENS, counted, device)
+    taken = interleave(benchmark, lineup.calls, lineup.seconds, asked("--seconds"), lineup.clock)
     size = {"tokens": model.TOKENS, "counted": counted}
-    case = Case("model", model.OURS, size, torch.bfloat16, "forward+backward")
-    benchmark.extra_info.update(row(case, threads, [before, machine.load()], lineup, taken))
-    num_flops = model.flops(model.SETTINGS, model.TOKENS, counted)
-    benchmark.extra_info["bound"] = model.bound(num_flops, ours, multiply)
-    benchmark.extra_info["tokens_per_s"] = model.TOKENS / median(ours)
-    num_steps = request.config.getoption("--steps")
-    if num_steps and counted == model.TOKENS:
-        after = model.after_steps(model.SETTINGS, model.TOKENS, num_steps)
-        benchmark.extra_info["after_steps"] = after
+    case = Case("model", model.OURS, size, torch.bfloat16, "forward+backward", device)
+    bound = model.bound(model.matrices(model.SETTINGS, model.TOKENS, counted), taken)
+    loads = [before, machine.load()]
+    written = row(case, threads, loads, lineup, taken, bound)
+    for name, standing in [(model.OURS, written), *written["peers"].items()]:
+        standing["tokens_per_s"] = model.TOKENS / median(taken[name])
+    written["outside_s"] = model.outside(taken)
+    del lineup
+    if (steps := asked("--steps")) and counted == model.TOKENS:
+        tokens = asked("--step-tokens") or model.TOKENS
+        written["after_steps"] = model.after_steps(model.SETTINGS, tokens, steps, device)
+        loads.append(machine.load())
+    benchmark.extra_info.update(written)

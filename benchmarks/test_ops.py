@@ -5,10 +5,13 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks import contestants, machine
-from benchmarks.contestants import COPY, MATRIX, MULTIPLY, READ, Case, Lineup
+from benchmarks import bounds, contestants, machine
+from benchmarks.bounds import COPY, MULTIPLY, PRODUCTS, READ
+from benchmarks.contestants import Case, Lineup
 from benchmarks.duel import interleave, paired_ratio
 from emu3_kernels import _native
+
+NOT_RIVALS = (READ, COPY, MULTIPLY, PRODUCTS)
 
 
 def test_op(case: Case, threads: int, benchmark, request: pytest.FixtureRequest) -> None:
@@ -18,66 +21,58 @@ def test_op(case: Case, threads: int, benchmark, request: pytest.FixtureRequest)
             lineup = contestants.lineup(case)
         except NotImplementedError as reason:
             pytest.skip(str(reason))
-        taken = interleave(
-            benchmark, lineup.calls, lineup.seconds, request.config.getoption("--seconds")
-        )
+        seconds = request.config.getoption("--seconds")
+        taken = interleave(benchmark, lineup.calls, lineup.seconds, seconds, lineup.clock)
     loads = [before, machine.load()]
-    benchmark.extra_info.update(row(case, threads, loads, lineup, taken))
+    bound = bounds.bound(case, taken)
+    benchmark.extra_info.update(row(case, threads, loads, lineup, taken, bound))
 
 
 def row(
-    case: Case, threads: int, loads: list[float], lineup: Lineup, taken: dict[str, list[float]]
+    case: Case,
+    threads: int,
+    loads: list[float],
+    lineup: Lineup,
+    taken: dict[str, list[float]],
+    bound: dict | None,
 ) -> dict:
     """Write down everything that was measured about ``case``."""
     ours = taken[case.backend]
-    level = f"@{_native.cpu_level()}" if case.backend == "native" else ""
-    rivals = [name for name in taken if name not in (case.backend, READ, COPY, MULTIPLY)]
+    level = f"@{_native.cpu_level()}" if case.backend == "native" and case.device == "cpu" else ""
+    rivals = [name for name in taken if name not in (case.backend, *NOT_RIVALS)]
+
+    def standing(name: str) -> dict:
+        seconds = median(taken[name])
+        return {
+            "ms": 1e3 * seconds,
+            **rates(bound, seconds),
+            "of_bound": bound and bound["fraction"] / paired_ratio(taken[name], ours)["median"],
+            "peak_mib": lineup.peak_mib[name],
+        }
+
     return {
         "label": "MEASURED",
         "op": case.op,
         "backend": case.backend + level,
+        "device": case.device,
         "size": case.size,
         "dtype": str(case.dtype).removeprefix("torch."),
         "direction": case.direction,
         "threads": threads,
         "load": loads,
         "rounds": len(ours),
-        "ms": 1e3 * median(ours),
-        "peak_mib": lineup.peak_mib[case.backend],
-        "bound": bound(case, taken),
+        **standing(case.backend),
+        "results_mib": lineup.results_mib,
+        "bound": bound,
         "peers": {
-            name: {
-                "ms": 1e3 * median(taken[name]),
-                "ratio": paired_ratio(taken[name], ours),
-                "peak_mib": lineup.peak_mib[name],
-            }
-            for name in rivals
+            name: {**standing(name), "ratio": paired_ratio(taken[name], ours)} for name in rivals
         },
         "missing": lineup.missing,
     }
 
 
-def bound(case: Case, taken: dict[str, list[float]]) -> dict | None:
-    """Set ours against the fastest way to do what it must do at least, in the same rounds."""
-    ours = taken[case.backend]
-    if READ in taken:
-        num_bytes = contestants.bytes_moved(case)
-        fastest = min((READ, COPY), key=lambda name: median(taken[name]))
-        return {
-            "label": "BOUND",
-            "bytes": num_bytes,
-            "gb_s": num_bytes / median(ours) / 1e9,
-            "read_gb_s": num_bytes / median(taken[READ]) / 1e9,
-            "copy_gb_s": num_bytes / median(taken[COPY]) / 1e9,
-            "fraction": paired_ratio(taken[fastest], ours)["median"],
-        }
-    if MULTIPLY in taken:
-        flops, calibration = contestants.flops(case), 2 * MATRIX**3
-        return {
-            "label": "BOUND",
-            "flops": flops,
-            "tflop_s": flops / median(ours) / 1e12,
-            "multiply_tflop_s": calibration / median(taken[MULTIPLY]) / 1e12,
-            "fraction": flops / calibration * paired_ratio(taken[MULTIPLY], ours)["median"],
-        }
-    return None
+def rates(bound: dict | None, seconds: float) -> dict[str, float]:
+    """Divide what is COUNTED by what was MEASURED."""
+    bound = bound or {}
+    rates = {"gb_s": bound.get("bytes", 0) / 1e9, "tflop_s": bound.get("flops", 0) / 1e12}
+    return {name: amount / seconds for name, amount in rates.items() if amount}

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as front
-from benchmarks import machine, model, report
+from benchmarks import machine, model, report, run
+from benchmarks.bounds import PRODUCTS
 from benchmarks.contestants import Case
 from benchmarks.test_ops import row
 from tests.model.tiny import TINY
@@ -50,45 +52,93 @@ def test_a_contestant_that_loses_something_else_is_not_timed(monkeypatch):
     right = model.labelled
     monkeypatch.setattr(model, "labelled", lambda *args: 1.01 * right(*args))
     lineup = model.lineup(TINY, NUM_TOKENS, COUNTED)
-    assert set(lineup.calls) == {model.OURS, model.MULTIPLY}
+    assert set(lineup.calls) == {model.OURS, PRODUCTS}
     assert "its loss is" in lineup.missing[model.THEIRS]
+
+
+class Products(TorchFunctionMode):
+    """Adds up the FLOPs of every torch.mm."""
+
+    flops = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.mm:
+            (rows, inner), (_, columns) = (matrix.shape for matrix in args)
+            self.flops += 2 * rows * inner * columns
+        return function(*args, **(kwargs or {}))
 
 
 def test_the_bound_counts_every_matrix_three_times_and_the_head_for_tokens_that_count():
     module = model.emu3(TINY, model.hugging_face(TINY))
     head = module.head.weight.numel()
     matrices = sum(p.numel() for p in module.blocks.parameters() if p.dim() == 2)
-    counted = model.flops(TINY, NUM_TOKENS, COUNTED)
-    assert counted == 6 * (NUM_TOKENS * matrices + COUNTED * head)
-    bound = model.bound(2 * model.MATRIX**3, [2.0, 4.0], [1.0, 3.0])
-    assert bound["fraction"] == 0.625
+    shapes = model.matrices(TINY, NUM_TOKENS, COUNTED)
+    assert model.flops(shapes) == 6 * (NUM_TOKENS * matrices + COUNTED * head)
+    with Products() as multiplied:
+        model.products(shapes)()
+    assert multiplied.flops == model.flops(shapes)
+
+
+TAKEN = {model.OURS: [0.5, 0.7], model.THEIRS: [2.0, 2.1], PRODUCTS: [0.4, 0.5]}
+
+
+def test_the_bound_is_the_time_of_the_products_in_the_same_rounds():
+    bound = model.bound(model.matrices(TINY, NUM_TOKENS, COUNTED), TAKEN)
+    assert bound["ms"] == pytest.approx(450)
+    assert bound["fraction"] == pytest.approx((0.4 / 0.5 + 0.5 / 0.7) / 2)
+    assert bound["ceilings"] == {model.THEIRS: pytest.approx((2.0 / 0.4 + 2.1 / 0.5) / 2)}
+    outside = model.outside(TAKEN)
+    assert outside == {model.OURS: pytest.approx(0.15), model.THEIRS: pytest.approx(1.6)}
 
 
 def test_training_starts_from_the_same_weights_and_reaches_the_same_loss():
     start = model.after_steps(TINY, NUM_TOKENS, 1)["losses"]
     end = model.after_steps(TINY, NUM_TOKENS, 6)["losses"]
     for losses in (start, end):
-        assert list(losses.values()) == pytest.approx(
-            [losses[model.THEIRS]] * 3, rel=model.SAME_LOSS
-        )
+        assert list(losses) == [model.OURS, model.THEIRS]
+        assert losses[model.OURS] == pytest.approx(losses[model.THEIRS], rel=model.SAME_LOSS)
     assert end[model.OURS] < start[model.OURS] - 0.1
 
 
-def test_a_report_shows_tokens_a_second_memory_and_losses():
-    taken = {model.OURS: [0.5], model.THEIRS: [2.0]}
-    lineup = model.Lineup(peak_mib={model.OURS: 100.0, model.THEIRS: 900.0})
-    case = Case("model", model.OURS, {"tokens": 8}, torch.bfloat16, "forward+backward")
-    written = row(case, 1, [0.0, 0.0], lineup, taken)
-    after = {"steps": 5, "losses": {model.OURS: 1.25, model.THEIRS: 1.5}}
-    page = report.section("model", [written | {"tokens_per_s": 16.0, "after_steps": after}])
+def published(ours_mib: float, ours_loss: float) -> dict:
+    """A row of the whole step, as the suite writes it."""
+    peaks = {model.OURS: ours_mib, model.THEIRS: 900.0}
+    size = {"tokens": 2048, "counted": 2048}
+    case = Case("model", model.OURS, size, torch.bfloat16, "forward+backward")
+    bound = model.bound(model.matrices(TINY, NUM_TOKENS, COUNTED), TAKEN)
+    written = row(case, 1, [0.0, 0.0], model.Lineup(peak_mib=peaks), TAKEN, bound)
+    losses = {model.OURS: ours_loss, model.THEIRS: 1.5}
+    after = {"steps": 5, "tokens": 512, "losses": losses}
+    written["peers"][model.THEIRS]["tokens_per_s"] = 4.0
+    more = {"tokens_per_s": 16.0, "after_steps": after, "outside_s": model.outside(TAKEN)}
+    return written | more
+
+
+def test_a_report_shows_tokens_a_second_memory_bound_and_losses():
+    page = report.section("model", [published(100.0, 1.25)])
     assert "16 tokens/s" in page
-    assert "4.00x (4.00-4.00) 900 MiB" in page
-    assert "Loss after 5 steps of AdamW: emu3.Emu3 1.2500, Hugging Face 1.5000." in page
+    assert "3.50x (3.00-4.00)" in page
+    assert "| 900.0 |" in page
+    assert "take 0.45 s. MEASURED outside them: emu3.Emu3 0.15 s, Hugging Face 1.60 s." in page
+    assert "Hugging Face's is 4.60x" in page
+    assert "loss after 5 steps of AdamW of 512 tokens: emu3.Emu3 1.2500, Hugging Face 1.5" in page
+
+
+def test_the_bars_of_the_step_hold_its_time_memory_and_loss():
+    kept = bars_of(published(ours_mib=225.0, ours_loss=1.5 * 1.004))
+    assert kept == {"time": "kept", "memory": "kept", "loss": "kept"}
+    missed = bars_of(published(ours_mib=226.0, ours_loss=1.5 * 0.994))
+    assert missed == {"time": "kept", "memory": "**missed**", "loss": "**missed**"}
+
+
+def bars_of(written: dict) -> dict[str, str]:
+    cells = [line.split(" | ") for line in report.bars([written]).splitlines() if "2048" in line]
+    return {line[1]: line[-1].strip(" |") for line in cells if line[0] == "| model"}
 
 
 def test_a_busy_machine_times_no_model(monkeypatch):
     monkeypatch.setattr(machine, "load", lambda: machine.cores() + 0.1)
-    monkeypatch.setattr(front, "run_pytest", lambda *args: pytest.fail("timed under load"))
+    monkeypatch.setattr(run, "run_pytest", lambda *args: pytest.fail("timed under load"))
     refused = CliRunner().invoke(front.app, ["model"])
     assert refused.exit_code == 1
     assert "the load average must be at most" in refused.output
@@ -97,8 +147,8 @@ def test_a_busy_machine_times_no_model(monkeypatch):
 def test_the_command_passes_its_options_to_the_suite(monkeypatch):
     seen = []
     monkeypatch.setattr(machine, "load", lambda: 0.0)
-    monkeypatch.setattr(front, "run_pytest", lambda *args: seen.append(args) or 1)
+    monkeypatch.setattr(run, "run_pytest", lambda asked, stored: seen.append(asked) or 1)
     CliRunner().invoke(front.app, ["model", "--threads", "1", "--steps", "7", "--seconds", "3"])
-    assert [(op, threads, seconds, steps) for op, threads, seconds, _, steps in seen] == [
-        ("model", 1, 3.0, 7)
-    ]
+    (asked,) = seen
+    assert asked.arguments()[:3] == ["--op=model", "--threads=1", "--seconds=3.0"]
+    assert {"--steps=7", "--step-tokens=512"} <= set(asked.arguments())

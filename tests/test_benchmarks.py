@@ -3,18 +3,23 @@
 import inspect
 import json
 import os
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from pytest_benchmark.utils import load_timer
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as front
-from benchmarks import contestants, duel, machine, peers, report, test_ops
-from benchmarks.contestants import COPY, READ, Case, Lineup
+from benchmarks import bounds, clock, contestants, duel, gpu_peers, machine, peers, run, test_ops
+from benchmarks.bounds import COPY, READ
+from benchmarks.contestants import Case, Lineup
+from emu3_kernels.ops import OPS
 from emu3_kernels.ops.swiglu import native
+from tests.kernels.suite import part
 
 CASE = Case("swiglu", "native", {"num_rows": 3, "width": 40}, torch.bfloat16, "forward")
 
@@ -38,45 +43,79 @@ class Clock:
 
 
 @pytest.fixture
-def clock() -> Clock:
+def still() -> Clock:
     return Clock()
 
 
 @pytest.fixture
-def stopwatch(clock):
+def stopwatch(still):
     """The fixture of pytest-benchmark itself, on the fake clock."""
     options = dict.fromkeys(inspect.signature(BenchmarkFixture).parameters)
     options |= {"min_time": 0, "max_time": 0, "add_stats": lambda stats: None}
     node = SimpleNamespace(name="row", nodeid="row")
-    return BenchmarkFixture(**options | {"node": node, "timer": SimpleNamespace(target=clock)})
+    return BenchmarkFixture(**options | {"node": node, "timer": SimpleNamespace(target=still)})
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(duel, "PAUSE", 0)
+QUICK = replace(clock.WALL, rest=lambda: None)
 
 
-def test_rounds_interleave_and_ratios_are_paired(clock, stopwatch, quick):
-    calls = {"ours": clock.spender(1.0, 2.0), "peer": clock.spender(3.0, 8.0)}
-    taken = duel.interleave(stopwatch, calls, {"ours": 1.0, "peer": 3.0}, seconds=16.0)
+def test_rounds_interleave_and_ratios_are_paired(still, stopwatch):
+    calls = {"ours": still.spender(1.0, 2.0), "peer": still.spender(3.0, 8.0)}
+    taken = duel.interleave(stopwatch, calls, {"ours": 1.0, "peer": 3.0}, 16.1, QUICK)
     assert taken == {"ours": [1.0, 2.0] * 2, "peer": [3.0, 8.0] * 2}
     assert stopwatch.stats.stats.data == taken["ours"]
     ratio = duel.paired_ratio(taken["peer"], taken["ours"])
     assert ratio == {"median": 3.5, "min": 3.0, "max": 4.0}
 
 
-def test_a_short_call_is_repeated_within_a_sample(clock, stopwatch, quick):
-    calls = {"ours": clock.spender(duel.MIN_SAMPLE / 4)}
-    taken = duel.interleave(stopwatch, calls, {"ours": duel.MIN_SAMPLE / 4}, seconds=0)
-    assert taken["ours"] == pytest.approx([duel.MIN_SAMPLE / 4] * duel.MIN_ROUNDS)
-    assert clock.now == pytest.approx(duel.MIN_ROUNDS * duel.MIN_SAMPLE)
+def test_a_short_call_is_repeated_within_a_sample(still, stopwatch):
+    short = QUICK.min_sample / 4
+    taken = duel.interleave(stopwatch, {"ours": still.spender(short)}, {"ours": short}, 0, QUICK)
+    assert taken["ours"] == pytest.approx([short] * duel.MIN_ROUNDS)
+    assert still.now == pytest.approx(duel.MIN_ROUNDS * QUICK.min_sample)
+
+
+class Event:
+    """A CUDA event of a GPU on which every piece of work takes two milliseconds."""
+
+    recorded, synchronised = 0, 0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self):
+        Event.recorded += 1
+        self.at = 2.0 * Event.recorded
+
+    def synchronize(self):
+        Event.synchronised += 1
+
+    def elapsed_time(self, later: "Event") -> float:
+        return later.at - self.at
+
+
+def test_a_gpu_is_timed_by_its_events_with_its_cache_emptied_before(monkeypatch, stopwatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    emptied = []
+    events = replace(clock.EVENTS, rest=lambda: emptied.append(Event.recorded))
+    stopwatch._timer = events.timer
+    taken = duel.interleave(stopwatch, {"ours": lambda: None}, {"ours": 1e-6}, 0, events)
+    assert taken == {"ours": [2e-3] * duel.MIN_ROUNDS}
+    assert emptied == [0, 2, 4]  # one call a sample: a second would find the cache warm
+    assert Event.synchronised == duel.MIN_ROUNDS
+    assert clock.EVENTS.rest is clock.flush
+
+
+def test_pytest_benchmark_finds_both_clocks_by_name():
+    assert load_timer(clock.of("cpu").name).target is time.perf_counter
+    assert load_timer(clock.of("cuda").name).target is clock.Mark
 
 
 def row() -> dict:
     lineup = Lineup(peak_mib={"native": 1.5, "eager": 2.5, READ: 0.0, COPY: 0.0})
     lineup.missing["vLLM"] = "not installed"
     taken = {"native": [2.0, 4.0], "eager": [6.0, 8.0], READ: [1.0, 3.0], COPY: [4.0, 4.0]}
-    return test_ops.row(CASE, 1, [0.5, 1.0], lineup, taken)
+    return test_ops.row(CASE, 1, [0.5, 1.0], lineup, taken, bounds.bound(CASE, taken))
 
 
 def test_a_row_holds_everything_that_was_measured():
@@ -86,47 +125,74 @@ def test_a_row_holds_everything_that_was_measured():
     assert (written["ms"], written["rounds"], written["load"]) == (3000, 2, [0.5, 1.0])
     assert written["peers"]["eager"]["ratio"] == {"median": 2.5, "min": 2.0, "max": 3.0}
     assert set(written["peers"]) == {"eager"}
+    assert written["bound"]["label"] == "BOUND"
     assert written["bound"]["bytes"] == 3 * 3 * 40 * 2
-    assert written["bound"]["fraction"] == 0.625  # of the faster way, round by round
+    assert written["of_bound"] == 0.625  # of the faster way, round by round
+    assert written["peers"]["eager"]["of_bound"] == 0.25
+    assert written["gb_s"] == pytest.approx(720 / 3 / 1e9)
+    assert written["peers"]["eager"]["gb_s"] == pytest.approx(720 / 7 / 1e9)
     assert written["missing"] == {"vLLM": "not installed"}
     assert json.loads(json.dumps(written)) == written
 
 
 def test_an_op_that_counts_flops_is_bound_by_a_product(monkeypatch):
     stated = SimpleNamespace(flops=lambda **size: 640)
-    monkeypatch.setattr(contestants, "part", lambda op, name: stated)
+    monkeypatch.setattr(bounds, "part", lambda op, name: stated)
     both_ways = replace(CASE, direction="forward+backward")
-    product = 2 * contestants.MATRIX**3
-    bound = test_ops.bound(both_ways, {"native": [2.0], contestants.MULTIPLY: [1.0]})
+    product = 2 * bounds.MATRIX["cpu"] ** 3
+    bound = bounds.bound(both_ways, {"native": [2.0], bounds.MULTIPLY: [1.0]})
     assert bound["flops"] == 3 * 640
     assert bound["multiply_tflop_s"] == pytest.approx(product / 1e12)
     assert bound["fraction"] == pytest.approx(3 * 640 / product / 2)
 
 
-def test_a_report_names_machine_peers_and_who_is_missing(tmp_path):
-    run = {
-        "machine_info": machine.facts(),
-        "commit_info": machine.commit(),
-        "datetime": "2000-01-02T03:04:05",
-        "benchmarks": [{"extra_info": row()}],
-    }
-    report.publish(tmp_path, "swiglu", 1, run)
-    page = report.write_markdown(tmp_path).read_text()
-    assert machine.processor() in page
-    assert "2.50x (2.00-3.00)" in page
-    assert "Not timed: vLLM (forward): not installed" in page
+@pytest.mark.parametrize("op", OPS)
+def test_every_row_counts_what_it_must_move_or_multiply(op):
+    listed = contestants.cases(op, scale=True)
+    assert listed
+    for case in listed:
+        assert bounds.bytes_moved(case) or bounds.flops(case), case
+
+
+@pytest.mark.parametrize(
+    ("op", "size", "forward", "backward"),
+    [
+        ("rms_norm", {"num_rows": 3, "width": 40}, 2, 3),
+        ("add_rms_norm", {"num_rows": 3, "width": 40}, 4, 4),
+        ("swiglu", {"num_rows": 3, "width": 40}, 3, 5),
+    ],
+)
+def test_a_direction_has_traffic_of_its_own(op, size, forward, backward):
+    ways = [Case(op, "native", size, torch.bfloat16, way) for way in ("forward", "backward")]
+    tensor = 3 * 40 * 2
+    assert [bounds.bytes_moved(case) for case in ways] == [forward * tensor, backward * tensor]
+
+
+def test_training_reads_the_logits_once_and_writes_a_gradient_for_every_row():
+    size = {"tokens": 4, "classes": 10, "ignored": True}  # of four rows the second is ignored
+    case = Case("cross_entropy", "native", size, torch.bfloat16, "forward+backward")
+    assert bounds.bytes_moved(case) == (3 + 4) * 10 * 2
+
+
+def test_sizes_of_scale_are_timed_in_the_last_direction_when_asked_for():
+    plain, scaled = (contestants.cases("cross_entropy", scale=s) for s in (False, True))
+    more = [case for case in scaled if case not in plain]
+    assert [case.size for case in more if case.backend == "native"] == part(
+        "cross_entropy", "cases"
+    ).SCALE
+    assert {case.direction for case in more} == {"forward+backward"}
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder for results, and a suite that has always timed one row already."""
 
-    def run_pytest(op, threads, seconds, stored):
+    def run_pytest(asked, stored):
         stored.write_text(json.dumps({"benchmarks": [{"name": "row", "extra_info": row()}]}))
         return 0
 
-    monkeypatch.setattr(front, "RESULTS", tmp_path)
-    monkeypatch.setattr(front, "run_pytest", run_pytest)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "run_pytest", run_pytest)
     monkeypatch.setattr(machine, "load", lambda: 0.0)
     return tmp_path
 
@@ -142,7 +208,7 @@ def test_a_run_on_a_quiet_machine_is_published(results):
 
 def test_a_busy_machine_times_nothing(results, monkeypatch):
     monkeypatch.setattr(machine, "load", lambda: machine.cores() + 0.1)
-    monkeypatch.setattr(front, "run_pytest", lambda *args: pytest.fail("timed under load"))
+    monkeypatch.setattr(run, "run_pytest", lambda *args: pytest.fail("timed under load"))
     refused = run_ops()
     assert refused.exit_code == 1
     assert f"the load average must be at most {machine.cores()}" in refused.output
@@ -167,7 +233,7 @@ def test_load_that_comes_while_timing_is_not_published(results, monkeypatch):
 
 
 def test_an_op_whose_suite_failed_is_not_published(results, monkeypatch):
-    monkeypatch.setattr(front, "run_pytest", lambda *args: 1)
+    monkeypatch.setattr(run, "run_pytest", lambda *args: 1)
     refused = run_ops()
     assert refused.exit_code == 1
     assert "swiglu, 1 threads: no backend could be timed" in refused.output
@@ -206,6 +272,55 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
     assert "exceeds its budget" in lineup.missing["eager"]
 
 
+@pytest.mark.parametrize("op", gpu_peers.PEERS)
+def test_a_gpu_peer_that_is_not_installed_is_named_with_what_installs_it(op, monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(gpu_peers, "import_module", missing)
+    for build in gpu_peers.PEERS[op].values():
+        with pytest.raises(peers.UnavailableError, match="cannot be imported: pip install"):
+            build()
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "cross_entropy", "linear_cross_entropy"])
+def test_liger_takes_what_an_op_of_ours_takes(op, monkeypatch):
+    """Its own host code and our adapter run here; its kernels, interpreted or not, do not."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is in the extra bench")
+    inputs = part(op, "cases").make(**part(op, "cases").TIME[0] | SMALL[op], **IN_BFLOAT16)
+    launches = []
+    launched = lambda *args, **options: launches.append(args)  # noqa: E731
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", launched)
+    monkeypatch.setattr("triton.runtime.jit.JITFunction.run", launched)
+    results = contestants.as_tuple(gpu_peers.PEERS[op]["Liger"]()(**inputs))
+    assert launches
+    plain = contestants.as_tuple(getattr(part(op, "reference"), op)(**inputs))
+    assert [r.shape for r in results] == [r.shape for r in plain]
+
+
+IN_BFLOAT16 = {"dtype": torch.bfloat16, "device": "cpu"}
+SMALL = {
+    "rms_norm": {"num_rows": 2},
+    "swiglu": {"num_rows": 2},
+    "cross_entropy": {"tokens": 2},
+    "linear_cross_entropy": {"tokens": 2, "width": 8, "classes": 33},
+}
+
+
+def test_every_peer_of_a_row_on_a_gpu_has_its_own_inputs(monkeypatch):
+    """Liger writes over its inputs: nobody else may see it."""
+
+    def greedy():
+        return lambda gate, up: gate.zero_()
+
+    monkeypatch.setattr(gpu_peers, "PEERS", {"swiglu": {"greedy": greedy}})
+    inputs = part("swiglu", "cases").make(**CASE.size, dtype=CASE.dtype, device="cpu")
+    before = inputs["gate"].clone()
+    found = contestants.rivals(replace(CASE, device="cuda"), inputs, inputs["gate"])
+    found["greedy"]()()
+    assert torch.equal(inputs["gate"], before)
+
+
 def uncompiled(entry: peers.Field, inputs: dict) -> dict:
     """The rivals of ``entry`` without the compiler, which takes seconds."""
     found = {"eager": lambda: lambda: entry.eager(**inputs)}
@@ -223,5 +338,5 @@ def test_the_process_starts_again_with_one_allocator_for_all(monkeypatch):
     monkeypatch.setattr(os, "execve", execve)
     with pytest.raises(SystemExit):
         front.main()
-    assert started.items() >= front.ALLOCATOR.items()
+    assert started.items() >= run.ALLOCATOR.items()
     assert "TRITON_INTERPRET" not in started

@@ -149,7 +149,9 @@ def test_a_launch_without_a_contract_is_refused(compiling):
 
 def test_a_broken_contract_fails_the_command(tmp_path):
     facts = machine_code.Facts(255, 8, 2, 0, {2: 65}, {16: 1}, {}, 0)
-    row = codegen.Row("swiglu", "_fwd_kernel", "x", "sm_90", facts, ("spills: must be none",), ())
+    row = codegen.Row(
+        "swiglu", "_fwd_kernel", "x", "sm_90", facts, 9, ("spills: must be none",), ()
+    )
     with mock.patch.object(codegen, "count", return_value=[row]), pytest.raises(typer.Exit) as stop:
         codegen.codegen(["swiglu"], tmp_path / "rows.json")
     assert stop.value.exit_code == 1

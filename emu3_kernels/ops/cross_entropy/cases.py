@@ -22,6 +22,12 @@ CHECK = [
 TIME = [
     {"tokens": 256, "classes": 184_622, "ignored": False}  # Emu3's vocabulary: odd rows, 94 MB
 ]
+SCALE = [
+    {"tokens": 1024, "classes": 184_622, "ignored": False},
+    {"tokens": 2048, "classes": 184_622, "ignored": False},
+    {"tokens": 256, "classes": 32_768, "ignored": False},
+    {"tokens": 256, "classes": 65_536, "ignored": False},
+]
 
 
 def make(
@@ -51,3 +57,9 @@ def bytes_moved(*, tokens: int, classes: int, ignored: bool, dtype: torch.dtype)
     """Forward traffic that no implementation can avoid: one read of what counts."""
     counted = tokens - len(range(1, tokens, 3)) if ignored else tokens
     return counted * classes * dtype.itemsize
+
+
+def training_bytes(*, tokens: int, classes: int, ignored: bool, dtype: torch.dtype) -> int:
+    """Of both passes at once: one read of what counts, and a gradient for every row."""
+    read = bytes_moved(tokens=tokens, classes=classes, ignored=ignored, dtype=dtype)
+    return read + tokens * classes * dtype.itemsize

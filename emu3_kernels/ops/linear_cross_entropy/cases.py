@@ -32,6 +32,12 @@ TIME = [
     {"tokens": 2048, "width": 512, "classes": 184_622, "dropped": 0.0},
     {"tokens": 2048, "width": 512, "classes": 184_622, "dropped": 0.75},
 ]
+SCALE = [
+    {"tokens": 256, "width": 512, "classes": 184_622, "dropped": 0.0},
+    {"tokens": 1024, "width": 512, "classes": 184_622, "dropped": 0.0},
+    {"tokens": 2048, "width": 512, "classes": 32_768, "dropped": 0.0},
+    {"tokens": 2048, "width": 512, "classes": 65_536, "dropped": 0.0},
+]
 
 
 def make(

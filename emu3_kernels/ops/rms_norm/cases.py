@@ -27,3 +27,8 @@ def make(*, num_rows: int, width: int, dtype: torch.dtype, device: str) -> dict[
 def bytes_moved(*, num_rows: int, width: int, dtype: torch.dtype) -> int:
     """Forward traffic that no implementation can avoid: a read and a write."""
     return 2 * num_rows * width * dtype.itemsize
+
+
+def backward_bytes(*, num_rows: int, width: int, dtype: torch.dtype) -> int:
+    """Of a backward pass: dout and x are read, dx is written; the weight is small."""
+    return 3 * num_rows * width * dtype.itemsize

@@ -47,3 +47,10 @@ def bytes_moved(
 ) -> int:
     """Forward traffic that no implementation can avoid: q and k in and out, the tables once."""
     return 2 * batch * tokens * (heads + groups) * width * dtype.itemsize + 4 * tokens * width
+
+
+def backward_bytes(
+    *, batch: int, tokens: int, heads: int, groups: int, width: int, dtype: torch.dtype
+) -> int:
+    """Of a backward pass: the same rotation of dq and dk, turned back."""
+    return 2 * batch * tokens * (heads + groups) * width * dtype.itemsize + 4 * tokens * width

@@ -23,3 +23,8 @@ def make(*, num_rows: int, width: int, dtype: torch.dtype, device: str) -> dict[
 def bytes_moved(*, num_rows: int, width: int, dtype: torch.dtype) -> int:
     """Forward traffic that no implementation can avoid: two reads and a write."""
     return 3 * num_rows * width * dtype.itemsize
+
+
+def backward_bytes(*, num_rows: int, width: int, dtype: torch.dtype) -> int:
+    """Of a backward pass: dout, gate and up are read, dgate and dup are written."""
+    return 5 * num_rows * width * dtype.itemsize

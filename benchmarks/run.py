@@ -1,0 +1,130 @@
+"""One measured run: a session of pytest that is printed, and published on a quiet machine."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+
+from benchmarks import clock, machine
+from benchmarks.report import RESULTS, publish
+from benchmarks.tables import as_table
+
+console = Console(width=200 if not sys.stdout.isatty() else None)
+
+PYTEST = (
+    *("--benchmark-only", "--benchmark-quiet", "--benchmark-disable-gc"),
+    # The project's own options skip benchmarks and stop a test after five minutes.
+    *("-o", "addopts=", "-o", "timeout=0", "-p", "no:cacheprovider"),
+    *("-W", "ignore::DeprecationWarning", "-q", "-rs", "--tb=short", "--no-header"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one session times: an op or the model, on so many threads or on the GPU."""
+
+    op: str
+    threads: int
+    seconds: float
+    device: str = "cpu"
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op}, {'GPU' if self.device == 'cuda' else f'{self.threads} threads'}"
+
+    def arguments(self) -> list[str]:
+        """Return the options of pytest that make this run."""
+        return [
+            *(f"--op={self.op}", f"--threads={self.threads}", f"--seconds={self.seconds}"),
+            *(f"--device={self.device}", f"--benchmark-timer={clock.of(self.device).name}"),
+            *self.options,
+        ]
+
+
+def runs(
+    ops: list[str], threads: list[int] | None, seconds: float, *options: str, scale: bool = True
+) -> list[Run]:
+    """List a run for each op and number of threads; one each on a GPU."""
+    if machine.device() == "cuda":
+        counts = [machine.cores()]
+    else:
+        counts = threads or sorted({1, min(2, machine.cores())})
+    if max(counts) > machine.cores():
+        raise typer.BadParameter(f"--threads must be at most {machine.cores()}, got {max(counts)}")
+    how = {n: (*options, "--scale") if scale and n == max(counts) else options for n in counts}
+    return [Run(op, n, seconds, machine.device(), how[n]) for op in ops for n in counts]
+
+
+def time_all(listed: list[Run], allow_load: bool) -> list[str]:
+    """Time every run; return why some are not published."""
+    if (reason := machine.why_not_publish(machine.load())) and not allow_load:
+        return [f"{reason}; --allow-load times and writes nothing"]
+    failures, start = [], time.monotonic()
+    for index, run in enumerate(listed, 1):
+        progress(index, len(listed), str(run), start)
+        if reason := time_one(run, write=not allow_load):
+            failures.append(f"{run}: {reason}")
+    return failures
+
+
+def progress(index: int, total: int, what: str, start: float) -> None:
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    console.print(f"[{index}/{total}] {what} ({minutes}:{seconds:02} so far)", markup=False)
+
+
+def time_one(run: Run, write: bool) -> str | None:
+    """Time ``run``, print it, publish it; return why it is not published."""
+    with tempfile.TemporaryDirectory() as folder:
+        stored = Path(folder, "run.json")
+        status = run_pytest(run, stored)
+        timed = json.loads(stored.read_text()) if stored.exists() else {"benchmarks": []}
+    rows = [benchmark["extra_info"] for benchmark in timed["benchmarks"]]
+    if rows:
+        console.print(as_table(run.op, rows))
+    if status != pytest.ExitCode.OK or not rows:
+        return "a check failed, see above" if rows else "no backend could be timed, see above"
+    if not write:
+        return None
+    if reason := machine.why_not_publish(*(load for row in rows for load in row["load"])):
+        return reason
+    console.print(f"wrote {publish(RESULTS, run.op, run.threads, timed)}")
+    return None
+
+
+def run_pytest(run: Run, stored: Path) -> int:
+    """Let pytest-benchmark time ``run`` and store the figures at ``stored``."""
+    suite = Path(__file__).with_name("test_model.py" if run.op == "model" else "test_ops.py")
+    return pytest.main([str(suite), *run.arguments(), f"--benchmark-json={stored}", *PYTEST])
+
+
+def refuse(reasons: list[str]) -> None:
+    """Stop with the reasons why something is not published; go on if there is none."""
+    if reasons:
+        typer.echo(f"benchmarks: refusing to publish: {'; '.join(reasons)}", err=True)
+        raise typer.Exit(1)
+
+
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""Freed memory stays with the process: without it a fresh result costs page faults, up to three
+times the op. glibc reads the settings at start only, so the process starts itself again."""
+
+QUIET = {"KINETO_LOG_LEVEL": "6"}
+
+
+def start_again_alike() -> None:
+    """Start again where the environment is not the one that every contestant needs."""
+    wanted = {**os.environ, **ALLOCATOR, **QUIET}
+    wanted.pop("TRITON_INTERPRET", None)  # an interpreter is no contestant
+    if wanted != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], wanted)
