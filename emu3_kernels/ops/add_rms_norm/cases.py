@@ -40,8 +40,3 @@ def bytes_moved(*, num_rows: int, width: int, dtype: torch.dtype) -> int:
 def backward_bytes(*, num_rows: int, width: int, dtype: torch.dtype) -> int:
     """Of a backward pass: two gradients and the sum are read, one gradient serves both."""
     return 4 * num_rows * width * dtype.itemsize
-
-
-def backward_bytes(*, num_rows: int, width: int, dtype: torch.dtype) -> int:
-    """Of a backward pass: two gradients and the sum are read, one gradient serves both."""
-    return 4 * num_rows * width * dtype.itemsize
