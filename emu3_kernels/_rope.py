@@ -1,9 +1,15 @@
-"""What rope and rope_append share: the rotation in plain PyTorch, and argument checks."""
+"""What rope and rope_append share: the rotation in plain PyTorch, and argument checks.
+
+The checks stand in the way of every decoded token: an attribute of a tensor costs 0.1 to 0.3
+microseconds and is asked for once.
+"""
 
 import torch
 from torch import Tensor
 
 from emu3_kernels._checks import check_floating, describe
+
+TABLES = (torch.float32, torch.float64)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -16,30 +22,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
 
 def check_heads(op: str, q: Tensor, **others: Tensor) -> None:
     """Raise unless ``q`` is ``[B, T, H, K]``, K even, and each of ``others`` ``[B, T, G, K]``."""
+    shape = q.shape
     for name, x in others.items():
-        check_floating(op, q=q, **{name: x})
-        alike = (q.dtype, q.device) == (x.dtype, x.device)
-        fits = q.dim() == x.dim() == 4 and (*q.shape[:2], q.shape[3]) == (*x.shape[:2], x.shape[3])
-        if not (alike and fits):
+        if not (q.is_floating_point() and x.is_floating_point()):
+            check_floating(op, q=q, **{name: x})
+        of = x.shape
+        fits = len(shape) == len(of) == 4 and shape[0] == of[0] and shape[1] == of[1]
+        if not (fits and shape[3] == of[3] and q.dtype == x.dtype and q.device == x.device):
             raise ValueError(
                 f"{op}: q must be [B, T, H, K] and {name} [B, T, G, K] of the same dtype and "
                 f"device, got {describe(q)} and {describe(x)}"
             )
-    if q.shape[3] % 2:
-        raise ValueError(f"{op}: the head width K must be even, got {q.shape[3]}")
+    if shape[3] % 2:
+        raise ValueError(f"{op}: the head width K must be even, got {shape[3]}")
 
 
 def check_tables(op: str, q: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Raise unless both tables are constants ``[max_T, K/2]`` on the device of ``q``."""
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.dtype not in (torch.float32, torch.float64):
+        if table.dtype not in TABLES:
             raise TypeError(f"{op}: {name} must be float32 or float64, got {table.dtype}")
         if table.requires_grad:
             raise ValueError(f"{op}: {name} is a constant, got a tensor that requires grad")
-    fits = cos.dim() == 2 and cos.shape[1] == q.shape[3] // 2 and cos.device == q.device
-    if not fits or (cos.shape, cos.dtype, cos.device) != (sin.shape, sin.dtype, sin.device):
+    shape, half = cos.shape, q.shape[3] // 2
+    fits = len(shape) == 2 and shape[1] == half and cos.device == q.device == sin.device
+    if not fits or shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(
-            f"{op}: cos and sin must be alike, [max_T, {q.shape[3] // 2}] on {q.device}, got "
+            f"{op}: cos and sin must be alike, [max_T, {half}] on {q.device}, got "
             f"{describe(cos)} and {describe(sin)}"
         )
 
@@ -67,6 +76,8 @@ def check_inside(op: str, name: str, indices: Tensor, stop: int) -> None:
 
 def check_written(op: str, name: str, written: Tensor) -> None:
     """Raise unless every element of ``written`` has a place of its own, K with unit stride."""
+    if written.is_contiguous():
+        return
     strides = [s for s, size in zip(written.stride(), written.shape, strict=True) if size > 1]
     if 0 in strides or (written.shape[-1] > 1 and written.stride(-1) != 1):
         raise ValueError(

@@ -28,6 +28,21 @@ Indices checked(const char* op, const char* name, const Tensor& indices, int64_t
   return view;
 }
 
+// A tensor of the shape of x, by the allocator's own entry: torch::stable::new_empty looks
+// the operator up by its name, which takes as long as the rotation of one token.
+Tensor fresh(const Tensor& x) {
+  int32_t dtype, layout, device, index;
+  AtenTensorHandle made;
+  const auto sizes = x.sizes();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      x.get(), sizes.data(), sizes.size(), &dtype, &layout, &device, index, nullptr, &made));
+  return Tensor(made);
+}
+
 Heads heads(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -37,9 +52,13 @@ Rotated rotated(const Tensor& from, const Tensor& to) {
   return {heads(from), heads(to), from.size(2), past_caches(to) && !in_place};
 }
 
-// q [B, T, H, K] and k, v [B, T, G, K], and where they go, with unit stride in K; tables with unit
-// stride in K/2.
-void run(const Tensor& q, const Tensor& cos, const Tensor& sin, RopeCall call) {
+Tensor with_unit_stride(const Tensor& x) {
+  return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// q [B, T, H, K] and k, v [B, T, G, K]; the tables [max_T, K/2].
+void run(const Tensor& q, const Tensor& cos_table, const Tensor& sin_table, RopeCall call) {
+  const Tensor cos = with_unit_stride(cos_table), sin = with_unit_stride(sin_table);
   call.dtype = dtype_of(q);
   call.tokens = q.size(1);
   call.width = q.size(3);
@@ -52,9 +71,10 @@ void run(const Tensor& q, const Tensor& cos, const Tensor& sin, RopeCall call) {
                               [&](int64_t begin, int64_t end) { rope().rotate(call, begin, end); });
 }
 
-void rotate_into(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
+void rotate_into(const Tensor& some_q, const Tensor& some_k, const Tensor& cos, const Tensor& sin,
                  const std::optional<Tensor>& positions, bool inverse, const Tensor& q_out,
                  const Tensor& k_out) {
+  const Tensor q = with_unit_stride(some_q), k = with_unit_stride(some_k);
   RopeCall call{.inverse = inverse, .q = rotated(q, q_out), .k = rotated(k, k_out)};
   if (positions) {
     call.positions = checked("rope", "positions", *positions, cos.size(0));
@@ -67,28 +87,29 @@ void rotate_into(const Tensor& q, const Tensor& k, const Tensor& cos, const Tens
 std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor& cos,
                                   const Tensor& sin, const std::optional<Tensor>& positions,
                                   bool inverse) {
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
-  Tensor k_out = torch::stable::new_empty(k, k.sizes());
+  const Tensor q_out = fresh(q), k_out = fresh(k);
   rotate_into(q, k, cos, sin, positions, inverse, q_out, k_out);
   return {q_out, k_out};
 }
 
+// The results have unit stride in K, here and below.
 void rotate_out(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                 const std::optional<Tensor>& positions, const Tensor& q_out, const Tensor& k_out) {
   rotate_into(q, k, cos, sin, positions, false, q_out, k_out);
 }
 
-Tensor append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+Tensor append(const Tensor& some_q, const Tensor& some_k, const Tensor& some_v, const Tensor& cos,
               const Tensor& sin, const Tensor& key_cache, const Tensor& value_cache,
               const Tensor& slots, const Tensor& positions) {
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  const Tensor q = with_unit_stride(some_q), k = with_unit_stride(some_k);
+  const Tensor v = with_unit_stride(some_v), q_out = fresh(q);
   RopeCall call{
+      .positions = checked("rope_append", "positions", positions, cos.size(0)),
       .slots = checked("rope_append", "slots", slots, key_cache.size(1)),
       .q = rotated(q, q_out),
       .k = rotated(k, key_cache),
       .v = rotated(v, value_cache),
   };
-  call.positions = checked("rope_append", "positions", positions, cos.size(0));
   call.k.past_caches = false;  // attention reads them next
   run(q, cos, sin, call);
   return q_out;

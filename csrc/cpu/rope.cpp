@@ -9,10 +9,17 @@ namespace {
 inline Pair in_order(const float*, Pair entries) { return entries; }
 
 inline Pair in_order(const bfloat16*, Pair entries) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {
+      _mm512_permutex2var_ps(entries.a, even, entries.b),
+      _mm512_permutex2var_ps(entries.a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), entries.b)};
+#else
   float x[kPair], even[kLanes], odd[kLanes];
   store_pair(x, entries, false);
   for (int i = 0; i < kLanes; ++i) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
   return {load(even), load(odd)};
+#endif
 }
 
 // The rotation of one token, in the order of the heads' elements: read once, used for every head.
@@ -22,10 +29,10 @@ struct Rotation {
   Pair cos[kMost / kPair], sin[kMost / kPair];
 
   Rotation(const float* cosines, const float* sines, int64_t half, bool inverse) {
+    const float sign = inverse ? -1.0f : 1.0f;
     over_pairs(half, [&](int64_t c, int64_t count) {
       cos[c / kPair] = in_order((const T*)nullptr, load_pair(cosines + c, count));
-      sin[c / kPair] =
-          in_order((const T*)nullptr, load_pair(sines + c, count)) * (inverse ? -1.0f : 1.0f);
+      sin[c / kPair] = in_order((const T*)nullptr, load_pair(sines + c, count)) * sign;
     });
   }
 };
@@ -35,20 +42,49 @@ inline T* token_of(const Heads& x, int64_t batch, int64_t token) {
   return (T*)x.data + batch * x.batch_stride + token * x.token_stride;
 }
 
+// n elements of the first half of a head, and the n that they turn with.
+template <typename T>
+inline void rotate_pair(const T* from, T* to, int64_t half, int64_t n, Pair cos, Pair sin,
+                        bool past_caches) {
+  const Pair a = load_pair(from, n), b = load_pair(from + half, n);
+  store_pair(to, fma(b * -1.0f, sin, a * cos), n, past_caches);
+  store_pair(to + half, fma(a, sin, b * cos), n, past_caches);
+}
+
 // Elements [first, first + count) of both halves of every head.
 template <typename T>
 void rotate_heads(const Rotated& x, const T* from, T* to, int64_t half, int64_t first,
                   int64_t count, const Rotation<T>& rotation) {
   for (int64_t head = 0; head < x.heads; ++head) {
     over_pairs(count, [&](int64_t i, int64_t n) {
-      const Pair cos = rotation.cos[i / kPair], sin = rotation.sin[i / kPair];
-      const int64_t c = first + i;
-      const Pair a = load_pair(from + c, n), b = load_pair(from + half + c, n);
-      store_pair(to + c, fma(a, cos, b * sin * -1.0f), n, x.past_caches);
-      store_pair(to + half + c, fma(b, cos, a * sin), n, x.past_caches);
+      rotate_pair(from + first + i, to + first + i, half, n, rotation.cos[i / kPair],
+                  rotation.sin[i / kPair], x.past_caches);
     });
     from += x.from.head_stride, to += x.to.head_stride;
   }
+}
+
+// Pairs of half a head of Emu3, 128 wide, in AVX-512: few enough for a rotation in registers.
+constexpr int kFew = 2;
+
+template <bool kPastCaches, typename T>
+void rotate_small_heads(const Rotated& x, const T* from, T* to, const Rotation<T>& rotation) {
+  Pair cos[kFew], sin[kFew];
+  for (int i = 0; i < kFew; ++i) cos[i] = rotation.cos[i], sin[i] = rotation.sin[i];
+  for (int64_t head = 0; head < x.heads; ++head) {
+    for (int i = 0; i < kFew; ++i)
+      rotate_pair(from + i * kPair, to + i * kPair, kFew * kPair, kPair, cos[i], sin[i],
+                  kPastCaches);
+    from += x.from.head_stride, to += x.to.head_stride;
+  }
+}
+
+template <typename T>
+void rotate_token(const Rotated& x, const T* from, T* to, int64_t half, int64_t first,
+                  int64_t count, const Rotation<T>& rotation) {
+  if (half != kFew * kPair) return rotate_heads(x, from, to, half, first, count, rotation);
+  if (x.past_caches) return rotate_small_heads<true>(x, from, to, rotation);
+  rotate_small_heads<false>(x, from, to, rotation);
 }
 
 template <typename T>
@@ -89,8 +125,8 @@ void rotate_tokens(RopeCall call, int64_t begin, int64_t end) {
     for (int64_t first = 0; first < half; first += Rotation<T>::kMost) {
       const int64_t count = half - first < Rotation<T>::kMost ? half - first : Rotation<T>::kMost;
       const Rotation<T> rotation(cos + first, sin + first, count, call.inverse);
-      rotate_heads<T>(call.q, q, q_to, half, first, count, rotation);
-      rotate_heads<T>(call.k, k, k_to, half, first, count, rotation);
+      rotate_token<T>(call.q, q, q_to, half, first, count, rotation);
+      rotate_token<T>(call.k, k, k_to, half, first, count, rotation);
     }
     if (call.v.heads)
       copy_heads<T>(call.v, token_of<T>(call.v.from, batch, token),

@@ -106,6 +106,20 @@ def test_heads_are_rotated_in_place(backend, dtype):
     assert torch.equal(k, expected[1])
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("native")])
+@pytest.mark.parametrize("width", [64, 128, 160])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_result_that_is_written_past_the_caches_is_the_same(backend, dtype, width):
+    """Results beyond 16 MiB; heads of one, two and two and a half vectors of AVX-512."""
+    tokens = 18 * 2**20 // (4 * width * dtype.itemsize)
+    q, k = (torch.randn(1, tokens, heads, width).to(dtype) for heads in (4, 4))
+    tables = rope_tables(tokens, width)
+    rotated_q, rotated_k = call(backend, q, k, *tables)
+    call(backend, q, k, *tables, out=(q, k))
+    assert torch.equal(rotated_q, q)
+    assert torch.equal(rotated_k, k)
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_rotating_in_place_compiles_as_one_graph(backend):
     q, k, *where = some_heads(torch.float32)

@@ -22,7 +22,6 @@ def rotate(
     inverse: bool,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     if out is None:
         return torch.ops.emu3_kernels.rope(q, k, cos, sin, positions, inverse)
     torch.ops.emu3_kernels.rope_out(q, k, cos, sin, positions, *out)

@@ -83,15 +83,17 @@ def _check_caches(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cach
             "rope_append: it has no gradient, got an input that requires grad; call it under "
             "torch.no_grad()"
         )
-    if v.shape != k.shape:
+    shape = k.shape
+    if v.shape != shape:
         raise ValueError(
             f"rope_append: k and v must share their shape, got {describe(k)} and {describe(v)}"
         )
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        fits = cache.dim() == 4 and cache.shape[0] == k.shape[0] and cache.shape[2:] == k.shape[2:]
-        if not fits or (cache.dtype, cache.device) != (q.dtype, q.device):
+        of = cache.shape
+        fits = len(of) == 4 and shape[0] == of[0] and shape[2] == of[2] and shape[3] == of[3]
+        if not (fits and cache.dtype == q.dtype and cache.device == q.device):
             raise ValueError(
-                f"rope_append: {name} must be [{k.shape[0]}, S, {k.shape[2]}, {k.shape[3]}] "
+                f"rope_append: {name} must be [{shape[0]}, S, {shape[2]}, {shape[3]}] "
                 f"{q.dtype} on {q.device}, got {describe(cache)}"
             )
         check_written("rope_append", name, cache)

@@ -23,7 +23,6 @@ def forward(
     slots: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    q, k, v, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, cos, sin))
     append = torch.ops.emu3_kernels.rope_append
     return append(q, k, v, cos, sin, key_cache, value_cache, slots, positions)
 
