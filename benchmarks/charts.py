@@ -104,11 +104,11 @@ def bars(panels: list[Panel], written: Callable[[float], str], log: bool) -> Fig
     tallest = max(len(figures) for _, figures, _ in panels)
     height = num_rows * (BAR_HEIGHT * tallest + 1.0)
     figure = Figure(figsize=(PANEL_WIDTH * COLUMNS, height), dpi=100, layout="constrained")
-    axes = figure.subplots(num_rows, COLUMNS, squeeze=False).flat
+    axes = list(figure.subplots(num_rows, COLUMNS, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         bars_of_panel(axis, panel, written, log)
         axis.set_ylim(tallest - 0.5, -0.5)  # bars of one height in all panels
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
     what = "MEASURED time of one call" if log else "MEASURED peak memory of one call"
     line = "; line: BOUND" if any(panel[2] for panel in panels) else ""

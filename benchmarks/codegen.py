@@ -25,6 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.machine_code import Facts, amd_facts, nvidia_facts
+from emu3_kernels import _triton
 from emu3_kernels._triton import INTERPRETED, Config, Contract
 from emu3_kernels.ops import OPS
 
@@ -76,8 +77,9 @@ def count(ops: Iterable[str] = OPS, targets: Iterable[str] = SHARED_LIMIT) -> It
 
 def rows_of(op: str, config: Config, targets: Iterable[str]) -> Iterator[Row]:
     """Compile what ``config`` launches for ``targets`` and hold it to its contracts."""
-    launches = launches_of(config)
     for target in targets:
+        with mock.patch.object(_triton, "WARP", gpu_of(target).warp_size):
+            launches = launches_of(config)
         for launch in launches:
             kernel = launch.kernel.__name__
             facts = facts_of(launch, target)
@@ -114,13 +116,19 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
+def gpu_of(target: str) -> GPUTarget:
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target[3:]), 32)
+
+
 def facts_of(launch: Launch, target: str) -> Facts:
     """Compile ``launch``, specialised as Triton's launcher would, and count; the like of it once.
 
     Triton's cache is passed by: what is counted is what this source and this compiler make.
     """
-    amd = target.startswith("gfx")
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
+    gpu = gpu_of(target)
+    amd = gpu.backend == "hip"
     backend = make_backend(gpu)
     kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)

@@ -54,6 +54,12 @@ def test_charts_are_drawn_where_there_are_rows_for_them(tmp_path):
     assert imread(tmp_path / "time.png").std() > 0
 
 
+def test_a_panel_without_a_row_is_blank():
+    """Three fit on a line, and a fourth begins another."""
+    figure = charts.bars(charts.times({"swiglu": 4 * [row()]})[:1] * 4, charts.ms, True)
+    assert [axis.axison for axis in figure.axes] == [True] * 4 + [False] * 2
+
+
 def test_a_sweep_needs_three_sizes_that_differ_in_one_figure():
     rows = [sized(tokens) for tokens in (2048, 256, 1024)]
     ((heading, name, found),) = charts.sweeps({"cross_entropy": [*rows, sized(9, "backward")]})
