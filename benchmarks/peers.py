@@ -179,6 +179,37 @@ def vllm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: None) -
     return call
 
 
+def vllm_rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    positions: None,
+) -> Call:
+    """Rotate q and k in place, then append both to a cache of pages of 16 slots: two calls."""
+    rotary_embedding = vllm("rotary_embedding")
+    reshape_and_cache = vllm("cpu_attn_reshape_and_cache")
+    q, k, v = (x.flatten(0, 1).clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+    batch, num_slots, groups, width = key_cache.shape
+    pages = (batch * num_slots // 16, groups, 16, width)
+    keys, values = key_cache.new_zeros(pages), value_cache.new_zeros(pages)
+    positions = slots.flatten()
+    mapping = (slots + num_slots * torch.arange(batch)[:, None]).flatten()
+    table, shape = torch.cat([cos, sin], dim=-1).to(q.dtype), (*slots.shape, -1, width)
+    rows = q.flatten(1), k.flatten(1)
+
+    def call() -> Tensor:
+        rotary_embedding(positions, *rows, width, table, True)
+        reshape_and_cache(k, v, keys, values, mapping, "vec")
+        return q.view(shape)
+
+    return call
+
+
 def faiss_nearest_code(z: Tensor, codebook: Tensor) -> Call:
     """Search a flat index; faiss 1.15.1 takes its fused kernel at 32,768 queries, not at 16,384."""
     if find_spec("faiss") is None:
@@ -222,6 +253,7 @@ FIELDS: dict[str, Field] = {
         in_place={"vLLM (in place)": vllm_rope},
         directions=("forward", IN_PLACE, "backward"),
     ),
+    "rope_append": Field(peers={"vLLM (in place, two calls)": vllm_rope_append}),
     "cross_entropy": Field(cross_entropy, directions=BOTH),
     # Its forward pass makes the gradients too, so that only the whole can be compared.
     "linear_cross_entropy": Field(linear_cross_entropy, directions=BOTH[1:]),
