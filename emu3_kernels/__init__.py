@@ -5,6 +5,8 @@ from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.nearest_code.api import CodeIndex, nearest_code
+from emu3_kernels.ops.ring_attention.api import ring_attention
+from emu3_kernels.ops.ring_attention.shards import shard_sequence, unshard_sequence
 from emu3_kernels.ops.rms_norm.api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
 from emu3_kernels.ops.rope_append.api import rope_append
@@ -17,11 +19,14 @@ __all__ = [
     "linear_cross_entropy",
     "nearest_code",
     "record_backends",
+    "ring_attention",
     "rms_norm",
     "rope",
     "rope_append",
     "rope_tables",
+    "shard_sequence",
     "swiglu",
     "swiglu_packed",
+    "unshard_sequence",
     "use_backend",
 ]
