@@ -19,6 +19,9 @@ NUM_MULTIPROCESSORS = (
 )
 """Programs that a persistent kernel launches; a small number stands in without a GPU."""
 
+WARP = 64 if torch.version.hip else 32
+"""Lanes of a warp, by which a tile may be chosen; ``benchmarks codegen`` sets its targets'."""
+
 
 def why_not_triton(tensor: Tensor) -> str | None:
     """Say why a Triton kernel cannot run on ``tensor``; None if it can."""
