@@ -73,11 +73,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP; every residual sum is fused with the norm that follows it."""
+    """Attention and MLP; every residual sum is fused with its dropout and the norm that follows."""
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
-        self.eps, self.dropout = settings.norm_eps, nn.Dropout(settings.dropout)
+        self.eps, self.dropout_p = settings.norm_eps, settings.dropout
         self.attention_norm = nn.Parameter(torch.ones(settings.width))
         self.attention = Attention(settings, layer)
         self.mlp_norm = nn.Parameter(torch.ones(settings.width))
@@ -86,14 +86,15 @@ class Block(nn.Module):
     def forward(
         self, branch: Tensor | None, residual: Tensor, context: Context
     ) -> tuple[Tensor, Tensor]:
-        """Return this block's last branch, not yet added, and the residual it joins."""
+        """Return this block's last branch, not yet added or dropped, and the residual it joins."""
+        p = self.dropout_p if self.training else 0.0
         if branch is None:
             x = rms_norm(residual, self.attention_norm, self.eps)
         else:
-            x, residual = add_rms_norm(branch, residual, self.attention_norm, self.eps)
-        branch = self.dropout(self.attention(x, context))
-        x, residual = add_rms_norm(branch, residual, self.mlp_norm, self.eps)
-        return self.dropout(self.mlp(x)), residual
+            x, residual = add_rms_norm(branch, residual, self.attention_norm, self.eps, dropout_p=p)
+        branch = self.attention(x, context)
+        x, residual = add_rms_norm(branch, residual, self.mlp_norm, self.eps, dropout_p=p)
+        return self.mlp(x), residual
 
 
 class Emu3(nn.Module):
@@ -136,7 +137,8 @@ class Emu3(nn.Module):
             branch, residual = block(branch, residual, context)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps)
+        p = self.settings.dropout if self.training else 0.0
+        hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps, dropout_p=p)
         return hidden
 
     def loss(self, tokens: Tensor, weights: Tensor) -> Tensor:

@@ -49,11 +49,35 @@ class RMSNorm(nn.Module):
 
 
 class AddRMSNorm(RMSNorm):
-    """:func:`emu3_kernels.add_rms_norm` with its ``weight [D]``; arguments of :class:`RMSNorm`."""
+    """:func:`emu3_kernels.add_rms_norm` with its ``weight [D]``, ones at first.
+
+    Args:
+        width: D.
+        eps: added to the mean square; 1e-5 in Emu3.
+        dropout_p: share of ``x`` that is dropped in training.
+        device: where the weight lies.
+        dtype: of the weight.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        eps: float = 1e-5,
+        *,
+        dropout_p: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(width, eps, device=device, dtype=dtype)
+        self.dropout_p = dropout_p
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``x + residual`` normalised, and the sum itself, both ``[..., D]``."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        """Return ``dropout(x) + residual`` normalised, and the sum itself, both ``[..., D]``."""
+        p = self.dropout_p if self.training else 0.0
+        return add_rms_norm(x, residual, self.weight, self.eps, dropout_p=p)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
 
 
 class SwiGLU(nn.Module):

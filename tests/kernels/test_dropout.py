@@ -1,11 +1,17 @@
-"""The random words of dropout: Philox as published, alike on every backend and in every shard."""
+"""The random words of dropout: Philox as published, alike on every backend and in every shard.
+
+And ``add_rms_norm`` with dropout, where the generic suite does not go.
+"""
 
 from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
-from emu3_kernels import _dropout
+from emu3_kernels import _dropout, add_rms_norm
+from emu3_kernels.ops.add_rms_norm import cases
+from tests.kernels.suite import at_level, backends, value_and_gradients
 
 SEEDS = [torch.tensor(s) for s in (0, -1, 0x299F31D0A4093822, torch.iinfo(torch.int64).min)]
 SHARES = [0.0, 0.1, 0.5, 1 - 2**-40]
@@ -99,3 +105,115 @@ def test_four_columns_share_a_philox(compiling):
     from tests.kernels import philox
 
     assert compiling(philox.products) <= 2 * 10 * 2
+
+
+def ones_kept(backend, p, seed, dtype=torch.float32):
+    """What is kept of ones; wider than a row that any kernel keeps at hand, and ragged."""
+    ones = torch.ones(3, 16425, dtype=dtype)
+    name, level = at_level(backend)
+    with level:
+        _, summed = add_rms_norm(
+            *(ones, ones - ones, ones[0]), dropout_p=p, seed=seed, backend=name
+        )
+    return summed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 1 - 2**-40])
+@pytest.mark.parametrize("backend", list(backends("add_rms_norm")))
+def test_every_backend_keeps_the_same_elements(backend, p, dtype):
+    if backend == "triton" and dtype == torch.bfloat16:
+        dtype = torch.float16
+    for seed in SEEDS:
+        kept = _dropout.keep(seed, p, torch.arange(3)[:, None], torch.arange(16425))
+        scaled = kept * torch.tensor(_dropout.keep_scale(p), dtype=torch.float32)
+        assert torch.equal(ones_kept(backend, p, seed, dtype), scaled.to(dtype))
+
+
+@pytest.mark.parametrize("backend", [*backends("add_rms_norm"), "reference"])
+def test_the_gradient_is_kept_where_the_element_was(backend):
+    """And the residual's is kept everywhere; neither depends on the shape that rows come in."""
+    name, level = at_level(backend)
+    x = torch.randn(2, 3, 41).requires_grad_()
+    residual = torch.zeros_like(x).requires_grad_()
+    with level:
+        y, summed = add_rms_norm(
+            x, residual, torch.ones(41), dropout_p=0.5, seed=SEEDS[2], backend=name
+        )
+        dx, dresidual = torch.autograd.grad(y.square().sum() + summed.sum(), (x, residual))
+    kept = _dropout.keep(SEEDS[2], 0.5, torch.arange(6)[:, None], torch.arange(41)).view_as(x)
+    assert torch.equal(summed != 0, kept)
+    assert torch.equal(dx != 0, kept)
+    assert torch.equal(dx[kept], 2 * dresidual[kept])
+    assert dresidual.all()
+
+
+@pytest.mark.parametrize("backend", [*backends("add_rms_norm"), "reference"])
+def test_without_a_seed_one_is_drawn(backend):
+    x, weight = torch.randn(4, 256), torch.ones(256)
+    name, level = at_level(backend)
+
+    torch.manual_seed(0)
+    with level:
+        first, second = (
+            add_rms_norm(x, x, weight, dropout_p=0.5, backend=name)[1] for _ in range(2)
+        )
+    torch.manual_seed(0)
+    seed = _dropout.draw_seed(x.device)
+    _, expected = add_rms_norm(x, x, weight, dropout_p=0.5, seed=seed, backend="reference")
+    assert torch.equal(first, expected)
+    assert not torch.equal(first, second)
+
+
+def test_no_dropout_draws_nothing_and_adds_alike():
+    """Random numbers that follow stay what they were without the argument."""
+    x, weight = torch.randn(4, 256), torch.ones(256)
+    before = torch.get_rng_state()
+    plain, zero = add_rms_norm(x, x, weight), add_rms_norm(x, x, weight, dropout_p=0, seed=SEEDS[1])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert tree_map(torch.equal, plain, zero) == (True, True)
+
+
+def dropped_inputs():
+    size = {"num_rows": 37, "width": 41, "dropout_p": 0.1}
+    return cases.make(**size, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_dropout_compiles_as_one_graph(backend, drawn):
+    torch.compiler.reset()
+    inputs = dropped_inputs() | {"backend": backend}
+    if drawn:
+        inputs["seed"] = None
+    compiled = torch.compile(add_rms_norm, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, add_rms_norm):
+        torch.manual_seed(0)
+        results.append(value_and_gradients("add_rms_norm", function, inputs))
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+
+
+def test_the_native_ops_are_registered_right():
+    inputs = dropped_inputs()
+    x, residual, weight, p, seed = inputs.values()
+    ops = torch.ops.emu3_kernels
+    forward = x, residual, weight, 1e-5, p, seed
+    torch.library.opcheck(ops.add_rms_norm_forward, forward)
+    _, summed, rstd = ops.add_rms_norm_forward(*forward)
+    backward = x, residual, summed, weight, rstd, p, seed
+    torch.library.opcheck(ops.add_rms_norm_backward_dropped, backward)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])
+def test_a_share_that_is_none_is_refused(p):
+    x = torch.ones(2, 8)
+    with pytest.raises(ValueError, match=r"add_rms_norm: dropout_p must lie in \[0, 1\), got "):
+        add_rms_norm(x, x, x[0], dropout_p=p)
+
+
+@pytest.mark.parametrize("seed", [torch.tensor([1]), torch.tensor(1.0), torch.tensor(1).int()])
+def test_a_seed_that_is_none_is_refused(seed):
+    x = torch.ones(2, 8)
+    with pytest.raises(ValueError, match=r"seed must be \(\) torch.int64 cpu, got \(1?,?\) torch"):
+        add_rms_norm(x, x, x[0], dropout_p=0.5, seed=seed)

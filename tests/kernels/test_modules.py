@@ -43,6 +43,17 @@ def test_norms_use_their_weight_and_eps():
     assert y.equal(norm(x + residual))
 
 
+def test_a_branch_is_dropped_in_training_alone():
+    x, residual, module = draw(3, 8), draw(3, 8), modules.AddRMSNorm(8, dropout_p=0.5)
+    torch.manual_seed(0)
+    _, summed = module(x, residual)
+    torch.manual_seed(0)
+    _, expected = emu3_kernels.add_rms_norm(x, residual, module.weight, dropout_p=0.5)
+    assert summed.equal(expected)
+    assert not summed.equal(x + residual)
+    assert module.eval()(x, residual)[1].equal(x + residual)
+
+
 def test_the_activation_is_the_op():
     gate, up = draw(3, 8), draw(3, 8)
     assert modules.SwiGLU()(gate, up).equal(emu3_kernels.swiglu(gate, up))

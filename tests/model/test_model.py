@@ -1,9 +1,12 @@
 """The decoder against its facts and against Hugging Face's Emu3."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from emu3.cache import KeyValueCache
@@ -74,27 +77,46 @@ def test_the_loss_weighs_every_target():
         assert_as_accurate("loss", actual, low, plain(model.double()))
 
 
+def drop(model, embeddings, attention, branches):
+    model.dropout.p = embeddings
+    model.settings = TINY.model_copy(update={"dropout": branches})
+    for block in model.blocks:
+        block.dropout_p = branches
+        block.attention.settings = TINY.model_copy(update={"dropout": attention})
+
+
 def test_dropout_acts_in_training_in_all_four_places():
     """Embeddings, attention probabilities and both branches; none of them in eval mode."""
     tokens = some_tokens(1, 8)
     model = tiny_model(dropout=0.5)
     assert model(tokens).equal(model(tokens))
-    dropped = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert len(dropped) == 1 + TINY.layers  # a block's one module serves both branches
-    for module in dropped:
-        module.p = 0.0
     model.train()
-    assert not model(tokens).equal(model(tokens)), "attention probabilities are not dropped"
-    for block in model.blocks:
-        block.attention.settings = TINY
-    assert model(tokens).equal(model(tokens))
-    model.dropout.p = 0.5
+    drop(model, 0.5, 0.0, 0.0)
     assert not model(tokens).equal(model(tokens)), "embeddings are not dropped"
-    model.dropout.p = 0.0
-    model.blocks[0].dropout.p = 1.0
-    model.blocks[1].dropout.p = 1.0
+    drop(model, 0.0, 0.5, 0.0)
+    assert not model(tokens).equal(model(tokens)), "attention probabilities are not dropped"
+    drop(model, 0.0, 0.0, 0.0)
+    assert model(tokens).equal(model(tokens))
+    drop(model, 0.0, 0.0, 1 - 2**-40)
     alone = F.rms_norm(model.embedding(tokens), (TINY.width,), model.norm, TINY.norm_eps)
     torch.testing.assert_close(model(tokens), alone)
+
+
+def test_a_checkpoint_keeps_what_the_first_forward_pass_kept():
+    """Its second forward pass draws the seeds of the first."""
+    tokens, weights = some_tokens(2, 8), torch.ones(2, 8)
+    model = tiny_model(dropout=0.5).train()
+
+    def gradients():
+        torch.manual_seed(5)
+        model.zero_grad()
+        model.loss(tokens, weights).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    assert all(a.equal(e) for a, e in zip(gradients(), expected, strict=True))
 
 
 def test_codes_that_look_alike_start_alike():
