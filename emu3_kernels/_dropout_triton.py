@@ -15,9 +15,7 @@ def arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int | None,
 @triton.jit
 def load_seed(seed_ptr):
     """Load the seed; None without one."""
-    if seed_ptr is None:
-        return None
-    return tl.load(seed_ptr)
+    return tl.load(seed_ptr) if seed_ptr is not None else None
 
 
 @triton.jit
