@@ -2,7 +2,9 @@
 
 from emu3_kernels._dispatch import record_backends, use_backend
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
+from emu3_kernels.ops.attention.api import attention
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
+from emu3_kernels.ops.decode_attention.api import decode_attention
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.nearest_code.api import CodeIndex, nearest_code
 from emu3_kernels.ops.ring_attention.api import ring_attention
@@ -15,7 +17,9 @@ from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
 __all__ = [
     "CodeIndex",
     "add_rms_norm",
+    "attention",
     "cross_entropy",
+    "decode_attention",
     "linear_cross_entropy",
     "nearest_code",
     "record_backends",

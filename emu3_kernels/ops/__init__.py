@@ -9,4 +9,5 @@ OPS = (
     "rope_append",
     "cross_entropy",
     "linear_cross_entropy",
+    "decode_attention",
 )
