@@ -1,4 +1,4 @@
-"""What is special about linear_cross_entropy: dropped tokens, blocks, memory, kept gradients."""
+"""What is special about linear_cross_entropy: dropped tokens, tiles, kept gradients."""
 
 from functools import partial
 
@@ -9,12 +9,18 @@ import torch.nn.functional as F
 from emu3_kernels import cross_entropy, linear_cross_entropy
 from emu3_kernels.ops.linear_cross_entropy import cases, reference
 from emu3_kernels.ops.linear_cross_entropy.api import MEMORY
-from emu3_kernels.ops.linear_cross_entropy.blocks import MIN_BLOCK, block_size
+from emu3_kernels.ops.linear_cross_entropy.tiles import MIN_CLASSES, MIN_TOKENS
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import at_level, backends, double, runnable, value_and_gradients
 
 FUSED = list(backends("linear_cross_entropy"))
-SEVERAL_BLOCKS = {"tokens": 7, "width": 24, "classes": 2 * MIN_BLOCK + 37, "weighted": True}
+SEVERAL_TILES = {
+    "tokens": MIN_TOKENS * 8 // 5,  # of which two thirds count
+    "width": 24,
+    "classes": 2 * MIN_CLASSES + 37,
+    "weighted": True,
+}
+"""Of tokens, without memory; in bfloat16 with a gradient for the head, of classes."""
 
 
 def run(backend, inputs, **settings):
@@ -38,8 +44,8 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize(
     "settings", [{}, {"reduction": "none"}, {"label_smoothing": 0.1, "z_loss": 1e-3}]
 )
-def test_several_blocks_are_as_accurate_as_none(backend, dtype, settings):
-    inputs = make(runnable(backend, dtype), **SEVERAL_BLOCKS, **settings)
+def test_several_tiles_are_as_accurate_as_one(backend, dtype, settings):
+    inputs = make(runnable(backend, dtype), **SEVERAL_TILES, **settings)
     actual = run(backend, inputs, memory=0)
     low = value_and_gradients("linear_cross_entropy", reference.linear_cross_entropy, inputs)
     exact = value_and_gradients(
@@ -56,7 +62,7 @@ def test_dropping_tokens_is_exact(backend, memory):
 
     Only the sum over tokens may add in another order.
     """
-    inputs = make(**SEVERAL_BLOCKS, reduction="sum")
+    inputs = make(**SEVERAL_TILES, reduction="sum")
     kept = (inputs["targets"] != -100) & (inputs["weights"] != 0)
     alone = inputs | {name: inputs[name][kept] for name in ("hidden", "targets", "weights")}
     inputs["hidden"][~kept] = float("nan")
@@ -77,7 +83,7 @@ def test_no_token_at_all_costs_nothing(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_it_is_cross_entropy_of_the_logits(backend):
-    inputs = make(**SEVERAL_BLOCKS, z_loss=0.1, reduction="none")
+    inputs = make(**SEVERAL_TILES, z_loss=0.1, reduction="none")
     hidden, head, *_ = inputs.values()
     rest = {name: value for name, value in inputs.items() if name not in ("hidden", "head")}
     expected = cross_entropy(F.linear(hidden, head), **rest)
@@ -98,7 +104,7 @@ def test_the_kept_gradient_is_scaled_as_often_as_it_is_asked_for(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_without_gradients_the_value_is_the_same(backend):
-    inputs = make(**SEVERAL_BLOCKS)
+    inputs = make(**SEVERAL_TILES)
     name, level = at_level(backend)
     with level:
         loss = linear_cross_entropy(**inputs, backend=name)
@@ -107,7 +113,7 @@ def test_without_gradients_the_value_is_the_same(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_two_runs_and_two_thread_counts_give_the_same_bits(backend):
-    inputs = make(runnable(backend, torch.bfloat16), **SEVERAL_BLOCKS)
+    inputs = make(runnable(backend, torch.bfloat16), **SEVERAL_TILES)
     threads = torch.get_num_threads()
     first = run(backend, inputs)
     torch.set_num_threads(1)
@@ -117,17 +123,66 @@ def test_two_runs_and_two_thread_counts_give_the_same_bits(backend):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 512, 2048, 10_240, 131_072])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_buffer_keeps_within_the_memory(num_tokens, dtype):
-    """At Emu3's vocabulary, whatever the number of tokens; hidden 512 wide."""
-    head = torch.empty(184_622, 512, dtype=dtype, device="meta")
-    block = block_size(head.new_empty(num_tokens, 512), head, MEMORY)
-    buffer = num_tokens * block * dtype.itemsize
-    dhidden = num_tokens * 512 * (4 if dtype == torch.float32 else 2 + 4)
-    assert block % 64 == 0
-    assert block >= MIN_BLOCK
-    assert buffer + dhidden <= MEMORY
+@pytest.fixture
+def products(monkeypatch):
+    """The multiplications of every matrix product; a dispatch mode sees no inside of an op."""
+    counts = []
+
+    def counted(function, *args, **kwargs):
+        left, right = args[-2:]
+        counts.append(left.shape[0] * left.shape[1] * right.shape[1])
+        return function(*args, **kwargs)
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, partial(counted, getattr(torch, name)))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("dtype", "memory", "hidden", "head", "expected"),
+    [
+        (torch.float32, MEMORY, True, True, 3),
+        (torch.float32, MEMORY, True, False, 2),
+        (torch.float32, MEMORY, False, True, 2),
+        (torch.float32, MEMORY, False, False, 1),
+        (torch.float32, 0, True, True, 3),
+        (torch.bfloat16, 0, True, False, 2),
+        (torch.bfloat16, 0, False, False, 1),
+        (torch.bfloat16, 0, True, True, 3 + 2 / 3),  # three blocks, the last is still there
+        (torch.bfloat16, 0, False, True, 2 + 2 / 3),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_product_is_made_that_nobody_asked_for(
+    dtype, memory, hidden, head, expected, reduction, products
+):
+    """A head that is frozen costs its products, a trunk that is frozen its own."""
+    size = {"tokens": 3 * MIN_TOKENS, "width": 8, "classes": 3 * MIN_CLASSES, "dropped": 0.0}
+    inputs = make(dtype, **size)
+    inputs["hidden"].requires_grad_(hidden)
+    inputs["head"].requires_grad_(head)
+    loss = linear_cross_entropy(**inputs, memory=memory, reduction=reduction)
+    if hidden or head:
+        loss.sum().backward()
+    one = size["tokens"] * size["width"] * size["classes"]
+    again = reduction == "none" and (hidden or head)  # the forward pass keeps nothing then
+    assert sum(products) == pytest.approx((expected + again) * one)
+
+
+@pytest.mark.parametrize("backend", [*FUSED, "reference"])
+@pytest.mark.parametrize("name", ["hidden", "head"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_gradient_alone_is_as_accurate_as_both(backend, name, reduction):
+    inputs = make(runnable(backend, torch.bfloat16), **SEVERAL_TILES, reduction=reduction)
+    oracle = partial(value_and_gradients, "linear_cross_entropy", reference.linear_cross_entropy)
+    low, exact = oracle(inputs), oracle(double(inputs))
+    chosen, level = at_level(backend)
+    leaf = inputs[name].detach().requires_grad_()
+    with level:
+        loss = linear_cross_entropy(**inputs | {name: leaf}, backend=chosen, memory=0)
+        dloss = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        (gradient,) = torch.autograd.grad(loss, leaf, dloss.to(loss))
+    assert_as_accurate(name, gradient, low[f"d{name}"], exact[f"d{name}"])
 
 
 def test_one_graph_serves_every_number_of_tokens_that_count():

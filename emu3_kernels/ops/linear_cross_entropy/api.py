@@ -1,12 +1,16 @@
 """The language-model head and its loss. D model width, V classes; ``[...]`` tokens."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_floating, check_has_channels, describe, rows
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels._token_loss import check_settings, check_targets, divisor, reduce, token_weights
 from emu3_kernels.ops.linear_cross_entropy import reference
+from emu3_kernels.ops.linear_cross_entropy.blocks import Settings
+from emu3_kernels.ops.linear_cross_entropy.shards import shard_of
 
 BACKENDS = load("linear_cross_entropy", "native", "triton")
 
@@ -26,6 +30,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     memory: int = MEMORY,
+    group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Average the cross entropy of ``hidden @ head.T`` without keeping the logits.
@@ -34,16 +39,25 @@ def linear_cross_entropy(
     keywords, reductions and mean over no token. Tokens whose target is ``ignore_index`` or whose
     weight is 0 are dropped before any matrix product, which changes nothing but the time.
 
-    Logits exist for a block of the vocabulary at a time, in the dtype of ``hidden``; their sums
-    are float32, and the gradients are rounded once. A vocabulary that fits ``memory`` as one
-    block costs three products with gradients; several blocks cost a fourth. Differentiable in
-    hidden and head: where a gradient is asked for, the forward pass computes it and keeps it in
-    place of the logits, and the backward pass scales it; ``"none"`` computes it in the backward
-    pass. The backend ``"reference"`` keeps all logits and knows no ``memory``.
+    Logits exist for a tile of tokens and classes at a time, in the dtype of ``hidden``; their sums
+    are float32, and so are the sums of gradients over tiles. With gradients a call costs three
+    products (two where hidden or head alone asks for one), if all logits fit ``memory``, the dtype
+    is float32, the head is frozen, or a float32 sum of dhead fits (``4 V D`` bytes). Otherwise all
+    tiles but one are multiplied again: at most one product more. Differentiable in hidden and head:
+    where a gradient is asked for, the forward pass computes it and keeps it in place of the logits,
+    and the backward pass scales it; ``"none"`` computes it in the backward pass. The backend
+    ``"reference"`` keeps all logits and knows no ``memory``.
+
+    With a ``group``, rank r holds the classes that follow those of rank r - 1: any number of them,
+    none too. Everything else is the same on all ranks, ``targets`` count over the whole group,
+    and so is the result: the loss of all classes, all of dhidden, the rows of dhead that are the
+    rank's own, the same bits in every run. ``torch.compile`` breaks its graph there. A rank sends
+    32 bytes per token that counts and, for dhidden, ``4 D`` more (float32), each once in a tile of
+    tokens; and once 64 bytes.
 
     Args:
         hidden: ``[..., D]``, any floating dtype.
-        head: ``[V, D]``, dtype and device of ``hidden``.
+        head: ``[V, D]``, dtype and device of ``hidden``; with a group, the rank's part of it.
         targets: ``[...]`` int64, each in ``[0, V)`` or ``ignore_index``.
         weights: ``[...]`` per token, a constant; None is 1.
         normalizer: one number, used as given, so that ranks can share it; a constant.
@@ -51,19 +65,22 @@ def linear_cross_entropy(
         label_smoothing: share of the target's probability that all V classes divide.
         ignore_index: the target of tokens that do not count.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        memory: bytes that the call may take beyond its gradients; a block has at least 1,024
-            classes, whatever that takes.
+        memory: bytes that the call may take beyond its gradients; a tile has at least all classes
+            of 64 tokens or 1,024 classes of all of them (and their dhidden in float32), whatever
+            that takes, and 8 MiB are kept free for what products pack.
+        group: the ranks that share the vocabulary, each with its rows of the head.
         backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
 
     Returns:
         A scalar, or ``[...]`` for ``"none"``; float32 (float64 for float64 inputs).
     """
     _check_operands(hidden, head)
+    shard = shard_of(hidden, head, targets, memory, group)
     check_targets(
         "linear_cross_entropy",
         targets,
         shape=hidden.shape[:-1],
-        num_classes=head.shape[0],
+        num_classes=shard.num_classes,
         ignore_index=ignore_index,
     )
     check_settings("linear_cross_entropy", targets, weights, normalizer, label_smoothing, reduction)
@@ -79,17 +96,17 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             reduction=reduction,
+            shard=shard,
         )
     weights = token_weights(targets, weights, ignore_index, torch.float32)
     tokens = (rows(hidden), rows(head), targets.flatten())
-    settings = (z_loss, label_smoothing, memory, chosen)
-    if reduction == "none" or not (
-        torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    ):
-        losses = _TokenLosses.apply(*tokens, weights.flatten(), *settings).view(targets.shape)
-        return reduce(losses, weights, normalizer, reduction)
+    settings = Settings(z_loss, label_smoothing, memory, *shard)
+    if reduction == "none" or not needs_gradient(hidden, head):
+        losses = _TokenLosses.apply(*tokens, weights.flatten(), chosen, *settings)
+        return reduce(losses.view(targets.shape), weights, normalizer, reduction)
     shares = torch.where(weights != 0, weights / divisor(weights, normalizer, reduction), 0)
-    return _TotalLoss.apply(*tokens, shares.flatten(), *settings)
+    wanted = (hidden.requires_grad, head.requires_grad)
+    return _TotalLoss.apply(*tokens, shares.flatten(), chosen, *wanted, *settings)
 
 
 class _TotalLoss(torch.autograd.Function):
@@ -100,8 +117,7 @@ class _TotalLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, shares, z_loss, label_smoothing, memory, backend):
-        settings = (z_loss, label_smoothing, memory)
+    def forward(ctx, hidden, head, targets, shares, backend, *settings):
         operands = (hidden, head, targets, shares)
         losses, *ctx.gradients = BACKENDS[backend].gradients(*operands, *settings)
         ctx.save_for_backward(*operands)
@@ -113,26 +129,28 @@ class _TotalLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, *gradients = BACKENDS[ctx.backend].gradients(*ctx.saved_tensors, *ctx.settings)
-        dhidden, dhead = (gradient.mul_(dtotal) for gradient in gradients)
-        return dhidden, dhead, *[None] * 6
+        wanted = ctx.needs_input_grad[:2]
+        scaled = [g.mul_(dtotal) if w else None for g, w in zip(gradients, wanted, strict=True)]
+        return *scaled, *[None] * (3 + len(ctx.settings))
 
 
 class _TokenLosses(torch.autograd.Function):
     """The losses of the tokens before their weights, 0 where the weight is."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, z_loss, label_smoothing, memory, backend):
-        settings = (z_loss, label_smoothing, memory)
+    def forward(ctx, hidden, head, targets, weights, backend, *settings):
         ctx.save_for_backward(hidden, head, targets)
         ctx.settings, ctx.backend = settings, backend
         return BACKENDS[backend].losses(hidden, head, targets, weights, *settings)
 
     @staticmethod
     def backward(ctx, dlosses):
-        _, dhidden, dhead = BACKENDS[ctx.backend].gradients(
-            *ctx.saved_tensors, dlosses, *ctx.settings
+        wanted = ctx.needs_input_grad[:2]
+        _, *gradients = BACKENDS[ctx.backend].gradients(
+            *ctx.saved_tensors, dlosses, *wanted, *ctx.settings
         )
-        return dhidden, dhead, *[None] * 6
+        kept = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
+        return *kept, *[None] * (3 + len(ctx.settings))
 
 
 def _check_operands(hidden: Tensor, head: Tensor) -> None:

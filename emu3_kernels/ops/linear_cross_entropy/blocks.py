@@ -1,6 +1,6 @@
-"""The loss of a head without its logits: blocks of the vocabulary through one buffer.
+"""The loss of a head without its logits: a tile of them at a time, through one buffer.
 
-N tokens that count, D model width, V classes.
+T tokens, N of them that count, D model width, V classes.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MIN_BLOCK = 1024
-"""Classes in a block at the least, whatever the memory: a thinner product wastes the processor."""
+from emu3_kernels.ops.linear_cross_entropy.shards import Shard, merged, no_sums, summed
+from emu3_kernels.ops.linear_cross_entropy.tiles import PART, aligned, tile
 
 
 class Kernels(NamedTuple):
-    """What a backend does with a block of logits ``[N, block]``, the classes from ``first`` on."""
+    """What a backend does with a tile of logits ``[N, block]``, the classes from ``first`` on."""
 
     add_: Callable[..., None]
     """``(logits, targets, sums, first, label_smoothing)``: adds it to ``sums``: ``[N, 4]`` in
@@ -26,16 +26,27 @@ class Kernels(NamedTuple):
 
 
 class Settings(NamedTuple):
+    """What a call is told beside its tensors: plain numbers, that an op can take."""
+
     z_loss: float
     label_smoothing: float
     memory: int
+    first: int
+    num_classes: int
+    largest: int
+    group: str
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.first, self.num_classes, self.largest, self.group)
 
 
 def as_ops(backend: str, kernels: Kernels) -> tuple[Callable, Callable]:
     """Make ``losses`` and ``gradients`` of a backend: over all T tokens, those of weight 0 dropped.
 
     Both are opaque to ``torch.compile``: how many tokens count is known when they run. They may be
-    Python ops because 50 microseconds a call are nothing beside their matrix products.
+    Python ops because 50 microseconds a call are nothing beside their matrix products. A gradient
+    that is not wanted is empty, and no product is spent on it.
     """
     name = f"emu3_kernels::linear_cross_entropy_{{}}_{backend}"
 
@@ -48,11 +59,13 @@ def as_ops(backend: str, kernels: Kernels) -> tuple[Callable, Callable]:
         z_loss: float,
         label_smoothing: float,
         memory: int,
+        first: int,
+        num_classes: int,
+        largest: int,
+        group: str,
     ) -> Tensor:
-        kept = weights.nonzero().squeeze(1)
-        settings = Settings(z_loss, label_smoothing, memory)
-        counted = counted_losses(kernels, hidden[kept], head, targets[kept], settings)
-        return weights.new_zeros(weights.shape).index_copy_(0, kept, counted)
+        settings = Settings(z_loss, label_smoothing, memory, first, num_classes, largest, group)
+        return _Run(kernels, (hidden, head, targets, weights), settings).go().losses
 
     @torch.library.custom_op(name.format("gradients"), mutates_args=())
     def gradients(
@@ -60,104 +73,157 @@ def as_ops(backend: str, kernels: Kernels) -> tuple[Callable, Callable]:
         head: Tensor,
         targets: Tensor,
         dlosses: Tensor,
+        wants_hidden: bool,
+        wants_head: bool,
         z_loss: float,
         label_smoothing: float,
         memory: int,
+        first: int,
+        num_classes: int,
+        largest: int,
+        group: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kept = dlosses.nonzero().squeeze(1)
-        settings = Settings(z_loss, label_smoothing, memory)
-        counted, dkept, dhead = counted_gradients(
-            kernels, hidden[kept], head, targets[kept], dlosses[kept], settings
-        )
-        dhidden = hidden.new_zeros(hidden.shape).index_copy_(0, kept, dkept)
-        return dlosses.new_zeros(dlosses.shape).index_copy_(0, kept, counted), dhidden, dhead
+        settings = Settings(z_loss, label_smoothing, memory, first, num_classes, largest, group)
+        wants = {"wants_hidden": wants_hidden, "wants_head": wants_head}
+        run = _Run(kernels, (hidden, head, targets, dlosses), settings, **wants).go()
+        dhidden = hidden.new_empty(0) if run.dhidden is None else run.dhidden
+        dhead = head.new_empty(0) if run.dhead is None else run.dhead
+        return run.losses, dhidden, dhead
 
-    losses.register_fake(_fake_losses)
+    losses.register_fake(
+        lambda hidden, head, targets, weights, *_: weights.new_empty(weights.shape)
+    )
     gradients.register_fake(_fake_gradients)
     return losses, gradients
 
 
-def _fake_losses(hidden, head, targets, weights, z_loss, label_smoothing, memory):
-    return weights.new_empty(weights.shape)
+def _fake_gradients(hidden, head, targets, dlosses, wants_hidden, wants_head, *_):
+    dhidden = hidden.new_empty(hidden.shape if wants_hidden else (0,))
+    dhead = head.new_empty(head.shape if wants_head else (0,))
+    return dlosses.new_empty(dlosses.shape), dhidden, dhead
 
 
-def _fake_gradients(hidden, head, targets, dlosses, z_loss, label_smoothing, memory):
-    return dlosses.new_empty(dlosses.shape), hidden.new_empty(hidden.shape), torch.empty_like(head)
+class _Run:
+    """One call: what it reads and writes, in the order that its tile asks for."""
 
-
-def counted_losses(
-    kernels: Kernels, hidden: Tensor, head: Tensor, targets: Tensor, settings: Settings
-) -> Tensor:
-    """Return the losses ``[N]`` in float32: every block is multiplied once."""
-    return _Pass(kernels, hidden, head, targets, settings).losses()
-
-
-def counted_gradients(
-    kernels: Kernels,
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    dlosses: Tensor,
-    settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses, and dhidden and dhead of ``sum(dlosses * losses)``.
-
-    A vocabulary that fits the memory is multiplied once, otherwise each block a second time:
-    its gradient needs the sum over all of them. dhead is one product over all tokens, rounded
-    once; dhidden adds its blocks in float32.
-    """
-    run = _Pass(kernels, hidden, head, targets, settings)
-    return run.losses(), *run.gradients(dlosses)
-
-
-class _Pass:
-    def __init__(self, kernels, hidden, head, targets, settings):
+    def __init__(
+        self,
+        kernels: Kernels,
+        tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+        settings: Settings,
+        *,
+        wants_hidden: bool = False,
+        wants_head: bool = False,
+    ) -> None:
         self.kernels, self.settings = kernels, settings
-        self.hidden, self.head, self.targets = hidden, head, targets
-        self.block = block_size(hidden, head, settings.memory)
-        self.buffer = hidden.new_empty(hidden.shape[0], self.block)
-        self.sums = hidden.new_empty(hidden.shape[0], 4, dtype=torch.float64)
+        self.hidden, self.head, self.targets, self.dlosses = tokens
+        self.kept = self.dlosses.nonzero().squeeze(1)
+        num_tokens, width = len(self.kept), self.hidden.shape[1]
+        kind = (width, self.hidden.dtype, settings.memory)
+        self.tile = tile(num_tokens, settings.largest, *kind, wants_head=wants_head)
+        classes = min(self.tile.classes, self.head.shape[0])
+        self.buffer = self.hidden.new_empty(min(self.tile.tokens, num_tokens), aligned(classes))
+        self.losses = torch.zeros_like(self.dlosses)
+        self.dhidden = torch.zeros_like(self.hidden) if wants_hidden else None
+        self.dhead = None
+        if wants_head:  # every product but the one over no token writes all of it
+            self.dhead = torch.empty_like(self.head) if num_tokens else torch.zeros_like(self.head)
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, self.head.shape[0], self.block):
-            yield first, self.head[first : first + self.block]
+    def go(self) -> "_Run":
+        if self.tile.classes < self.settings.largest:
+            self.by_classes()
+        else:
+            self.by_tokens()
+        return self
+
+    def by_tokens(self) -> None:
+        """Take all classes of a tile of tokens after the other: no product twice."""
+        sums_dhead = self.dhead is not None and self.tile.sums_dhead
+        total = torch.zeros_like(self.head, dtype=torch.float32) if sums_dhead else None
+        for first in range(0, len(self.kept), self.tile.tokens):
+            chunk = _Chunk(self, self.kept[first : first + self.tile.tokens])
+            logits = chunk.add(self.head, 0)
+            chunk.write_losses()
+            if self.dhead is None and self.dhidden is None:
+                continue
+            chunk.to_gradient_(logits, 0)
+            if total is not None:
+                for rows, piece in parts(logits):
+                    total[rows] += torch.mm(piece.t(), chunk.hidden)
+            elif self.dhead is not None:
+                for rows, piece in parts(logits):
+                    dhead, beta = self.dhead[rows], float(first > 0)
+                    torch.addmm(dhead, piece.t(), chunk.hidden, beta=beta, out=dhead)
+            if self.dhidden is not None:
+                chunk.write_dhidden(torch.mm(logits, self.head))
+        if total is not None:
+            self.dhead.copy_(total)
+
+    def by_classes(self) -> None:
+        """Take all tokens of a tile of classes after the other: for the sums, then for gradients.
+
+        The way back begins with the logits that the way forth ended with.
+        """
+        chunk = _Chunk(self, self.kept)
+        starts = range(0, self.head.shape[0], self.tile.classes)
+        for first in starts:
+            logits = chunk.add(self.head[first : first + self.tile.classes], first)
+        chunk.write_losses()
+        dhidden = torch.zeros_like(chunk.hidden, dtype=torch.float32)
+        for first in reversed(starts):
+            head = self.head[first : first + self.tile.classes]
+            if first != starts[-1]:
+                logits = chunk.logits(head)
+            chunk.to_gradient_(logits, first)
+            for rows, piece in parts(logits, first):
+                torch.mm(piece.t(), chunk.hidden, out=self.dhead[rows])
+            if self.dhidden is not None:
+                dhidden += torch.mm(logits, head)
+        if self.dhidden is not None:
+            chunk.write_dhidden(dhidden)
+
+
+def parts(logits: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Cut logits into parts of classes, each with the rows of the head that it belongs to."""
+    for start in range(0, logits.shape[1], PART):
+        part = logits[:, start : start + PART]
+        yield slice(first + start, first + start + part.shape[1]), part
+
+
+class _Chunk:
+    """The tokens at ``kept``, and what their classes add up to."""
+
+    def __init__(self, run: _Run, kept: Tensor) -> None:
+        self.run, self.kept = run, kept
+        self.hidden = run.hidden[kept]
+        self.targets = run.targets[kept] - run.settings.first
+        self.sums = no_sums(self.hidden)
 
     def logits(self, head: Tensor) -> Tensor:
-        return torch.mm(self.hidden, head.t(), out=self.buffer[:, : head.shape[0]])
+        out = self.run.buffer[: len(self.kept), : head.shape[0]]
+        return torch.mm(self.hidden, head.t(), out=out)
 
-    def losses(self) -> Tensor:
-        smoothing = self.settings.label_smoothing
-        for first, head in self.blocks():
-            self.kernels.add_(self.logits(head), self.targets, self.sums, first, smoothing)
+    def add(self, head: Tensor, first: int) -> Tensor:
+        logits = self.logits(head)
+        smoothing = self.run.settings.label_smoothing
+        self.run.kernels.add_(logits, self.targets, self.sums, first, smoothing)
+        return logits
+
+    def write_losses(self) -> None:
+        settings = self.run.settings
+        self.sums = merged(self.sums, settings.shard)
         highest, total_exp, total, target = self.sums.unbind(1)
-        lse = highest + total_exp.log()
-        losses = lse - (1 - smoothing) * target + self.settings.z_loss * lse.square()
-        return (losses - smoothing * total / self.head.shape[0]).float()
+        smoothing, lse = settings.label_smoothing, highest + total_exp.log()
+        losses = lse - (1 - smoothing) * target + settings.z_loss * lse.square()
+        losses -= smoothing * total / settings.num_classes
+        self.run.losses.index_copy_(0, self.kept, losses.float())
 
-    def gradients(self, dlosses: Tensor) -> tuple[Tensor, Tensor]:
-        num_classes, z_loss, smoothing = self.head.shape[0], *self.settings[:2]
+    def to_gradient_(self, logits: Tensor, first: int) -> None:
+        z_loss, smoothing, _, _, num_classes, *_ = self.run.settings
         denominators = torch.stack([self.sums[:, 0], self.sums[:, 1].log2()], dim=1).float()
-        settings = (num_classes, z_loss, smoothing)
-        once = self.block >= num_classes  # then the buffer still holds the logits
-        dhead = torch.empty_like(self.head)
-        dhidden = self.hidden.new_zeros(self.hidden.shape, dtype=torch.float32)
-        for first, head in self.blocks():
-            logits = self.buffer[:, :num_classes] if once else self.logits(head)
-            self.kernels.gradient_(logits, self.targets, denominators, dlosses, first, *settings)
-            torch.mm(logits.t(), self.hidden, out=dhead[first : first + self.block])
-            dhidden += torch.mm(logits, head)
-        return dhidden.to(self.hidden.dtype), dhead
+        dlosses, settings = self.run.dlosses[self.kept], (num_classes, z_loss, smoothing)
+        self.run.kernels.gradient_(logits, self.targets, denominators, dlosses, first, *settings)
 
-
-def block_size(hidden: Tensor, head: Tensor, memory: int) -> int:
-    """Return how many classes a block holds: equal blocks of whole cache lines within ``memory``.
-
-    Beside the buffer stand the newest part of dhidden and, where that is not the gradient
-    itself, its sum in float32.
-    """
-    (num_tokens, width), num_classes = hidden.shape, head.shape[0]
-    total = 0 if hidden.dtype == torch.float32 else 4
-    left = memory - num_tokens * width * (hidden.element_size() + total)
-    fits = left // (max(num_tokens, 1) * hidden.element_size()) // 64 * 64
-    num_blocks = -(-num_classes // max(fits, MIN_BLOCK))
-    return -(-num_classes // (64 * num_blocks)) * 64
+    def write_dhidden(self, dhidden: Tensor) -> None:
+        dhidden = summed(dhidden, self.run.settings.shard).to(self.hidden.dtype)
+        self.run.dhidden.index_copy_(0, self.kept, dhidden)

@@ -12,6 +12,7 @@ from emu3_kernels._cross_entropy_triton import SUMS_TILE, lanes, lead_of, sums_o
 from emu3_kernels._triton import Config, meta, why_not_triton
 from emu3_kernels.ops.linear_cross_entropy import blocks
 from emu3_kernels.ops.linear_cross_entropy.blocks import Kernels
+from emu3_kernels.ops.linear_cross_entropy.tiles import tile
 
 
 def why_not(hidden: Tensor, *_: object) -> str | None:
@@ -79,8 +80,8 @@ def _add_kernel(
 
 def _emu3(first: int, *, smoothing: float = 0.0, backwards: bool = False) -> None:
     """2,048 tokens of Emu3's vocabulary, in blocks of the default memory."""
-    hidden, head = meta(2048, 4096), meta(184622, 4096)
-    block = blocks.block_size(hidden, head, 768 << 20)
+    head = meta(184622, 4096)
+    block = tile(2048, *head.shape, head.dtype, 768 << 20, wants_head=True).classes
     logits = meta(2048, block)[:, : 184622 - first]
     targets, dlosses = meta(2048, dtype=torch.int64), meta(2048, dtype=torch.float32)
     if backwards:

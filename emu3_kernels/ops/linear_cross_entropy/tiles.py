@@ -1,0 +1,73 @@
+"""How many logits exist at a time: tiles of tokens and classes within the memory.
+
+N tokens that count, D model width, V classes.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+ALIGN = 64
+"""Rows and columns of a tile come in these: whole cache lines, whole tiles of a product."""
+MIN_TOKENS = 64
+MIN_CLASSES = 1024
+"""In a tile at the least, whatever the memory: a thinner product wastes the processor."""
+MIN_TOKENS_SUMMED = 512
+"""Fewer, and to add a dhead to its float32 sum costs more than to multiply again (measured)."""
+PART = 1024
+"""Classes of one product for dhead: with more, oneDNN gives each thread a float32 copy of it."""
+SCRATCH = 8 << 20
+"""Bytes in which products pack their operands: 1 to 5 MiB with 1 to 32 threads (measured). Not a
+function of their number, on which no result may depend."""
+VECTORS = 128
+"""Bytes per token for what is as long as the targets: sums, losses, indices."""
+
+
+class Tile(NamedTuple):
+    """Either all classes of some tokens, or some classes of all tokens."""
+
+    tokens: int
+    classes: int
+    sums_dhead: bool
+    """Whether dhead is added up over tiles in a float32 tensor of its own."""
+
+
+def tile(
+    num_tokens: int,
+    num_classes: int,
+    width: int,
+    dtype: torch.dtype,
+    memory: int,
+    *,
+    wants_head: bool,
+) -> Tile:
+    """Choose the cheapest tile that keeps within ``memory``.
+
+    All classes of some tokens cost no product twice, but their dheads add up: for nothing where
+    dhead is float32, in 4 V D bytes where it is narrower. Some classes of all tokens cost each
+    tile but one a second product of logits, since a gradient needs the sum over all classes, and
+    a float32 sum of dhidden: with its newest part, before and after that is widened.
+    """
+    size = dtype.itemsize
+    memory -= SCRATCH + VECTORS * num_tokens
+    row = size * aligned(num_classes) + (2 * size + 4) * width  # also of hidden, dhidden, its sum
+    fits = memory // row
+    if num_tokens <= max(fits, 0):
+        return Tile(max(num_tokens, 1), num_classes, False)
+    if not wants_head or size >= 4:
+        return Tile(_even(num_tokens, fits, MIN_TOKENS), num_classes, False)
+    fits = (memory - 4 * width * num_classes - (size + 4) * width * PART) // row
+    if fits >= MIN_TOKENS_SUMMED:
+        return Tile(_even(num_tokens, fits, MIN_TOKENS), num_classes, True)
+    fits = (memory - num_tokens * width * (2 * size + 8)) // (size * num_tokens)
+    return Tile(num_tokens, _even(num_classes, fits, MIN_CLASSES), False)
+
+
+def aligned(count: int) -> int:
+    return -(-count // ALIGN) * ALIGN
+
+
+def _even(count: int, fits: int, least: int) -> int:
+    """Cut ``count`` into the fewest equal tiles of at most ``fits``."""
+    num_tiles = -(-count // max(fits // ALIGN * ALIGN, least))
+    return aligned(-(-count // max(num_tiles, 1)))

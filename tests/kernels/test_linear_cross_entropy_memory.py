@@ -1,0 +1,100 @@
+"""What linear_cross_entropy takes beyond its gradients, measured: never more than allowed."""
+
+import subprocess
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from emu3_kernels import linear_cross_entropy
+from emu3_kernels.ops.linear_cross_entropy import cases
+from emu3_kernels.ops.linear_cross_entropy.tiles import (
+    MIN_CLASSES,
+    MIN_TOKENS,
+    SCRATCH,
+    VECTORS,
+    aligned,
+)
+
+MIB = 1 << 20
+TOKENS, WIDTH, CLASSES = 900, 64, 5003
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def caller(dtype, tokens, classes, memory, wants, **settings):
+    """A call with its gradients, and the bytes of these."""
+    size = {"tokens": tokens, "width": WIDTH, "classes": classes, "dropped": 0.0}
+    inputs = cases.make(**size, dtype=dtype, device="cpu")
+    leaves = [inputs[name].requires_grad_() for name in wants]
+
+    def call():
+        loss = linear_cross_entropy(**inputs, memory=memory, backend="native", **settings)
+        return torch.autograd.grad(loss.sum(), leaves) if leaves else loss
+
+    return call, sum(leaf.nbytes for leaf in leaves)
+
+
+def peak(call):
+    """Return the bytes that torch's allocator holds at most during a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = call()
+    del result
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(num_bytes for _, num_bytes in changes))
+
+
+def least(dtype, tokens):
+    """The documented minimum: the larger of the two smallest tiles, and what goes with them."""
+    per_token = VECTORS + WIDTH * (2 * dtype.itemsize + 8)
+    of_tokens = MIN_TOKENS * aligned(CLASSES) * dtype.itemsize
+    of_classes = tokens * MIN_CLASSES * dtype.itemsize
+    return max(of_tokens, of_classes) + tokens * per_token + SCRATCH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", [0, 14 * MIB, 40 * MIB])
+@pytest.mark.parametrize("wants", [("hidden", "head"), ("hidden",), ("head",), ()])
+@pytest.mark.parametrize("settings", [{}, {"reduction": "none", "label_smoothing": 0.1}])
+def test_the_allocator_gives_no_more_than_the_memory(dtype, memory, wants, settings):
+    call, gradients = caller(dtype, TOKENS, CLASSES, memory, wants, **settings)
+    assert peak(call) - gradients <= max(memory, least(dtype, TOKENS))
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux resets the peak of a process")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_process_grows_by_no_more_than_the_memory(dtype):
+    """At Emu3's vocabulary; products that pack their operands would be seen here alone."""
+    memory = 96 * MIB
+    arguments = [str(dtype).removeprefix("torch."), str(memory)]
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+        cwd=Path(__file__).parents[2],
+    )
+    assert int(done.stdout) <= memory
+
+
+def growth(dtype, memory):
+    """Return by how many bytes beyond its gradients a warm call raises the peak of a process."""
+    call, gradients = caller(dtype, 1024, 184_622, memory, ("hidden", "head"))
+    call()
+    CLEAR_REFS.write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before - gradients
+
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    print(growth(getattr(torch, sys.argv[1]), int(sys.argv[2])))
