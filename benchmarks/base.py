@@ -64,7 +64,6 @@ def other_tree(commit: str) -> Iterator[Path]:
     finally:
         # A second Ctrl-C may not leave the worktree behind.
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        git("worktree", "remove", "--force", str(tree), check=False)
         shutil.rmtree(folder, ignore_errors=True)
         git("worktree", "prune")
         signal.signal(signal.SIGINT, interrupt)

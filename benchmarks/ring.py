@@ -1,0 +1,236 @@
+"""A long sequence on a ring of Gloo processes: right, within its memory, counted, timed."""
+
+import gc
+import json
+import os
+import re
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks import machine
+from emu3_kernels import attention, ring_attention
+from emu3_kernels.ops.ring_attention.schedule import ring_schedule
+from emu3_kernels.ops.ring_attention.shards import Zigzag
+from tests.budget import assert_as_accurate
+
+NAMES = "out", "dq", "dk", "dv"
+
+# A tensor is a mapping of its own, gone from the resident set when it is freed.
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
+
+
+@dataclass(frozen=True)
+class Size:
+    tokens: int
+    world: int
+    heads: int
+    groups: int
+    width: int
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def bound(self) -> float:
+        """Return 1.5 times q, k, v, out and their gradients and two hops' k and v, in bytes."""
+        channels = 2 * (2 * self.heads + 2 * self.groups) + 2 * 2 * self.groups
+        tokens = max(Zigzag(self.tokens, self.world).size(rank) for rank in range(self.world))
+        return 1.5 * tokens * channels * self.width * self.torch_dtype.itemsize
+
+
+def draw(size: Size, chunks: list[int]) -> list[Tensor]:
+    """Return q, k, v and dout of some chunks; a rank draws no others."""
+    zigzag = Zigzag(size.tokens, size.world)
+    heads = 2 * (size.heads + size.groups)
+    parts = []
+    for c in chunks:
+        random = torch.Generator().manual_seed(c)
+        part = torch.randn(1, len(zigzag.chunk(c)), heads, size.width, generator=random)
+        parts.append(part.to(size.torch_dtype))
+    packed = torch.cat(parts, dim=1)
+    split = packed.split((size.heads, size.groups, size.groups, size.heads), dim=2)
+    return [x.contiguous() for x in split]
+
+
+def ring(
+    tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 131_072,
+    world: Annotated[int, typer.Option(help="Processes.")] = 8,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 2,
+    groups: Annotated[int, typer.Option(help="Key heads.")] = 1,
+    width: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    rows: Annotated[int, typer.Option(help="Tokens compared with float64.")] = 64,
+    write: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+) -> None:
+    """Attend to a long sequence in one process and on a ring, and hold the ring to its bounds."""
+    size = Size(tokens, world, heads, groups, width, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = run_ranks(size, Path(folder))
+        whole = gather(size, Path(folder))
+    inputs = draw(size, list(range(2 * world)))
+    alone, seconds = in_one_process(inputs)
+    random = torch.Generator().manual_seed(0)
+    sample = torch.randperm(tokens, generator=random)[:rows].sort().values
+    exact = in_float64(inputs, sample)
+    for name in NAMES:
+        assert_as_accurate(name, *(x[name][:, sample] for x in (whole, alone)), exact[name])
+    figures = {"machine": machine.facts(), "size": asdict(size), "rows": rows}
+    figures |= {"one_process_seconds": seconds, "ranks": ranks, "bound_mib": size.bound() / 2**20}
+    show(figures)
+    if write:
+        write.write_text(json.dumps(figures, indent=1) + "\n")
+    peak = max(rank["peak_mib"] for rank in ranks)
+    if peak > figures["bound_mib"]:
+        raise SystemExit(f"ring: a rank takes {peak:.1f} MiB, above {figures['bound_mib']:.1f}")
+
+
+def run_ranks(size: Size, folder: Path) -> list[dict]:
+    """Start one process a rank, each on one thread; return their figures."""
+    os.environ |= MAPPED | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    context = get_context("spawn")
+    processes = [
+        context.Process(target=run_rank, args=(size, rank, folder)) for rank in range(size.world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if failed := [rank for rank, process in enumerate(processes) if process.exitcode]:
+        raise SystemExit(f"ring: ranks {failed} failed")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size.world)]
+
+
+def run_rank(size: Size, rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size.world)
+    zigzag = Zigzag(size.tokens, size.world)
+    step(draw(Size(**asdict(size) | {"tokens": 256 * size.world}), [*zigzag.chunks_of(rank)]))
+    before = resident("VmRSS")
+    shard = draw(size, [*zigzag.chunks_of(rank)])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set begins anew
+    results, seconds = step(shard)
+    peak = resident("VmHWM") - before
+    schedule = ring_schedule(size.tokens, size.world)
+    values = 2 * size.groups * size.width
+    sent = schedule.num_sent(rank) * values * size.torch_dtype.itemsize
+    figures = {
+        "seconds": seconds,
+        "peak_mib": peak / 2**20,
+        "sent_mib": sent / 2**20,
+        "sent_backward_mib": (sent + schedule.num_received(rank) * values * 4) / 2**20,
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(figures))
+    torch.save(dict(zip(NAMES, results, strict=True)), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def step(shard: list[Tensor]) -> tuple[tuple[Tensor, ...], list[float]]:
+    """Run forward and backward on the ring; return results and seconds of each."""
+    q, k, v, dout = shard
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    dist.barrier()
+    times = [time.perf_counter()]
+    out = ring_attention(*leaves, group=dist.group.WORLD)
+    dist.barrier()
+    times.append(time.perf_counter())
+    gradients = torch.autograd.grad(out, leaves, dout)
+    dist.barrier()
+    times.append(time.perf_counter())
+    return (out.detach(), *gradients), [times[1] - times[0], times[2] - times[1]]
+
+
+def resident(field: str) -> int:
+    """Read the resident set of this process from the kernel, in bytes: tensors and all else."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+
+
+def gather(size: Size, folder: Path) -> dict[str, Tensor]:
+    zigzag = Zigzag(size.tokens, size.world)
+    order = torch.cat([zigzag.positions(rank) for rank in range(size.world)]).argsort()
+    shards = [torch.load(folder / f"{rank}.pt") for rank in range(size.world)]
+    return {name: torch.cat([x[name] for x in shards], dim=1)[:, order] for name in NAMES}
+
+
+def in_one_process(inputs: list[Tensor]) -> tuple[dict[str, Tensor], list[float]]:
+    """Run attention on all threads; return results, and seconds forward and backward."""
+    *leaves, dout = (x.detach() for x in inputs)
+    leaves = [x.requires_grad_() for x in leaves]
+    start = time.perf_counter()
+    out = attention(*leaves)
+    middle = time.perf_counter()
+    gradients = torch.autograd.grad(out, leaves, dout)
+    seconds = [middle - start, time.perf_counter() - middle]
+    return dict(zip(NAMES, (out.detach(), *gradients), strict=True)), seconds
+
+
+def in_float64(inputs: list[Tensor], sample: Tensor) -> dict[str, Tensor]:
+    """Return the sampled tokens of out, dq, dk and dv; every query counts in those of a key."""
+    q, k, v, dout = (x[0].double().transpose(0, 1) for x in inputs)
+    rows, scale = len(q) // len(k), q.shape[-1] ** -0.5
+    position = torch.arange(q.shape[1])
+    after, before = sample[:, None] < position, position[:, None] < sample
+    out, dq = (torch.empty(len(sample), *q.shape[::2]).double() for _ in range(2))
+    dk, dv = (torch.zeros(len(sample), *k.shape[::2]).double() for _ in range(2))
+    for h in range(len(q)):
+        keys, values = k[h // rows], v[h // rows]
+        lse, all_out = softmax(scale * q[h], keys, values)
+        delta = (dout[h] * all_out).sum(1)
+        out[:, h] = all_out[sample]
+        weights = (scale * q[h, sample] @ keys.T - lse[sample, None]).exp().masked_fill_(after, 0)
+        dscores = weights * (dout[h, sample] @ values.T - delta[sample, None])
+        dq[:, h] = scale * dscores @ keys
+        weights = (scale * q[h] @ keys[sample].T - lse[:, None]).exp().masked_fill_(before, 0)
+        dscores = weights * (dout[h] @ values[sample].T - delta[:, None])
+        dk[:, h // rows] += scale * dscores.T @ q[h]
+        dv[:, h // rows] += weights.T @ dout[h]
+    return {name: x[None] for name, x in zip(NAMES, (out, dq, dk, dv), strict=True)}
+
+
+def softmax(q: Tensor, keys: Tensor, values: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+    """Return the lse and the result of every query of a head, a block at a time."""
+    lse, out = torch.empty(len(q)).double(), torch.empty_like(q)
+    for first in range(0, len(q), block):
+        part = slice(first, first + block)
+        end = min(first + block, len(q))
+        scores = q[part] @ keys[:end].T
+        hidden = torch.ones(end - first, end - first, dtype=torch.bool).triu(1)
+        scores[:, first:].masked_fill_(hidden, -torch.inf)
+        lse[part] = scores.logsumexp(1)
+        out[part] = scores.sub_(lse[part, None]).exp_() @ values[:end]
+    return lse, out
+
+
+def show(figures: dict) -> None:
+    size, alone = figures["size"], figures["one_process_seconds"]
+    table = Table(title=" ".join(f"{name} {value}" for name, value in size.items()))
+    for name in ("rank", "forward s", "backward s", "peak MiB", "sent MiB", "sent backward MiB"):
+        table.add_column(name, justify="right")
+    for rank, row in enumerate(figures["ranks"]):
+        numbers = *row["seconds"], row["peak_mib"], row["sent_mib"], row["sent_backward_mib"]
+        table.add_row(str(rank), *(f"{number:.1f}" for number in numbers))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"one process: forward {alone[0]:.1f} s, backward {alone[1]:.1f} s; "
+        f"a rank may take {figures['bound_mib']:.1f} MiB; {figures['rows']} tokens of out, dq, dk "
+        "and dv are as accurate as those of one process against float64"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(ring)
