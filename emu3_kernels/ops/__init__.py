@@ -9,5 +9,6 @@ OPS = (
     "rope_append",
     "cross_entropy",
     "linear_cross_entropy",
+    "attention",
     "decode_attention",
 )

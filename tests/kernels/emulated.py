@@ -18,8 +18,8 @@ from tests.budget import assert_as_accurate
 from tests.kernels import faulty
 from tests.kernels.suite import double, part, public, value_and_gradients
 
-ROUND_TWICE = {"linear_cross_entropy"}
-"""Ops that keep a rounded gradient, scale it in the backward pass and round it again."""
+ROUND_TWICE = {"linear_cross_entropy", "attention"}
+"""Ops that round on the way: a gradient kept to be scaled later, probabilities before a product."""
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import emu3_kernels
 from emu3_kernels import _native
 from emu3_kernels.ops import OPS
 
+LIBRARIES = ("flash_attn", "xformers")
+"""Backends that are the ops of other libraries, for ``test_attention_adapters`` alone."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,8 +26,10 @@ def public(op: str) -> Callable:
 
 
 def backends(op: str) -> Iterator[str]:
-    """Name every backend of ``op``; the native one once per level: ``native@avx2``."""
+    """Name every backend of our own; the native one once per level: ``native@avx2``."""
     for backend in part(op, "api").BACKENDS:
+        if backend in LIBRARIES:
+            continue
         if backend == "native" and not _native.MISSING:
             yield from (f"native@{level}" for level in _native.cpu_levels())
         else:

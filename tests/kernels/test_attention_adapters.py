@@ -2,10 +2,12 @@
 
 What stands in for them has the signatures of their public functions, as recorded from
 flash_attn/flash_attn_interface.py (2.8) and xformers/ops/fmha (0.0.33), and computes by the
-definition: what is tested is which arguments the adapters pass, not the kernels of others.
+definition: what is tested is which arguments the adapters pass, not the kernels of others. Those
+are tested where there is a GPU, and a library.
 """
 
 import sys
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -15,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emu3_kernels._attention.documents import starts_of
 from emu3_kernels.ops.attention import cases, reference
+from emu3_kernels.ops.attention.api import attention
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import double, value_and_gradients
 
@@ -121,6 +124,29 @@ def test_the_arguments_mean_the_same(name, size, adapter):
     exact = value_and_gradients("attention", reference.attention, double(call))
     for key, value in actual.items():
         assert_as_accurate(key, value, low[key], exact[key])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU for the libraries themselves")
+@pytest.mark.parametrize("size", cases.CHECK[2:])
+@pytest.mark.parametrize("name", ["flash_attn", "xformers"])
+def test_the_library_itself(name, size):
+    inputs = cases.make(
+        **size | {"lse": False, "dropout": 0.0}, dtype=torch.bfloat16, device="cuda"
+    )
+    call = partial(attention, backend=name)
+    try:
+        call(**inputs)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+    run = outputs if name == "xformers" else partial(value_and_gradients, "attention")
+    actual, low = run(call, inputs), run(reference.attention, inputs)
+    exact = run(reference.attention, double(inputs))
+    for key, value in actual.items():
+        assert_as_accurate(key, value, low[key], exact[key])
+
+
+def outputs(function, inputs):
+    return {"output": function(**inputs)}
 
 
 REFUSED = [
