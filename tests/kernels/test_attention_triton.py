@@ -141,7 +141,7 @@ def test_heads_narrower_than_their_block(width, device):
     check_public(device, width=width)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.3, 1.7])
+@pytest.mark.parametrize("scale", [0.0, -0.3, 0.5])
 def test_any_scale(scale, device):
     """The largest score is looked for before it is scaled, which a scale below 0 turns around."""
     check_public(device, {"scale": scale})
