@@ -83,7 +83,7 @@ def backward(
         grid = (triton.cdiv(num_keys, chosen.keys) * batch * num_groups,)
         seen_by = queries_of(spans, num_keys, chosen.keys)
         _bwd_k_kernel[grid](
-            dk, dv, seen_by, *given, 0 if seen_by.shape[0] == 1 else seen_by.stride(0),
+            dk, dv, seen_by, *given, 0 if seen_by.shape[0] == 1 else seen_by.stride(0), num_keys,
             **heads(q, k), **chosen.options(),
         )  # fmt: skip
     return dq, dk, dv
@@ -110,7 +110,7 @@ def _bwd_q_kernel(
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
     dout_batch_stride, dout_token_stride, dout_head_stride, span_stride,
-    num_queries, num_keys, num_heads, num_groups,
+    num_queries, num_heads, num_groups,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -161,8 +161,8 @@ def _bwd_k_kernel(
     first_ptr, end_ptr, seed_ptr, rows_ptr, columns_ptr, drop_below, keep_scale, scale,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
-    dout_batch_stride, dout_token_stride, dout_head_stride, span_stride, seen_by_stride,
-    num_queries, num_keys, num_heads, num_groups,
+    dout_batch_stride, dout_token_stride, dout_head_stride, span_stride, seen_by_stride, num_keys,
+    num_queries, num_heads, num_groups,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip

@@ -54,7 +54,6 @@ def heads(q: Tensor, k: Tensor) -> dict[str, int]:
     width = q.shape[3]
     return {
         "num_queries": q.shape[1],
-        "num_keys": k.shape[1],
         "num_heads": q.shape[2],
         "num_groups": k.shape[2],
         "WIDTH": width,

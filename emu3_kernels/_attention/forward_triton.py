@@ -73,7 +73,7 @@ def _fwd_kernel(
     seed_ptr, rows_ptr, columns_ptr, drop_below, keep_scale, scale,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride, span_stride,
-    num_queries, num_keys, num_heads, num_groups,
+    num_queries, num_heads, num_groups,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip

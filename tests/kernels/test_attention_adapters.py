@@ -1,9 +1,9 @@
 """attention by flash-attn and xformers, neither of which can be installed without a GPU.
 
 What stands in for them has the signatures of their public functions, as recorded from
-flash_attn/flash_attn_interface.py (2.8) and xformers/ops/fmha (0.0.33), and computes by the
-definition: what is tested is which arguments the adapters pass, not the kernels of others. Those
-are tested where there is a GPU, and a library.
+flash_attn/flash_attn_interface.py (commit 0053002) and from xformers/ops/fmha/__init__.py (00afc12)
+and attn_bias.py (deebdef) there, and computes by the definition: what is tested is which arguments the
+adapters pass. The kernels of others are tested where there is a GPU, and a library.
 """
 
 import sys

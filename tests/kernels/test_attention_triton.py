@@ -160,6 +160,22 @@ def test_views_of_one_projection_need_no_copy(device):
     assert all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a sparse file is no memory of a GPU")
+def test_offsets_need_64_bits(tmp_path):
+    """The third token lies beyond 2**31 elements, in a file that has no pages between them."""
+    stride = 2**30 + 64
+    file = torch.from_file(
+        str(tmp_path / "heads"), shared=True, size=2 * stride + 64, dtype=torch.float16
+    )
+    far = file.as_strided((1, 3, 1, 64), (0, stride, 64, 1)).copy_(torch.randn(1, 3, 1, 64))
+    near, dout = far.clone(), torch.randn(1, 3, 1, 64).half()
+    results = []
+    for x in (far, near):
+        out, lse = triton.forward(x, x, x, *causal(x, x))
+        results.append((out, lse, *triton.backward(dout, x, x, x, lse, lse, *causal(x, x))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def causal(q, k):
     positions = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
     return spans_of(*positions, causal=True), SCALE, None, False

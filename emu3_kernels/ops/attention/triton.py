@@ -31,10 +31,9 @@ def _emu3(width: int, *, backwards: bool = False, drops: bool = False) -> None:
         forward(q, k, v, spans, width**-0.5, dropout, wide=False)
 
 
-# Narrow are the spans, lse, delta and places of rows: of a transposed block of scores, a thread has
-# all queries on sm_100 and half of them on gfx942. What a program has of the 65,536 registers is
-# all of them forward (256 threads), half in _bwd_q_kernel, all in _bwd_k_kernel; of gfx942's, a
-# thread of 256 may have 512.
+# Of 65,536 registers, 255 a thread leave room for one program of 256 threads, which _fwd_kernel and
+# _bwd_k_kernel have, and for two of 128, which _bwd_q_kernel has; a thread of gfx942 may have 512.
+# Narrow are the spans, lse, delta and places of rows: of 64 queries, a thread may have 32.
 AMD = {
     "gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950",
     "gfx942: stores": "v_mfma leaves a thread four channels side by side: 8 bytes",
