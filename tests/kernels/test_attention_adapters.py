@@ -1,9 +1,9 @@
 """attention by flash-attn and xformers, neither of which can be installed without a GPU.
 
 What stands in for them has the signatures of their public functions, as recorded from
-flash_attn/flash_attn_interface.py (commit 0053002) and from xformers/ops/fmha/__init__.py (00afc12)
-and attn_bias.py (deebdef) there, and computes by the definition: what is tested is which arguments the
-adapters pass. The kernels of others are tested where there is a GPU, and a library.
+flash_attn/flash_attn_interface.py (commit 0053002), xformers/ops/fmha/__init__.py (00afc12) and
+attn_bias.py (deebdef) there, and computes by the definition: what is tested is which arguments
+the adapters pass. The kernels of others are tested where there is a GPU, and a library.
 """
 
 import sys
@@ -138,15 +138,11 @@ def test_the_library_itself(name, size):
         call(**inputs)
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
-    run = outputs if name == "xformers" else partial(value_and_gradients, "attention")
-    actual, low = run(call, inputs), run(reference.attention, inputs)
-    exact = run(reference.attention, double(inputs))
+    actual = value_and_gradients("attention", call, inputs)
+    low = value_and_gradients("attention", reference.attention, inputs)
+    exact = value_and_gradients("attention", reference.attention, double(inputs))
     for key, value in actual.items():
         assert_as_accurate(key, value, low[key], exact[key])
-
-
-def outputs(function, inputs):
-    return {"output": function(**inputs)}
 
 
 REFUSED = [
@@ -157,7 +153,7 @@ REFUSED = [
     ({"device": "cpu"}, "no kernel for a cpu tensor"),
 ]
 FLASH = [({"width": 512}, "256 at most, got 512"), ({"queries": 1 << 24}, "32 bits")]
-XFORMERS = [({"queries": 9}, "sees no key"), ({"gradient": True}, "may differ from run to run")]
+XFORMERS = [({"width": 512}, "256 at most, got 512"), ({"queries": 9}, "sees no key")]
 
 
 def reason(module, queries=4, keys=4, width=64, dtype=torch.bfloat16, device="cuda", gradient=False,
@@ -177,6 +173,19 @@ def test_what_a_library_cannot_do_is_refused(name, call, why, adapter):
     module = adapter(name)
     assert reason(module) is None
     assert why in reason(module, **call)
+
+
+def test_gradients_of_xformers_must_repeat(adapter):
+    """Under torch.use_deterministic_algorithms, it leaves out its kernels that add in any order."""
+    module, warns = adapter("xformers"), torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert reason(module, gradient=True) is None
+    torch.use_deterministic_algorithms(False)
+    try:
+        assert "use_deterministic_algorithms" in reason(module, gradient=True)
+        assert reason(module) is None
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)
 
 
 def test_documents_end_with_their_row():

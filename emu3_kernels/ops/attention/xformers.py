@@ -1,4 +1,4 @@
-"""attention by xformers, where it is installed: forward alone, as gradients may not repeat."""
+"""attention by xformers, where it is installed: gradient and all."""
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from xformers.ops.fmha.attn_bias import (
 
 from emu3_kernels._attention.documents import starts_of
 from emu3_kernels._autograd import needs_gradient
+
+WIDEST = 256
 
 
 def why_not(
@@ -26,12 +28,14 @@ def why_not(
         return f"xformers has no kernel for a {q.device.type} tensor"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{q.dtype} is left to other backends"
+    if q.shape[-1] > WIDEST:
+        return f"xformers takes heads of {WIDEST} at most, got {q.shape[-1]}"
     if dropout_p > 0:
         return "xformers drops by random numbers of its own"
     if return_lse:
         return "xformers' lse has no gradient"
-    if needs_gradient(q, k, v):
-        return "xformers says that its gradients may differ from run to run"
+    if needs_gradient(q, k, v) and not torch.are_deterministic_algorithms_enabled():
+        return "xformers' gradients repeat under torch.use_deterministic_algorithms alone"
     if not (q.numel() and k.numel()):
         return "xformers takes no empty tensor"
     if causal and q.shape[1] > k.shape[1]:
