@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +38,7 @@ class Size:
     groups: int
     width: int
     dtype: str
+    backend: str | None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -72,15 +73,16 @@ def ring(
     width: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     rows: Annotated[int, typer.Option(help="Tokens compared with float64.")] = 64,
+    backend: Annotated[str | None, typer.Option(help="Of both ops.")] = None,
     write: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
 ) -> None:
     """Attend to a long sequence in one process and on a ring, and hold the ring to its bounds."""
-    size = Size(tokens, world, heads, groups, width, dtype)
+    size = Size(tokens, world, heads, groups, width, dtype, backend)
     with tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(size, Path(folder))
         whole = gather(size, Path(folder))
     inputs = draw(size, list(range(2 * world)))
-    alone, seconds = in_one_process(inputs)
+    alone, seconds = in_one_process(inputs, backend)
     random = torch.Generator().manual_seed(0)
     sample = torch.randperm(tokens, generator=random)[:rows].sort().values
     exact = in_float64(inputs, sample)
@@ -117,12 +119,13 @@ def run_rank(size: Size, rank: int, folder: Path) -> None:
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size.world)
     zigzag = Zigzag(size.tokens, size.world)
-    step(draw(Size(**asdict(size) | {"tokens": 256 * size.world}), [*zigzag.chunks_of(rank)]))
+    chunks = list(zigzag.chunks_of(rank))
+    step(draw(replace(size, tokens=256 * size.world), chunks), size.backend)
     before = resident("VmRSS")
-    shard = draw(size, [*zigzag.chunks_of(rank)])
+    shard = draw(size, chunks)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident set begins anew
-    results, seconds = step(shard)
+    results, seconds = step(shard, size.backend)
     peak = resident("VmHWM") - before
     schedule = ring_schedule(size.tokens, size.world)
     values = 2 * size.groups * size.width
@@ -138,13 +141,13 @@ def run_rank(size: Size, rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def step(shard: list[Tensor]) -> tuple[tuple[Tensor, ...], list[float]]:
+def step(shard: list[Tensor], backend: str | None) -> tuple[tuple[Tensor, ...], list[float]]:
     """Run forward and backward on the ring; return results and seconds of each."""
     q, k, v, dout = shard
     leaves = [x.requires_grad_() for x in (q, k, v)]
     dist.barrier()
     times = [time.perf_counter()]
-    out = ring_attention(*leaves, group=dist.group.WORLD)
+    out = ring_attention(*leaves, group=dist.group.WORLD, backend=backend)
     dist.barrier()
     times.append(time.perf_counter())
     gradients = torch.autograd.grad(out, leaves, dout)
@@ -166,12 +169,14 @@ def gather(size: Size, folder: Path) -> dict[str, Tensor]:
     return {name: torch.cat([x[name] for x in shards], dim=1)[:, order] for name in NAMES}
 
 
-def in_one_process(inputs: list[Tensor]) -> tuple[dict[str, Tensor], list[float]]:
+def in_one_process(
+    inputs: list[Tensor], backend: str | None
+) -> tuple[dict[str, Tensor], list[float]]:
     """Run attention on all threads; return results, and seconds forward and backward."""
     *leaves, dout = (x.detach() for x in inputs)
     leaves = [x.requires_grad_() for x in leaves]
     start = time.perf_counter()
-    out = attention(*leaves)
+    out = attention(*leaves, backend=backend)
     middle = time.perf_counter()
     gradients = torch.autograd.grad(out, leaves, dout)
     seconds = [middle - start, time.perf_counter() - middle]

@@ -57,6 +57,12 @@ def test_bfloat16_is_merged_in_float32(ranks, kernels):
     ranks(4).run(cases.all_equal_one_process, few, kernels, {})
 
 
+def test_triton_runs_the_ring_too(ranks):
+    """Its interpreter is slow: in float32, one sequence with a document across every edge."""
+    size = {"tokens": 35, "starts": [[3, 20]], "width": 16}
+    ranks(2).run(cases.all_equal_one_process, [size], "triton", {"dropout_p": 0.4})
+
+
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_a_required_backend_is_there(name):
     assert name not in REQUIRED or not isinstance(api.BACKENDS.get(name, "absent"), str)
@@ -176,13 +182,13 @@ def test_without_a_group_there_is_no_ring():
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_when_a_rank_fails_the_others_fail_and_say_why(where, how):
-    """Within the 5 seconds of the group in each wait; those that talk to a dead rank at once."""
+    """Within the 3 seconds of the group in each wait; those that talk to a dead rank at once."""
     with closing(Ranks(4)) as ranks:
         results = ranks.run(cases.survives, how, where, may_die=1)
     others = [results[rank] for rank in (0, 2, 3)]
     for message, seconds in others:
         assert message.startswith("LostRankError: ring_attention: rank "), message
-        assert seconds < 15
+        assert seconds < 10
         if how == "raises":
             assert "rank 1 failed with MemoryError: no room for a miracle" in message
     if how == "raises":
@@ -193,4 +199,4 @@ def test_when_a_rank_does_not_come_the_others_do_not_wait_for_ever():
     with closing(Ranks(2)) as ranks:
         (message, seconds), _ = ranks.run(cases.survives, "absent", "forward", may_die=1)
     assert "rank 0 waited to compare arguments in vain" in message
-    assert seconds < 15
+    assert seconds < 10

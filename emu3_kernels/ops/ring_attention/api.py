@@ -13,7 +13,7 @@ from emu3_kernels.ops.ring_attention.agreement import Facts, agree, failing_toge
 from emu3_kernels.ops.ring_attention.schedule import Schedule, ring_schedule
 from emu3_kernels.ops.ring_attention.shards import Zigzag, gather
 
-BACKENDS = load("ring_attention")
+BACKENDS = load("ring_attention", "native", "triton")
 
 
 def ring_attention(

@@ -1,5 +1,6 @@
 """The ring of a rank: keys arrive while others are attended to, results merge in order of hops."""
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ from emu3_kernels.ops.ring_attention.schedule import Schedule, Transfer
 
 FORWARD_PIECES, BACKWARD_PIECES = 4, 8
 """Pieces of a long shard that travel one by one. Keys of two pieces are here at a time, backward
-float32 gradients of four: an eighth keeps a training step within 1.5 times the shards of q, k, v,
-out and their gradients and the keys and values of two whole hops."""
+float32 gradients of four, and what a kernel keeps of a piece of queries: eighths keep a training
+step within 1.5 times q, k, v, out and their gradients and the keys and values of two whole hops."""
 
 
 class Call(NamedTuple):
@@ -47,7 +48,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     for t, step in enumerate(hops.steps):
         keys = arriving.wait()
         arriving = hops.fetch(t + 1, k, v)
-        for part in map(_slice, step.reads.queries):
+        for part in _cut(step.reads.queries, len(hops.rows)):
             mask = hops.mask(hops.rows[part], hops.columns(step))
             _merge(
                 out[:, part],
@@ -63,29 +64,23 @@ def backward(
     """Return dq, dk and dv; those of a key are added up by its owner, in the order of hops."""
     hops = _Hops(call, BACKWARD_PIECES, q.device)
     arriving = hops.fetch(0, k, v)
-    delta = _delta(dout, out)
-    mine = hops.mask(hops.rows, hops.rows)
-    wide = hops.world > 1
-    dq, dk, dv = call.kernels.backward(dout, q, k, v, lse, delta, *mine, wide=wide)
-    returning = None
+    queries = dout, q, lse, _delta(dout, out)
+    if hops.world == 1:
+        mask = hops.mask(hops.rows, hops.rows)
+        return call.kernels.backward(dout, q, k, v, *queries[2:], *mask, wide=False)
+    dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+    for step in hops.own:
+        keys = [_pick(x, step.reads) for x in (k, v)] if step.reads.keys else []
+        _collect(step.reads, hops.pull_back(step, queries, keys, dq), dk, dv)
+    returning, sent = None, Transfer((), ())
     for t, step in enumerate(hops.steps):
         keys = arriving.wait()
         arriving = hops.fetch(t + 1, k, v)
-        dkeys: list[Tensor] = []
-        for part in map(_slice, step.reads.queries):
-            mask = hops.mask(hops.rows[part], hops.columns(step))
-            queries = dout[:, part], q[:, part]
-            rest = lse[:, :, part].contiguous(), delta[:, :, part].contiguous()
-            _add(
-                dq[:, part],
-                dkeys,
-                *call.kernels.backward(*queries, *keys, *rest, *mask, wide=True),
-            )
+        dkeys = hops.pull_back(step, queries, keys, dq)
         if returning:
-            hops.collect(t - 1, returning, dk, dv)
-        returning = hops.give_back(t, dkeys, dk)
-    if returning:
-        hops.collect(len(hops.steps) - 1, returning, dk, dv)
+            _collect(sent, returning.wait(), dk, dv)
+        returning, sent = hops.give_back(step, dkeys, dk), step.sends
+    _collect(sent, returning.wait(), dk, dv)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -100,6 +95,14 @@ class _Hops:
         self.call, schedule = call, call.schedule
         self.rank, self.world = dist.get_rank(call.group), schedule.zigzag.world
         self.rows = schedule.zigzag.positions(self.rank, device)
+        pieces = schedule.num_pieces(most_pieces)
+        # Queries of a kernel: what it keeps of them is no more than a piece either.
+        self.most_rows = max(1, -(-len(self.rows) // pieces))
+        nothing = Transfer((), ())
+        self.own = [
+            Step(self.rank, self.rank, schedule.transfer(self.rank, self.rank, i, pieces), nothing)
+            for i in range(pieces)
+        ]
         self.steps = []
         for hop, *piece in schedule.steps(most_pieces):
             owner, reader = (self.rank - hop) % self.world, (self.rank + hop) % self.world
@@ -129,22 +132,38 @@ class _Hops:
         received = (_room(x, step.reads, x.dtype) for x in (k, v)) if step.reads.keys else ()
         return Posted(sent, step.reader, received, step.owner, self.call.group)
 
-    def give_back(self, t: int, dkeys: list[Tensor], k: Tensor) -> Posted:
-        """Begin to return the gradients of the keys of step ``t`` to their owner."""
-        step = self.steps[t]
-        received = (
-            [_room(k, step.sends, torch.float32) for _ in range(2)] if step.sends.keys else ()
-        )
+    def pull_back(
+        self, step: Step, queries: tuple[Tensor, ...], keys: list[Tensor], dq: Tensor
+    ) -> list[Tensor]:
+        """Add to ``dq`` what the keys of a step give, and return their dk and dv."""
+        dout, q, lse, delta = queries
+        dkeys: list[Tensor] = []
+        for part in _cut(step.reads.queries, self.most_rows):
+            sums = lse[:, :, part].contiguous(), delta[:, :, part].contiguous()
+            mask = self.mask(self.rows[part], self.columns(step))
+            _add(
+                dq[:, part],
+                dkeys,
+                *self.call.kernels.backward(
+                    dout[:, part], q[:, part], *keys, *sums, *mask, wide=True
+                ),
+            )
+        return dkeys
+
+    def give_back(self, step: Step, dkeys: list[Tensor], k: Tensor) -> Posted:
+        """Begin to return the gradients of the keys of a step to their owner."""
         sent = (x.contiguous() for x in dkeys)
+        received = [_room(k, step.sends, torch.float32) for _ in range(2 * bool(step.sends.keys))]
         return Posted(sent, step.owner, received, step.reader, self.call.group)
 
-    def collect(self, t: int, returning: Posted, *totals: Tensor) -> None:
-        """Add the gradients of what was sent in step ``t``."""
-        for total, part in zip(totals, returning.wait(), strict=False):
-            first = 0
-            for keys in self.steps[t].sends.keys:
-                total[:, keys.start : keys.stop] += part[:, first : first + len(keys)]
-                first += len(keys)
+
+def _collect(sent: Transfer, parts: list[Tensor], *totals: Tensor) -> None:
+    """Add the gradients of the keys that were sent."""
+    for total, part in zip(totals, parts, strict=False):
+        first = 0
+        for keys in sent.keys:
+            total[:, keys.start : keys.stop] += part[:, first : first + len(keys)]
+            first += len(keys)
 
 
 def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
@@ -171,8 +190,10 @@ def _delta(dout: Tensor, out: Tensor) -> Tensor:
     )
 
 
-def _slice(part: range) -> slice:
-    return slice(part.start, part.stop)
+def _cut(ranges: tuple[range, ...], longest: int) -> Iterator[slice]:
+    for whole in ranges:
+        for first in range(whole.start, whole.stop, longest):
+            yield slice(first, min(first + longest, whole.stop))
 
 
 def _pick(tensor: Tensor, transfer: Transfer, dim: int = 1) -> Tensor:

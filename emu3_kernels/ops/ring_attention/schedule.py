@@ -60,7 +60,7 @@ class Schedule(NamedTuple):
                 yield hop, piece, pieces
 
     def transfer(self, owner: int, reader: int, piece: int = 0, pieces: int = 1) -> Transfer:
-        """Return what ``reader`` needs of a piece of the shard of ``owner``."""
+        """Return what ``reader`` needs of a piece of the shard of ``owner``, perhaps its own."""
         size = self.zigzag.size(owner)
         cell = range(size * piece // pieces, size * (piece + 1) // pieces)
         keys, queries = [], []
@@ -84,7 +84,7 @@ class Schedule(NamedTuple):
         keys, queries = self.zigzag.chunk(c), self.zigzag.chunk(d)
         if self.causal and c > d:
             return range(0), range(0)
-        if self.edges is None or not keys or not queries:
+        if self.edges is None or c == d or not keys or not queries:
             return keys, queries
         pairs = list(zip(self.edges[c], self.edges[d], strict=True))
         if c < d:

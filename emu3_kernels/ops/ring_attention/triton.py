@@ -1,0 +1,13 @@
+"""ring_attention in Triton: emu3_kernels/_attention on the keys of every hop."""
+
+from torch import Tensor
+
+from emu3_kernels._attention import blocks_triton
+from emu3_kernels._attention.backward_triton import backward
+from emu3_kernels._attention.forward_triton import forward
+
+__all__ = ["backward", "forward", "why_not"]
+
+
+def why_not(q: Tensor, *_: object) -> str | None:
+    return blocks_triton.why_not(q)
