@@ -7,16 +7,14 @@
 
 #include <stdint.h>
 
+#include "element.cuh"
+
 namespace emu3 {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kTileFloats = 4096;
 constexpr int kGroup = 8;  // codes between two looks at the best distance
-
-struct bfloat16 {
-  uint16_t bits;
-};
 
 // z [batch, dim, places] with strides in elements, read as num_queries = batch * places queries.
 template <typename T>
@@ -27,9 +25,6 @@ struct Latents {
 };
 
 constexpr float kNothing = __builtin_huge_valf();
-
-__device__ inline float raise(float x) { return x; }
-__device__ inline float raise(bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
 // Query t, with zeros beyond its dim: they leave every distance as it is.
 template <int kDim, typename T>

@@ -55,6 +55,12 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 // A fiber gives way only where it waits, so that plain code is atomic.
 template <typename T>
 T atomicAdd(T* at, T value) {

@@ -1,19 +1,20 @@
-"""decode_attention in Triton: keys split among programs, whose partial results a second launch merges.
+"""decode_attention in Triton: keys split among programs, and a second launch that merges.
 
 B batch, t new tokens, H query heads, G key heads, K head width. The ``t * H / G`` queries of a key
 head are the rows of one product, by token, then by head: each key is read once for all of them.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from emu3_kernels import _triton
 from emu3_kernels._triton import (
     NUM_MULTIPROCESSORS,
-    WARP,
     Config,
     Contract,
     meta,
@@ -53,7 +54,8 @@ def forward(
     rows = new * heads // groups
     tile_rows = min(max(next_power_of_2(rows), FEWEST_ROWS), MOST_ROWS)
     blocks = triton.cdiv(rows, tile_rows)
-    keys = 64 if q.element_size() == 2 else 32
+    # Of gfx942's 64 KiB of shared memory, more keys leave too little, and registers spill.
+    keys = 64 if q.element_size() == 2 and _triton.WARP == 32 else 32
     capacity = k_cache.shape[1] if table is None else page * table.shape[1]
     splits = num_splits(batch * groups * blocks, triton.cdiv(capacity, keys))
     partial = q.new_empty(batch, groups, splits, rows, width, dtype=torch.float32)
@@ -65,8 +67,7 @@ def forward(
         0 if table is None else table.stride(0), lengths.stride(0),
         scale * math.log2(math.e), new, heads // groups, splits, blocks,
         PAGE=page, ROWS=tile_rows, KEYS=keys, K=width, PADDED=padded,
-        # 64 KiB of shared memory, all that gfx942 has, hold the keys and values of one stage.
-        num_stages=3 if WARP == 32 else 1, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        num_stages=3 if _triton.WARP == 32 else 1, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     _merge_kernel[(rows, groups, batch)](
         partial, lse, lengths, out, lengths.stride(0), new, heads // groups, splits,
@@ -186,13 +187,19 @@ def _cache(new: int, page: int | None) -> None:
     forward(meta(2, new, 32, 128), meta(*shape), meta(*shape), lengths, table, 128**-0.5)
 
 
-# 168 registers keep three programs of four warps on a multiprocessor.
-STATIC = Contract(max_registers=168, scalar_loads=1, tensor_cores=True, async_copies=True)
-PAGED = Contract(max_registers=168, scalar_loads=8, tensor_cores=True, async_copies=True)
-MERGE = Contract(max_registers=128, scalar_loads=8, scalar_stores=1)
+EXCEPTIONS = {"gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950"}
+# 128 registers keep four programs of four warps on a multiprocessor, 255 two. Narrow are the
+# length, the pages of the keys that a thread reads, and the lse of a row.
+STATIC = Contract(
+    128, scalar_loads=1, scalar_stores=1, tensor_cores=True, async_copies=True,
+    exceptions=EXCEPTIONS,
+)  # fmt: skip
+MANY = replace(STATIC, max_registers=255)
+PAGED = replace(STATIC, scalar_loads=8)
+MERGE = Contract(64, scalar_loads=4, scalar_stores=1)
 CONFIGS = (
     Config("one token", lambda: _cache(1, None), {"_fwd_kernel": STATIC, "_merge_kernel": MERGE}),
-    Config("16 tokens", lambda: _cache(16, None), {"_fwd_kernel": STATIC, "_merge_kernel": MERGE}),
+    Config("16 tokens", lambda: _cache(16, None), {"_fwd_kernel": MANY, "_merge_kernel": MERGE}),
     Config(
         "one token, pages of 16",
         lambda: _cache(1, 16),

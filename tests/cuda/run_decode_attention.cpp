@@ -1,0 +1,82 @@
+// decode_attention.cuh on the CPU. Reads a call from stdin, writes its results to stdout; the
+// inputs end where unmapped memory begins, so that a read past them is a segmentation fault.
+#include "fiber.h"
+
+#include "decode_attention.cuh"
+
+#include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace {
+
+struct Header {
+  double scale;
+  int64_t is_bfloat16, batch, new_tokens, heads_of_group, groups, width, capacity, page;
+  int64_t table_columns, num_multiprocessors, seed;
+  int64_t strides[9], bytes[3];  // of q, k and v
+};
+
+const void* read_guarded(size_t bytes) {
+  const size_t page = sysconf(_SC_PAGESIZE), size = (bytes + page - 1) / page * page;
+  char* memory = static_cast<char*>(
+      mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  mprotect(memory + size, page, PROT_NONE);
+  char* data = memory + size - bytes;
+  if (fread(data, 1, bytes, stdin) != bytes) throw std::runtime_error("short input");
+  return data;
+}
+
+template <typename T>
+emu3::DecodeHeads<T> read_heads(const Header& h, int which) {
+  const int64_t* const strides = h.strides + 3 * which;
+  return {static_cast<const T*>(read_guarded(h.bytes[which])), strides[0], strides[1], strides[2]};
+}
+
+template <typename T>
+void run(const Header& h) {
+  const int rows = static_cast<int>(h.new_tokens * h.heads_of_group);
+  const auto q = read_heads<T>(h, 0), k = read_heads<T>(h, 1), v = read_heads<T>(h, 2);
+  const void* const lengths = read_guarded(h.batch * sizeof(int32_t));
+  const void* const table = read_guarded(h.batch * h.table_columns * sizeof(int32_t));
+  const int splits = emu3::decode_splits(h.batch, static_cast<int>(h.groups), rows, h.capacity,
+                                         static_cast<int>(h.num_multiprocessors));
+  const int64_t results = h.batch * h.groups * splits * rows;
+  std::vector<float4> partial(results * h.width / 4, make_float4(NAN, NAN, NAN, NAN));
+  std::vector<float> lse(results, NAN);
+  std::vector<float4> out(h.batch * h.groups * rows * h.width * sizeof(T) / 16,
+                          make_float4(NAN, NAN, NAN, NAN));
+  const emu3::Decode<T> call{q,
+                             k,
+                             v,
+                             static_cast<const int32_t*>(lengths),
+                             h.table_columns ? static_cast<const int32_t*>(table) : nullptr,
+                             h.table_columns,
+                             static_cast<int>(h.page),
+                             static_cast<int>(h.new_tokens),
+                             static_cast<int>(h.heads_of_group),
+                             static_cast<int>(h.groups),
+                             splits,
+                             static_cast<float>(h.scale),
+                             &partial[0].x,
+                             lse.data(),
+                             reinterpret_cast<T*>(out.data())};
+  emu3::decode_attention(call, static_cast<int>(h.width), h.batch, [&](auto kernel, dim3 grid) {
+    fiber::launch(grid, {emu3::kDecodeThreads}, static_cast<unsigned>(h.seed),
+                  [&] { kernel(call); });
+  });
+  fwrite(out.data(), sizeof(float4), out.size(), stdout);
+}
+
+}  // namespace
+
+int main() {
+  try {
+    Header header;
+    if (fread(&header, sizeof header, 1, stdin) != 1) throw std::runtime_error("no header");
+    header.is_bfloat16 ? run<emu3::bfloat16>(header) : run<float>(header);
+  } catch (const std::exception& error) {
+    fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}
