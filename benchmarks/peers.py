@@ -210,6 +210,52 @@ def vllm_rope_append(
     return call
 
 
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    page_table: None,
+) -> Tensor:
+    """Attend to full rows, as all of TIME are; one new token needs no mask."""
+    heads = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
+    return F.scaled_dot_product_attention(*heads, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+def vllm_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    page_table: None,
+) -> Call:
+    """Attend to vLLM's own cache, in blocks that are packed for its kernel beforehand."""
+    attend = vllm("cpu_attention_with_kv_cache")
+    isa, block = "amx" if torch.cpu._is_amx_tile_supported() else "vec", 128
+    (batch, capacity, groups, width), heads = k_cache.shape, q.shape[2]
+    blocks = torch.arange(batch * capacity // block, dtype=torch.int32).view(batch, -1)
+    caches = [k_cache.new_zeros(blocks.numel(), groups, block, width) for _ in range(2)]
+    rows = (cache.flatten(0, 1) for cache in (k_cache, v_cache))
+    vllm("cpu_attn_reshape_and_cache")(*rows, *caches, torch.arange(batch * capacity), isa)
+    starts = torch.arange(batch + 1, dtype=torch.int32)
+    plan = vllm("get_scheduler_metadata")(
+        batch, heads, groups, width, lengths, q.dtype, starts, True, -1, isa, True, None
+    )
+    query, out = q.flatten(0, 1).contiguous(), torch.empty_like(q)
+
+    def call() -> Tensor:
+        rows = out.view(query.shape)
+        attend(
+            query, *caches, rows, starts, lengths, scale, True, None, -1, blocks, 0.0, plan,
+            None, None,
+        )  # fmt: skip
+        return out
+
+    return call
+
+
 def faiss_nearest_code(z: Tensor, codebook: Tensor) -> Call:
     """Search a flat index; faiss 1.15.1 takes its fused kernel at 32,768 queries, not at 16,384."""
     if find_spec("faiss") is None:
@@ -257,6 +303,7 @@ FIELDS: dict[str, Field] = {
     "cross_entropy": Field(cross_entropy, directions=BOTH),
     # Its forward pass makes the gradients too, so that only the whole can be compared.
     "linear_cross_entropy": Field(linear_cross_entropy, directions=BOTH[1:]),
+    "decode_attention": Field(decode_attention, {"vLLM": vllm_decode_attention}),
     "nearest_code": Field(
         nearest_code,
         {

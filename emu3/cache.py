@@ -1,69 +1,74 @@
-"""A static key/value cache: allocated once, filled from the left.
+"""A static key/value cache: allocated once, every row filled from its first slot.
 
-``L`` layers, ``B`` rows, ``S`` positions, ``G`` key/value heads, ``K`` head width.
+``L`` layers, ``B`` rows, ``S`` slots, ``G`` key/value heads, ``K`` head width.
 """
 
 import torch
 from torch import Tensor
 
 from emu3.config import ModelSettings
+from emu3_kernels import attention, decode_attention
+
+MOST_NEW = 16
+"""Tokens that ``decode_attention`` takes at once."""
 
 
 class KeyValueCache:
-    """Keys and values of ``B`` left-padded rows.
+    """Keys and values of ``B`` rows, each from slot 0 to its own length.
+
+    A token's slot is its position. Rows of a ragged batch are padded on the right: what their
+    padding leaves behind a row's length is never read, and the row's next tokens overwrite it.
 
     Args:
         settings: the model's shape.
-        starts: ``[B]`` int64, how many padding positions each row begins with.
-        capacity: positions to hold, padding included.
+        batch: rows.
+        capacity: slots of a row, the padding of the longest call included.
     """
 
     def __init__(
-        self, settings: ModelSettings, starts: Tensor, capacity: int, dtype: torch.dtype
+        self,
+        settings: ModelSettings,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
     ) -> None:
-        shape = (
-            settings.layers,
-            len(starts),
-            capacity,
-            settings.kv_heads,
-            settings.head_width,
-        )
-        self.keys = torch.zeros(shape, dtype=dtype, device=starts.device)
+        shape = settings.layers, batch, capacity, settings.kv_heads, settings.head_width
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.starts = starts
-        self.capacity = capacity
-        self.length = 0
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.longest, self.ragged = 0, False
+        """The largest length, and whether others are shorter, known without asking the device."""
 
     def slots(self, num_new: int) -> Tensor:
-        """``[B, T]`` where the next ``num_new`` tokens go: after ``length``, in every row."""
-        stop = self.length + num_new
-        if stop > self.capacity:
-            raise ValueError(f"KeyValueCache: {stop} positions exceed its capacity {self.capacity}")
-        slots = torch.arange(self.length, stop, device=self.starts.device)
-        return slots.expand(len(self.starts), num_new)
+        """``[B, T]`` int64 slots, and positions, of the next ``num_new`` tokens of each row."""
+        capacity = self.keys.shape[2]
+        if self.longest + num_new > capacity:
+            raise ValueError(
+                f"KeyValueCache: {self.longest + num_new} positions exceed its capacity {capacity}"
+            )
+        return self.lengths[:, None].long() + torch.arange(num_new, device=self.lengths.device)
 
-    def positions(self, num_new: int) -> Tensor:
-        """``[B, T]`` positions of the next ``num_new`` tokens, counted without the padding."""
-        return (self.slots(num_new) - self.starts[:, None]).clamp_min(0)
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attend from ``q [B, T, H, K]`` of new tokens, whose keys and values are in their slots.
 
-    def mask(self, num_new: int) -> Tensor:
-        """``[B, 1, T, S]`` True where a new token may look: causal, and never at padding.
-
-        A padding token sees itself, so that no row of the softmax is empty.
+        Few tokens are decoded, each row up to its own length; many are a prompt, or the next part
+        of one, for which all rows must be equally long.
         """
-        stop = self.length + num_new
-        key = torch.arange(stop, device=self.starts.device)
-        query = key[self.length :, None]
-        visible = (key <= query) & (key >= self.starts[:, None, None])
-        return (visible | (key == query))[:, None]
+        num_new, keys, values = q.shape[1], self.keys[layer], self.values[layer]
+        if self.longest and num_new <= MOST_NEW:
+            return decode_attention(q, keys, values, self.lengths + num_new)
+        if self.ragged:
+            raise ValueError(
+                f"KeyValueCache: rows of different lengths take at most {MOST_NEW} tokens a call, "
+                f"got {num_new}"
+            )
+        stop = self.longest + num_new
+        return attention(q, keys[:, :stop], values[:, :stop])
 
-    def layer(self, index: int, num_new: int) -> tuple[Tensor, Tensor]:
-        """Views ``[B, S, G, K]`` of one layer's keys and values, up to the last new token.
-
-        ``advance`` moves ``length`` once every layer has stored the new ones.
-        """
-        stop = self.length + num_new
-        return self.keys[index, :, :stop], self.values[index, :, :stop]
-
-    def advance(self, num_new: int) -> None:
-        self.length += num_new
+    def advance(self, num_new: int, counts: Tensor | None = None) -> None:
+        """Make ``num_new`` tokens part of every row, or the first ``counts [B]`` of them."""
+        self.lengths = self.lengths + (num_new if counts is None else counts.int())
+        self.longest += num_new
+        self.ragged |= counts is not None

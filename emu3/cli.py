@@ -1,8 +1,9 @@
-"""The command line: ``emu3 demo | train | generate | chat``.
+"""The command line: ``emu3 demo | train | generate | chat | profile``.
 
 A mistake of the user's ends in one line on stderr and exit code 1, never in a traceback.
 """
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from typer.core import TyperGroup
 
-from emu3.config import load_recipe
+from emu3.config import load_model, load_recipe
 from emu3.files import replacing
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.model import Emu3
@@ -40,6 +41,19 @@ app = typer.Typer(cls=_OneLine, help=__doc__, no_args_is_help=True, pretty_excep
 
 Decoder = Annotated[Path, typer.Option(help="decoder.safetensors of a training run")]
 Vision = Annotated[Path, typer.Option(help="vision.safetensors of a training run")]
+
+
+class Dtype(str, Enum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 _DEMO = Path("demo/runs")
 _DECODER, _VISION = _DEMO / "decoder/decoder.safetensors", _DEMO / "vision/vision.safetensors"
 
@@ -103,6 +117,35 @@ def chat(
     codes = tokenizer.encode(torch.stack([_read(path, size) for path in pictures]))
     for path, words in zip(pictures, generate_captions(model, text, codes), strict=True):
         Console().print(f"{path}: {words}", markup=False)
+
+
+@app.command()
+def profile(
+    overrides: Annotated[list[str] | None, typer.Argument(help="such as layers=2")] = None,
+    preset: Annotated[str, typer.Option(help="shape of the model: 8b or mini")] = "8b",
+    context: Annotated[int, typer.Option(help="tokens of the longest decode")] = 131072,
+    prefill: Annotated[int, typer.Option(help="tokens of the longest prompt")] = 8192,
+    against: Annotated[str | None, typer.Option(help="attention backend to compare with")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="of weights and cache")] = Dtype.bfloat16,
+    device: Annotated[Device, typer.Option(help="where it runs")] = Device.cpu,
+    out: Annotated[Path, typer.Option(help="folder to fill")] = Path("profile"),
+) -> None:
+    """Show where the time of a prefill and a decode goes, with random weights."""
+    # Here, because matplotlib is slow to import.
+    from emu3.profile.report import write_report
+    from emu3.profile.run import run_profile
+
+    found = run_profile(
+        load_model(preset, overrides or ()),
+        context=context,
+        prefill=prefill,
+        out=out,
+        against=against,
+        dtype=getattr(torch, dtype.value),
+        device=device.value,
+    )
+    write_report(found, out)
+    Console().print(f"wrote {out}/profile.md, profile.json, time_per_token.png and trace.json")
 
 
 def _load(decoder: Path, vision: Path) -> tuple[Emu3, VisionTokenizer, ByteTokenizer]:

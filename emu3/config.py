@@ -250,13 +250,19 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     tree = _read(name)
     for word in overrides:
         _override(tree, word)
-    preset = tree.pop("preset", "mini")
-    if preset not in PRESETS:
-        raise SettingsError(f"preset: unknown {preset!r}; expected one of {', '.join(PRESETS)}")
+    preset = _preset(tree.pop("preset", "mini"))
     model = tree.get("model", {})
     if isinstance(model, dict):
-        tree["model"] = _merge(PRESETS[preset].model_dump(), model)
+        tree["model"] = _merge(preset, model)
     return parse(Recipe, tree)
+
+
+def load_model(preset: str, overrides: Iterable[str] = ()) -> ModelSettings:
+    """The settings of a preset, ``key=value`` overrides such as ``layers=2`` applied."""
+    tree = _preset(preset)
+    for word in overrides:
+        _override(tree, word)
+    return parse(ModelSettings, tree)
 
 
 def parse(kind: type[Settings], tree: Mapping[str, Any]) -> Any:
@@ -265,6 +271,12 @@ def parse(kind: type[Settings], tree: Mapping[str, Any]) -> Any:
         return kind.model_validate(tree)
     except ValidationError as fault:
         raise SettingsError(_one_line(kind, fault)) from None
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise SettingsError(f"preset: unknown {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name].model_dump()
 
 
 def _read(name: str | Path) -> dict[str, Any]:

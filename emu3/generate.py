@@ -30,11 +30,11 @@ class Sampling:
     """The caption that guidance leads away from."""
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-align prompts: ids ``[B, T]`` and the number of padding ids of each row ``[B]``."""
-    longest = max(map(len, prompts))
-    starts = torch.tensor([longest - len(ids) for ids in prompts])
-    return torch.tensor([[*[pad] * (longest - len(ids)), *ids] for ids in prompts]), starts
+def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Left-align prompts: ids ``[B, T]``, and how many of each row are no padding ``[B]``."""
+    counts = torch.tensor([len(ids) for ids in prompts])
+    longest = int(counts.max())
+    return torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in prompts]), counts
 
 
 @torch.no_grad()
@@ -55,20 +55,22 @@ def generate_images(
     ids, (height, width) = text.vocabulary, grid
     negatives = [] if how.guidance == 1 else [how.negative] * len(captions)
     prompts = [generation_prompt(words, grid, text) for words in [*captions, *negatives]]
-    tokens, starts = _on(model, *pad_left(prompts, ids.pad))
+    tokens, counts = _on(model, *pad_right(prompts, ids.pad))
     # The last forward feeds the last but one token of the grid.
     capacity = tokens.shape[1] + height * (width + 1) - 2
-    cache = KeyValueCache(model.settings, starts, capacity, model.head.weight.dtype)
+    cache = _cache(model, len(prompts), capacity)
     visual_head = model.head.weight[ids.visual_start : ids.size]
     codes = tokens.new_empty(len(captions), height, width)
     for row in range(height):
         for column in range(width):
-            logits = F.linear(model(tokens, cache)[:, -1], visual_head)
+            hidden = _last_hidden(model, tokens, cache, counts)
+            logits = F.linear(hidden, visual_head)
             if negatives:
                 logits = guide(*logits.chunk(2), how.guidance)
             code = sample(logits, top_k=how.top_k, temperature=how.temperature, generator=generator)
             codes[:, row, column] = code
             tokens = (code + ids.visual_start).repeat(len(prompts) // len(captions))[:, None]
+            counts = None
         tokens = F.pad(tokens, (0, 1), value=ids.eol)
     return codes
 
@@ -81,14 +83,14 @@ def generate_captions(
     _check(model, codes)
     ids = text.vocabulary
     prompts = [understanding_prompt(one, text) for one in codes]
-    tokens, starts = _on(model, *pad_left(prompts, ids.pad))
+    tokens, counts = _on(model, *pad_right(prompts, ids.pad))
     capacity = tokens.shape[1] + max_new_tokens - 1
-    cache = KeyValueCache(model.settings, starts, capacity, model.head.weight.dtype)
+    cache = _cache(model, len(prompts), capacity)
     text_head, end_head = model.head.weight[: ids.num_text], model.head.weight[ids.eos][None]
     written = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
-        hidden = model(tokens, cache)[:, -1]
+        hidden = _last_hidden(model, tokens, cache, counts)
         logits = torch.cat((F.linear(hidden, text_head), F.linear(hidden, end_head)), dim=-1)
         best = logits.argmax(-1)
         token = best.masked_fill(ended | (best == ids.num_text), ids.eos)
@@ -96,9 +98,24 @@ def generate_captions(
         if ended.all():
             break
         written.append(token)
-        tokens = token[:, None]
+        tokens, counts = token[:, None], None
     rows = torch.stack(written, 1).tolist() if written else [[] for _ in prompts]
     return [text.decode([i for i in row if i != ids.eos]) for row in rows]
+
+
+def _cache(model: Emu3, batch: int, capacity: int) -> KeyValueCache:
+    weight = model.head.weight
+    return KeyValueCache(model.settings, batch, capacity, dtype=weight.dtype, device=weight.device)
+
+
+def _last_hidden(
+    model: Emu3, tokens: Tensor, cache: KeyValueCache, counts: Tensor | None
+) -> Tensor:
+    """Hidden state ``[B, D]`` of each row's last token: of a prompt's ``counts``, or of all."""
+    hidden = model(tokens, cache, counts=counts)
+    if counts is None:
+        return hidden[:, -1]
+    return hidden[torch.arange(len(hidden), device=hidden.device), counts - 1]
 
 
 def _check(model: Emu3, rows: Sequence) -> None:

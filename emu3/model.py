@@ -8,24 +8,22 @@ projection, gate and up another; the fused ops read the parts where they lie.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
-from emu3_kernels import add_rms_norm, linear_cross_entropy, rms_norm, swiglu_packed
+from emu3_kernels import add_rms_norm, attention, linear_cross_entropy, rms_norm, swiglu_packed
 from emu3_kernels.modules import RotaryEmbedding
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer of one call shares: the rotation, and how the tokens join a cache."""
+    """What every layer of one call shares: the rotation, the documents, or the cache's slots."""
 
     rotate: RotaryEmbedding
+    document_ids: Tensor | None = None
     cache: KeyValueCache | None = None
     slots: Tensor | None = None
-    positions: Tensor | None = None
-    mask: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -44,20 +42,14 @@ class Attention(nn.Module):
         q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=2)
         if context.cache is None:
             q, k = context.rotate(q, k)
+            p = s.dropout if self.training else 0.0
+            attended = attention(q, k, v, document_ids=context.document_ids, dropout_p=p)
         else:
-            keys, values = context.cache.layer(self.layer, x.shape[1])
-            q = context.rotate.append(q, k, v, keys, values, context.slots, context.positions)
-            k, v = keys, values
-        attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=context.mask,
-            dropout_p=s.dropout if self.training else 0.0,
-            is_causal=context.mask is None,
-            enable_gqa=True,
-        )
-        return self.out(attended.transpose(1, 2).flatten(2))
+            cache = context.cache
+            caches = cache.keys[self.layer], cache.values[self.layer]
+            q = context.rotate.append(q, k, v, *caches, context.slots)
+            attended = cache.attend(self.layer, q)
+        return self.out(attended.flatten(2))
 
 
 class MLP(nn.Module):
@@ -120,30 +112,41 @@ class Emu3(nn.Module):
         if isinstance(module, nn.Embedding):
             nn.init.zeros_(module.weight[module.padding_idx])
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KeyValueCache | None = None,
+        *,
+        counts: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states ``[B, T, D]`` of ``tokens [B, T]``, after the final norm.
 
-        With a ``cache`` the tokens continue what it holds and are appended to it, which has no
-        gradient.
+        Args:
+            tokens: ids.
+            cache: what the tokens continue, and are appended to; then there is no gradient.
+            counts: ``[B]``, how many tokens of each row are no padding on the right; with a
+                cache alone.
+            document_ids: ``[B, T]`` int32, non-decreasing: the documents of packed rows, which
+                do not see each other; without a cache alone.
         """
-        context = Context(self.rotate)
+        context = Context(self.rotate, document_ids)
         if cache is not None:
-            num_new = tokens.shape[1]
-            new = (cache.slots(num_new), cache.positions(num_new), cache.mask(num_new))
-            context = Context(self.rotate, cache, *new)
+            context = Context(self.rotate, None, cache, cache.slots(tokens.shape[1]))
         residual = self.dropout(self.embedding(tokens))
         branch = None
         for block in self.blocks:
             branch, residual = block(branch, residual, context)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance(tokens.shape[1], counts)
         p = self.settings.dropout if self.training else 0.0
         hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps, dropout_p=p)
         return hidden
 
-    def loss(self, tokens: Tensor, weights: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, weights: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Mean next-token loss, each target weighed by its entry of ``weights [B, T]`` float32."""
-        hidden = self(tokens[:, :-1])
+        documents = None if document_ids is None else document_ids[:, :-1]
+        hidden = self(tokens[:, :-1], document_ids=documents)
         return linear_cross_entropy(
             hidden.flatten(0, 1),
             self.head.weight,

@@ -1,8 +1,9 @@
-"""A second process in which Triton compiles: where there is no GPU, this one interprets."""
+"""Other processes in which Triton compiles: where there is no GPU, this one interprets."""
 
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from unittest import mock
 
@@ -13,6 +14,23 @@ import torch
 @pytest.fixture(scope="session")
 def compiling() -> Iterator[Callable]:
     """Call ``compiling(function, *args)`` there, with its result or exception here."""
+    with _process() as call:
+        yield call
+
+
+@pytest.fixture(scope="session")
+def emulating() -> Iterator[Callable]:
+    """As ``compiling``, for ttsem.
+
+    It makes Triton's printer generic, which no longer takes effect in a process that has compiled
+    for every target.
+    """
+    with _process() as call:
+        yield call
+
+
+@contextmanager
+def _process() -> Iterator[Callable]:
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_poison) as pool:
         with mock.patch.dict(os.environ):
             os.environ.pop("TRITON_INTERPRET", None)

@@ -1,7 +1,7 @@
 """Triton kernels executed on the CPU by ttsem, which runs their real TTIR.
 
 It is right in bfloat16, and stops a launch at the line of an access out of bounds or of a race
-between programs. For a process in which Triton compiles: see the ``compiling`` fixture.
+between programs. For a process in which Triton compiles: see the ``emulating`` fixture.
 """
 
 from collections.abc import Iterator

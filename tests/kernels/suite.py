@@ -12,7 +12,7 @@ import emu3_kernels
 from emu3_kernels import _native
 from emu3_kernels.ops import OPS
 
-LIBRARIES = ("flash_attn", "xformers")
+LIBRARIES = ("flash_attn", "xformers", "sdpa")
 """Backends that are the ops of other libraries, for ``test_attention_adapters`` alone."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

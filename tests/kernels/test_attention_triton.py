@@ -122,8 +122,8 @@ def test_shards_of_a_ring_add_up(rank, causal, documents, dropout_p, device):
 
 
 @pytest.mark.skipif(not find_spec("ttsem"), reason="ttsem is not installed")
-def test_shards_of_a_ring_add_up_in_bfloat16(compiling):
-    compiling(check_ring, 1, True, DOCUMENTS[1], 0.3, "cpu", torch.bfloat16, True)
+def test_shards_of_a_ring_add_up_in_bfloat16(emulating):
+    emulating(check_ring, 1, True, DOCUMENTS[1], 0.3, "cpu", torch.bfloat16, True)
 
 
 def check_public(device, settings=None, **size):

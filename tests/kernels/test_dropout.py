@@ -91,11 +91,11 @@ def test_triton_keeps_what_the_definition_keeps(seed, p):
 
 
 @TRITON
-def test_the_code_that_triton_compiles_keeps_the_same(compiling):
+def test_the_code_that_triton_compiles_keeps_the_same(emulating):
     from tests.kernels import philox
 
     expected = _dropout.keep(SEEDS[2], 0.5, torch.arange(3)[:, None], 6 + torch.arange(41), 5)
-    kept = compiling(philox.kept_emulated, SEEDS[2], 0.5, (3, 41), 6, 5)
+    kept = emulating(philox.kept_emulated, SEEDS[2], 0.5, (3, 41), 6, 5)
     assert torch.equal(kept, expected)
 
 

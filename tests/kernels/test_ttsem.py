@@ -27,38 +27,38 @@ CALLS = [(o, s) for o, backend, s, d in calls() if backend == "triton" and d == 
 
 
 @pytest.mark.parametrize(("op", "size"), CALLS)
-def test_value_and_gradients(op, size, compiling):
-    compiling(emulated.check_value_and_gradients, op, size, torch.bfloat16)
+def test_value_and_gradients(op, size, emulating):
+    emulating(emulated.check_value_and_gradients, op, size, torch.bfloat16)
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
-def test_a_row_wider_than_the_registers(op, compiling):
+def test_a_row_wider_than_the_registers(op, emulating):
     """Five rows: one more than the programs that sum the gradient of the weight."""
     size = {"num_rows": 5, "width": 16384 + 41}
-    compiling(emulated.check_value_and_gradients, op, size, torch.bfloat16)
+    emulating(emulated.check_value_and_gradients, op, size, torch.bfloat16)
 
 
-def test_a_row_of_several_blocks_of_the_token_losses(compiling):
+def test_a_row_of_several_blocks_of_the_token_losses(emulating):
     """Rows start off the 16 bytes of one access; the last block is ragged."""
     size = {"tokens": 3, "classes": 2 * 4096 + 41, "weighted": True, "label_smoothing": 0.1}
-    compiling(emulated.check_value_and_gradients, "cross_entropy", size, torch.bfloat16)
+    emulating(emulated.check_value_and_gradients, "cross_entropy", size, torch.bfloat16)
 
 
-def test_a_row_of_weight_zero_is_not_read(compiling):
+def test_a_row_of_weight_zero_is_not_read(emulating):
     """Its loss would be 0 all the same: only the time would tell."""
-    compiling(emulated.check_a_dropped_row_is_not_read)
+    emulating(emulated.check_a_dropped_row_is_not_read)
 
 
-def test_several_products_of_the_head(compiling):
+def test_several_products_of_the_head(emulating):
     """Without memory a block has 1,024 classes, and the sums of three are added up."""
     op, size = "linear_cross_entropy", {"tokens": 3, "width": 24, "classes": 2085}
     check = partial(emulated.check_value_and_gradients, memory=0)
-    compiling(check, op, size | {"label_smoothing": 0.1}, torch.bfloat16)
+    emulating(check, op, size | {"label_smoothing": 0.1}, torch.bfloat16)
 
 
-def test_the_sum_is_rounded_before_it_is_normalised(compiling):
+def test_the_sum_is_rounded_before_it_is_normalised(emulating):
     """Or the pair would not equal the two steps apart, and its gradients would be another's."""
-    compiling(emulated.check_the_sum_is_rounded)
+    emulating(emulated.check_the_sum_is_rounded)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,6 @@ def test_the_sum_is_rounded_before_it_is_normalised(compiling):
         ("_racy_kernel", r"tl\.store\(y_ptr \+ c, total\)", "any order and at the same time"),
     ],
 )
-def test_a_fault_is_refused_by_its_line(kernel, line, fault, compiling):
+def test_a_fault_is_refused_by_its_line(kernel, line, fault, emulating):
     with pytest.raises(AssertionError, match=rf"(?s){line}.*{fault}"):
-        compiling(emulated.launch_emulated, kernel)
+        emulating(emulated.launch_emulated, kernel)

@@ -35,17 +35,41 @@ def test_logits_equal_hugging_face_through_a_file(tmp_path):
 
 
 def test_a_cache_gives_the_same_hidden_states_in_any_pieces():
-    model, tokens = tiny_model().double(), some_tokens(2, 21)
-    cache = KeyValueCache(TINY, torch.zeros(2, dtype=torch.int64), 21, torch.float64)
+    model, tokens = tiny_model().double(), some_tokens(2, 47)
+    cache = KeyValueCache(TINY, 2, 47, dtype=torch.float64)
     with torch.no_grad():
-        pieces = [model(piece, cache) for piece in tokens.split((5, 1, 1, 12, 2), dim=1)]
+        pieces = [model(piece, cache) for piece in tokens.split((5, 1, 1, 16, 22, 2), dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), rtol=1e-9, atol=1e-9)
-    assert cache.length == 21
+    assert cache.lengths.tolist() == [47, 47]
+
+
+def test_rows_of_different_lengths_share_a_cache():
+    """Padding on the right leaves its keys behind a row's length, where the next tokens go."""
+    model, tokens = tiny_model().double(), some_tokens(2, 24)
+    cache = KeyValueCache(TINY, 2, 41, dtype=torch.float64)
+    with torch.no_grad():
+        prompts = model(tokens[:, :20], cache, counts=torch.tensor([20, 7]))
+        new = model(torch.stack([tokens[0, 20:], tokens[1, 7:11]]), cache)
+        whole, short = model(tokens[:1]), model(tokens[1:, :11])
+        torch.testing.assert_close(prompts[1, :7], short[0, :7], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(new[0], whole[0, 20:], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(new[1], short[0, 7:], rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match="at most 16 tokens a call, got 17"):
+            model(some_tokens(2, 17), cache)
+
+
+def test_packed_documents_equal_documents_alone():
+    model, tokens = tiny_model().double(), some_tokens(1, 21)
+    ids = torch.tensor([[0] * 6 + [1] * 15], dtype=torch.int32)
+    packed = model(tokens, document_ids=ids)
+    # Rotary positions are relative, so a document may begin anywhere; their tables are float32.
+    apart = torch.cat([model(tokens[:, :6]), model(tokens[:, 6:])], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)
 
 
 def test_a_full_cache_refuses_another_token():
     model = tiny_model()
-    cache = KeyValueCache(TINY, torch.zeros(1, dtype=torch.int64), 4, torch.float32)
+    cache = KeyValueCache(TINY, 1, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match="5 positions exceed its capacity 4"):
         model(some_tokens(1, 5), cache)
 

@@ -9,7 +9,7 @@ from emu3_kernels._dispatch import choose, load
 from emu3_kernels._dropout import check_dropout, draw_seed
 from emu3_kernels.ops.attention import reference
 
-BACKENDS = load("attention", "flash_attn", "triton", "xformers")
+BACKENDS = load("attention", "flash_attn", "triton", "xformers", "native", "sdpa")
 
 WHOLE = ("flash_attn", "xformers", "sdpa")
 """Backends that are other libraries' ops, gradient and all; the others are kernels of ours."""
@@ -98,7 +98,8 @@ class _Attention(torch.autograd.Function):
         scale, dropout_p, backend = ctx.settings
         dropout = Dropout(dropout_p, seed, rows, columns) if dropout_p > 0 else None
         dout = torch.zeros_like(out) if dout is None else dout
-        delta = torch.einsum("bthk,bthk->bht", dout.float(), out.float())
+        # Summed in pairs: what errs here is all that is left of a row that one key dominates.
+        delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
         delta = delta if dlse is None else delta - dlse
         gradients = BACKENDS[backend].backward(
             dout, q, k, v, lse, delta, Spans(first, end), scale, dropout, wide=False

@@ -5,7 +5,7 @@ from torch import Tensor
 
 CHECK = [
     {"batch": 2, "queries": 0, "keys": 0, "heads": 2, "groups": 1, "width": 64},
-    {"batch": 1, "queries": 1, "keys": 1, "heads": 1, "groups": 1, "width": 64, "lse": True},
+    {"batch": 1, "queries": 1, "keys": 4, "heads": 1, "groups": 1, "width": 64, "lse": True},
     {"batch": 2, "queries": 3, "keys": 9, "heads": 4, "groups": 2, "width": 64, "lse": True},
     {"batch": 1, "queries": 9, "keys": 6, "heads": 2, "groups": 2, "width": 64},  # 3 see nothing
     {"batch": 1, "queries": 70, "keys": 70, "heads": 3, "groups": 1, "width": 64, "causal": False},
@@ -36,15 +36,19 @@ def make(
     dtype: torch.dtype,
     device: str,
 ) -> dict[str, Tensor | float | bool | None]:
-    """Draw scores a few units wide, so that a softmax is neither flat nor a single key."""
+    """Draw scores a few units wide, so that a softmax is neither flat nor a single key.
+
+    Values are exact in every dtype: products are then nearly so, in whatever order they are
+    summed, and dq of a row that one key dominates, a difference of two of them, is not chance.
+    """
     random = torch.Generator(device).manual_seed(0)
     on = {"generator": random, "device": device}
     starts = torch.tensor(documents or [], dtype=torch.int64, device=device)
     ids = torch.searchsorted(starts, torch.arange(queries, device=device), right=True)
     return {
-        "q": (2 * torch.randn(batch, queries, heads, width, **on)).to(dtype),
-        "k": torch.randn(batch, keys, groups, width, **on).to(dtype),
-        "v": torch.randn(batch, keys, groups, width, **on).to(dtype),
+        "q": (2 * torch.randn(batch, queries, heads, width, **on)).bfloat16().to(dtype),
+        "k": torch.randn(batch, keys, groups, width, **on).bfloat16().to(dtype),
+        "v": torch.randn(batch, keys, groups, width, **on).bfloat16().to(dtype),
         "causal": causal,
         "document_ids": None if documents is None else ids.int().expand(batch, -1),
         "dropout_p": dropout,

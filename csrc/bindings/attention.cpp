@@ -1,0 +1,187 @@
+#include "../cpu/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <optional>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "torch_stable.h"
+
+namespace emu3 {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+TokenHeads heads(const Tensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), dtype_of(x), x.stride(0), x.stride(1),
+          x.stride(2)};
+}
+
+template <typename T>
+const T* data(const std::optional<Tensor>& x) {
+  return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
+
+// Runs body(task, worker) for every task in order, a thread taking the next when it is free.
+template <typename Body>
+void share(int64_t tasks, int64_t workers, Body body) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t end) {
+    for (; worker < end; ++worker)
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+        body(task, worker);
+  });
+}
+
+int64_t workers(int64_t tasks) {
+  return std::min<int64_t>(tasks, torch::stable::get_num_threads());
+}
+
+// Memory of `count` pieces, aligned to a cache line as all memory of torch is.
+struct Memory {
+  Tensor tensor;
+  int64_t size;
+
+  Memory(const Tensor& like, int64_t count, int64_t size)
+      : tensor(torch::stable::new_empty(like, {count * size}, ScalarType::Byte)), size(size) {}
+
+  char* operator[](int64_t i) const {
+    return static_cast<char*>(tensor.mutable_data_ptr()) + i * size;
+  }
+};
+
+// What a call of either direction has; spans int32 [1 or B, T] with unit stride in T.
+AttentionCall call_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& first,
+                      const Tensor& end, double scale, double dropout_p,
+                      const std::optional<Tensor>& seed, const std::optional<Tensor>& rows,
+                      const std::optional<Tensor>& columns) {
+  AttentionCall call{};
+  call.batch = q.size(0), call.queries = q.size(1), call.heads = q.size(2), call.width = q.size(3);
+  call.keys = k.size(1), call.groups = k.size(2);
+  STD_TORCH_CHECK(call.width <= kMostWidth && call.heads / call.groups <= kMostShared,
+                  "emu3_kernels: heads are at most 256 wide, and 1,024 share one of keys");
+  call.scale = static_cast<float>(scale);
+  call.q = heads(q), call.k = heads(k), call.v = heads(v);
+  call.first = static_cast<const int32_t*>(first.const_data_ptr());
+  call.end = static_cast<const int32_t*>(end.const_data_ptr());
+  call.span_stride = first.size(0) == 1 ? 0 : first.size(1);
+  if (dropout_p > 0) {
+    call.dropout.seed = *data<uint64_t>(seed);
+    call.dropout.drop_below =
+        static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 4294967295.0));
+    call.dropout.scale = static_cast<float>(1 / (1 - dropout_p));
+    call.rows = data<int32_t>(rows), call.columns = data<int32_t>(columns);
+  }
+  return call;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& first, const Tensor& end, double scale,
+                                   double dropout_p, const std::optional<Tensor>& seed,
+                                   const std::optional<Tensor>& rows,
+                                   const std::optional<Tensor>& columns, bool wide) {
+  AttentionCall call = call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns);
+  const auto dtype = wide ? ScalarType::Float : q.scalar_type();
+  Tensor out = torch::stable::new_empty(q, q.sizes(), dtype);
+  Tensor lse =
+      torch::stable::new_empty(q, {call.batch, call.heads, call.queries}, ScalarType::Float);
+  call.out = heads(out);
+  call.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (lse.numel() == 0) return {out, lse};
+  const Attention& kernels = attention();
+  kernels.plan(call);
+  const int64_t key_blocks = call.key_blocks(), sequences = call.sequences();
+  const Memory packed(q, sequences * key_blocks, kernels.packed_size(call));
+  share(sequences * key_blocks, workers(sequences * key_blocks), [&](int64_t task, int64_t) {
+    kernels.pack(call, task / key_blocks, task % key_blocks, packed[task]);
+  });
+  // The last queries see the most keys where attention is causal: the longest tasks come first.
+  const int64_t tasks = sequences * call.query_blocks();
+  const Memory scratch(q, workers(tasks), kernels.scratch_size(call));
+  share(tasks, workers(tasks), [&](int64_t task, int64_t worker) {
+    const int64_t sequence = task % sequences;
+    kernels.attend(call, sequence, call.query_blocks() - 1 - task / sequences,
+                   packed[sequence * key_blocks], scratch[worker]);
+  });
+  return {out, lse};
+}
+
+// Lets the blocks of keys that meet a block of queries go to it one at a time, in their order. A
+// block that waits was begun after the one it waits for, so that one of them always runs.
+struct Turns {
+  std::vector<std::atomic<int64_t>> next;
+
+  explicit Turns(int64_t count) : next(count) {}
+
+  void wait_for(int64_t i, int64_t turn) {
+    while (next[i].load(std::memory_order_acquire) != turn) std::this_thread::yield();
+  }
+  void set(int64_t i, int64_t turn) { next[i].store(turn, std::memory_order_release); }
+};
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                            const Tensor& v, const Tensor& lse, const Tensor& delta,
+                                            const Tensor& first, const Tensor& end, double scale,
+                                            double dropout_p, const std::optional<Tensor>& seed,
+                                            const std::optional<Tensor>& rows,
+                                            const std::optional<Tensor>& columns, bool wide) {
+  AttentionCall call = call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns);
+  const auto dtype = wide ? ScalarType::Float : q.scalar_type();
+  Tensor dq = torch::stable::new_empty(q, q.sizes(), dtype);
+  Tensor dk = torch::stable::new_empty(k, k.sizes(), dtype);
+  Tensor dv = torch::stable::new_empty(v, v.sizes(), dtype);
+  call.dout = heads(dout), call.dq = heads(dq), call.dk = heads(dk), call.dv = heads(dv);
+  call.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+  call.delta = static_cast<const float*>(delta.const_data_ptr());
+  const AttentionBackward& kernels = attention_backward();
+  kernels.plan(call);
+  const int64_t sequences = call.sequences(), query_blocks = call.query_blocks();
+  const int64_t blocks = sequences * query_blocks, tasks = sequences * call.key_blocks();
+  const Memory packed(q, blocks, kernels.packed_size(call));
+  const Memory scratch(q, workers(tasks), kernels.scratch_size(call));
+  Turns turns(blocks);
+  share(blocks, workers(blocks), [&](int64_t block, int64_t) {
+    const int64_t sequence = block / query_blocks, i = block % query_blocks;
+    kernels.pack(call, sequence, i, packed[block]);
+    turns.set(block, call.met(sequence, i).first);
+  });
+  share(tasks, workers(tasks), [&](int64_t task, int64_t worker) {
+    const int64_t sequence = task % sequences, key_block = task / sequences;
+    kernels.begin(call, sequence, key_block, scratch[worker]);
+    for (int64_t i = 0; i < query_blocks; ++i) {
+      const KeyBlocks met = call.met(sequence, i);
+      if (key_block < met.first || key_block >= met.end) continue;
+      const int64_t block = sequence * query_blocks + i;
+      turns.wait_for(block, key_block);
+      kernels.step(call, sequence, key_block, i, packed[block], scratch[worker]);
+      turns.set(block, key_block + 1);
+    }
+    kernels.end(call, sequence, key_block, scratch[worker]);
+  });
+  share(blocks, workers(blocks), [&](int64_t block, int64_t) {
+    kernels.write(call, block / query_blocks, block % query_blocks, packed[block]);
+  });
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor first, Tensor end, float scale, float "
+      "dropout_p, Tensor? seed, Tensor? rows, Tensor? columns, bool wide) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
+      "Tensor first, Tensor end, float scale, float dropout_p, Tensor? seed, Tensor? rows, Tensor? "
+      "columns, bool wide) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
+  m.impl("attention", TORCH_BOX(&forward));
+  m.impl("attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace emu3

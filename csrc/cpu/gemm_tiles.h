@@ -1,0 +1,148 @@
+// Matrix products out of register tiles, the same for float and bfloat16: what is summed over comes
+// in words of 32 bits, one float or, where the processor multiplies pairs, two bfloat16.
+// Included, like simd.h, only by files that are compiled once per level.
+#pragma once
+
+#include "simd.h"
+
+namespace emu3::EMU3_LEVEL {
+
+inline BitVec load_words(const uint32_t* from) {
+  BitVec x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline void store_words(uint32_t* to, BitVec x) { __builtin_memcpy(to, &x, sizeof x); }
+
+struct Singles {
+  static constexpr int64_t kPer = 1;  // numbers in a word
+
+  static Vec dot(BitVec a, BitVec b, Vec sum) { return fma((Vec)a, (Vec)b, sum); }
+
+  // x.a and x.b, neighbours in what is summed over, one under the other.
+  static void store_column(uint32_t* to, int64_t stride, Pair x) {
+    store_words(to, (BitVec)x.a);
+    store_words(to + stride, (BitVec)x.b);
+  }
+
+  // Rows a and b of kLanes neighbours each.
+  static void store_rows(uint32_t* a, uint32_t* b, Pair x) {
+    store_words(a, (BitVec)x.a);
+    store_words(b, (BitVec)x.b);
+  }
+
+  static void store_both(uint32_t* to, int64_t stride, uint32_t* a, uint32_t* b, Pair x) {
+    store_column(to, stride, x);
+    store_rows(a, b, x);
+  }
+};
+
+template <typename T>
+struct WordsOf {
+  typedef Singles type;
+};
+
+#if defined(__AVX512BF16__)
+// Numbers below 2^-126 count as zero, sums are rounded once a product.
+struct Pairs {
+  static constexpr int64_t kPer = 2;
+
+  static Vec dot(BitVec a, BitVec b, Vec sum) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  static void store_column(uint32_t* to, int64_t, Pair x) { store_words(to, narrow_pair(x)); }
+
+  static void store_rows(uint32_t* a, uint32_t* b, Pair x) {
+    _mm256_storeu_si256((__m256i*)a, (__m256i)_mm512_cvtneps_pbh(x.a));
+    _mm256_storeu_si256((__m256i*)b, (__m256i)_mm512_cvtneps_pbh(x.b));
+  }
+
+  static void store_both(uint32_t* to, int64_t stride, uint32_t* a, uint32_t* b, Pair x) {
+    store_column(to, stride, x);
+    store_rows(a, b, x);
+  }
+};
+
+template <>
+struct WordsOf<bfloat16> {
+  typedef Pairs type;
+};
+#endif
+
+// A panel is kPanel columns of the right factor. The tiles fill the registers with sums: kTall rows
+// of a panel, or kFlat rows of up to kWide vectors.
+#if defined(__AVX512F__)
+constexpr int kTall = 8, kFlat = 6, kWide = 4;
+#else
+constexpr int kTall = 4, kFlat = 6, kWide = 2;
+#endif
+constexpr int kPanelVectors = 3;
+constexpr int64_t kPanel = kPanelVectors * kLanes;
+// Every tile divides it.
+constexpr int64_t kStep = 24;
+
+// Rows of words, or of floats.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+
+  Matrix at(int64_t row, int64_t column) const { return {data + row * stride + column, stride}; }
+};
+typedef Matrix<const uint32_t> Words;
+typedef Matrix<float> Sums;
+
+// c (+)= a b: `depth` words of kRows rows of a, kVectors vectors of each row of b. Summed apart
+// before it is added, so that errors grow with the length of a block and the number of blocks, not
+// with their product.
+template <typename Word, int kRows, int kVectors>
+inline void add_tile(Words a, Words b, int64_t depth, Sums c, bool from_zero) {
+  Vec sum[kRows][kVectors] = {};
+  for (int64_t p = 0; p < depth; ++p) {
+    BitVec y[kVectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) y[n] = load_words(b.data + p * b.stride + n * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const BitVec x = a.data[r * a.stride + p] - BitVec{};
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) sum[r][n] = Word::dot(x, y[n], sum[r][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      float* const to = c.data + r * c.stride + n * kLanes;
+      store(to, from_zero ? sum[r][n] : load(to) + sum[r][n]);
+    }
+}
+
+// Words that a panel sums without a break, for the same reason.
+constexpr int64_t kLongest = 96;
+
+// c (+)= a b for `rows`, a multiple of kTall, and one panel.
+template <typename Word>
+inline void multiply_panel(Words a, int64_t rows, Words b, int64_t depth, Sums c, bool from_zero) {
+  for (int64_t p = 0; p < depth; p += kLongest) {
+    const int64_t words = depth - p < kLongest ? depth - p : kLongest;
+    for (int64_t r = 0; r < rows; r += kTall)
+      add_tile<Word, kTall, kPanelVectors>(a.at(r, p), b.at(p, 0), words, c.at(r, 0),
+                                           from_zero && p == 0);
+  }
+}
+
+// c += a b for kFlat rows and up to kWide vectors.
+template <typename Word>
+inline void add_flat(Words a, Words b, int64_t depth, Sums c, int64_t vectors) {
+  if (vectors == kWide) return add_tile<Word, kFlat, kWide>(a, b, depth, c, false);
+  if (vectors == 1) return add_tile<Word, kFlat, 1>(a, b, depth, c, false);
+  if constexpr (kWide > 2) {
+    if (vectors == 2) return add_tile<Word, kFlat, 2>(a, b, depth, c, false);
+    add_tile<Word, kFlat, 3>(a, b, depth, c, false);
+  }
+}
+
+}  // namespace emu3::EMU3_LEVEL

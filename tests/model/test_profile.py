@@ -1,0 +1,92 @@
+"""emu3 profile: what it counts, that its rows add up, and what it leaves on disk."""
+
+import json
+
+import pytest
+import torch
+
+from emu3.cache import KeyValueCache
+from emu3.profile.cost import Cost, Machine
+from emu3.profile.report import write_report
+from emu3.profile.run import contexts_up_to, count, decode_call, prefill_call, run_profile
+from tests.model.tiny import TINY, tiny_model
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("profile")
+    settings = {"context": 96, "prefill": 32, "against": "reference", "repeats": 1}
+    profile = run_profile(TINY, out=out, dtype=torch.float32, **settings)
+    write_report(profile, out)
+    return profile, out
+
+
+def test_contexts_are_powers_of_two_and_the_longest():
+    assert contexts_up_to(131072) == [1024 << i for i in range(8)]
+    assert contexts_up_to(3000) == [1024, 2048, 3000]
+    assert contexts_up_to(5) == [5]
+
+
+def test_the_rows_of_a_call_add_up_to_its_time(found):
+    for anatomy in found[0].anatomies:
+        assert sum(row.seconds for row in anatomy.rows) == pytest.approx(anatomy.seconds)
+        names = {row.name for row in anatomy.rows}
+        assert {"aten::mm", "outside ops"} <= names
+        assert all(row.seconds >= 0 for row in anatomy.rows), "an op was counted twice"
+
+
+def test_a_decode_counts_the_weights_and_the_keys_it_reads():
+    model, context = tiny_model(), 50
+    cache = KeyValueCache(TINY, 1, 64, dtype=torch.float32)
+    with torch.no_grad():
+        costs = count(decode_call(model, cache, context)).costs
+    token = 4 * TINY.kv_heads * TINY.head_width
+    q = 4 * TINY.heads * TINY.head_width
+    attended = costs["emu3_kernels::decode_attention"]
+    assert attended.num_bytes == TINY.layers * (2 * q + 2 * context * token)
+    assert attended.flops == TINY.layers * 4 * TINY.heads * TINY.head_width * context
+    weights = [p for p in model.blocks.parameters() if p.dim() == 2]
+    visual = TINY.vocabulary.num_visual * TINY.width
+    assert costs["aten::mm"].flops == 2 * (sum(p.numel() for p in weights) + visual)
+    inputs_and_results = sum(sum(p.shape) for p in weights) + TINY.vocabulary.num_visual
+    inputs_and_results += TINY.width
+    assert costs["aten::mm"].num_bytes == costs["aten::mm"].flops * 2 + 4 * inputs_and_results
+
+
+def test_a_prompt_counts_the_keys_that_its_tokens_see():
+    cache = KeyValueCache(TINY, 1, 64, dtype=torch.float32)
+    with torch.no_grad():
+        costs = count(prefill_call(tiny_model(), cache, 40)).costs
+    seen = 40 * 41 // 2
+    flops = TINY.layers * 4 * TINY.heads * TINY.head_width * seen
+    assert costs["emu3_kernels::attention"].flops == flops
+
+
+def test_the_bound_is_the_slower_of_memory_and_arithmetic():
+    machine = Machine(bytes_per_second=10.0, flops_per_second=100.0)
+    assert machine.bound(Cost(20, 100)) == 2.0
+    assert machine.bound(Cost(20, 500)) == 5.0
+
+
+def test_backends_are_timed_beside_each_other(found):
+    profile, _ = found
+    assert set(profile.decode) == set(profile.prefill) == {"default", "reference"}
+    assert list(profile.decode["default"]) == list(profile.bounds) == [96]
+    assert profile.peak_bytes > 0
+
+
+def test_table_figures_picture_and_trace_are_written(found):
+    profile, out = found
+    page = (out / "profile.md").read_text()
+    assert "| aten::mm |" in page
+    assert page.count("## ") == len(profile.anatomies)
+    assert json.loads((out / "profile.json").read_text())["settings"]["layers"] == TINY.layers
+    assert (out / "time_per_token.png").stat().st_size > 1000
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "emu3_kernels::decode_attention" for event in events)
+
+
+def test_a_context_beyond_the_positions_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^profile: context must be at most max_positions 128"):
+        run_profile(TINY, context=129, prefill=1, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
