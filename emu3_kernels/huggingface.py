@@ -129,18 +129,22 @@ def _attention(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
+    cache=None,
     past_key_values=None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     from transformers.models.emu3 import modeling_emu3 as hf
+
+    # Named past_key_values before transformers 5.24.
+    cache = past_key_values if cache is None else cache
 
     heads = (*hidden_states.shape[:-1], -1, self.head_dim)
     q, k = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
     q, k = _rotated(q, k, *position_embeddings)
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    if cache is not None:
+        k, v = cache.update(k, v, self.layer_idx)
     attend = hf.ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, hf.eager_attention_forward
     )
@@ -208,9 +212,10 @@ def _causal_lm(self, *, labels: Tensor, logits_to_keep: int = 0, **kwargs):
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     outputs = self.model(**kwargs)
+    cache = "cache" if hasattr(outputs, "cache") else "past_key_values"
     return CausalLMOutputWithPast(
         loss=_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
-        past_key_values=outputs.past_key_values,
+        **{cache: getattr(outputs, cache)},
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )

@@ -9,7 +9,7 @@ from emu3_kernels._dispatch import choose, load
 from emu3_kernels._dropout import check_dropout, draw_seed
 from emu3_kernels.ops.attention import reference
 
-BACKENDS = load("attention", "flash_attn", "triton", "xformers", "native", "sdpa")
+BACKENDS = load("attention", "native", "flash_attn", "triton", "xformers", "sdpa")
 
 WHOLE = ("flash_attn", "xformers", "sdpa")
 """Backends that are other libraries' ops, gradient and all; the others are kernels of ours."""
