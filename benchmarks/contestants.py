@@ -13,7 +13,7 @@ from benchmarks.clock import Call, Clock
 from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
 from emu3_kernels import _native
 from tests.budget import assert_as_accurate
-from tests.kernels.suite import differentiable, part, public
+from tests.kernels.suite import LIBRARIES, differentiable, part, public
 from tests.kernels.test_all_ops import test_value_and_gradients
 
 LARGE_RESULT = 1 << 20
@@ -93,6 +93,7 @@ def cases(op: str, device: str = "cpu", scale: bool = False) -> list[Case]:
     return [
         Case(op, backend, size, dtype, direction, device)
         for backend in part(op, "api").BACKENDS
+        if backend not in LIBRARIES  # which are peers
         for size, direction in asked
         for dtype in entry.dtypes
     ]

@@ -231,15 +231,31 @@ def vllm_decode_attention(
     scale: float,
     page_table: None,
 ) -> Call:
-    """Attend to vLLM's own cache, in blocks that are packed for its kernel beforehand."""
+    return _vllm_attention(q, k_cache, v_cache, lengths, scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **rest: object) -> Tensor:
+    """Attend to one document without dropout, as all of TIME are; T = S."""
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def vllm_attention(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> Call:
+    lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32)
+    return _vllm_attention(q, k, v, lengths, q.shape[-1] ** -0.5)
+
+
+def _vllm_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Call:
+    """Attend causally to vLLM's own cache, in blocks that are packed for its kernel beforehand."""
     attend = vllm("cpu_attention_with_kv_cache")
     isa, block = "amx" if torch.cpu._is_amx_tile_supported() else "vec", 128
-    (batch, capacity, groups, width), heads = k_cache.shape, q.shape[2]
+    (batch, capacity, groups, width), (num_new, heads) = k.shape, q.shape[1:3]
     blocks = torch.arange(batch * capacity // block, dtype=torch.int32).view(batch, -1)
-    caches = [k_cache.new_zeros(blocks.numel(), groups, block, width) for _ in range(2)]
-    rows = (cache.flatten(0, 1) for cache in (k_cache, v_cache))
+    caches = [k.new_zeros(blocks.numel(), groups, block, width) for _ in range(2)]
+    rows = (x.flatten(0, 1) for x in (k, v))
     vllm("cpu_attn_reshape_and_cache")(*rows, *caches, torch.arange(batch * capacity), isa)
-    starts = torch.arange(batch + 1, dtype=torch.int32)
+    starts = torch.arange(0, batch * num_new + 1, num_new, dtype=torch.int32)
     plan = vllm("get_scheduler_metadata")(
         batch, heads, groups, width, lengths, q.dtype, starts, True, -1, isa, True, None
     )
@@ -303,6 +319,7 @@ FIELDS: dict[str, Field] = {
     "cross_entropy": Field(cross_entropy, directions=BOTH),
     # Its forward pass makes the gradients too, so that only the whole can be compared.
     "linear_cross_entropy": Field(linear_cross_entropy, directions=BOTH[1:]),
+    "attention": Field(attention, {"vLLM": vllm_attention}),
     "decode_attention": Field(decode_attention, {"vLLM": vllm_decode_attention}),
     "nearest_code": Field(
         nearest_code,
