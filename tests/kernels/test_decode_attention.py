@@ -206,3 +206,13 @@ def test_a_backend_that_cannot_run_says_why():
     if not _native.MISSING:
         with pytest.raises(NotImplementedError, match="float64 is left to the reference"):
             decode_attention(**double(inputs) | {"scale": 1.0}, backend="native")
+
+
+@pytest.mark.parametrize("size", cases.CHECK)
+def test_sdpa_a_row_at_a_time(size):
+    inputs = cases.make(**size, dtype=torch.float32, device="cpu")
+    if inputs["page_table"] is None:
+        check("sdpa", inputs)
+    else:
+        with pytest.raises(NotImplementedError, match="'sdpa' cannot run this call: it reads no"):
+            call("sdpa", inputs)

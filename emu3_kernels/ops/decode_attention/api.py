@@ -11,7 +11,7 @@ from emu3_kernels._checks import check_floating, describe
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.decode_attention import reference
 
-BACKENDS = load("decode_attention", "native", "triton")
+BACKENDS = load("decode_attention", "native", "triton", "sdpa")
 
 MOST_NEW = 16
 
@@ -57,7 +57,7 @@ def decode_attention(
     _check_rows(q, k_cache, lengths, page_table)
     if needs_gradient(q, k_cache, v_cache):
         raise ValueError("decode_attention: has no gradient, got inputs that require one")
-    chosen = choose("decode_attention", BACKENDS, backend, q, k_cache, v_cache)
+    chosen = choose("decode_attention", BACKENDS, backend, q, k_cache, v_cache, page_table)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
         settings = {"scale": scale, "page_table": page_table}

@@ -11,7 +11,7 @@ HAS_CUDA_KERNEL = not _native.MISSING and torch._C._dispatch_has_kernel_for_disp
 CUDA_WIDTHS = (64, 128)
 
 
-def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         return "a cache without unit stride in K is left to the reference"
     if q.device.type == "cuda" and HAS_CUDA_KERNEL:

@@ -30,7 +30,7 @@ PROGRAMS_OF_MULTIPROCESSOR = 4
 NUM_WARPS = 4
 
 
-def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         return "a cache without unit stride in K is left to the reference"
     return why_not_triton(q)
