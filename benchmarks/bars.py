@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
 from benchmarks.tables import ratio
 
-TIME, MEMORY, LOSS = "time", "memory", "loss"
+TIME, MEMORY, LOSS, BOUND = "time", "memory", "loss", "bound"
 A_LITTLE = 1e-3
 """MiB that stand for none."""
 
@@ -16,7 +16,8 @@ class Bar:
     """``peer`` must take ``at_least`` times as long as ``op`` at sizes that hold ``size``.
 
     Of memory it must hold so many times as much beside the results; of a loss, ``at_least`` is the
-    share by which the two may differ at most.
+    share by which the two may differ at most; of a bound, the rate that ``op`` must reach as a
+    share of ``peer``, the rate of the machine.
     """
 
     op: str
@@ -33,11 +34,13 @@ class Bar:
             and row.get("device", "cpu") == "cpu"
             and row["threads"] in self.threads
             and all(row["size"].get(name) == value for name, value in self.size)
-            and self.peer in row["peers"]
+            and (self.of == BOUND or self.peer in row["peers"])
             and (self.of != LOSS or "after_steps" in row)
         )
 
     def value(self, row: dict) -> float:
+        if self.of == BOUND:
+            return row["of_bound"]
         if self.of == LOSS:
             losses = row["after_steps"]["losses"]
             return abs(losses[row["backend"]] / losses[self.peer] - 1)
@@ -57,6 +60,8 @@ class Bar:
     def measured(self, row: dict) -> str:
         if self.of == TIME:
             return ratio(row["peers"][self.peer])
+        if self.of == BOUND:
+            return f"{self.value(row):.2f}x"
         return f"{self.value(row):.2%}" if self.of == LOSS else f"{self.value(row):.1f}x"
 
 
@@ -65,6 +70,7 @@ MLP = (("num_rows", 2048), ("width", 14336))
 LOGITS = (("tokens", 256), ("classes", 184_622))
 HEAD = (("tokens", 2048), ("classes", 184_622))
 STEP, HALF_STEP = (("tokens", 2048), ("counted", 2048)), (("tokens", 2048), ("counted", 1024))
+LONG = (("batch", 1), ("capacity", 131_072))
 BOTH, HF = "forward+backward", "Hugging Face"
 
 BARS = (
@@ -80,6 +86,12 @@ BARS = (
     Bar("cross_entropy", COMPILED, 2.0, LOGITS, BOTH),
     Bar("linear_cross_entropy", EAGER, 2.0, HEAD, BOTH),
     Bar("linear_cross_entropy", EAGER, 8.0, HEAD, BOTH, of=MEMORY),
+    Bar("attention", EAGER, 1.5, ()),
+    Bar("attention", "vLLM", 1.0, ()),
+    Bar("attention", EAGER, 1.2, (), "backward"),
+    Bar("decode_attention", EAGER, 4.0, LONG),
+    Bar("decode_attention", "vLLM", 1.0, LONG),
+    Bar("decode_attention", "read bandwidth", 0.75, LONG, of=BOUND),
     Bar("nearest_code", "faiss", 6.0, (("shape", [8, 4, 64, 64]),), threads=(1,)),
     Bar("model", HF, 2.5, STEP, BOTH),
     Bar("model", HF, 4.0, HALF_STEP, BOTH),
