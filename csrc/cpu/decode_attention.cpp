@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kBlock = 32;  // keys: those of 8 heads, and their values, fit the second cache twice
 constexpr int kTile = 4;    // queries that share a load of keys or values
-constexpr int kKeys = kLanes == 16 ? 4 : 2;  // keys that share a load of queries
 constexpr float kNothing = -__builtin_inff();
 
 // Elements as dot() takes them: as bfloat16 where the processor multiplies that, else as floats.
@@ -122,29 +121,28 @@ struct Ahead {
   }
 };
 
-// scores[r][j] = scale * q_r . key_j
+// scores[r][j] = scale * q_r . key_j; as many keys share a load of queries as fill a vector of
+// sums.
 template <typename T, int kRows>
 void score(const DecodeCall& call, const float* packed, const T* const* keys, int64_t head,
            Ahead<T>& ahead, float (*scores)[kBlock]) {
+  constexpr int kKeys = kLanes / kRows;
   const int64_t queries_stride = call.padded();
-  for (int j = 0; j < kBlock; j += kLanes) {
-    Vec sums[kRows][kLanes];
-    for (int i = 0; i < kLanes; i += kKeys) {
-      Vec sum[kRows][kKeys] = {};
-      over_pairs(call.width, [&](int64_t c, int64_t count) {
-        ahead.step(kKeys * kPair);
-        Operand<T> key[kKeys];
-        for (int n = 0; n < kKeys; ++n) key[n] = operand(keys[j + i + n] + head + c, count);
-        for (int r = 0; r < kRows; ++r) {
-          Operand<T> query;
-          __builtin_memcpy(&query, packed + r * queries_stride + c, sizeof query);
-          for (int n = 0; n < kKeys; ++n) sum[r][n] = dot(query, key[n], sum[r][n]);
-        }
-      });
-      for (int r = 0; r < kRows; ++r)
-        for (int n = 0; n < kKeys; ++n) sums[r][i + n] = sum[r][n];
-    }
-    for (int r = 0; r < kRows; ++r) store(scores[r] + j, sum_each(sums[r]) * call.scale);
+  for (int j = 0; j < kBlock; j += kKeys) {
+    Vec sum[kRows][kKeys] = {};
+    over_pairs(call.width, [&](int64_t c, int64_t count) {
+      ahead.step(kKeys * kPair);
+      Operand<T> key[kKeys];
+      for (int n = 0; n < kKeys; ++n) key[n] = operand(keys[j + n] + head + c, count);
+      for (int r = 0; r < kRows; ++r) {
+        Operand<T> query;
+        __builtin_memcpy(&query, packed + r * queries_stride + c, sizeof query);
+        for (int n = 0; n < kKeys; ++n) sum[r][n] = dot(query, key[n], sum[r][n]);
+      }
+    });
+    float all[kLanes];
+    store(all, sum_each(sum[0]) * call.scale);
+    for (int r = 0; r < kRows; ++r) __builtin_memcpy(scores[r] + j, all + r * kKeys, 4 * kKeys);
   }
 }
 
@@ -196,26 +194,40 @@ inline void add_weighted(const float (*weights)[kBlock], const T* const* values,
 }
 
 #if defined(__AVX512BF16__)
-// Two keys at a time, which the processor multiplies and adds at once: the even elements of both
-// side by side, then the odd ones. The last value is there twice if their count is odd.
+// Two keys at a time, which the processor multiplies and adds at once, in the order in which it
+// lays them side by side: of every eight elements four in the one sum, four in the other. The last
+// value is there twice if their count is odd.
 template <int kRows>
 inline void add_weighted(const uint16_t (*weights)[kBlock], const bfloat16* const* values,
                          int64_t from, int64_t elements, int64_t count, Ahead<bfloat16>& ahead,
                          Pair* sum) {
   for (int64_t j = 0; j < count; j += 2) {
     ahead.step(2 * kPair);
-    const BitVec one = operand(values[j] + from, elements);
-    const BitVec two = operand(values[j + 1] + from, elements);
-    const BitVec even = (one & 0xffff) | (two << 16), odd = (one >> 16) | (two & 0xffff0000);
+    const auto one = (__m512i)operand(values[j] + from, elements);
+    const auto two = (__m512i)operand(values[j + 1] + from, elements);
+    const auto a = (BitVec)_mm512_unpacklo_epi16(one, two);
+    const auto b = (BitVec)_mm512_unpackhi_epi16(one, two);
     for (int r = 0; r < kRows; ++r) {
       uint32_t both;
       __builtin_memcpy(&both, weights[r] + j, sizeof both);
       const BitVec weight = both - BitVec{};
-      sum[r] = {dot(weight, even, sum[r].a), dot(weight, odd, sum[r].b)};
+      sum[r] = {dot(weight, a, sum[r].a), dot(weight, b, sum[r].b)};
     }
   }
 }
+
+// Brings sums of add_weighted into the order of load_pair.
+inline Pair in_order(const bfloat16*, Pair x) {
+  const BitVec even = {0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30};
+  return {(Vec)_mm512_permutex2var_ps((__m512)x.a, (__m512i)even, (__m512)x.b),
+          (Vec)_mm512_permutex2var_ps((__m512)x.a, (__m512i)(even + 1), (__m512)x.b)};
+}
 #endif
+
+template <typename T>
+inline Pair in_order(const T*, Pair x) {
+  return x;
+}
 
 // partial_r += sum_j weights[r][j] * value_j
 template <typename T, int kRows>
@@ -335,7 +347,7 @@ void merge_partials(const DecodeCall& call, const float* partial, int64_t count,
     Pair sum = {};
     for (int64_t i = 0; i < count; ++i)
       sum = sum + load_pair(partial + i * stride + c) * factor_of(i);
-    store_pair(out + c, sum * inverse, n, false);
+    store_pair(out + c, in_order(out, sum * inverse), n, false);
   });
 }
 
