@@ -1,0 +1,49 @@
+"""The whole model on fused kernels, prompt, step and decode, against the reference backend."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from emu3.cache import KeyValueCache
+from emu3.config import BYTE_VOCABULARY, PRESETS, ModelSettings
+from emu3.model import Emu3
+from emu3_kernels import use_backend
+from tests.budget import assert_as_accurate
+
+# Emu3's own layers, two of them, over a vocabulary and positions that no kernel's shape turns on.
+SHORT = {"layers": 2, "vocabulary": BYTE_VOCABULARY, "max_positions": 64, "dropout": 0.0}
+MODELS = {"mini": PRESETS["mini"], "8b, 2 layers": PRESETS["8b"].model_copy(update=SHORT)}
+PROMPT, NEW = 37, 3
+
+
+def results(model: Emu3) -> dict[str, Tensor]:
+    """Hidden states of a prompt and of tokens decoded after it, loss and every gradient."""
+    random = torch.Generator().manual_seed(1)
+    tokens = torch.randint(256, (2, PROMPT + NEW), generator=random)
+    weights = torch.rand(2, PROMPT + NEW, generator=random)
+    weight = model.head.weight
+    cache = KeyValueCache(model.settings, 2, PROMPT + NEW, dtype=weight.dtype)
+    with torch.no_grad():
+        found = {"prompt": model(tokens[:, :PROMPT], cache)}
+        steps = [model(tokens[:, i : i + 1], cache) for i in range(PROMPT, PROMPT + NEW)]
+        found["decoded"] = torch.cat(steps, dim=1)
+    loss = model.loss(tokens, weights)
+    loss.backward()
+    gradients = {f"d{name}": p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found | {"loss": loss.detach()} | gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_prompt_step_and_decode_are_those_of_the_reference(settings: ModelSettings, dtype):
+    torch.manual_seed(0)
+    model = Emu3(settings).to(dtype)
+    actual = results(model)
+    with use_backend("reference"):
+        low = results(model)
+        exact = results(copy.deepcopy(model).double())
+    for name, value in actual.items():
+        assert_as_accurate(name, value, low[name], exact[name])
