@@ -308,7 +308,12 @@ def scipy_nearest_code(z: Tensor, codebook: Tensor) -> Call:
 FIELDS: dict[str, Field] = {
     "swiglu": Field(swiglu, {"vLLM": vllm_swiglu}),
     "rms_norm": Field(rms_norm, {"vLLM": vllm_rms_norm}),
-    "add_rms_norm": Field(add_rms_norm, {"vLLM": vllm_add_rms_norm}),
+    "add_rms_norm": Field(
+        add_rms_norm,
+        {"vLLM (in place)": vllm_add_rms_norm},
+        in_place={"vLLM (in place)": vllm_add_rms_norm},
+        directions=("forward", IN_PLACE, "backward"),
+    ),
     "rope": Field(
         rope,
         {"vLLM (in place)": vllm_rope},

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from emu3_kernels._autograd import needs_gradient
+
 
 def describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.device}"
@@ -42,6 +44,19 @@ def check_channel_weight(op: str, x: Tensor, weight: Tensor) -> None:
             f"{op}: weight must be [{x.shape[-1]}] on {x.device} as x is {tuple(x.shape)}, "
             f"got {describe(weight)}"
         )
+
+
+def check_no_gradient(op: str, *tensors: Tensor) -> None:
+    """Raise if autograd would have to record a call that writes to given tensors."""
+    if needs_gradient(*tensors):
+        raise ValueError(f"{op}: out has no gradient: leave it out, or call under torch.no_grad()")
+
+
+def copied(results: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copy each result to where it is asked for."""
+    for written, result in zip(out, results, strict=True):
+        written.copy_(result)
+    return out
 
 
 def rows(x: Tensor) -> Tensor:

@@ -102,10 +102,25 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the sum that was normalised (``x`` itself without a residual) and rstd ``[R]``."""
-    num_rows, width = x.shape
-    y = x.new_empty(num_rows, width)
-    rstd = x.new_empty(num_rows, dtype=torch.float32)
+    y = x.new_empty(x.shape)
     summed = None if residual is None else torch.empty_like(y)
+    rstd = forward_into(y, summed, x, residual, weight, eps, dropout_p, seed)
+    return y, x if summed is None else summed, rstd
+
+
+def forward_into(
+    y: Tensor,
+    summed: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Return rstd. A block is read before it is written: y and summed may be x and residual."""
+    num_rows, width = x.shape
+    rstd = x.new_empty(num_rows, dtype=torch.float32)
     if y.numel():
         kernel, tile = (
             (_fwd_kernel, row_tile(width))
@@ -117,7 +132,7 @@ def forward(
             x, residual, weight, y, summed, rstd, *strides, width, eps,
             *_dropout_triton.arguments(dropout_p, seed), **tile.options(),
         )  # fmt: skip
-    return y, x if summed is None else summed, rstd
+    return rstd
 
 
 def backward(

@@ -13,12 +13,11 @@ struct Forward {
   Tensor y, summed, rstd;
 };
 
-// Without a residual summed is undefined. Without dropout nothing is dropped.
-Forward run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps,
-                    const Dropout* dropout) {
+// Without a residual summed is undefined. Without dropout nothing is dropped. A row is read before
+// it is written, so that y and summed may be x and the residual.
+Tensor run_forward_into(Tensor& y, Tensor& summed, const Tensor& x, const Tensor* residual,
+                        const Tensor& weight, double eps, const Dropout* dropout) {
   const int64_t rows = x.size(0), width = x.size(1);
-  Tensor y = torch::stable::new_empty(x, {rows, width});
-  Tensor summed = residual ? torch::stable::new_empty(x, {rows, width}) : Tensor();
   Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
   const Dtype dtype = dtype_of(x);
   const bool past = past_caches(y);
@@ -30,6 +29,14 @@ Forward run_forward(const Tensor& x, const Tensor* residual, const Tensor& weigh
         (float*)mutable_at(rstd, begin), end - begin, width, x.stride(0),
         residual ? residual->stride(0) : 0, static_cast<float>(eps), dropout, begin, past);
   });
+  return rstd;
+}
+
+Forward run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps,
+                    const Dropout* dropout) {
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor summed = residual ? torch::stable::new_empty(x, {x.size(0), x.size(1)}) : Tensor();
+  Tensor rstd = run_forward_into(y, summed, x, residual, weight, eps, dropout);
   return {y, summed, rstd};
 }
 
@@ -87,6 +94,12 @@ std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& re
   return {result.y, result.summed, result.rstd};
 }
 
+void add_forward_out(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                     double dropout_p, const std::optional<Tensor>& seed, Tensor y, Tensor summed) {
+  const Dropout dropout = seed ? dropout_of(dropout_p, *seed) : Dropout{};
+  run_forward_into(y, summed, x, &residual, weight, eps, seed ? &dropout : nullptr);
+}
+
 std::tuple<Tensor, Tensor> add_backward(const Tensor& dy, const Tensor& dsummed,
                                         const Tensor& summed, const Tensor& weight,
                                         const Tensor& rstd) {
@@ -112,6 +125,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
       "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, float dropout_p,"
       " Tensor? seed) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "add_rms_norm_out(Tensor x, Tensor residual, Tensor weight, float eps, float dropout_p,"
+      " Tensor? seed, Tensor(a!) y, Tensor(b!) summed) -> ()");
+  m.def(
       "add_rms_norm_backward(Tensor dy, Tensor dsummed, Tensor summed, Tensor weight, Tensor rstd)"
       " -> (Tensor, Tensor)");
   m.def(
@@ -123,6 +139,7 @@ STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
   m.impl("rms_norm_forward", TORCH_BOX(&forward));
   m.impl("rms_norm_backward", TORCH_BOX(&backward));
   m.impl("add_rms_norm_forward", TORCH_BOX(&add_forward));
+  m.impl("add_rms_norm_out", TORCH_BOX(&add_forward_out));
   m.impl("add_rms_norm_backward", TORCH_BOX(&add_backward));
   m.impl("add_rms_norm_backward_dropped", TORCH_BOX(&add_backward_dropped));
 }

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import check_alike, check_channel_weight, check_has_channels, rows
+from emu3_kernels._checks import (
+    check_alike,
+    check_channel_weight,
+    check_has_channels,
+    check_no_gradient,
+    copied,
+    rows,
+)
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels._dropout import check_dropout, draw_seed
 from emu3_kernels.ops.add_rms_norm import reference
@@ -20,6 +27,7 @@ def add_rms_norm(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Add, then normalise: ``summed = dropout(x) + residual``, ``y = rms_norm(summed, weight)``.
@@ -43,29 +51,46 @@ def add_rms_norm(
         dropout_p: share of ``x`` that is dropped, in ``[0, 1)``.
         seed: 0-d int64 on the device of ``x``; None draws one from torch's default generator
             if there is dropout.
+        out: where y and the sum go, for a call without a gradient: contiguous tensors like ``x``,
+            which may be ``x`` and ``residual`` themselves.
         backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
 
     Returns:
         ``(y, summed)``, both ``[..., D]`` in the dtype of ``x``; ``summed`` is
-        the residual of the next sublayer.
+        the residual of the next sublayer. ``out``, if given.
     """
     check_alike("add_rms_norm", x=x, residual=residual)
     check_has_channels("add_rms_norm", x=x)
     check_channel_weight("add_rms_norm", x, weight)
     check_dropout("add_rms_norm", dropout_p, seed, x.device)
+    if out is not None:
+        _check_out(x, residual, weight, out)
     if dropout_p == 0:
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
     chosen = choose("add_rms_norm", BACKENDS, backend, x, residual, weight, eps)
     if chosen == "reference":
-        return reference.add_rms_norm(x, residual, weight, eps, dropout_p=dropout_p, seed=seed)
+        random = {"dropout_p": dropout_p, "seed": seed}
+        results = reference.add_rms_norm(x, residual, weight, eps, **random)
+        return results if out is None else copied(results, out)
     operands = rows(x), rows(residual), weight.contiguous(), eps, dropout_p, seed
+    if out is not None:
+        BACKENDS[chosen].forward_into(*map(rows, out), *operands)
+        return out
     if needs_gradient(x, residual, weight):
         y, summed = _AddRMSNorm.apply(*operands, chosen)
     else:
         y, summed, _ = BACKENDS[chosen].forward(*operands)
     return y.view_as(x), summed.view_as(x)
+
+
+def _check_out(x: Tensor, residual: Tensor, weight: Tensor, out: tuple[Tensor, Tensor]) -> None:
+    check_no_gradient("add_rms_norm", x, residual, weight, *out)
+    check_alike("add_rms_norm", x=x, y=out[0], summed=out[1])
+    if out[0] is out[1] or not all(written.is_contiguous() for written in out):
+        got = " and ".join(f"strides {written.stride()}" for written in out)
+        raise ValueError(f"add_rms_norm: out must be two contiguous tensors, got {got}")
 
 
 class _AddRMSNorm(torch.autograd.Function):

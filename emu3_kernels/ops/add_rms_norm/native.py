@@ -18,6 +18,20 @@ def forward(
     return torch.ops.emu3_kernels.add_rms_norm_forward(x, residual, weight, eps, dropout_p, seed)
 
 
+def forward_into(
+    y: Tensor,
+    summed: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    operands = x, residual, weight, eps, dropout_p, seed
+    torch.ops.emu3_kernels.add_rms_norm_out(*operands, y, summed)
+
+
 def backward(
     dy: Tensor,
     dsummed: Tensor,
@@ -47,6 +61,18 @@ if not _native.MISSING:
     ) -> tuple[Tensor, Tensor, Tensor]:
         rstd = x.new_empty(x.shape[0], dtype=torch.float32)
         return x.new_empty(x.shape), x.new_empty(x.shape), rstd
+
+    @torch.library.register_fake("emu3_kernels::add_rms_norm_out")
+    def _(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        y: Tensor,
+        summed: Tensor,
+    ) -> None: ...
 
     @torch.library.register_fake("emu3_kernels::add_rms_norm_backward")
     def _(

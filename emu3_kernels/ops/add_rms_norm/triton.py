@@ -18,6 +18,19 @@ def forward(
     return _rms_norm_triton.forward(x, residual, weight, eps, dropout_p, seed)
 
 
+def forward_into(
+    y: Tensor,
+    summed: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    _rms_norm_triton.forward_into(y, summed, x, residual, weight, eps, dropout_p, seed)
+
+
 def backward(
     dy: Tensor,
     dsummed: Tensor,

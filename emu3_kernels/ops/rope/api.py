@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import describe
+from emu3_kernels._checks import check_no_gradient, copied, describe
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels._rope import (
     check_heads,
@@ -90,7 +90,7 @@ def rope(
         check_inside("rope", "positions", positions, cos.shape[0])
     if chosen == "reference":
         results = reference.rope(q, k, cos, sin, positions)
-        return results if out is None else _copied(results, out)
+        return results if out is None else copied(results, out)
     if out is not None or not needs_gradient(q, k):
         return BACKENDS[chosen].rotate(q, k, cos, sin, positions, inverse=False, out=out)
     return _Rope.apply(q, k, cos, sin, positions, chosen)
@@ -109,15 +109,8 @@ class _Rope(torch.autograd.Function):
         return dq, dk, None, None, None, None
 
 
-def _copied(results: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    for written, result in zip(out, results, strict=True):
-        written.copy_(result)
-    return out
-
-
 def _check_out(q: Tensor, k: Tensor, out: tuple[Tensor, Tensor]) -> None:
-    if needs_gradient(q, k, *out):
-        raise ValueError("rope: out has no gradient: leave it out, or call under torch.no_grad()")
+    check_no_gradient("rope", q, k, *out)
     for name, x, written in zip(("q", "k"), (q, k), out, strict=True):
         if (written.shape, written.dtype, written.device) != (x.shape, x.dtype, x.device):
             raise ValueError(
