@@ -77,6 +77,7 @@ BARS = (
     Bar("rms_norm", "vLLM", 1.3, NORM),
     Bar("rms_norm", COMPILED_OUT, 1.3, NORM),
     Bar("rms_norm", COMPILED, 1.5, NORM, "backward"),
+    Bar("add_rms_norm", "vLLM (in place)", 1.3, NORM),
     Bar("add_rms_norm", "vLLM (in place)", 1.3, NORM, IN_PLACE),
     Bar("swiglu", COMPILED_OUT, 1.5, MLP),
     Bar("swiglu", EAGER, 4.0, MLP),

@@ -62,6 +62,17 @@ def test_more_heads_than_a_block_has_rows_share_their_keys(dtype):
     check(cases.make(**size, dtype=dtype, device="cpu"), backend="native")
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_single_key_is_its_value(level, dtype):
+    """dq is a difference of equal numbers, and its tolerance 0: the rest is exact."""
+    size = {"batch": 2, "queries": 1, "keys": 1, "heads": 2, "groups": 2, "width": 24}
+    inputs = cases.make(**size, dtype=dtype, device="cpu")
+    v, dout = inputs["v"].requires_grad_(), torch.randn(2, 1, 2, 24).to(dtype)
+    out = attention(**inputs, backend="native")
+    assert torch.equal(out, v)
+    assert torch.equal(torch.autograd.grad(out, v, dout)[0], dout)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
 def test_no_query_or_no_key(queries, keys):
     size = SEVERAL_BLOCKS | {"queries": queries, "keys": keys}
@@ -218,7 +229,9 @@ def test_a_query_may_see_nothing_anywhere(level):
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_call_is_as_accurate_as_the_reference(data):
-    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
     # Of a softmax of one key dq is 0, and so is its tolerance: some query must see several.
     queries, groups = draw(20, 260), draw(1, 3)
     documents = data.draw(st.booleans())
