@@ -96,12 +96,21 @@ class BuildNative(build_ext):
         return str(Path(self.build_temp) / f"{name}.o")
 
     def run_compiler(self, command: list[str], source: Path, target: str) -> None:
-        headers = [*ROOT.glob("csrc/*/*.h"), *ROOT.glob("csrc/*/*.cuh")]
-        newest = max(path.stat().st_mtime for path in [source, Path(__file__), *headers])
-        if not self.force and Path(target).exists() and Path(target).stat().st_mtime > newest:
+        if not self.force and is_newer_than_its_sources(Path(target)):
             return
         print(f"compiling {Path(target).stem}", flush=True)
-        subprocess.run([*command, "-c", str(source), "-o", target], check=True)
+        subprocess.run([*command, "-MMD", "-c", str(source), "-o", target], check=True)
+
+
+def is_newer_than_its_sources(target: Path) -> bool:
+    """Ask the list of sources that the compiler wrote beside ``target`` (``-MMD``)."""
+    listed = target.with_suffix(".d")
+    if not (target.exists() and listed.exists()):
+        return False
+    rule = listed.read_text().partition(": ")[2].replace("\\\n", " ")
+    sources = [Path(__file__), *(Path(name) for name in rule.split())]
+    built = target.stat().st_mtime
+    return all(path.exists() and path.stat().st_mtime < built for path in sources)
 
 
 def native() -> list[Extension]:
