@@ -12,8 +12,13 @@ namespace emu3 {
 namespace {
 
 // Queries that are sorted together: enough that 16 neighbours are close, few enough for the caches.
-constexpr int64_t kBlock = 32768;
+constexpr int64_t kBlock = 8192;
 constexpr int kAtOnce = 8;
+
+// A whole vector lies in one line of the cache.
+struct alignas(64) Lanes {
+  float of[16];
+};
 
 float raise(float x) { return x; }
 
@@ -78,14 +83,14 @@ class Block {
   void pack(bool with_home) {
     const int64_t last = static_cast<int64_t>(order_.size()) - 1;
     num_packets_ = (last + 16) / 16;
-    packed_.resize(num_packets_ * dim_ * 16);
+    packed_.resize(num_packets_ * dim_);
     home_.resize(with_home ? num_packets_ * 16 : 0);
     ids_.resize(num_packets_ * 16);
-    float* to = packed_.data();
-    for (int64_t p = 0; p < num_packets_; ++p, to += dim_ * 16)
+    auto to = packed_.begin();
+    for (int64_t p = 0; p < num_packets_; ++p, to += dim_)
       for (int lane = 0; lane < 16; ++lane) {
         const int32_t t = order_[std::min(p * 16 + lane, last)];
-        for (int d = 0; d < dim_; ++d) to[d * 16 + lane] = z_[int64_t{t} * dim_ + d];
+        for (int d = 0; d < dim_; ++d) to[d].of[lane] = z_[int64_t{t} * dim_ + d];
         if (with_home) home_[p * 16 + lane] = leaf_[t];
       }
   }
@@ -95,7 +100,7 @@ class Block {
     for (size_t i = 0; i < order_.size(); ++i) out[order_[i]] = ids_[i];
   }
 
-  const float* packed() const { return packed_.data(); }
+  const float* packed() const { return reinterpret_cast<const float*>(packed_.data()); }
   const int32_t* home() const { return home_.data(); }
   int32_t* ids() { return ids_.data(); }
   int64_t num_packets() const { return num_packets_; }
@@ -112,14 +117,15 @@ class Block {
     for (int width = 1; width < tree.num_leaves; width *= 2)
       for (int i = 0; i < kAtOnce; ++i) {
         const bool upper = at[i][tree.axis[node[i]]] >= tree.split[node[i]];
-        node[i] = 2 * node[i] + (upper ^ ((node[i] - width) & 1));
+        node[i] = 2 * node[i] + (upper ^ (node[i] & 1));
       }
     for (int i = 0; i < count; ++i) leaf_[query[i]] = node[i] - tree.num_leaves;
   }
 
   int dim_;
   int64_t size_ = 0, num_packets_ = 0;
-  std::vector<float> z_, packed_;
+  std::vector<float> z_;
+  std::vector<Lanes> packed_;
   std::vector<int32_t> order_, sorted_, leaf_, home_, ids_;
 };
 

@@ -1,9 +1,11 @@
 // A k-d tree over a codebook, flat in memory so that it travels as one tensor of 32-bit words.
-// N codes of dimension D; L leaves (a power of two) of up to 16 codes each; 16 leaves make a group
-// and 16 groups a cluster, so that one vector operation tests 16 boxes or 16 codes.
+// N codes of dimension D; L leaves (a power of two, 16 or more) of up to 16 codes each; 16 leaves
+// make a group and 16 groups a cluster, so that one vector operation tests 16 boxes or 16 codes.
 #pragma once
 
 #include <stdint.h>
+
+#include "levels.h"
 
 namespace emu3 {
 
@@ -26,7 +28,38 @@ int64_t code_tree_size(int64_t num_codes, int dim);
 
 CodeTree view_code_tree(void* memory, int64_t num_codes, int dim);
 
+// The codes of a tree that grows, in the order of its nodes, which part them from one of two copies
+// into the other: coordinates, then the bits of the ids, which ascend in a node.
+struct CodeOrder {
+  int num_codes;
+  int64_t stride;  // room for 16 more
+  float* rows[2];  // [D + 1][stride]
+};
+
+struct CodeBuild {
+  // Splits [begin, end), the codes of `node` in copy `which`, and what is below, `levels` deep or
+  // down to the leaves.
+  void (*grow)(const CodeTree& tree, const CodeOrder& order, int node, int begin, int end,
+               int which, int levels);
+};
+
+EMU3_KERNELS(CodeBuild, code_build)
+
+// Where a node is parted. Every other one has its upper side first (a Gray code), so that leaves
+// next to each other in number are next to each other in space. Static: a copy for each level.
+static inline int code_border(int node, int begin, int end) {
+  const int half = (end - begin) / 2;
+  return node & 1 ? end - half : begin + half;
+}
+
+// Words that the order of num_codes codes takes.
+int64_t code_order_size(int64_t num_codes, int dim);
+
 // Codes with a coordinate that is not finite are left out: they are nearest to nothing.
-void build_code_tree(void* memory, const float* codebook, int64_t num_codes, int dim);
+CodeOrder begin_code_tree(const CodeTree& tree, void* scratch, const float* codebook,
+                          int64_t num_codes);
+
+// Grows node k of the `width` at its depth, which are independent once all above have grown.
+void grow_code_tree(const CodeTree& tree, const CodeOrder& order, int width, int k, int levels);
 
 }  // namespace emu3

@@ -133,12 +133,37 @@ inline unsigned less(const Ints& a, const Ints& b) {
 #endif
 }
 
+inline unsigned equal(const Ints& a, const Ints& b) {
+#if defined(__AVX512F__)
+  return _mm512_cmpeq_epi32_mask((__m512i)a.part[0], (__m512i)b.part[0]);
+#else
+  return bits_of_each([&](int i) { return a.part[i] == b.part[i]; });
+#endif
+}
+
 // yes where a < b, no elsewhere.
 inline Ints select_less(const Floats& a, const Floats& b, const Ints& yes, const Ints& no) {
   Ints chosen;
   for (int i = 0; i < kParts; ++i)
     chosen.part[i] = a.part[i] < b.part[i] ? yes.part[i] : no.part[i];
   return chosen;
+}
+
+alignas(64) inline constexpr int32_t kLane[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                  8, 9, 10, 11, 12, 13, 14, 15};
+
+// x in the first `count` lanes, `rest` in those after.
+inline Floats first_of(const Floats& x, int count, float rest) {
+  const Ints lane = load16(kLane), end = splat16(count);
+  return each([&](int i) { return lane.part[i] < end.part[i] ? x.part[i] : splat(rest); });
+}
+
+inline Ints first_of(const Ints& x, int count, int32_t rest) {
+  const Ints lane = load16(kLane), end = splat16(count), other = splat16(rest);
+  Ints first;
+  for (int i = 0; i < kParts; ++i)
+    first.part[i] = lane.part[i] < end.part[i] ? x.part[i] : other.part[i];
+  return first;
 }
 
 // The least of 16 lanes, none of them NaN.
@@ -172,6 +197,18 @@ inline int store_packed(int32_t* to, const Ints& x, unsigned mask) {
   for (unsigned rest = mask; rest; rest &= rest - 1) *to++ = lane[__builtin_ctz(rest)];
 #endif
   return __builtin_popcount(mask);
+}
+
+// The same, and nothing else is overwritten; but what is read back at once waits for the store.
+inline void store_packed_alone(float* to, const Floats& x, unsigned mask) {
+#if defined(__AVX512F__)
+  const __mmask16 packed = (1u << __builtin_popcount(mask)) - 1;
+  _mm512_mask_storeu_ps(to, packed, _mm512_maskz_compress_ps(mask, x.part[0]));
+#else
+  float lane[16];
+  store16(lane, x);
+  for (; mask; mask &= mask - 1) *to++ = lane[__builtin_ctz(mask)];
+#endif
 }
 
 }  // namespace emu3::EMU3_LEVEL

@@ -12,11 +12,10 @@ namespace {
 // distance to any code in it. A box at exactly the best distance is left out only if it holds no id
 // below the best one.
 
-constexpr float kInfinity = __builtin_inff();
+constexpr float kInfinity = __builtin_inff(), kGreatest = __FLT_MAX__;
 
-// Pairs (leaf, lane) that wait to be scanned; a group adds at most 256, and the store writes 16.
-constexpr int kPairs = 1024;
-constexpr int kPairsOfGroup = 256;
+// What a packet lists at once; one vector adds up to 16.
+constexpr int kGroups = 256, kVisits = 256, kPairs = 1024;
 
 // A scanned pair costs 1.6 times its share of a scan of all codes (measured), so that a packet
 // which has scanned this part of all pairs is better off, and the ones after it likely are.
@@ -105,16 +104,18 @@ void scan_all(const float* codebook, int64_t num_codes, int dim, const float* qu
     scan_packets<kDim, 1>(codebook, num_codes, dim, queries + p * queries_of_packet, ids + p * 16);
 }
 
-// The search for the 16 queries of one packet.
+// The search for the 16 queries of one packet. What is to be looked at is listed first and then
+// looked at in one loop, since a short loop ends in a branch that is guessed wrong.
 template <int kDim>
 struct Packet {
   const CodeTree& tree;
   const float* queries;  // [dim][16]
   const int32_t* home;
   int32_t* id;
-  float best[16];
-  int32_t pairs[kPairs + 16];
-  int num_pairs = 0;
+  alignas(64) float best[16];
+  int32_t groups[kGroups];
+  int32_t visits[kVisits], pairs[kPairs];  // group * 16 + lane, leaf * 16 + lane
+  int num_visits = 0, num_pairs = 0;
   int64_t num_scanned = 0;
 
   int dim() const { return dim_of<kDim>(tree.dim); }
@@ -122,20 +123,31 @@ struct Packet {
   Floats query(int d, int lane) const { return splat16(queries[d * 16 + lane]); }
   int64_t box_floats() const { return int64_t{dim()} * 32; }
 
-  void scan_leaf(int leaf, int lane) {
+  Floats to_leaf(uint32_t leaf, int lane) const {
     const float* codes = tree.codes + int64_t{leaf} * dim() * kLeaf;
-    const Floats distance = sum_of_squares<kDim>(
-        tree.dim, [&](int d) { return load16(codes + d * kLeaf) - query(d, lane); });
+    return sum_of_squares<kDim>(tree.dim,
+                                [&](int d) { return load16(codes + d * kLeaf) - query(d, lane); });
+  }
+
+  int32_t id_at(uint32_t leaf, const Floats& distance, float low) const {
+    return tree.ids[leaf * kLeaf + __builtin_ctz(equal(distance, splat16(low)))];
+  }
+
+  void scan_leaf(uint32_t leaf, int lane) {
+    const Floats distance = to_leaf(leaf, lane);
     if (!less_or_equal(distance, splat16(best[lane]))) return;
     const float low = least(distance);
-    const int32_t found = tree.ids[leaf * kLeaf + __builtin_ctz(equal(distance, splat16(low)))];
+    const int32_t found = id_at(leaf, distance, low);
     const bool better = low < best[lane] || found < id[lane];
     id[lane] = better ? found : id[lane];
     best[lane] = low;
   }
 
   void scan_pairs() {
-    for (int i = 0; i < num_pairs; ++i) scan_leaf(pairs[i] / 16, pairs[i] % 16);
+    for (int i = 0; i < num_pairs; ++i) {
+      const uint32_t pair = pairs[i];
+      scan_leaf(pair / 16, pair % 16);
+    }
     num_scanned += num_pairs;
     num_pairs = 0;
   }
@@ -156,29 +168,40 @@ struct Packet {
     });
   }
 
-  // Groups of a cluster that may hold a better code for some query, judged by the packet's own box.
-  unsigned groups_within(Boxes boxes, const float* low, const float* high, float most) const {
-    const Floats distance = sum_of_squares<kDim>(tree.dim, [&](int d) {
-      const Floats gap = max(boxes.low(d) - splat16(high[d]), splat16(low[d]) - boxes.high(d));
-      return max(gap, splat16(0.0f));
-    });
-    return less_or_equal(distance, splat16(most));
+  // Lists the groups that may hold a better code for some query, judged by the packet's own box.
+  int list_groups(int begin, int end, const float* low, const float* high) {
+    // What is infinitely far, as a box without codes is, cannot hold a better one.
+    const Floats most = min(splat16(greatest(load16(best))), splat16(kGreatest));
+    int count = 0;
+    for (int c = begin; c < end; ++c) {
+      const Boxes boxes{tree.groups + c * box_floats()};
+      const Floats distance = sum_of_squares<kDim>(tree.dim, [&](int d) {
+        const Floats gap = max(boxes.low(d) - splat16(high[d]), splat16(low[d]) - boxes.high(d));
+        return max(gap, splat16(0.0f));
+      });
+      count += store_packed(groups + count, splat16(c * 16) + load16(kLane),
+                            less_or_equal(distance, most));
+    }
+    return count;
   }
 
-  // The leaves of a group that may hold a better code, for the queries in `lanes`.
-  void collect(int group, unsigned lanes) {
-    const Boxes boxes{tree.leaves + group * box_floats()};
-    const Ints lowest = load16(tree.lowest + group * 16);
-    for (; lanes; lanes &= lanes - 1) {
-      const int lane = __builtin_ctz(lanes);
-      const Floats distance = to_boxes(lane, boxes), bound = splat16(best[lane]);
+  // Lists the leaves of the visited groups that may hold a better code.
+  void visit() {
+    for (int i = 0; i < num_visits; ++i) {
+      const uint32_t visit = visits[i], group = visit / 16, lane = visit % 16;
+      const Floats bound = splat16(best[lane]);
+      const Floats distance = to_boxes(lane, {tree.leaves + group * box_floats()});
       unsigned leaves = less(distance, bound);
-      leaves |= equal(distance, bound) & less(lowest, splat16(id[lane]));
-      if (home[lane] / 16 == group) leaves &= ~(1u << (home[lane] % 16));
-      const Ints pair = splat16(group * 256 + lane) + load16(kLeafOfPair);
-      num_pairs += store_packed(pairs + num_pairs, pair, leaves);
+      leaves |= equal(distance, bound) & less(load16(tree.lowest + group * 16), splat16(id[lane]));
+      const uint32_t own = home[lane] - group * 16;  // has been scanned
+      leaves &= ~(own < 16 ? 1u << own : 0);
+      num_pairs += store_packed(
+          pairs + num_pairs,
+          splat16(static_cast<int32_t>(group * 256 + lane)) + load16(kLeafOfPair), leaves);
+      if (num_pairs > kPairs - 16) scan_pairs();
     }
-    if (num_pairs > kPairs - kPairsOfGroup) scan_pairs();
+    num_visits = 0;
+    scan_pairs();
   }
 
   // The nearest leaf of the nearest group: for queries whose home says little about where to look.
@@ -194,37 +217,48 @@ struct Packet {
     scan_leaf(group * 16 + __builtin_ctz(equal(distance, splat16(least(distance)))), lane);
   }
 
+  void start() {
+    for (int lane = 0; lane < 16; ++lane) {
+      const Floats distance = to_leaf(home[lane], lane);
+      const float low = least(distance);
+      const int32_t found = id_at(home[lane], distance, low);
+      best[lane] = low;
+      id[lane] = low < kInfinity ? found : 0;
+      visits[lane] = home[lane] / 16 * 16 + lane;
+    }
+    num_visits = 16;
+    visit();
+  }
+
   // False if it gave up: too much of the tree had to be scanned.
   bool search(int64_t most_pairs) {
+    start();
     float low[kMaxDim], high[kMaxDim];
     for (int d = 0; d < dim(); ++d) low[d] = least(query(d)), high[d] = greatest(query(d));
-    for (int lane = 0; lane < 16; ++lane) {
-      best[lane] = kInfinity, id[lane] = 0;
-      scan_leaf(home[lane], lane);
-    }
-    const int first = home[0] / 16, last = home[15] / 16;  // homes ascend within a packet
-    for (int group = first; group <= last; ++group) collect(group, 0xffff);
-    scan_pairs();
-
-    float most = greatest(load16(best));
-    int within = 0;
-    for (int c = 0; c < tree.num_clusters; ++c)
-      within +=
-          __builtin_popcount(groups_within({tree.groups + c * box_floats()}, low, high, most));
-    if (2 * within > tree.num_groups) {
-      for (int lane = 0; lane < 16; ++lane) scan_nearest_leaf(lane);
-      most = greatest(load16(best));
-    }
-    for (int c = 0; c < tree.num_clusters; ++c) {
-      const Boxes boxes{tree.groups + c * box_floats()};
-      for (unsigned groups = groups_within(boxes, low, high, most); groups; groups &= groups - 1) {
-        const int box = __builtin_ctz(groups), group = c * 16 + box;
-        if (group >= first && group <= last) continue;
-        collect(group, less_or_equal(to_box(boxes, box), load16(best)));
-        if (num_scanned > most_pairs) return false;
+    Ints home_group = load16(home);
+    for (IntVec& part : home_group.part) part >>= 4;
+    bool lost = false;
+    for (int c = 0; c < tree.num_clusters; c += kGroups / 16) {
+      const int end = c + kGroups / 16 < tree.num_clusters ? c + kGroups / 16 : tree.num_clusters;
+      int count = list_groups(c, end, low, high);
+      if (!lost && 2 * count > (end - c) * 16) {
+        for (int lane = 0; lane < 16; ++lane) scan_nearest_leaf(lane);
+        lost = true;
+        count = list_groups(c, end, low, high);
+      }
+      for (int i = 0; i < count; ++i) {
+        const int group = groups[i];
+        unsigned lanes = less_or_equal(
+            to_box({tree.groups + group / 16 * box_floats()}, group % 16), load16(best));
+        lanes &= ~equal(home_group, splat16(group));
+        num_visits += store_packed(visits + num_visits, splat16(group * 16) + load16(kLane), lanes);
+        if (num_visits > kVisits - 16) {
+          visit();
+          if (num_scanned > most_pairs) return false;
+        }
       }
     }
-    scan_pairs();
+    visit();
     return true;
   }
 

@@ -32,13 +32,13 @@ def build_tree(codebook: Tensor) -> Tensor:
 
 def tree_size(num_codes: int, dim: int) -> int:
     """Count the 32-bit words of a tree, as csrc/cpu/code_tree.cpp lays it out."""
-    num_leaves = 1
+    num_leaves = 16
     while num_leaves * 16 < num_codes:
         num_leaves *= 2
-    num_groups = -(-num_leaves // 16)
+    num_groups = num_leaves // 16
     num_clusters = -(-num_groups // 16)
     boxes = (num_clusters + num_groups) * dim * 32
-    return boxes + num_groups * 16 * (3 + 16 * dim + 16)
+    return boxes + num_leaves * (3 + 16 * dim + 16)
 
 
 if not _native.MISSING:
