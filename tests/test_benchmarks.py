@@ -146,6 +146,18 @@ def test_an_op_that_counts_flops_is_bound_by_a_product(monkeypatch):
     assert bound["fraction"] == pytest.approx(3 * 640 / product / 2)
 
 
+def test_a_decoded_token_is_timed_beside_a_native_call_on_no_rows():
+    one, many = ({"num_rows": rows, "width": 4096} for rows in (1, 4096))
+    assert bounds.EMPTY in bounds.calls(replace(CASE, size=one))
+    assert bounds.EMPTY not in bounds.calls(replace(CASE, size=many))
+    assert bounds.EMPTY not in bounds.calls(replace(CASE, size=one, direction="backward"))
+    taken = {"native": [9e-6, 7e-6, 8e-6], "eager": [1e-5] * 3, bounds.EMPTY: [2e-6, 3e-6, 4e-6]}
+    lineup = Lineup(peak_mib=dict.fromkeys(taken, 0.0))
+    written = test_ops.row(CASE, 1, [0.5, 1.0], lineup, taken, None)
+    assert written["above_empty_us"] == pytest.approx(4.0)
+    assert set(written["peers"]) == {"eager"}
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_row_counts_what_it_must_move_or_multiply(op):
     listed = contestants.cases(op, scale=True)
@@ -257,7 +269,7 @@ def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch):
         contestants, "rivals", lambda case, inputs, results: uncompiled(entry, inputs)
     )
     lineup = contestants.lineup(CASE)
-    assert set(lineup.calls) == {"native", "eager", READ, COPY}
+    assert set(lineup.calls) == {"native", "eager", READ, COPY, bounds.EMPTY}
     assert lineup.missing["vLLM"].endswith(peers.VLLM)
     peers.vllm.cache_clear()
 

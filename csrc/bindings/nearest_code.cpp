@@ -18,7 +18,7 @@ constexpr int64_t kFewestCodesOfTree = 512;
 Tensor build_tree(const Tensor& codebook) {
   const int64_t num_codes = codebook.size(0), dim = codebook.size(1);
   const int64_t size = code_tree_size(num_codes, static_cast<int>(dim));
-  Tensor tree = torch::stable::new_empty(codebook, {size}, torch::headeronly::ScalarType::Int);
+  Tensor tree = fresh(codebook, {size}, torch::headeronly::ScalarType::Int);
   build_code_tree(tree.mutable_data_ptr(), static_cast<const float*>(codebook.const_data_ptr()),
                   num_codes, static_cast<int>(dim));
   return tree;
@@ -28,7 +28,7 @@ Tensor build_tree(const Tensor& codebook) {
 Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor> tree) {
   const int64_t batch = z.size(0), places = z.size(2), num_queries = batch * places;
   const int64_t num_codes = codebook.size(0), dim = codebook.size(1);
-  Tensor ids = torch::stable::new_empty(z, {batch, places}, torch::headeronly::ScalarType::Long);
+  Tensor ids = fresh(z, {batch, places}, torch::headeronly::ScalarType::Long);
   const Queries queries{dtype_of(z), z.const_data_ptr(), places,
                         z.stride(0), z.stride(1),        z.stride(2)};
   if (!tree && tree_pays(num_queries, num_codes, dim)) tree = build_tree(codebook);
