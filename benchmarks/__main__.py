@@ -19,6 +19,9 @@ Threads = Annotated[list[int] | None, typer.Option(help="Thread counts; 1 and 2.
 TOKENS = 256
 """Of a step of training: 50 steps of 2048 tokens take nine minutes on two cores, of 256 two."""
 
+SECONDS = 0.75
+"""Of all rounds of a row when everything is timed; a row of long calls takes its three rounds."""
+
 
 @app.command()
 def ops(
@@ -70,9 +73,9 @@ def everything(allow_load: Load = False) -> None:
     start, write = time.monotonic(), not allow_load
     if (reason := machine.why_not_publish(machine.load())) and write:
         run.refuse([reason])
-    listed = run.runs(list(OPS), None, seconds=0.75)
+    listed = run.runs(list(OPS), None, SECONDS)
     if find_spec("transformers"):
-        listed += steps_of_model(None, 30.0, steps=50, step_tokens=TOKENS)
+        listed += steps_of_model(None, SECONDS, steps=50, step_tokens=TOKENS)
     failures = run.time_all(listed, allow_load)
     if find_spec("triton"):
         run.progress(len(listed), len(listed), "machine code of the GPU kernels", start)

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from benchmarks.bounds import EMPTY
 from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
 from benchmarks.tables import ratio
 
-TIME, MEMORY, LOSS, BOUND = "time", "memory", "loss", "bound"
+TIME, MEMORY, LOSS, BOUND, CALL = "time", "memory", "loss", "bound", "call"
 A_LITTLE = 1e-3
 """MiB that stand for none."""
 
@@ -17,7 +18,8 @@ class Bar:
 
     Of memory it must hold so many times as much beside the results; of a loss, ``at_least`` is the
     share by which the two may differ at most; of a bound, the rate that ``op`` must reach as a
-    share of ``peer``, the rate of the machine.
+    share of ``peer``, the rate of the machine; of a call, the microseconds that ``op`` may take
+    more than ``peer`` at most.
     """
 
     op: str
@@ -34,13 +36,16 @@ class Bar:
             and row.get("device", "cpu") == "cpu"
             and row["threads"] in self.threads
             and all(row["size"].get(name) == value for name, value in self.size)
-            and (self.of == BOUND or self.peer in row["peers"])
+            and (self.of in (BOUND, CALL) or self.peer in row["peers"])
+            and (self.of != CALL or "above_empty_us" in row)
             and (self.of != LOSS or "after_steps" in row)
         )
 
     def value(self, row: dict) -> float:
         if self.of == BOUND:
             return row["of_bound"]
+        if self.of == CALL:
+            return row["above_empty_us"]
         if self.of == LOSS:
             losses = row["after_steps"]["losses"]
             return abs(losses[row["backend"]] / losses[self.peer] - 1)
@@ -52,9 +57,11 @@ class Bar:
 
     def kept(self, row: dict) -> bool:
         value = self.value(row)
-        return value <= self.at_least if self.of == LOSS else value >= self.at_least
+        return value <= self.at_least if self.of in (LOSS, CALL) else value >= self.at_least
 
     def asked(self) -> str:
+        if self.of == CALL:
+            return f"within {self.at_least:g} us"
         return f"within {self.at_least:.1%}" if self.of == LOSS else f"{self.at_least}x"
 
     def measured(self, row: dict) -> str:
@@ -62,6 +69,8 @@ class Bar:
             return ratio(row["peers"][self.peer])
         if self.of == BOUND:
             return f"{self.value(row):.2f}x"
+        if self.of == CALL:
+            return f"{self.value(row):.1f} us more"
         return f"{self.value(row):.2%}" if self.of == LOSS else f"{self.value(row):.1f}x"
 
 
@@ -70,6 +79,7 @@ MLP = (("num_rows", 2048), ("width", 14336))
 LOGITS = (("tokens", 256), ("classes", 184_622))
 HEAD = (("tokens", 2048), ("classes", 184_622))
 STEP, HALF_STEP = (("tokens", 2048), ("counted", 2048)), (("tokens", 2048), ("counted", 1024))
+TOKEN = (("num_rows", 1), ("width", 4096))
 LONG = (("batch", 1), ("capacity", 131_072))
 BOTH, HF = "forward+backward", "Hugging Face"
 
@@ -77,6 +87,7 @@ BARS = (
     Bar("rms_norm", "vLLM", 1.3, NORM),
     Bar("rms_norm", COMPILED_OUT, 1.3, NORM),
     Bar("rms_norm", COMPILED, 1.5, NORM, "backward"),
+    Bar("rms_norm", EMPTY, 5.0, TOKEN, of=CALL),
     Bar("add_rms_norm", "vLLM (in place)", 1.3, NORM),
     Bar("add_rms_norm", "vLLM (in place)", 1.3, NORM, IN_PLACE),
     Bar("swiglu", COMPILED_OUT, 1.5, MLP),

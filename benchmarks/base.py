@@ -119,7 +119,7 @@ def time_side(tree: Path, ops: list[str], threads: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder, "run.json")
         wanted = [
-            *run.Run(ops[0], threads, SECONDS, device()).arguments(),
+            *run.Run(ops[0], (threads,), SECONDS, device()).arguments(),
             *(f"--op={op}" for op in ops[1:]),
         ]
         suite = [str(tree / "benchmarks/test_base.py"), f"--benchmark-json={stored}"]

@@ -14,11 +14,16 @@ import torch
 from benchmarks.clock import Call
 from benchmarks.duel import paired_ratio
 from benchmarks.peers import IN_PLACE
+from emu3_kernels import _native
 from tests.kernels.suite import part
 
 READ, COPY, MULTIPLY = "bound: read", "bound: copy", "bound: multiply"
 PRODUCTS = "bound: products"
 """All matrix products of a step of training."""
+EMPTY = "an empty native call"
+"""On tensors of no rows: what a call costs that computes nothing."""
+SMALL = 1 << 20
+"""Bytes up to which the call itself counts: those of a decoded token, not of a prompt."""
 
 MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices whose product is the measure of a device."""
@@ -38,8 +43,24 @@ def calls(case: Any) -> dict[str, Call]:
     """Read, and copy, as many bytes as ``case`` must move; or multiply, if it counts FLOPs only."""
     if num_bytes := bytes_moved(case):
         source, half = (torch.rand(num_bytes // n, device=case.device) for n in (4, 8))
-        return {READ: source.sum, COPY: partial(torch.empty_like(half).copy_, half)}
+        moved = {READ: source.sum, COPY: partial(torch.empty_like(half).copy_, half)}
+        return moved | (empty_call(case) if num_bytes <= SMALL else {})
     return {MULTIPLY: multiply(case.dtype, case.device)} if flops(case) else {}
+
+
+def empty_call(case: Any) -> dict[str, Call]:
+    if _native.MISSING or case.device != "cpu" or case.direction != "forward":
+        return {}
+    no_rows, weight = torch.empty(0, 8), torch.empty(8)
+    return {EMPTY: partial(torch.ops.emu3_kernels.rms_norm_forward, no_rows, weight, 1e-5)}
+
+
+def above_empty(ours: list[float], taken: dict[str, list[float]]) -> dict[str, float]:
+    """Say how many microseconds ours takes more than an empty call, if that was timed too."""
+    if EMPTY not in taken:
+        return {}
+    more = [our - empty for our, empty in zip(ours, taken[EMPTY], strict=True)]
+    return {"above_empty_us": 1e6 * median(more)}
 
 
 def multiply(dtype: torch.dtype, device: str) -> Call:

@@ -9,20 +9,30 @@ from emu3_kernels.ops import OPS
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--op", action="append", choices=(*OPS, "model"), help="Ops.")
-    parser.addoption("--threads", type=int, default=1, help="Threads of every contestant.")
+    parser.addoption("--threads", type=int, action="append", help="Threads of every contestant.")
     parser.addoption("--seconds", type=float, default=2.0, help="Rounds of one row may take this.")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="Where to time.")
-    parser.addoption("--scale", action="store_true", help="Time the sizes of SCALE too.")
+    parser.addoption("--scale", action="store_true", help="Time SCALE too, on most threads.")
     parser.addoption("--steps", type=int, default=0, help="Train the models this long too.")
     parser.addoption("--step-tokens", type=int, default=0, help="Tokens of a step of training.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        asked = metafunc.config.getoption
-        ops, how = asked("--op") or OPS, (asked("--device"), asked("--scale"))
-        found = [case for op in ops for case in contestants.cases(op, *how)]
-        metafunc.parametrize("case", found, ids=str)
+    asked = metafunc.config.getoption
+    counts = asked("--threads") or [1]
+    if "case" not in metafunc.fixturenames:
+        metafunc.parametrize("threads", counts, indirect=True)
+        return
+    found = [
+        (case, count)
+        for count in counts
+        for op in asked("--op") or OPS
+        for case in contestants.cases(
+            op, asked("--device"), asked("--scale") and count == max(counts)
+        )
+    ]
+    ids = [f"{case}-{count}" for case, count in found]
+    metafunc.parametrize(("case", "threads"), found, ids=ids, indirect=["threads"])
 
 
 def pytest_benchmark_generate_machine_info() -> dict:
@@ -41,7 +51,7 @@ def pytest_benchmark_update_json(output_json: dict) -> None:
 @pytest.fixture
 def threads(request: pytest.FixtureRequest) -> int:
     """Set the threads of torch and of the code that it compiles."""
-    count = request.config.getoption("--threads")
+    count = request.param
     machine.prepare(count)
     torch.compiler.reset()
     torch._inductor.config.cpp.threads = count

@@ -81,6 +81,7 @@ class Lineup:
 def cases(op: str, device: str = "cpu", scale: bool = False) -> list[Case]:
     """List every row of ``op``: its backends at the sizes that it states, both ways.
 
+    At the sizes of DECODE, which no training step has, forward alone.
     With ``scale``, the last direction at the sizes of SCALE too, which show how an op grows.
     """
     entry = peers.FIELDS.get(op, peers.Field())
@@ -88,6 +89,8 @@ def cases(op: str, device: str = "cpu", scale: bool = False) -> list[Case]:
     sample = stated.make(**stated.CHECK[0], dtype=entry.dtypes[0], device="cpu")
     directions = entry.directions if differentiable(op, sample) else ("forward",)
     asked = [(size, direction) for size in stated.TIME for direction in directions]
+    forward = [direction for direction in directions if direction in WITHOUT_GRADIENT]
+    asked += [(size, way) for size in getattr(stated, "DECODE", ()) for way in forward]
     if scale:
         asked += [(size, directions[-1]) for size in getattr(stated, "SCALE", ())]
     return [
@@ -159,6 +162,8 @@ def rivals(case: Case, inputs: Mapping, results: object) -> dict[str, Callable[[
         EAGER: lambda: caller(case, eager, inputs),
         COMPILED: lambda: caller(case, compiled, inputs),
     }
+    if entry.uncompiled:
+        found[COMPILED] = partial(peers.unavailable, entry.uncompiled)
     if case.device == "cuda":
         own = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
         return found | {
@@ -167,26 +172,29 @@ def rivals(case: Case, inputs: Mapping, results: object) -> dict[str, Callable[[
         }
     if case.direction != "forward":
         return found
-    if sum(result.nbytes for result in as_tuple(results)) >= LARGE_RESULT:
+    large = sum(result.nbytes for result in as_tuple(results)) >= LARGE_RESULT
+    if large and not entry.uncompiled:
         found[COMPILED_OUT] = lambda: compiled_into(eager, inputs, results)
     return found | {name: partial(build, **inputs) for name, build in entry.peers.items()}
 
 
 def caller(case: Case, function: Callable, inputs: Mapping) -> Call:
-    """Bind ``function`` to the inputs and, for a backward pass, to random gradients."""
+    """Bind ``function`` to the inputs and, for a backward pass alone, to random gradients.
+
+    Forward and backward in one are those of a loss, which needs none.
+    """
     if case.direction == "forward":
         return partial(function, **inputs)
     if case.direction == IN_PLACE:
         return over_its_inputs(function, inputs)
     leaves = {name: inputs[name].detach().requires_grad_() for name in _leaves(case, inputs)}
-    bound = partial(function, **{**inputs, **leaves})
+    bound, wrt = partial(function, **{**inputs, **leaves}), list(leaves.values())
+    if case.direction == "forward+backward":
+        return lambda: torch.autograd.grad(bound(), wrt)
     results = _with_gradient(bound())
     random = torch.Generator().manual_seed(1)
     douts = [torch.randn(r.shape, generator=random).to(r) for r in results]
-    wrt = list(leaves.values())
-    if case.direction == "backward":
-        return lambda: torch.autograd.grad(results, wrt, douts, retain_graph=True)
-    return lambda: torch.autograd.grad(_with_gradient(bound()), wrt, douts)
+    return lambda: torch.autograd.grad(results, wrt, douts, retain_graph=True)
 
 
 def over_its_inputs(function: Callable, inputs: Mapping) -> Call:

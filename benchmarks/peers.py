@@ -27,6 +27,8 @@ OUTSIDE_TORCH = ("faiss", "scipy k-d tree")
 """Peers that allocate their memory themselves: its peak is not known."""
 
 
+ONE_OPERATOR = "calls the same scaled_dot_product_attention as eager does"
+
 BOTH = ("forward", "forward+backward")
 IN_PLACE = "forward in place"
 
@@ -35,13 +37,17 @@ class UnavailableError(Exception):
     """A peer cannot run here; the message says why and what would help."""
 
 
+def unavailable(reason: str) -> Call:
+    raise UnavailableError(reason)
+
+
 @dataclass(frozen=True)
 class Field:
     """What an op is timed against, and in what.
 
     ``eager`` is the PyTorch that a user writes without us; None stands for the reference. It is
-    compiled too, unless ``peers`` has a ``torch.compile`` of its own. Peers ``in_place`` are timed
-    against an op that writes over its inputs too.
+    compiled too, unless ``peers`` has a ``torch.compile`` of its own or ``uncompiled`` says why it
+    is not. Peers ``in_place`` are timed against an op that writes over its inputs too.
     """
 
     eager: Callable | None = None
@@ -49,6 +55,8 @@ class Field:
     in_place: Mapping[str, Callable[..., Call]] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     directions: tuple[str, ...] = ("forward", "backward")
+    uncompiled: str = ""
+    """Why ``eager`` is not timed compiled too; empty if it is."""
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -324,8 +332,10 @@ FIELDS: dict[str, Field] = {
     "cross_entropy": Field(cross_entropy, directions=BOTH),
     # Its forward pass makes the gradients too, so that only the whole can be compared.
     "linear_cross_entropy": Field(linear_cross_entropy, directions=BOTH[1:]),
-    "attention": Field(attention, {"vLLM": vllm_attention}),
-    "decode_attention": Field(decode_attention, {"vLLM": vllm_decode_attention}),
+    "attention": Field(attention, {"vLLM": vllm_attention}, uncompiled=ONE_OPERATOR),
+    "decode_attention": Field(
+        decode_attention, {"vLLM": vllm_decode_attention}, uncompiled=ONE_OPERATOR
+    ),
     "nearest_code": Field(
         nearest_code,
         {

@@ -129,6 +129,7 @@ def section(op: str, rows: list[dict]) -> str:
     numbers = [n for n, v in rows[0]["size"].items() if not isinstance(v, (bool, float))]
     parts = [f"## {op}\n", f"Sizes are {' x '.join(numbers)}.\n"]
     parts += [tables.markdown(tables.HEADER, tables.lines(rows))]
+    parts += [f"{line}\n" for line in tables.calls(rows)]
     parts += [f"Not timed: {who}: {why}\n" for who, why in tables.absent(rows).items()]
     parts += [products(row) for row in tables.ordered(rows) if "outside_s" in row]
     parts += [trained(row["after_steps"]) for row in rows if "after_steps" in row]

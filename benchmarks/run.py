@@ -29,21 +29,23 @@ PYTEST = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one session times: an op or the model, on so many threads or on the GPU."""
+    """What one session times: an op or the model, on each number of threads or on the GPU."""
 
     op: str
-    threads: int
+    threads: tuple[int, ...]
     seconds: float
     device: str = "cpu"
     options: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.op}, {'GPU' if self.device == 'cuda' else f'{self.threads} threads'}"
+        counts = " and ".join(map(str, self.threads))
+        return f"{self.op}, {'GPU' if self.device == 'cuda' else f'{counts} threads'}"
 
     def arguments(self) -> list[str]:
         """Return the options of pytest that make this run."""
         return [
-            *(f"--op={self.op}", f"--threads={self.threads}", f"--seconds={self.seconds}"),
+            *(f"--op={self.op}", *(f"--threads={count}" for count in self.threads)),
+            f"--seconds={self.seconds}",
             *(f"--device={self.device}", f"--benchmark-timer={clock.of(self.device).name}"),
             *self.options,
         ]
@@ -52,15 +54,15 @@ class Run:
 def runs(
     ops: list[str], threads: list[int] | None, seconds: float, *options: str, scale: bool = True
 ) -> list[Run]:
-    """List a run for each op and number of threads; one each on a GPU."""
+    """List a run for each op, on 1 and 2 threads unless told otherwise; on all on a GPU."""
     if machine.device() == "cuda":
         counts = [machine.cores()]
     else:
         counts = threads or sorted({1, min(2, machine.cores())})
     if max(counts) > machine.cores():
         raise typer.BadParameter(f"--threads must be at most {machine.cores()}, got {max(counts)}")
-    how = {n: (*options, "--scale") if scale and n == max(counts) else options for n in counts}
-    return [Run(op, n, seconds, machine.device(), how[n]) for op in ops for n in counts]
+    how = (*options, "--scale") if scale else options
+    return [Run(op, tuple(counts), seconds, machine.device(), how) for op in ops]
 
 
 def time_all(listed: list[Run], allow_load: bool) -> list[str]:
@@ -95,7 +97,9 @@ def time_one(run: Run, write: bool) -> str | None:
         return None
     if reason := machine.why_not_publish(*(load for row in rows for load in row["load"])):
         return reason
-    console.print(f"wrote {publish(RESULTS, run.op, run.threads, timed)}")
+    for count in run.threads:
+        on = [b for b in timed["benchmarks"] if b["extra_info"]["threads"] == count]
+        console.print(f"wrote {publish(RESULTS, run.op, count, timed | {'benchmarks': on})}")
     return None
 
 

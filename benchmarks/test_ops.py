@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks import bounds, contestants, machine
-from benchmarks.bounds import COPY, MULTIPLY, PRODUCTS, READ
+from benchmarks.bounds import COPY, EMPTY, MULTIPLY, PRODUCTS, READ
 from benchmarks.contestants import Case, Lineup
 from benchmarks.duel import interleave, paired_ratio
 from emu3_kernels import _native
 
-NOT_RIVALS = (READ, COPY, MULTIPLY, PRODUCTS)
+NOT_RIVALS = (READ, COPY, MULTIPLY, PRODUCTS, EMPTY)
 
 
 def test_op(case: Case, threads: int, benchmark, request: pytest.FixtureRequest) -> None:
@@ -62,6 +62,7 @@ def row(
         "load": loads,
         "rounds": len(ours),
         **standing(case.backend),
+        **bounds.above_empty(ours, taken),
         "results_mib": lineup.results_mib,
         "bound": bound,
         "peers": {

@@ -41,20 +41,22 @@ def choose(op: str, backends: Mapping[str, ModuleType | str], backend: str | Non
     With none asked for, the first that supports the call runs, and the
     reference, which supports every call, if no other does.
     """
-    chosen = _choose(op, backends, backend, *args)
+    asked = backend or (_forced and (_forced.get(op) or _forced.get(None)))
+    chosen = _named(op, backends, asked, *args) if asked else _first(backends, *args)
     if _record is not None:
         _record[op] = chosen
     return chosen
 
 
-def _choose(op: str, backends: Mapping[str, ModuleType | str], backend: str | None, *args) -> str:
-    asked = backend or _forced.get(op) or _forced.get(None)
-    if asked is None:
-        for name, module in backends.items():
-            if why_not(module, *args) is None:
-                return name
-        _announce_missing_library()
-        return "reference"
+def _first(backends: Mapping[str, ModuleType | str], *args) -> str:
+    for name, module in backends.items():
+        if not isinstance(module, str) and module.why_not(*args) is None:
+            return name
+    _announce_missing_library()
+    return "reference"
+
+
+def _named(op: str, backends: Mapping[str, ModuleType | str], asked: str, *args) -> str:
     if asked == "reference":
         return asked
     if asked not in backends:

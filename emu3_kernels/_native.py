@@ -46,10 +46,10 @@ def use_cpu_level(level: str) -> Iterator[None]:
 
 def why_not_cpu(tensor: Tensor) -> str | None:
     """Say why the CPU kernels cannot take ``tensor``; None if they can."""
+    if tensor.is_cpu and tensor.dtype in DTYPES and not MISSING:
+        return None
     if MISSING:
         return MISSING
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"no kernel for a {tensor.device.type} tensor"
-    if tensor.dtype not in DTYPES:
-        return f"{tensor.dtype} is left to the reference"
-    return None
+    return f"{tensor.dtype} is left to the reference"

@@ -78,6 +78,15 @@ def test_a_bar_is_kept_by_a_row_that_reaches_it():
     assert "**missed**" in report.bars([sized(256, ours=3.1)])
 
 
+def test_a_call_is_held_to_microseconds_above_an_empty_one(tmp_path):
+    token = row() | {"op": "rms_norm", "size": {"num_rows": 1, "width": 4096}}
+    assert not [bar for bar in bars.BARS if bar.covers(token)]
+    for above, verdict in ((4.94, "kept"), (5.06, "**missed**")):
+        page = published(tmp_path, token | {"above_empty_us": above})
+        assert f"| within 5 us | {above:.1f} us more | {verdict} |" in page
+        assert f"a call on 1 x 4096, 1 thr., takes {above:.1f} us more than" in page
+
+
 COUNTED = {
     "label": "COUNTED",
     "triton": "3.8.0",
@@ -137,7 +146,7 @@ def suite(monkeypatch):
 def test_one_command_times_counts_and_reports_everything(suite):
     shown = CliRunner().invoke(front.app, ["all"])
     assert shown.exit_code == 0, shown.output
-    timed = [f"{op}, {threads} threads" for op in front.OPS for threads in (1, 2)]
+    timed = [f"{op}, 1 and 2 threads" for op in front.OPS]
     assert suite == [*timed, "model, 2 threads", "codegen", "report"]
 
 

@@ -146,6 +146,18 @@ def test_an_op_that_counts_flops_is_bound_by_a_product(monkeypatch):
     assert bound["fraction"] == pytest.approx(3 * 640 / product / 2)
 
 
+def test_a_decoded_token_is_timed_beside_a_native_call_on_no_rows():
+    one, many = ({"num_rows": rows, "width": 4096} for rows in (1, 4096))
+    assert bounds.EMPTY in bounds.calls(replace(CASE, size=one))
+    assert bounds.EMPTY not in bounds.calls(replace(CASE, size=many))
+    assert bounds.EMPTY not in bounds.calls(replace(CASE, size=one, direction="backward"))
+    taken = {"native": [9e-6, 7e-6, 8e-6], "eager": [1e-5] * 3, bounds.EMPTY: [2e-6, 3e-6, 4e-6]}
+    lineup = Lineup(peak_mib=dict.fromkeys(taken, 0.0))
+    written = test_ops.row(CASE, 1, [0.5, 1.0], lineup, taken, None)
+    assert written["above_empty_us"] == pytest.approx(4.0)
+    assert set(written["peers"]) == {"eager"}
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_row_counts_what_it_must_move_or_multiply(op):
     listed = contestants.cases(op, scale=True)
@@ -183,6 +195,39 @@ def test_sizes_of_scale_are_timed_in_the_last_direction_when_asked_for():
     assert {case.direction for case in more} == {"forward+backward"}
 
 
+def test_a_decoded_token_is_timed_forward_alone():
+    stated = part("rms_norm", "cases")
+    ways = [(case.size, case.direction) for case in contestants.cases("rms_norm")]
+    assert {way for size, way in ways if size in stated.DECODE} == {"forward"}
+    assert {way for size, way in ways if size in stated.TIME} == {"forward", "backward"}
+
+
+def test_a_peer_that_the_compiler_leaves_as_it_is_is_not_timed_twice(monkeypatch):
+    entry = peers.Field(peers.swiglu, uncompiled="the same")
+    monkeypatch.setitem(peers.FIELDS, "swiglu", entry)
+    monkeypatch.setattr(contestants, "LARGE_RESULT", 0)
+    lineup = contestants.lineup(CASE)
+    assert set(lineup.calls) == {"native", "eager", READ, COPY, bounds.EMPTY}
+    assert lineup.missing == {peers.COMPILED: "the same"}
+
+
+def test_a_loss_is_computed_and_differentiated_in_every_call():
+    case = replace(CASE, op="cross_entropy", direction="forward+backward")
+    inputs = part("cross_entropy", "cases").make(tokens=3, classes=8, **IN_BFLOAT16)
+    losses = []
+
+    def loss(logits, targets):
+        losses.append(peers.cross_entropy(logits, targets))
+        return losses[-1]
+
+    call = contestants.caller(case, loss, inputs)
+    (once,), (again,) = call(), call()
+    assert len(losses) == 2
+    assert torch.equal(once, again)
+    assert once.shape == inputs["logits"].shape
+    assert once.ne(0).any()
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder for results, and a suite that has always timed one row already."""
@@ -204,6 +249,20 @@ def run_ops(*options: str):
 def test_a_run_on_a_quiet_machine_is_published(results):
     assert run_ops().exit_code == 0
     assert [path.name for path in results.iterdir()] == ["swiglu-threads1.json"]
+
+
+def test_a_run_on_more_numbers_of_threads_is_published_in_a_file_for_each(results, monkeypatch):
+    def run_pytest(asked, stored):
+        rows = [row() | {"threads": count} for count in asked.threads for _ in range(2)]
+        stored.write_text(json.dumps({"benchmarks": [{"extra_info": row} for row in rows]}))
+        return 0
+
+    monkeypatch.setattr(run, "run_pytest", run_pytest)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    assert run_ops("--threads", "2").exit_code == 0
+    for count in (1, 2):
+        written = json.loads((results / f"swiglu-threads{count}.json").read_text())["benchmarks"]
+        assert [timed["extra_info"]["threads"] for timed in written] == [count, count]
 
 
 def test_a_busy_machine_times_nothing(results, monkeypatch):
@@ -257,7 +316,7 @@ def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch):
         contestants, "rivals", lambda case, inputs, results: uncompiled(entry, inputs)
     )
     lineup = contestants.lineup(CASE)
-    assert set(lineup.calls) == {"native", "eager", READ, COPY}
+    assert set(lineup.calls) == {"native", "eager", READ, COPY, bounds.EMPTY}
     assert lineup.missing["vLLM"].endswith(peers.VLLM)
     peers.vllm.cache_clear()
 

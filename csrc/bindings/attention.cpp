@@ -46,7 +46,7 @@ struct Memory {
   int64_t size;
 
   Memory(const Tensor& like, int64_t count, int64_t size)
-      : tensor(torch::stable::new_empty(like, {count * size}, ScalarType::Byte)), size(size) {}
+      : tensor(fresh(like, {count * size}, ScalarType::Byte)), size(size) {}
 
   char* operator[](int64_t i) const {
     return static_cast<char*>(tensor.mutable_data_ptr()) + i * size;
@@ -85,9 +85,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const std::optional<Tensor>& columns, bool wide) {
   AttentionCall call = call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns);
   const auto dtype = wide ? ScalarType::Float : q.scalar_type();
-  Tensor out = torch::stable::new_empty(q, q.sizes(), dtype);
-  Tensor lse =
-      torch::stable::new_empty(q, {call.batch, call.heads, call.queries}, ScalarType::Float);
+  Tensor out = fresh(q, q.sizes(), dtype);
+  Tensor lse = fresh(q, {call.batch, call.heads, call.queries}, ScalarType::Float);
   call.out = heads(out);
   call.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (lse.numel() == 0) return {out, lse};
@@ -130,9 +129,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
                                             const std::optional<Tensor>& columns, bool wide) {
   AttentionCall call = call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns);
   const auto dtype = wide ? ScalarType::Float : q.scalar_type();
-  Tensor dq = torch::stable::new_empty(q, q.sizes(), dtype);
-  Tensor dk = torch::stable::new_empty(k, k.sizes(), dtype);
-  Tensor dv = torch::stable::new_empty(v, v.sizes(), dtype);
+  Tensor dq = fresh(q, q.sizes(), dtype);
+  Tensor dk = fresh(k, k.sizes(), dtype);
+  Tensor dv = fresh(v, v.sizes(), dtype);
   call.dout = heads(dout), call.dq = heads(dq), call.dk = heads(dk), call.dv = heads(dv);
   call.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
   call.delta = static_cast<const float*>(delta.const_data_ptr());

@@ -56,8 +56,8 @@ float loss_of(const Sums& sums, const LossSettings& chosen) {
 std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& targets,
                                    const Tensor& weights, double z_loss, double label_smoothing) {
   const Rows rows(logits, targets, weights);
-  Tensor losses = torch::stable::new_empty(logits, {rows.count}, ScalarType::Float);
-  Tensor denominators = torch::stable::new_empty(logits, {rows.count, 2}, ScalarType::Float);
+  Tensor losses = fresh(logits, {rows.count}, ScalarType::Float);
+  Tensor denominators = fresh(logits, {rows.count, 2}, ScalarType::Float);
   auto* const to = static_cast<float*>(losses.mutable_data_ptr());
   auto* const denominator_of = static_cast<Denominator*>(denominators.mutable_data_ptr());
   const LossSettings chosen = settings(z_loss, label_smoothing, rows.classes);
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& targets,
 Tensor backward(const Tensor& dlosses, const Tensor& logits, const Tensor& targets,
                 const Tensor& denominators, double z_loss, double label_smoothing) {
   const Rows rows(logits, targets, dlosses);
-  Tensor dlogits = torch::stable::new_empty(logits, {rows.count, rows.classes});
+  Tensor dlogits = fresh(logits, {rows.count, rows.classes});
   const auto* const denominator_of = static_cast<const Denominator*>(denominators.const_data_ptr());
   const bool past = past_caches(dlogits);
   const LossSettings chosen = settings(z_loss, label_smoothing, rows.classes);

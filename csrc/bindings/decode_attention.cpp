@@ -22,8 +22,8 @@ void check_pages(const Tensor& table, int64_t row, int64_t used, int64_t pages) 
   const int32_t* const ids =
       static_cast<const int32_t*>(table.const_data_ptr()) + row * table.stride(0);
   for (int64_t i = 0; i < used; ++i)
-    STD_TORCH_CHECK(0 <= ids[i] && ids[i] < pages, "decode_attention: pages must lie in [0, ",
-                    pages, "), got ", ids[i]);
+    if (ids[i] < 0 || ids[i] >= pages)
+      refuse("decode_attention: pages must lie in [0, ", pages, "), got ", ids[i]);
 }
 
 // The pieces of every row, in order, and where those of a row begin.
@@ -35,8 +35,8 @@ struct Split {
     const int64_t page = k.size(1), capacity = page * (table ? table->size(1) : 1);
     for (int64_t row = 0; row < lengths.size(0); ++row) {
       const int64_t length = static_cast<const int32_t*>(lengths.const_data_ptr())[row];
-      STD_TORCH_CHECK(0 <= length && length <= capacity,
-                      "decode_attention: lengths must lie in [0, ", capacity, "], got ", length);
+      if (length < 0 || length > capacity)
+        refuse("decode_attention: lengths must lie in [0, ", capacity, "], got ", length);
       if (table) check_pages(*table, row, (length + page - 1) / page, k.size(0));
       first.push_back(static_cast<int64_t>(pieces.size()));
       const int64_t size = piece_size(length);
@@ -72,9 +72,9 @@ Tensor run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& leng
   const int64_t num_pieces = static_cast<int64_t>(split.pieces.size());
   const int64_t queries = call.queries(), size = partial_size(call);
   using torch::headeronly::ScalarType;
-  Tensor out = torch::stable::new_empty(q, q.sizes());
-  Tensor packed = torch::stable::new_empty(q, {batch * queries * call.padded()}, ScalarType::Float);
-  Tensor partials = torch::stable::new_empty(q, {num_pieces * queries * size}, ScalarType::Float);
+  Tensor out = fresh(q, q.sizes());
+  Tensor packed = fresh(q, {batch * queries * call.padded()}, ScalarType::Float);
+  Tensor partials = fresh(q, {num_pieces * queries * size}, ScalarType::Float);
   float* const packed_to = static_cast<float*>(packed.mutable_data_ptr());
   float* const partial = static_cast<float*>(partials.mutable_data_ptr());
   const DecodeAttention& kernels = decode_attention();

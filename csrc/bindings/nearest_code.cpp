@@ -20,7 +20,7 @@ Tensor build_tree(const Tensor& codebook) {
   const int64_t num_codes = codebook.size(0);
   const int dim = static_cast<int>(codebook.size(1));
   const auto words = [&](int64_t count) {
-    return torch::stable::new_empty(codebook, {count}, torch::headeronly::ScalarType::Int);
+    return fresh(codebook, {count}, torch::headeronly::ScalarType::Int);
   };
   Tensor memory = words(code_tree_size(num_codes, dim));
   Tensor scratch = words(code_order_size(num_codes, dim));
@@ -45,7 +45,7 @@ Tensor build_tree(const Tensor& codebook) {
 Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor> tree) {
   const int64_t batch = z.size(0), places = z.size(2), num_queries = batch * places;
   const int64_t num_codes = codebook.size(0), dim = codebook.size(1);
-  Tensor ids = torch::stable::new_empty(z, {batch, places}, torch::headeronly::ScalarType::Long);
+  Tensor ids = fresh(z, {batch, places}, torch::headeronly::ScalarType::Long);
   const Queries queries{dtype_of(z), z.const_data_ptr(), places,
                         z.stride(0), z.stride(1),        z.stride(2)};
   if (!tree && tree_pays(num_queries, num_codes, dim)) tree = build_tree(codebook);

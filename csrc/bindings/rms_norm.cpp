@@ -18,7 +18,7 @@ struct Forward {
 Tensor run_forward_into(Tensor& y, Tensor& summed, const Tensor& x, const Tensor* residual,
                         const Tensor& weight, double eps, const Dropout* dropout) {
   const int64_t rows = x.size(0), width = x.size(1);
-  Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  Tensor rstd = fresh(x, {rows}, ScalarType::Float);
   const Dtype dtype = dtype_of(x);
   const bool past = past_caches(y);
   torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
@@ -34,8 +34,8 @@ Tensor run_forward_into(Tensor& y, Tensor& summed, const Tensor& x, const Tensor
 
 Forward run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps,
                     const Dropout* dropout) {
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  Tensor summed = residual ? torch::stable::new_empty(x, {x.size(0), x.size(1)}) : Tensor();
+  Tensor y = fresh(x, {x.size(0), x.size(1)});
+  Tensor summed = residual ? fresh(x, {x.size(0), x.size(1)}) : Tensor();
   Tensor rstd = run_forward_into(y, summed, x, residual, weight, eps, dropout);
   return {y, summed, rstd};
 }
@@ -52,10 +52,10 @@ Backward run_backward(const Tensor& dy, const Tensor* dsummed, const Tensor& x,
   const int64_t rows = x.size(0), width = x.size(1);
   const int64_t block = std::max(kLeastRows, (rows + kMostBlocks - 1) / kMostBlocks);
   const int64_t blocks = (rows + block - 1) / block;
-  Tensor dx = torch::stable::new_empty(x, {rows, width});
-  Tensor dresidual = dropout ? torch::stable::new_empty(x, {rows, width}) : Tensor();
-  Tensor dweight = torch::stable::new_empty(weight, {width});
-  Tensor partial = torch::stable::new_empty(x, {blocks, padded_width(width)}, ScalarType::Float);
+  Tensor dx = fresh(x, {rows, width});
+  Tensor dresidual = dropout ? fresh(x, {rows, width}) : Tensor();
+  Tensor dweight = fresh(weight, {width});
+  Tensor partial = fresh(x, {blocks, padded_width(width)}, ScalarType::Float);
   const Dtype dtype = dtype_of(x);
   const bool past = past_caches(dx);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {

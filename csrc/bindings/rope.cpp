@@ -1,8 +1,6 @@
 #include "../cpu/rope.h"
 
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 
 #include "torch_stable.h"
@@ -10,12 +8,9 @@
 namespace emu3 {
 namespace {
 
-// Raises Python's ValueError, which std::invalid_argument becomes on its way there.
 void check_inside(const char* op, const char* name, int64_t index, int64_t stop) {
-  if (0 <= index && index < stop) return;
-  std::ostringstream message;
-  message << op << ": " << name << " must lie in [0, " << stop << "), got " << index;
-  throw std::invalid_argument(message.str());
+  if (index < 0 || index >= stop)
+    refuse(op, ": ", name, " must lie in [0, ", stop, "), got ", index);
 }
 
 // The view of `indices` [B, T], every one of which must lie in [0, stop).
@@ -26,21 +21,6 @@ Indices checked(const char* op, const char* name, const Tensor& indices, int64_t
     for (int64_t t = 0; t < indices.size(1); ++t)
       check_inside(op, name, view.data[b * view.batch_stride + t * view.token_stride], stop);
   return view;
-}
-
-// A tensor of the shape of x, by the allocator's own entry: torch::stable::new_empty looks
-// the operator up by its name, which takes as long as the rotation of one token.
-Tensor fresh(const Tensor& x) {
-  int32_t dtype, layout, device, index;
-  AtenTensorHandle made;
-  const auto sizes = x.sizes();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-      x.get(), sizes.data(), sizes.size(), &dtype, &layout, &device, index, nullptr, &made));
-  return Tensor(made);
 }
 
 Heads heads(const Tensor& x) {
@@ -87,7 +67,7 @@ void rotate_into(const Tensor& some_q, const Tensor& some_k, const Tensor& cos, 
 std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor& cos,
                                   const Tensor& sin, const std::optional<Tensor>& positions,
                                   bool inverse) {
-  const Tensor q_out = fresh(q), k_out = fresh(k);
+  const Tensor q_out = fresh(q, q.sizes()), k_out = fresh(k, k.sizes());
   rotate_into(q, k, cos, sin, positions, inverse, q_out, k_out);
   return {q_out, k_out};
 }
@@ -102,7 +82,7 @@ Tensor append(const Tensor& some_q, const Tensor& some_k, const Tensor& some_v, 
               const Tensor& sin, const Tensor& key_cache, const Tensor& value_cache,
               const Tensor& slots, const Tensor& positions) {
   const Tensor q = with_unit_stride(some_q), k = with_unit_stride(some_k);
-  const Tensor v = with_unit_stride(some_v), q_out = fresh(q);
+  const Tensor v = with_unit_stride(some_v), q_out = fresh(q, q.sizes());
   RopeCall call{
       .positions = checked("rope_append", "positions", positions, cos.size(0)),
       .slots = checked("rope_append", "slots", slots, key_cache.size(1)),

@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
 #include "../cpu/dropout.h"
 #include "../cpu/dtype.h"
 #include "../cpu/levels.h"
@@ -13,6 +17,14 @@
 namespace emu3 {
 
 using torch::stable::Tensor;
+
+// Raises Python's ValueError, which std::invalid_argument becomes on its way there.
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
 
 inline Dtype dtype_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
@@ -28,6 +40,24 @@ inline const char* at(const Tensor& tensor, int64_t element) {
 
 inline char* mutable_at(const Tensor& tensor, int64_t element) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + element * tensor.element_size();
+}
+
+// Uninitialised, of the dtype of `like` by default. By the allocator's own entry:
+// torch::stable::new_empty looks the operator up by its name, which takes as long as the norm of a
+// decoded token.
+inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  int32_t type, layout, device, index;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
+                                                          static_cast<int64_t>(sizes.size()), &type,
+                                                          &layout, &device, index, nullptr, &made));
+  return Tensor(made);
 }
 
 // drop_below() and keep_scale() of _dropout.py; the seed is 0-d int64.

@@ -121,19 +121,19 @@ struct Ahead {
   }
 };
 
-// scores[r][j] = scale * q_r . key_j; as many keys share a load of queries as fill a vector of
-// sums.
+// scores[r][j] = scale * q_r . key_j for `count` keys and some more; as many keys share a load of
+// queries as fill a vector of sums.
 template <typename T, int kRows>
 void score(const DecodeCall& call, const float* packed, const T* const* keys, int64_t head,
-           Ahead<T>& ahead, float (*scores)[kBlock]) {
+           int64_t count, Ahead<T>& ahead, float (*scores)[kBlock]) {
   constexpr int kKeys = kLanes / kRows;
   const int64_t queries_stride = call.padded();
-  for (int j = 0; j < kBlock; j += kKeys) {
+  for (int64_t j = 0; j < count; j += kKeys) {
     Vec sum[kRows][kKeys] = {};
-    over_pairs(call.width, [&](int64_t c, int64_t count) {
+    over_pairs(call.width, [&](int64_t c, int64_t elements) {
       ahead.step(kKeys * kPair);
       Operand<T> key[kKeys];
-      for (int n = 0; n < kKeys; ++n) key[n] = operand(keys[j + n] + head + c, count);
+      for (int n = 0; n < kKeys; ++n) key[n] = operand(keys[j + n] + head + c, elements);
       for (int r = 0; r < kRows; ++r) {
         Operand<T> query;
         __builtin_memcpy(&query, packed + r * queries_stride + c, sizeof query);
@@ -266,7 +266,7 @@ void attend_tile(Work<T>& work, int64_t g, int64_t query, const float* packed, f
   const int64_t heads_of_group = call.heads / call.groups;
   float scores[kRows][kBlock];
   Weight<T> weights[kRows][kBlock];
-  score<T, kRows>(call, packed, block.k, g * call.k.head_stride, work.k, scores);
+  score<T, kRows>(call, packed, block.k, g * call.k.head_stride, block.count, work.k, scores);
   for (int r = 0; r < kRows; ++r) {
     const int64_t sees = work.oldest_sees + (query + r) / heads_of_group;
     weigh(call, scores[r], sees < block.count ? sees : block.count, weights[r],

@@ -169,6 +169,17 @@ def test_no_product_is_made_that_nobody_asked_for(
     assert sum(products) == pytest.approx((expected + again) * one)
 
 
+def test_only_what_does_not_fit_is_multiplied_again(products):
+    """The tile that is still there on the way back is a whole one, the first takes what is left."""
+    size = {"tokens": 3 * MIN_TOKENS, "width": 8, "classes": 2 * MIN_CLASSES + 37, "dropped": 0.0}
+    inputs = make(torch.bfloat16, **size)
+    inputs["hidden"].requires_grad_()
+    inputs["head"].requires_grad_()
+    linear_cross_entropy(**inputs, memory=0).backward()
+    multiplied = 3 * size["classes"] + size["classes"] - MIN_CLASSES
+    assert sum(products) == multiplied * size["tokens"] * size["width"]
+
+
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
 @pytest.mark.parametrize("name", ["hidden", "head"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -164,16 +164,25 @@ def test_a_gradient_is_refused():
 def test_bad_arguments_are_named():
     (q, k, v), (keys, values) = some_heads(), some_caches()
     slots = torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"rope_append: q must be \[B, T, H, K\] and v"):
-        rope_append(q, k, v[:, :2], *TABLES, keys, values, slots)
-    with pytest.raises(ValueError, match="k and v must share their shape"):
-        rope_append(q, k, v[:, :, :1], *TABLES, keys, values, slots)
-    with pytest.raises(ValueError, match=r"key_cache must be \[2, S, 2, 70\] torch\.float32"):
-        rope_append(q, k, v, *TABLES, keys.bfloat16(), values, slots)
-    with pytest.raises(ValueError, match=r"value_cache must be \[2, S, 2, 70\]"):
-        rope_append(q, k, v, *TABLES, keys, values[:1], slots)
-    with pytest.raises(ValueError, match="key_cache and value_cache must share their shape"):
-        rope_append(q, k, v, *TABLES, keys, values[:, :8], slots)
+    with pytest.raises(ValueError, match=r"rope_append: q must be \[B, T, H, K\] and k"):
+        rope_append(q, k[:, :2], v[:, :2], *TABLES, keys, values, slots)
+    for other in (v[:, :2], v[:, :, :1], v.bfloat16()):
+        with pytest.raises(ValueError, match="k and v must be alike"):
+            rope_append(q, k, other, *TABLES, keys, values, slots)
+    alike = r"key_cache and value_cache \[2, S, 2, 70\] torch\.float32 on cpu, got"
+    for caches in (
+        (keys.bfloat16(), values),
+        (keys, values.bfloat16()),
+        (keys.bfloat16(), values.bfloat16()),
+        (keys[:1], values[:1]),
+        (keys, values[:1]),
+        (keys, values[:, :8]),
+        (keys[:, :, :1], values[:, :, :1]),
+        (keys[..., :2], values[..., :2]),
+        (keys[0], values[0]),
+    ):
+        with pytest.raises(ValueError, match=alike):
+            rope_append(q, k, v, *TABLES, *caches, slots)
     with pytest.raises(ValueError, match=r"key_cache must .* not be expanded"):
         rope_append(q, k, v, *TABLES, keys[:1].expand(2, -1, -1, -1), values, slots)
     with pytest.raises(TypeError, match="rope_append: slots must be int64"):

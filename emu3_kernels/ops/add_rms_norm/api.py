@@ -7,10 +7,10 @@ from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import (
     check_alike,
     check_channel_weight,
-    check_has_channels,
     check_no_gradient,
     copied,
     rows,
+    unrows,
 )
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels._dropout import check_dropout, draw_seed
@@ -60,7 +60,6 @@ def add_rms_norm(
         the residual of the next sublayer. ``out``, if given.
     """
     check_alike("add_rms_norm", x=x, residual=residual)
-    check_has_channels("add_rms_norm", x=x)
     check_channel_weight("add_rms_norm", x, weight)
     check_dropout("add_rms_norm", dropout_p, seed, x.device)
     if out is not None:
@@ -82,7 +81,7 @@ def add_rms_norm(
         y, summed = _AddRMSNorm.apply(*operands, chosen)
     else:
         y, summed, _ = BACKENDS[chosen].forward(*operands)
-    return y.view_as(x), summed.view_as(x)
+    return unrows(y, x), unrows(summed, x)
 
 
 def _check_out(x: Tensor, residual: Tensor, weight: Tensor, out: tuple[Tensor, Tensor]) -> None:

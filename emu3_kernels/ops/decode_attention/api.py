@@ -58,6 +58,8 @@ def decode_attention(
     if needs_gradient(q, k_cache, v_cache):
         raise ValueError("decode_attention: has no gradient, got inputs that require one")
     chosen = choose("decode_attention", BACKENDS, backend, q, k_cache, v_cache, page_table)
+    if chosen != "native":  # the native kernel looks for itself
+        _check_values(q, k_cache, lengths, page_table)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
         settings = {"scale": scale, "page_table": page_table}
@@ -66,30 +68,31 @@ def decode_attention(
 
 
 def _check_heads(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    check_floating("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
-    alike = (q.dtype, q.device) == (k_cache.dtype, k_cache.device)
-    same = (k_cache.shape, k_cache.dtype, k_cache.device) == (
-        (v_cache.shape, v_cache.dtype, v_cache.device)
-    )
-    if not (alike and same and q.dim() == k_cache.dim() == 4 and q.shape[3] == k_cache.shape[3]):
+    shape, caches, dtype, device = q.shape, k_cache.shape, q.dtype, q.device
+    fits = len(shape) == len(caches) == 4 and shape[3] == caches[3] and caches == v_cache.shape
+    alike = dtype == k_cache.dtype == v_cache.dtype
+    if not (fits and alike and device == k_cache.device == v_cache.device):
+        check_floating("decode_attention", q=q, k_cache=k_cache, v_cache=v_cache)
         raise ValueError(
             "decode_attention: q must be [B, t, H, K] and the caches alike, [B, S, G, K] or "
             "[pages, page, G, K], of the same dtype and device, got "
             f"{describe(q)}, {describe(k_cache)} and {describe(v_cache)}"
         )
-    if not 1 <= q.shape[1] <= MOST_NEW:
+    if not dtype.is_floating_point:
+        check_floating("decode_attention", q=q)
+    if not 1 <= shape[1] <= MOST_NEW:
         raise ValueError(
-            f"decode_attention: the new tokens must be 1 to {MOST_NEW}, got {q.shape[1]}"
+            f"decode_attention: the new tokens must be 1 to {MOST_NEW}, got {shape[1]}"
         )
-    if k_cache.shape[2] == 0 or q.shape[2] % k_cache.shape[2]:
+    if caches[2] == 0 or shape[2] % caches[2]:
         raise ValueError(
-            f"decode_attention: the {q.shape[2]} query heads must be a multiple of the key heads, "
-            f"got {k_cache.shape[2]}"
+            f"decode_attention: the {shape[2]} query heads must be a multiple of the key heads, "
+            f"got {caches[2]}"
         )
 
 
 def _check_rows(q: Tensor, k_cache: Tensor, lengths: Tensor, page_table: Tensor | None) -> None:
-    batch, capacity = q.shape[0], k_cache.shape[1]
+    batch = q.shape[0]
     _check_int32("lengths", lengths)
     if lengths.shape != (batch,) or lengths.device != q.device:
         raise ValueError(
@@ -102,20 +105,19 @@ def _check_rows(q: Tensor, k_cache: Tensor, lengths: Tensor, page_table: Tensor 
                 f"decode_attention: page_table must be [{batch}, max_pages] on {q.device}, "
                 f"got {describe(page_table)}"
             )
-        capacity *= page_table.shape[1]
-    elif len(k_cache) != batch:
+    elif k_cache.shape[0] != batch:
         raise ValueError(
             f"decode_attention: the caches must have a row for each of the {batch} of q, "
             f"got {len(k_cache)}"
         )
-    if batch and q.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(lengths, capacity, page_table, k_cache)
 
 
-def _check_values(
-    lengths: Tensor, capacity: int, page_table: Tensor | None, k_cache: Tensor
-) -> None:
+def _check_values(q: Tensor, k_cache: Tensor, lengths: Tensor, page_table: Tensor | None) -> None:
     """Look at values where that costs no synchronisation: in eager calls on a CPU."""
+    if not (len(q) and q.is_cpu) or torch.compiler.is_compiling():
+        return
+    pages, page = k_cache.shape[:2]
+    capacity = page if page_table is None else page * page_table.shape[1]
     low, high = (value.item() for value in lengths.aminmax())
     if low < 0 or high > capacity:
         raise ValueError(
@@ -123,7 +125,6 @@ def _check_values(
         )
     if page_table is None:
         return
-    pages, page = k_cache.shape[:2]
     first_key = torch.arange(page_table.shape[1]) * page
     used = page_table[first_key < lengths[:, None]]
     if used.numel():

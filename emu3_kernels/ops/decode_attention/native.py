@@ -12,9 +12,9 @@ CUDA_WIDTHS = (64, 128)
 
 
 def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
-    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+    if k_cache.stride()[3] != 1 or v_cache.stride()[3] != 1:
         return "a cache without unit stride in K is left to the reference"
-    if q.device.type == "cuda" and HAS_CUDA_KERNEL:
+    if q.is_cuda and HAS_CUDA_KERNEL:
         return _why_not_cuda(q, k_cache, v_cache)
     return _native.why_not_cpu(q)
 
@@ -43,7 +43,7 @@ def forward(
     page_table: Tensor | None,
     scale: float,
 ) -> Tensor:
-    if q.stride(-1) != 1 or (q.device.type == "cuda" and not _starts_at_16_bytes(q)):
+    if q.stride()[3] != 1 or (q.is_cuda and not _starts_at_16_bytes(q)):
         q = q.clone(memory_format=torch.contiguous_format)
     if page_table is not None and page_table.stride(1) != 1:
         page_table = page_table.contiguous()

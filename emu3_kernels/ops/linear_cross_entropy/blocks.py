@@ -162,17 +162,19 @@ class _Run:
     def by_classes(self) -> None:
         """Take all tokens of a tile of classes after the other: for the sums, then for gradients.
 
-        The way back begins with the logits that the way forth ended with.
+        The way back begins with the logits that the way forth ended with, a whole tile of them:
+        only the others are multiplied again.
         """
-        chunk = _Chunk(self, self.kept)
-        starts = range(0, self.head.shape[0], self.tile.classes)
-        for first in starts:
-            logits = chunk.add(self.head[first : first + self.tile.classes], first)
+        chunk, classes = _Chunk(self, self.kept), self.head.shape[0]
+        ends = range(classes, 0, -self.tile.classes)[::-1]
+        tiles = [(max(0, end - self.tile.classes), end) for end in ends]
+        for first, end in tiles:
+            logits = chunk.add(self.head[first:end], first)
         chunk.write_losses()
         dhidden = torch.zeros_like(chunk.hidden, dtype=torch.float32)
-        for first in reversed(starts):
-            head = self.head[first : first + self.tile.classes]
-            if first != starts[-1]:
+        for first, end in reversed(tiles):
+            head = self.head[first:end]
+            if end != classes:
                 logits = chunk.logits(head)
             chunk.to_gradient_(logits, first)
             for rows, piece in parts(logits, first):

@@ -28,11 +28,10 @@ CHECK = [
     },
 ]
 TIME = [
-    # Emu3's vocabulary on a small decoder: all tokens, and captions only
-    {"tokens": 2048, "width": 512, "classes": 184_622, "dropped": 0.0},
-    {"tokens": 2048, "width": 512, "classes": 184_622, "dropped": 0.75},
+    {"tokens": 2048, "width": 512, "classes": 184_622, "dropped": 0.0},  # Emu3's vocabulary
 ]
 SCALE = [
+    {"tokens": 2048, "width": 512, "classes": 184_622, "dropped": 0.75},  # captions only
     {"tokens": 256, "width": 512, "classes": 184_622, "dropped": 0.0},
     {"tokens": 1024, "width": 512, "classes": 184_622, "dropped": 0.0},
     {"tokens": 2048, "width": 512, "classes": 32_768, "dropped": 0.0},

@@ -44,9 +44,10 @@ def tile(
     """Choose the cheapest tile that keeps within ``memory``.
 
     All classes of some tokens cost no product twice, but their dheads add up: for nothing where
-    dhead is float32, in 4 V D bytes where it is narrower. Some classes of all tokens cost each
-    tile but one a second product of logits, since a gradient needs the sum over all classes, and
-    a float32 sum of dhidden: with its newest part, before and after that is widened.
+    dhead is float32, in 4 V D bytes where it is narrower. Some classes of all tokens cost a second
+    product of the logits beyond one tile, since a gradient needs the sum over all classes, so the
+    tiles are as wide as fits and the first takes what is left; and a float32 sum of dhidden: with
+    its newest part, before and after that is widened.
     """
     size = dtype.itemsize
     memory -= SCRATCH + VECTORS * num_tokens
@@ -60,7 +61,7 @@ def tile(
     if fits >= MIN_TOKENS_SUMMED:
         return Tile(_even(num_tokens, fits, MIN_TOKENS), num_classes, True)
     fits = (memory - num_tokens * width * (2 * size + 8)) // (size * num_tokens)
-    return Tile(num_tokens, _even(num_classes, fits, MIN_CLASSES), False)
+    return Tile(num_tokens, max(fits // ALIGN * ALIGN, MIN_CLASSES), False)
 
 
 def aligned(count: int) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import check_channel_weight, check_floating, check_has_channels, rows
+from emu3_kernels._checks import check_channel_weight, rows, unrows
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.rms_norm import reference
 
@@ -30,8 +30,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | Non
     Returns:
         ``[..., D]`` in the dtype of ``x``.
     """
-    check_floating("rms_norm", x=x)
-    check_has_channels("rms_norm", x=x)
     check_channel_weight("rms_norm", x, weight)
     chosen = choose("rms_norm", BACKENDS, backend, x, weight, eps)
     if chosen == "reference":
@@ -41,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | Non
         y = _RMSNorm.apply(*operands, chosen)
     else:
         y, _ = BACKENDS[chosen].forward(*operands)
-    return y.view_as(x)
+    return unrows(y, x)
 
 
 class _RMSNorm(torch.autograd.Function):

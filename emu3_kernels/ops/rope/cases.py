@@ -13,6 +13,8 @@ CHECK = [
 ]
 TIME = [
     {"batch": 1, "tokens": 2048, "heads": 32, "groups": 8, "width": 128},  # Emu3-8B, one sequence
+]
+DECODE = [
     {"batch": 1, "tokens": 1, "heads": 32, "groups": 8, "width": 128},  # Emu3-8B, one decoded token
 ]
 

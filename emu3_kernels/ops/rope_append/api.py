@@ -59,7 +59,7 @@ def rope_append(
     Returns:
         The rotated q, a new tensor.
     """
-    check_heads("rope_append", q, k=k, v=v)
+    check_heads("rope_append", q, k=k)
     check_tables("rope_append", q, cos, sin)
     _check_caches(q, k, v, key_cache, value_cache)
     check_indices("rope_append", "slots", slots, q)
@@ -83,22 +83,15 @@ def _check_caches(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cach
             "rope_append: it has no gradient, got an input that requires grad; call it under "
             "torch.no_grad()"
         )
-    shape = k.shape
-    if v.shape != shape:
+    shape, of, dtype, device = k.shape, key_cache.shape, k.dtype, k.device
+    fits = len(of) == 4 and of[0] == shape[0] and of[2] == shape[2] and of[3] == shape[3]
+    alike = shape == v.shape and of == value_cache.shape
+    alike = alike and dtype == v.dtype == key_cache.dtype == value_cache.dtype
+    if not (fits and alike and device == v.device == key_cache.device == value_cache.device):
         raise ValueError(
-            f"rope_append: k and v must share their shape, got {describe(k)} and {describe(v)}"
+            "rope_append: k and v must be alike, and key_cache and value_cache "
+            f"[{shape[0]}, S, {shape[2]}, {shape[3]}] {dtype} on {device}, got k {describe(k)}, "
+            f"v {describe(v)}, key_cache {describe(key_cache)}, value_cache {describe(value_cache)}"
         )
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        of = cache.shape
-        fits = len(of) == 4 and shape[0] == of[0] and shape[2] == of[2] and shape[3] == of[3]
-        if not (fits and cache.dtype == q.dtype and cache.device == q.device):
-            raise ValueError(
-                f"rope_append: {name} must be [{shape[0]}, S, {shape[2]}, {shape[3]}] "
-                f"{q.dtype} on {q.device}, got {describe(cache)}"
-            )
-        check_written("rope_append", name, cache)
-    if key_cache.shape != value_cache.shape:
-        raise ValueError(
-            "rope_append: key_cache and value_cache must share their shape, got "
-            f"{describe(key_cache)} and {describe(value_cache)}"
-        )
+    check_written("rope_append", "key_cache", key_cache)
+    check_written("rope_append", "value_cache", value_cache)

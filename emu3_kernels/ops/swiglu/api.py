@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import check_alike, check_floating, check_has_channels, rows
+from emu3_kernels._checks import check_alike, check_floating, check_has_channels, rows, unrows
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.swiglu import reference
 
@@ -40,7 +40,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         out = _SwiGLU.apply(*operands, chosen)
     else:
         out = BACKENDS[chosen].forward(*operands)
-    return out.view_as(gate)
+    return unrows(out, gate)
 
 
 def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -67,7 +67,7 @@ def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
         out = _SwiGLUPacked.apply(rows(gate_up), chosen)
     else:
         out = BACKENDS[chosen].forward(rows(gate), rows(up))
-    return out.view_as(gate)
+    return unrows(out, gate)
 
 
 class _SwiGLU(torch.autograd.Function):
