@@ -78,12 +78,12 @@ def silu_gradient(x):
 
 @triton.jit
 def modulation(latent_ptr, table_ptr, place, c, channels, WIDTH: tl.constexpr):
-    """y and b of one place, or of a column of places: the latent there by two tables."""
+    """y and b of each place, ``[places, BLOCK]``: the latent there by the columns of two tables."""
     b_table_ptr = table_ptr + (WIDTH + 1) * channels
     y = load_channels(table_ptr + WIDTH * channels, c, channels)[None, :]
     b = load_channels(b_table_ptr + WIDTH * channels, c, channels)[None, :]
     for i in tl.static_range(WIDTH):
-        z = tl.load(latent_ptr + place * WIDTH + i).to(tl.float32)
+        z = tl.load(latent_ptr + place * WIDTH + i).to(tl.float32)[:, None]
         y = y + z * load_channels(table_ptr + i * channels, c, channels)[None, :]
         b = b + z * load_channels(b_table_ptr + i * channels, c, channels)[None, :]
     return y, b
@@ -107,7 +107,7 @@ def affine_of(
         place = place + nearest(pixel % width, columns, column_ratio)
         latent_ptr += image * frames * rows * columns * WIDTH
         # Past the last pixel, nearest stops at the last place of the frames: nothing is overread.
-        y, b = modulation(latent_ptr, table_ptr, place[:, None], c, channels, WIDTH)
+        y, b = modulation(latent_ptr, table_ptr, place, c, channels, WIDTH)
         scale, shift = scale * y, shift * y + b
     return mean, rstd, scale, shift
 

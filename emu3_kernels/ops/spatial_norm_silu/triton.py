@@ -148,7 +148,8 @@ def _place_sums_kernel(
     weight = pixels.load_channels(weight_ptr, c, channels)[None, :]
     bias = pixels.load_channels(bias_ptr, c, channels)[None, :]
     latent_ptr += image * frames * rows * columns * WIDTH
-    y, b = pixels.modulation(latent_ptr, table_ptr, place, c, channels, WIDTH)
+    here = place + tl.zeros([1], tl.int32)
+    y, b = pixels.modulation(latent_ptr, table_ptr, here, c, channels, WIDTH)
     plain = tl.zeros([ROWS, BLOCK], tl.float32)
     times_normed = tl.zeros([ROWS, BLOCK], tl.float32)
     x_ptr += image * num_frames * height * width * channels
@@ -156,9 +157,9 @@ def _place_sums_kernel(
     num = num_t * num_h * num_w
     for row in range(0, num, ROWS):
         i = row + tl.arange(0, ROWS)
-        line = i // tl.maximum(num_w, 1)
-        h = first_h + line % tl.maximum(num_h, 1)
-        t = first_t + line // tl.maximum(num_h, 1)
+        j = i // tl.maximum(num_w, 1)
+        h = first_h + j % tl.maximum(num_h, 1)
+        t = first_t + j // tl.maximum(num_h, 1)
         pixel = (t * height + h) * width + first_w + i % tl.maximum(num_w, 1)
         at = pixel.to(tl.int64)[:, None] * channels + c[None, :]
         inside = (i < num)[:, None] & (c < channels)[None, :]
@@ -191,15 +192,15 @@ def _weighted_sums_kernel(
     plain = tl.zeros([ROWS, BLOCK], tl.float32)
     times_normed = tl.zeros([ROWS, BLOCK], tl.float32)
     for row in range(first, last, ROWS):
-        place = row + tl.arange(0, ROWS)[:, None]
+        place = row + tl.arange(0, ROWS)
         if OF_NORM:
             known = tl.minimum(place, num_places - 1)
             factor, _ = pixels.modulation(latent_ptr, table_ptr, known, c, channels, WIDTH)
         else:
             at = latent_ptr + place * WIDTH + i
-            factor = tl.load(at, mask=(place < last) & (i < WIDTH), other=1).to(tl.float32)
-        inside = (place < last) & (c < channels)[None, :]
-        at = sums_ptr + place.to(tl.int64) * 2 * channels + c[None, :]
+            factor = tl.load(at, mask=(place < last) & (i < WIDTH), other=1).to(tl.float32)[:, None]
+        inside = (place < last)[:, None] & (c < channels)[None, :]
+        at = sums_ptr + place.to(tl.int64)[:, None] * 2 * channels + c[None, :]
         plain += factor * tl.load(at, mask=inside, other=0)
         times_normed += factor * tl.load(at + channels, mask=inside, other=0)
     part_id = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
