@@ -15,10 +15,10 @@ from emu3_kernels._triton import Contract, Tile, next_power_of_2
 ELEMENTS = 2048
 """Of a tile: 16 a thread with 4 warps of 32 lanes."""
 
-# 128 registers keep 16 warps on a multiprocessor. A group's numbers are rows of 4 to 32 channels:
-# narrow, and few.
+# 128 registers keep 16 warps on a multiprocessor. Sums leave, and channels come, one a thread: little
+# beside the pixels. The numbers of a group are rows of its 4 to 32 channels, so that none is wide.
 FORWARD = {
-    "_moments_kernel": Contract(max_registers=128),
+    "_moments_kernel": Contract(max_registers=128, scalar_stores=2),
     "_statistics_kernel": Contract(max_registers=128, access_bytes=4),
 }
 BACKWARD = {"_slopes_kernel": Contract(max_registers=128, access_bytes=2)}
