@@ -15,7 +15,7 @@ from emu3_kernels._triton import Contract, Tile, next_power_of_2
 ELEMENTS = 2048
 """Of a tile: 16 a thread with 4 warps of 32 lanes."""
 
-# 128 registers keep 16 warps on a multiprocessor. Sums leave, and channels come, one a thread: little
+# 128 registers keep 16 warps on a multiprocessor. Sums leave, channels come, one a thread: little
 # beside the pixels. The numbers of a group are rows of its 4 to 32 channels, so that none is wide.
 FORWARD = {
     "_moments_kernel": Contract(max_registers=128, scalar_stores=2),
