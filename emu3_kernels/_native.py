@@ -53,3 +53,10 @@ def why_not_cpu(tensor: Tensor) -> str | None:
     if not tensor.is_cpu:
         return f"no kernel for a {tensor.device.type} tensor"
     return f"{tensor.dtype} is left to the reference"
+
+
+def why_not_alike(x: Tensor, *others: Tensor) -> str | None:
+    """As :func:`why_not_cpu`, of kernels that take tensors of one dtype alone."""
+    if odd := {other.dtype for other in others} - {x.dtype}:
+        return f"{', '.join(map(str, odd))} beside an x of {x.dtype} is left to the reference"
+    return why_not_cpu(x)

@@ -105,6 +105,7 @@ struct Pair {
 };
 
 inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
 inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
 inline Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
 inline Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
@@ -159,6 +160,12 @@ inline Pair load_pair(const T* from, int64_t count) {
   T block[kPair] = {};
   __builtin_memcpy(block, from, count * sizeof *from);
   return load_pair(block);
+}
+
+// Asks for the pair of elements that stands at `from`, which may lie outside of memory.
+template <typename T>
+inline void prefetch_pair(const T* from) {
+  for (uint64_t i = 0; i < kPair * sizeof(T); i += 64) __builtin_prefetch((const char*)from + i);
 }
 
 template <typename T>

@@ -11,4 +11,6 @@ OPS = (
     "linear_cross_entropy",
     "attention",
     "decode_attention",
+    "group_norm_silu",
+    "spatial_norm_silu",
 )
