@@ -10,12 +10,16 @@ from emu3_kernels import _native
 from emu3_kernels._causal_conv.plan import Plan, out_shape
 
 MOST_ROW_TAPS, MOST_COLUMN_TAPS = 64, 16
+MOST_CHANNELS = 64
+"""Up to here native is the faster (``cases.TIME``); beyond, oneDNN has the rate."""
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
     frames, rows, columns = weight.shape[2:]
     if frames * rows > MOST_ROW_TAPS or columns > MOST_COLUMN_TAPS:
         return f"a kernel of {(frames, rows, columns)} is left to the reference"
+    if max(weight.shape[:2]) > MOST_CHANNELS:
+        return f"more than {MOST_CHANNELS} channels are left to the reference"
     return _native.why_not_cpu(x)
 
 

@@ -1,5 +1,6 @@
 """What is special about the causal convolutions: streaming, pads, the block in one pass, errors."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor
 
 import emu3_kernels
 from emu3_kernels import FrameCache, _native, causal_conv3d, temporal_residual
-from emu3_kernels.ops.causal_conv3d import api
+from emu3_kernels.ops.causal_conv3d import api, reference
 from emu3_kernels.ops.temporal_residual import cases
-from tests.kernels.suite import at_level, backends, runnable, value_and_gradients
+from tests.budget import assert_as_accurate
+from tests.kernels.suite import at_level, backends, double, runnable, value_and_gradients
 
 BACKENDS = list(backends("causal_conv3d"))
 EMU3_KERNELS = [((3, 3, 3), (1, 1, 1)), ((4, 3, 3), (2, 1, 1)), ((3, 1, 1), (1, 1, 1))]
@@ -221,10 +223,29 @@ def test_a_bad_block_is_named_in_one_line(name, value, message):
     assert "\n" not in str(raised.value)
 
 
-def test_an_uncommon_kernel_is_left_to_the_reference():
-    weight = torch.zeros(1, 4, 1, 1, 17)
-    with pytest.raises(NotImplementedError, match=r"a kernel of \(1, 1, 17\) is left to"):
-        causal_conv3d(X, weight, None, backend="native")
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((1, 4, 1, 1, 17), r"a kernel of \(1, 1, 17\) is left to the reference"),
+        ((65, 4, 1, 1, 1), "more than 64 channels are left to the reference"),
+    ],
+)
+def test_what_native_leaves_to_the_reference_is_named(shape, reason):
+    with pytest.raises(NotImplementedError, match=f"backend 'native' cannot run .*{reason}"):
+        causal_conv3d(X, torch.zeros(shape), None, backend="native")
+
+
+def test_more_tiles_than_partial_sums_are_all_in_the_gradient():
+    """A batch of 19 is 19 tiles, whose sums 16 parts share."""
+    inputs = {"x": draw(19, 2, 2, 3, 5), "weight": draw(2, 2, 3, 3, 3, seed=1), "bias": draw(2)}
+    inputs |= {"scale": draw(2, seed=2), "shift": draw(2, seed=3), "activation": "silu"}
+    actual = value_and_gradients("causal_conv3d", partial(causal_conv3d, backend="native"), inputs)
+    low, exact = (
+        value_and_gradients("causal_conv3d", reference.causal_conv3d, given)
+        for given in (inputs, double(inputs))
+    )
+    for name in actual:
+        assert_as_accurate(name, actual[name], low[name], exact[name])
 
 
 def test_native_is_the_default_here():
