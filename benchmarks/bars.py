@@ -29,12 +29,14 @@ class Bar:
     direction: str = "forward"
     threads: tuple[int, ...] = (1, 2)
     of: str = TIME
+    dtype: str | None = None
 
     def covers(self, row: dict) -> bool:
         return (
             (self.op, self.direction) == (row["op"], row["direction"])
             and row.get("device", "cpu") == "cpu"
             and row["threads"] in self.threads
+            and self.dtype in (None, row["dtype"])
             and all(row["size"].get(name) == value for name, value in self.size)
             and (self.of in (BOUND, CALL) or self.peer in row["peers"])
             and (self.of != CALL or "above_empty_us" in row)
@@ -82,6 +84,7 @@ STEP, HALF_STEP = (("tokens", 2048), ("counted", 2048)), (("tokens", 2048), ("co
 TOKEN = (("num_rows", 1), ("width", 4096))
 PICTURE = (("shape", [1, 256, 512, 512]),)
 LONG = (("batch", 1), ("capacity", 131_072))
+FRAMES = [(("shape", [1, channels, 32, 64, 64]),) for channels in (4, 8, 16)]
 BOTH, HF = "forward+backward", "Hugging Face"
 
 BARS = (
@@ -109,6 +112,8 @@ BARS = (
     Bar("group_norm_silu", COMPILED, 1.3, PICTURE),
     Bar("spatial_norm_silu", EAGER, 2.0, PICTURE),
     Bar("spatial_norm_silu", COMPILED, 1.3, PICTURE),
+    *(Bar("temporal_residual", EAGER, 15.0, size, threads=(2,)) for size in FRAMES),
+    *(Bar("temporal_residual", EAGER, 8.0, size, BOTH, threads=(2,)) for size in FRAMES),
     Bar("nearest_code", "faiss", 6.0, (("shape", [8, 4, 64, 64]),), threads=(1,)),
     Bar("model", HF, 2.5, STEP, BOTH),
     Bar("model", HF, 4.0, HALF_STEP, BOTH),

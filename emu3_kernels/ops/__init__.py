@@ -13,4 +13,6 @@ OPS = (
     "decode_attention",
     "group_norm_silu",
     "spatial_norm_silu",
+    "causal_conv3d",
+    "temporal_residual",
 )
