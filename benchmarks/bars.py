@@ -29,14 +29,12 @@ class Bar:
     direction: str = "forward"
     threads: tuple[int, ...] = (1, 2)
     of: str = TIME
-    dtype: str | None = None
 
     def covers(self, row: dict) -> bool:
         return (
             (self.op, self.direction) == (row["op"], row["direction"])
             and row.get("device", "cpu") == "cpu"
             and row["threads"] in self.threads
-            and self.dtype in (None, row["dtype"])
             and all(row["size"].get(name) == value for name, value in self.size)
             and (self.of in (BOUND, CALL) or self.peer in row["peers"])
             and (self.of != CALL or "above_empty_us" in row)
