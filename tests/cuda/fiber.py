@@ -14,7 +14,7 @@ COMPILER = os.environ.get("CXX", "c++")
 def build(source: str) -> Path:
     """Compile ``tests/cuda/<source>`` and return the program."""
     assert shutil.which(COMPILER), "the tests of the CUDA kernels need a C++ compiler"
-    headers = [*sorted((ROOT / "csrc/cuda").glob("*.cuh")), HERE / "fiber.h"]
+    headers = [*sorted((ROOT / "csrc/cuda").glob("*.cuh")), *sorted(HERE.glob("*.h"))]
     content = b"".join(path.read_bytes() for path in [HERE / source, *headers])
     name = f"{Path(source).stem}-{hashlib.sha256(content).hexdigest()[:16]}"
     program = ROOT / "build/fiber" / name

@@ -3,10 +3,7 @@
 #include "fiber.h"
 
 #include "decode_attention.cuh"
-
-#include <stdio.h>
-#include <sys/mman.h>
-#include <unistd.h>
+#include "guarded.h"
 
 namespace {
 
@@ -16,16 +13,6 @@ struct Header {
   int64_t table_columns, num_multiprocessors, seed;
   int64_t strides[9], bytes[3];  // of q, k and v
 };
-
-const void* read_guarded(size_t bytes) {
-  const size_t page = sysconf(_SC_PAGESIZE), size = (bytes + page - 1) / page * page;
-  char* memory = static_cast<char*>(
-      mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  mprotect(memory + size, page, PROT_NONE);
-  char* data = memory + size - bytes;
-  if (fread(data, 1, bytes, stdin) != bytes) throw std::runtime_error("short input");
-  return data;
-}
 
 template <typename T>
 emu3::DecodeHeads<T> read_heads(const Header& h, int which) {

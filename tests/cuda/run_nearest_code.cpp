@@ -2,11 +2,8 @@
 // where unmapped memory begins, so that a read past them is a segmentation fault.
 #include "fiber.h"
 
+#include "guarded.h"
 #include "nearest_code.cuh"
-
-#include <stdio.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 namespace {
 
@@ -14,16 +11,6 @@ struct Header {
   int64_t is_bfloat16, num_queries, places, batch_stride, dim_stride, place_stride, dim;
   int64_t z_bytes, num_codes, num_multiprocessors, seed;
 };
-
-void* read_guarded(size_t bytes) {
-  const size_t page = sysconf(_SC_PAGESIZE), size = (bytes + page - 1) / page * page;
-  char* memory = static_cast<char*>(
-      mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  mprotect(memory + size, page, PROT_NONE);
-  char* data = memory + size - bytes;
-  if (fread(data, 1, bytes, stdin) != bytes) throw std::runtime_error("short input");
-  return data;
-}
 
 template <typename T>
 void run(const Header& h) {

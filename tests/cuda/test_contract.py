@@ -49,8 +49,9 @@ def instance(header: str, kernel: str, arguments: str) -> str:
 @pytest.mark.parametrize(("header", "entry"), KERNELS)
 def test_a_kernel_keeps_its_contract(header, entry, target, tmp_path):
     facts = facts_of(instance(header, entry["kernel"], entry["arguments"]), target, tmp_path)
-    assert facts.loads.get(16), "codes must come 16 bytes at a time"
-    broken, _ = judge(Contract(**entry["contract"]), facts, target)
+    contract = Contract(**entry["contract"])
+    assert facts.loads.get(contract.access_bytes), f"loads must be of {contract.access_bytes} bytes"
+    broken, _ = judge(contract, facts, target)
     assert not broken
     assert set(entry["reasons"]) == set(entry["contract"])
 
