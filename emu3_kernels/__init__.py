@@ -3,6 +3,8 @@
 from emu3_kernels._dispatch import record_backends, use_backend
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.attention.api import attention
+from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
+from emu3_kernels.ops.causal_conv3d.cache import FrameCache
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.decode_attention.api import decode_attention
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
@@ -13,11 +15,14 @@ from emu3_kernels.ops.rms_norm.api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
 from emu3_kernels.ops.rope_append.api import rope_append
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
+from emu3_kernels.ops.temporal_residual.api import temporal_residual
 
 __all__ = [
     "CodeIndex",
+    "FrameCache",
     "add_rms_norm",
     "attention",
+    "causal_conv3d",
     "cross_entropy",
     "decode_attention",
     "linear_cross_entropy",
@@ -31,6 +36,7 @@ __all__ = [
     "shard_sequence",
     "swiglu",
     "swiglu_packed",
+    "temporal_residual",
     "unshard_sequence",
     "use_backend",
 ]

@@ -11,4 +11,6 @@ OPS = (
     "linear_cross_entropy",
     "attention",
     "decode_attention",
+    "causal_conv3d",
+    "temporal_residual",
 )
