@@ -21,7 +21,7 @@ def encode_stream(tokenizer: "VisionTokenizer", clips: Iterable[Tensor]) -> Iter
     """
     memory: Memory = {}
     for clip in clips:
-        tokenizer.check_clip(clip)
+        tokenizer.check_pixels(clip)
         pieces = clip.split(tokenizer.settings.temporal_factor, dim=1)
         codes = [tokenizer.quantize.codes(tokenizer.latents(piece, memory)) for piece in pieces]
         yield torch.cat(codes, dim=1)

@@ -47,7 +47,7 @@ class VisionTokenizer(nn.Module):
             the reconstruction, the codes and the commitment loss. In training batch norms take
             the statistics of the batch, and the codebook may be moved.
         """
-        still = self._check_pixels(pixels)
+        still = self.check_pixels(pixels)
         frames = pixels[:, None] if still else pixels
         quantized, codes, commitment = self.quantize(self.latents(frames))
         redrawn = self.pixels(quantized, still=still)
@@ -59,7 +59,7 @@ class VisionTokenizer(nn.Module):
 
         A video takes the memory of the pixels, codes and four frames: see ``encode_stream``.
         """
-        if self._check_pixels(pixels):
+        if self.check_pixels(pixels):
             return self.quantize.codes(self.latents(pixels[:, None]))[:, 0]
         pieces = pixels.split(self.settings.temporal_factor, dim=1)
         return torch.cat(list(encode_stream(self, pieces)), dim=1)
@@ -70,7 +70,7 @@ class VisionTokenizer(nn.Module):
 
         Not clamped to [-1, 1].
         """
-        if self._check_codes(codes):
+        if self.check_codes(codes):
             return self.pixels(self.quantize.lookup(codes[:, None]), still=True)[:, 0]
         return torch.cat(list(decode_stream(self, codes.split(1, dim=1))), dim=1)
 
@@ -111,7 +111,7 @@ class VisionTokenizer(nn.Module):
         groups = zip(*(p.split(max(1, together)) for p in pictures), strict=True)
         return torch.cat([part(*group) for group in groups])
 
-    def _check_pixels(self, pixels: Tensor) -> bool:
+    def check_pixels(self, pixels: Tensor) -> bool:
         """Refuse what cannot be encoded; say whether the rest are pictures or clips."""
         s = self.settings
         still, side = pixels.ndim == 4, s.spatial_factor
@@ -132,7 +132,7 @@ class VisionTokenizer(nn.Module):
             )
         return still
 
-    def _check_codes(self, codes: Tensor) -> bool:
+    def check_codes(self, codes: Tensor) -> bool:
         s = self.settings
         if codes.ndim not in (3, 4) or 0 in codes.shape:
             raise ValueError(
