@@ -13,4 +13,6 @@ OPS = (
     "decode_attention",
     "causal_conv3d",
     "temporal_residual",
+    "group_norm_silu",
+    "spatial_norm_silu",
 )
