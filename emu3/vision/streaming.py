@@ -21,7 +21,8 @@ def encode_stream(tokenizer: "VisionTokenizer", clips: Iterable[Tensor]) -> Iter
     """
     memory: Memory = {}
     for clip in clips:
-        tokenizer.check_pixels(clip)
+        if tokenizer.check_pixels(clip):
+            raise ValueError(f"encode_stream: a clip is [B, T, 3, H, W], got {tuple(clip.shape)}")
         pieces = clip.split(tokenizer.settings.temporal_factor, dim=1)
         codes = [tokenizer.quantize.codes(tokenizer.latents(piece, memory)) for piece in pieces]
         yield torch.cat(codes, dim=1)
@@ -32,7 +33,8 @@ def decode_stream(tokenizer: "VisionTokenizer", codes: Iterable[Tensor]) -> Iter
     """Pixels ``[B, 4 t, 3, H, W]`` of each ``[B, t, h, w]`` in turn, as if decoded as one."""
     memory: Memory = {}
     for part in codes:
-        tokenizer.check_codes(part)
+        if tokenizer.check_codes(part):
+            raise ValueError(f"decode_stream: codes must be [B, t, h, w], got {tuple(part.shape)}")
         vectors = tokenizer.quantize.lookup(part).split(1, dim=2)
         pixels = [tokenizer.pixels(piece, still=False, memory=memory) for piece in vectors]
         yield torch.cat(pixels, dim=1)

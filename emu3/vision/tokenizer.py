@@ -33,7 +33,6 @@ class VisionTokenizer(nn.Module):
         self.quant_conv = CausalConv(width, (3, 1, 1)) if temporal else None
         self.post_quant_conv = CausalConv(width, (3, 1, 1)) if temporal else None
         self.apply(_initialise)
-        self.to(memory_format=torch.channels_last)
 
     @property
     def codebook(self) -> Tensor:
@@ -149,7 +148,10 @@ class VisionTokenizer(nn.Module):
         return codes.ndim == 3
 
 
+@torch.no_grad()
 def _initialise(module: nn.Module) -> None:
-    """Initialise as the official code does; norms and biases have PyTorch's defaults there."""
+    """Draw the weights as the official code does, those of 2-D convolutions in channels-last."""
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(module, nn.Conv2d):
+        module.to(memory_format=torch.channels_last)
