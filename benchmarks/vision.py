@@ -1,6 +1,5 @@
 """A picture encoded and decoded beside Hugging Face's Emu3VQVAE: same weights, same precision."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import clock
-from benchmarks.clock import Call
 from benchmarks.contestants import Lineup
 from emu3.config import VisionSettings
 from emu3.vision import VisionTokenizer
@@ -67,9 +65,7 @@ def theirs(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return codes, model.decode(codes)
 
 
-def lineup(
-    settings: VisionSettings, side: int, dtype: torch.dtype, device: str = "cpu"
-) -> Lineup:
+def lineup(settings: VisionSettings, side: int, dtype: torch.dtype, device: str = "cpu") -> Lineup:
     """Bring both to the second call, theirs checked against ours.
 
     In float32 by its codes and pixels; in bfloat16 roundings add up to other codes, and both draw
@@ -83,7 +79,9 @@ def lineup(
     }
     pixels = picture(side).to(device, dtype)
     entered = Lineup(clock=clock.of(device))
-    drawn = {name: entered.enter(name, partial(redraw, pixels)) for name, redraw in entrants.items()}
+    drawn = {
+        name: entered.enter(name, partial(redraw, pixels)) for name, redraw in entrants.items()
+    }
     entered.results_mib = sum(result.nbytes for result in drawn[OURS]) / 2**20
     agreement = (drawn[OURS][0] == drawn[THEIRS][0]).double().mean().item()
     if dtype == torch.float32 and agreement < SAME_CODES:
