@@ -13,6 +13,7 @@ from emu3.vision import VisionTokenizer
 from emu3.weights import load_vision
 
 OURS, THEIRS = "emu3.VisionTokenizer", "Hugging Face"
+DIRECTION = "encode+decode"
 PICTURE = 256
 SAME_CODES = 0.999
 """Share of the codes that must agree in float32; neighbours may tie within rounding."""
