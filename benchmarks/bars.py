@@ -74,6 +74,7 @@ HEAD = (("tokens", 2048), ("classes", 184_622))
 STEP, HALF_STEP = (("tokens", 2048), ("counted", 2048)), (("tokens", 2048), ("counted", 1024))
 PICTURE = (("shape", [1, 256, 512, 512]),)
 LONG = (("batch", 1), ("capacity", 131_072))
+FRAMES = (("shape", [1, 4, 32, 64, 64]),)
 BOTH, REDRAW, HF = "forward+backward", "encode+decode", "Hugging Face"
 
 BARS = (
@@ -100,6 +101,9 @@ BARS = (
     Bar("group_norm_silu", COMPILED, 1.3, PICTURE),
     Bar("spatial_norm_silu", EAGER, 2.0, PICTURE),
     Bar("spatial_norm_silu", COMPILED, 1.3, PICTURE),
+    # Eager PyTorch has no float32 kernel for so few channels; for bfloat16 it has one.
+    Bar("temporal_residual", EAGER, 15.0, FRAMES, threads=(2,), dtype="float32"),
+    Bar("temporal_residual", EAGER, 8.0, FRAMES, BOTH, threads=(2,), dtype="float32"),
     Bar("nearest_code", "faiss", 6.0, (("shape", [8, 4, 64, 64]),), threads=(1,)),
     Bar("model", HF, 2.5, STEP, BOTH),
     Bar("model", HF, 4.0, HALF_STEP, BOTH),

@@ -43,9 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
       group_norm().sums(m.dtype, at(dy, offset), at(x, offset), rows, m.channels,
                         affine.at(image * 3 * m.padded), silu, parts.at(unit * size));
     });
-    std::vector<double> sums(count * size);
+    std::vector<double> sums = sum_parts(parts, count, m.chunks, size);
     over_each(count, [&](int64_t i) {
-      add_parts(parts.at(i * m.chunks * size), m.chunks, size, &sums[i * size]);
       take_slopes(m, &sums[i * size], rstd, weight, first + i, slopes.at(i * size));
     });
     for (int64_t i = 0; i < count * size; ++i) totals[i % size] += sums[i];

@@ -70,8 +70,10 @@ def nearest(pixel, places, ratio):
 
 @triton.jit
 def silu_gradient(x):
-    sigmoid = tl.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid))
+    """sigmoid(x) * (1 + x * sigmoid(-x)): 1 - sigmoid(x) would lose digits where x is large."""
+    power = tl.exp(tl.minimum(-x, 80.0))
+    sigmoid = 1 / (1 + power)
+    return sigmoid * (1 + x * (power * sigmoid))
 
 
 @triton.jit

@@ -15,10 +15,13 @@ from emu3_kernels._triton import Contract, Tile, next_power_of_2
 ELEMENTS = 2048
 """Of a tile: 16 a thread with 4 warps of 32 lanes."""
 
-# 128 registers keep 16 warps on a multiprocessor, each with 16 bytes of two rows under way.
-MOMENTS = Contract(max_registers=128)
-# A group of Emu3 has 4 to 32 channels: its numbers are short rows, of few bytes in all.
-FEW = 16
+# 128 registers keep 16 warps on a multiprocessor. A group's numbers are rows of 4 to 32 channels:
+# narrow, and few.
+FORWARD = {
+    "_moments_kernel": Contract(max_registers=128),
+    "_statistics_kernel": Contract(max_registers=128, access_bytes=4),
+}
+BACKWARD = {"_slopes_kernel": Contract(max_registers=128, access_bytes=2)}
 
 
 def tile_of(channels: int) -> tuple[int, Tile]:

@@ -1,5 +1,7 @@
 """group_norm_silu in Triton: moments, statistics and norm; sums, slopes and gradient."""
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -7,9 +9,7 @@ from torch import Tensor
 
 from emu3_kernels._group_norm import pixels_triton as pixels
 from emu3_kernels._group_norm import statistics_triton as statistics
-from emu3_kernels._triton import why_not_triton
-
-CONFIGS = ()
+from emu3_kernels._triton import Config, Contract, meta, why_not_triton
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
@@ -90,3 +90,27 @@ def _sums_kernel(
     out = (image * tl.num_programs(0) + tl.program_id(0)) * 2 * channels + c
     tl.store(sums_ptr + out, tl.sum(plain, axis=0), mask=c < channels)
     tl.store(sums_ptr + out + channels, tl.sum(times_normed, axis=0), mask=c < channels)
+
+
+def _run_forward(*shape: int) -> None:
+    channels = shape[-1]
+    forward(meta(*shape), meta(channels), meta(channels), 32, 1e-6, True)
+
+
+def _run_backward(*shape: int) -> None:
+    batch, _, channels = shape
+    of_group = (meta(batch, channels, dtype=torch.float32) for _ in range(2))
+    x, weight = meta(*shape), meta(channels)
+    backward(x, x, weight, weight, *of_group, 32, True)
+
+
+FORWARD = statistics.FORWARD | {"_apply_kernel": Contract(max_registers=128)}
+BACKWARD = statistics.BACKWARD | {
+    "_sums_kernel": Contract(max_registers=128),
+    "_bwd_kernel": Contract(max_registers=128),
+}
+CONFIGS = tuple(
+    Config(f"{' x '.join(map(str, shape))}{way}", partial(run, *shape), contracts)
+    for shape in ((1, 512 * 512, 256), (1, 64 * 64, 1024))
+    for way, run, contracts in (("", _run_forward, FORWARD), (", back", _run_backward, BACKWARD))
+)

@@ -5,6 +5,8 @@ of d, the gradient of what SiLU is applied to, and of d * normed: every gradient
 follows from them at the size of the latent.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -12,9 +14,7 @@ from torch import Tensor
 
 from emu3_kernels._group_norm import pixels_triton as pixels
 from emu3_kernels._group_norm import statistics_triton as statistics
-from emu3_kernels._triton import Tile, next_power_of_2, why_not_triton
-
-CONFIGS = ()
+from emu3_kernels._triton import Config, Contract, Tile, meta, next_power_of_2, why_not_triton
 
 
 def why_not(x: Tensor, latent: Tensor, *parameters: Tensor) -> str | None:
@@ -50,15 +50,12 @@ def backward(
     norm = mean, rstd, weight, bias
     sums = _place_sums(dy, x, *norm, latent, table, silu)
     dlatent = _latent_gradient(sums, latent, weight, bias, table)
-    # [B, L + 1, 2, C]: the sums of all places, each times a channel of its latent, or times 1.
-    weighted = _weighted_sums(sums, latent).sum(1)
-    y_table = table.float().view(2, 1, -1, table.shape[-1])[0, :, :, None]
-    of_norm = (weighted * y_table).sum(1, keepdim=True)
+    of_norm = _weighted_sums(sums, latent, table, of_norm=True)[:, 0]
     totals, slopes = statistics.slopes(of_norm, rstd, weight, groups, x[0, ..., 0].numel())
     dx = pixels.backward(dy, x, *norm, slopes, latent, table, silu)
     dbias, dweight = totals.sum(0)
-    db = weighted[:, :, 0].sum(0)
-    dy_table = weight.float() * weighted[:, :, 1].sum(0) + bias.float() * db
+    db, times_normed = _weighted_sums(sums, latent, table, of_norm=False).sum((0, 2)).unbind(1)
+    dy_table = weight.float() * times_normed + bias.float() * db
     gradients = dweight, dbias, dy_table[:-1].T, dy_table[-1], db[:-1].T, db[-1]
     cast = (g.to(p.dtype).contiguous() for g, p in zip(gradients, parameters, strict=True))
     return dx, dlatent, *cast
@@ -81,17 +78,22 @@ def _place_sums(
     return sums
 
 
-def _weighted_sums(sums: Tensor, latent: Tensor) -> Tensor:
-    """Return ``[B, parts, L + 1, 2, C]``, parts of the sums over all places."""
+def _weighted_sums(sums: Tensor, latent: Tensor, table: Tensor, of_norm: bool) -> Tensor:
+    """Return ``[B, 1 or L + 1, parts, 2, C]``: parts of the sums over all places, each weighted.
+
+    By y for the gradient of the norm; otherwise by each channel of the latent, and in the end by 1.
+    """
     batch, num_places, _, channels = sums.shape
     width = latent.shape[-1]
-    rows, tile = statistics.tile_of(2 * channels)
-    part = statistics.parts_of(num_places, 2 * channels)
+    num_weights = 1 if of_norm else width + 1
+    rows, tile = statistics.tile_of(channels)
+    part = statistics.parts_of(num_places, channels)
     num_parts = triton.cdiv(num_places, part)
-    out = sums.new_empty(batch, num_parts, width + 1, 2, channels)
-    _weighted_sums_kernel[(num_parts, triton.cdiv(2 * channels, tile.block), batch * (width + 1))](
-        sums, latent, out, num_places, 2 * channels, part, WIDTH=width, ROWS=rows, **tile.options()
-    )
+    out = sums.new_empty(batch, num_weights, num_parts, 2, channels)
+    _weighted_sums_kernel[(num_parts, triton.cdiv(channels, tile.block), batch * num_weights)](
+        sums, latent, table, out, num_places, channels, part, WIDTH=width, OF_NORM=of_norm,
+        ROWS=rows, **tile.options(),
+    )  # fmt: skip
     return out
 
 
@@ -174,25 +176,36 @@ def _place_sums_kernel(
 
 @triton.jit
 def _weighted_sums_kernel(
-    sums_ptr, latent_ptr, out_ptr, num_places, channels, part, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    sums_ptr, latent_ptr, table_ptr, out_ptr, num_places, channels, part, WIDTH: tl.constexpr,
+    OF_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a part of the places, each times a channel of its latent, the last times 1."""
-    image = (tl.program_id(2) // (WIDTH + 1)).to(tl.int64)
-    i = tl.program_id(2) % (WIDTH + 1)
+    """Sums over a part of the places, weighted by y, or by a channel of the latent or 1."""
+    num_weights = 1 if OF_NORM else WIDTH + 1
+    image = (tl.program_id(2) // num_weights).to(tl.int64)
+    i = tl.program_id(2) % num_weights
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(0) * part
     last = tl.minimum(first + part, num_places)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    sums_ptr += image * num_places * 2 * channels
+    latent_ptr += image * num_places * WIDTH
+    plain = tl.zeros([ROWS, BLOCK], tl.float32)
+    times_normed = tl.zeros([ROWS, BLOCK], tl.float32)
     for row in range(first, last, ROWS):
-        place = image * num_places + row + tl.arange(0, ROWS)
-        known = row + tl.arange(0, ROWS) < last
-        z = tl.load(latent_ptr + place * WIDTH + i, mask=known & (i < WIDTH), other=1)
-        inside = known[:, None] & (c < channels)[None, :]
-        sums = tl.load(sums_ptr + place[:, None] * channels + c[None, :], mask=inside, other=0)
-        total += sums * z.to(tl.float32)[:, None]
-    out = ((image * tl.num_programs(0) + tl.program_id(0)) * (WIDTH + 1) + i) * channels + c
-    tl.store(out_ptr + out, tl.sum(total, axis=0), mask=c < channels)
+        place = row + tl.arange(0, ROWS)[:, None]
+        if OF_NORM:
+            known = tl.minimum(place, num_places - 1)
+            factor, _ = pixels.modulation(latent_ptr, table_ptr, known, c, channels, WIDTH)
+        else:
+            at = latent_ptr + place * WIDTH + i
+            factor = tl.load(at, mask=(place < last) & (i < WIDTH), other=1).to(tl.float32)
+        inside = (place < last) & (c < channels)[None, :]
+        at = sums_ptr + place.to(tl.int64) * 2 * channels + c[None, :]
+        plain += factor * tl.load(at, mask=inside, other=0)
+        times_normed += factor * tl.load(at + channels, mask=inside, other=0)
+    part_id = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    out = out_ptr + part_id * 2 * channels
+    tl.store(out + c, tl.sum(plain, axis=0), mask=c < channels)
+    tl.store(out + channels + c, tl.sum(times_normed, axis=0), mask=c < channels)
 
 
 @triton.jit
@@ -220,3 +233,33 @@ def _latent_kernel(
     dlatent = tl.sum(total, axis=1)
     out = dlatent_ptr + row * WIDTH + i
     tl.store(out, dlatent.to(dlatent_ptr.dtype.element_ty), mask=place < num_places)
+
+
+def _parameters(channels: int) -> tuple[Tensor, ...]:
+    vector, matrix = meta(channels), meta(channels, 4)
+    return vector, vector, matrix, vector, matrix, vector
+
+
+def _run_forward(side: int, channels: int) -> None:
+    x, latent = meta(1, 1, side, side, channels), meta(1, 1, 64, 64, 4)
+    forward(x, latent, *_parameters(channels), 32, 1e-6, True)
+
+
+def _run_backward(side: int, channels: int) -> None:
+    x, latent = meta(1, 1, side, side, channels), meta(1, 1, 64, 64, 4)
+    of_group = (meta(1, channels, dtype=torch.float32) for _ in range(2))
+    backward(x, x, latent, *_parameters(channels), *of_group, 32, True)
+
+
+FORWARD = statistics.FORWARD | {"_apply_kernel": Contract(max_registers=128)}
+BACKWARD = statistics.BACKWARD | {
+    "_place_sums_kernel": Contract(max_registers=128),
+    "_weighted_sums_kernel": Contract(max_registers=128),
+    "_latent_kernel": Contract(max_registers=128),
+    "_bwd_kernel": Contract(max_registers=128),
+}
+CONFIGS = tuple(
+    Config(f"{side} x {side} x {channels}{way}", partial(run, side, channels), contracts)
+    for side, channels in ((512, 256), (64, 1024))
+    for way, run, contracts in (("", _run_forward, FORWARD), (", back", _run_backward, BACKWARD))
+)
