@@ -50,19 +50,21 @@ class BatchNorm(nn.BatchNorm3d):
     """A norm by channel that is left to the next convolution, as a scale and a shift."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``scale, shift [D]``; in training they are of ``x``, and the running ones follow."""
+        """``scale, shift [D]`` in float32; in training of ``x``, and the running ones follow."""
+        compute = torch.promote_types(x.dtype, torch.float32)
         running = self.running_mean, self.running_var
-        mean, variance = self._of_batch(x) if self.training else running
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return scale, self.bias - mean * scale
+        mean, variance = self._of_batch(x.to(compute)) if self.training else running
+        scale = self.weight.to(compute) * torch.rsqrt(variance.to(compute) + self.eps)
+        return scale, self.bias.to(compute) - mean.to(compute) * scale
 
     def _of_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(x, (0, 2, 3, 4), correction=0)
         count = x.numel() / x.shape[1]
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
+            unbiased = variance * (count / max(count - 1, 1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return mean, variance
 
 

@@ -9,6 +9,12 @@ from emu3.vision import VisionTokenizer
 SMALL = VisionSettings(base_channels=32, num_codes=512)
 """Every part of Emu3's tokenizer at an eighth of its width."""
 
+FACTORS = (
+    *(f"{norm}.weight" for norm in ("norm", "norm1", "norm2", "norm_out", "norm_layer")),
+    *("conv_y.bias", "running_var"),
+)
+"""What multiplies, and is drawn around 1; the rest of the norms is drawn around 0."""
+
 
 def pictures(*shape: int, seed: int = 0) -> Tensor:
     """Noise on a slope, in [-1, 1], so that neither places nor frames look alike."""
@@ -25,7 +31,7 @@ def random_tokenizer(settings: VisionSettings = SMALL, seed: int = 0) -> VisionT
     tokenizer = VisionTokenizer(settings).eval()
     for name, value in tokenizer.state_dict().items():
         if "norm" in name and value.is_floating_point():
-            centre = 0.0 if name.endswith(("bias", "mean")) else 1.0
+            centre = 1.0 if name.endswith(FACTORS) else 0.0
             value.copy_(centre + 0.2 * torch.randn_like(value).clamp(-2, 2))
     spread_codebook(tokenizer)
     return tokenizer
