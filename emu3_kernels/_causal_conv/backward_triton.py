@@ -34,10 +34,12 @@ from emu3_kernels._causal_conv.plan import Plan
 from emu3_kernels._triton import NUM_MULTIPROCESSORS
 
 
-def input_tile(dtype: torch.dtype, channels: int) -> Tile:
-    """x, its norm and the slope of SiLU share the registers: half of the results a thread."""
-    forward = product_tile(dtype, channels)
-    return forward._replace(results=64) if forward.results == 128 else forward
+def input_tile(dtype: torch.dtype, channels: int, stride: tuple[int, int, int]) -> Tile:
+    """x, its norm and the slope of SiLU share the registers with the sum, and so do addresses
+    where the columns of a phase lie apart.
+    """
+    tile = product_tile(dtype, channels)
+    return tile._replace(results=min(tile.results, 64 if stride[2] == 1 else 32))
 
 
 def weight_tile(dtype: torch.dtype, num_results: int) -> Tile:
@@ -98,7 +100,7 @@ def _of_input(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dx = torch.empty_like(x)
     batch, channels, *sizes = x.shape
-    tile = input_tile(dz.dtype, channels)
+    tile = input_tile(dz.dtype, channels, plan.stride)
     weights = panel(weight.transpose(0, 1), dz.dtype, tile.results)
     columns = weights.shape[2]
     blocks = triton.cdiv(
@@ -255,4 +257,4 @@ def _bwd_weight_kernel(
         dz = tl.load(dz_ptr + offsets, mask=inside, other=0)
         acc = tl.dot(terms.T, dz, acc, input_precision="ieee")
     parts_ptr += (part.to(tl.int64) * KT * KH * KW * CHANNELS + k)[:, None] * columns + n[None, :]
-    tl.store(parts_ptr, acc.to(tl.float32), mask=(kt < KT)[:, None])
+    tl.store(parts_ptr, acc, mask=(kt < KT)[:, None])

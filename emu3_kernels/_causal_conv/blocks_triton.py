@@ -49,7 +49,8 @@ def why_not(x: Tensor, *rest: object) -> str | None:
     tensors = [tensor for tensor in (x, *rest) if isinstance(tensor, Tensor)]
     reason = next(filter(None, map(why_not_triton, tensors)), None)
     if reason is None and x.shape[2:].numel() >= MOST_PIXELS:
-        return f"the kernels take less than {MOST_PIXELS} pixels, got {x.shape[2:].numel()}"
+        got = x.shape[2:].numel()
+        return f"the kernels take less than {MOST_PIXELS} pixels of a video, got {got}"
     return reason
 
 
@@ -112,13 +113,15 @@ def operand(
 def column_sums(rows: Tensor) -> Tensor:
     """Sum ``[R, N]`` over R in float32, in an order that R alone fixes."""
     chunk, (num_rows, width) = 512, rows.shape
+    if num_rows == 1 and rows.dtype == torch.float32:
+        return rows[0]
     block = min(next_power_of_2(width), 128)
     sums = rows.new_empty(triton.cdiv(num_rows, chunk), width, dtype=torch.float32)
-    _sum_kernel[triton.cdiv(width, block), len(sums)](
+    _sum_kernel[(len(sums) * triton.cdiv(width, block),)](
         rows, sums, num_rows, width, CHUNK=chunk, ROWS=32, BLOCK=block,
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
+        num_warps=max(block // 32, 1), num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
-    return sums[0] if len(sums) == 1 else column_sums(sums)
+    return column_sums(sums)
 
 
 @triton.jit
@@ -226,8 +229,9 @@ def _sum_kernel(
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum a chunk of the rows."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    chunk = tl.program_id(1).to(tl.int64)
+    num_blocks = tl.cdiv(width, BLOCK)
+    c = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    chunk = (tl.program_id(0) // num_blocks).to(tl.int64)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, num_rows), ROWS):
         row = first + tl.arange(0, ROWS)

@@ -18,8 +18,10 @@ from tests.budget import assert_as_accurate
 from tests.kernels import faulty
 from tests.kernels.suite import double, part, public, value_and_gradients
 
-ROUND_TWICE = {"linear_cross_entropy", "attention"}
-"""Ops that round on the way: a gradient kept to be scaled later, probabilities before a product."""
+ROUND_TWICE = {"linear_cross_entropy", "attention", "causal_conv3d", "temporal_residual"}
+"""Ops that round on the way: a gradient kept to be scaled later, probabilities and activations
+before a product.
+"""
 
 
 @contextmanager
