@@ -3,7 +3,8 @@
 The product is an implicit GEMM: a row is a pixel of the result, a column one of its channels, and
 a term is a tap of the kernel at a channel. Operands are channels last, ``[B, pixels, channels]``,
 normed and activated in a pass of their own: in the product, SiLU would be taken once for every tap.
-No padding is stored: a tap that falls outside of the video reads zeros.
+They are rounded to the dtype of x, as the tensor cores take them, and summed up in float32. No
+padding is stored: a tap that falls outside of the video reads zeros.
 """
 
 from typing import NamedTuple
@@ -118,7 +119,7 @@ def column_sums(rows: Tensor) -> Tensor:
     block = min(next_power_of_2(width), 128)
     sums = rows.new_empty(triton.cdiv(num_rows, chunk), width, dtype=torch.float32)
     _sum_kernel[(len(sums) * triton.cdiv(width, block),)](
-        rows, sums, num_rows, width, CHUNK=chunk, ROWS=32, BLOCK=block,
+        rows, sums, num_rows, WIDTH=width, CHUNK=chunk, ROWS=32, BLOCK=block,
         num_warps=max(block // 32, 1), num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return column_sums(sums)
@@ -225,17 +226,17 @@ def _operand_kernel(
 
 @triton.jit
 def _sum_kernel(
-    rows_ptr, sums_ptr, num_rows, width,
+    rows_ptr, sums_ptr, num_rows, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum a chunk of the rows."""
-    num_blocks = tl.cdiv(width, BLOCK)
+    num_blocks = tl.cdiv(WIDTH, BLOCK)
     c = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
     chunk = (tl.program_id(0) // num_blocks).to(tl.int64)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, num_rows), ROWS):
         row = first + tl.arange(0, ROWS)
-        inside = (row < num_rows)[:, None] & (c < width)[None, :]
-        offsets = row[:, None].to(tl.int64) * width + c[None, :]
+        inside = (row < num_rows)[:, None] & (c < WIDTH)[None, :]
+        offsets = row[:, None].to(tl.int64) * WIDTH + c[None, :]
         sums += tl.load(rows_ptr + offsets, mask=inside, other=0).to(tl.float32)
-    tl.store(sums_ptr + chunk * width + c, tl.sum(sums, axis=0), mask=c < width)
+    tl.store(sums_ptr + chunk * WIDTH + c, tl.sum(sums, axis=0), mask=c < WIDTH)
