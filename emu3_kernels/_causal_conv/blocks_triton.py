@@ -119,7 +119,7 @@ def column_sums(rows: Tensor) -> Tensor:
     block = min(next_power_of_2(width), 128)
     sums = rows.new_empty(triton.cdiv(num_rows, chunk), width, dtype=torch.float32)
     _sum_kernel[(len(sums) * triton.cdiv(width, block),)](
-        rows, sums, num_rows, WIDTH=width, CHUNK=chunk, ROWS=32, BLOCK=block,
+        rows, sums, num_rows, WIDTH=width, CHUNK=chunk, ROWS=_triton.WARP, BLOCK=block,
         num_warps=max(block // 32, 1), num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return column_sums(sums)

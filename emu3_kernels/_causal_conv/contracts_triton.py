@@ -59,6 +59,10 @@ NARROW = {name: replace(contract, access_bytes=8) for name, contract in WIDE.ite
 NARROW_BACKWARD = {
     name: replace(contract, access_bytes=8) for name, contract in WIDE_BACKWARD.items()
 }
+HALVING_BACKWARD = NARROW_BACKWARD | {
+    "_bwd_z_kernel": replace(TO_VIDEO, access_bytes=8),
+    "_bwd_x_kernel": replace(TO_VIDEO, access_bytes=8, exceptions=COPIES | APART),
+}
 # TF32 would round: float32 is multiplied without tensor cores, but for those of gfx942.
 EXACT = {name: replace(contract, tensor_cores=False) for name, contract in WIDE.items()}
 EXACT_BACKWARD = {
@@ -83,12 +87,6 @@ CONFIGS = (
     *_configs("512 channels", WIDE, WIDE_BACKWARD, *BLOCK, channels=512),
     *_configs("256, an eighth", WIDE, STRIDED_BACKWARD, *EIGHTH, channels=256),
     *_configs("4, Emu3's block", NARROW, NARROW_BACKWARD, *BLOCK, channels=4),
-    *_configs(
-        "4, Emu3's halving",
-        NARROW,
-        NARROW_BACKWARD | {"_bwd_z_kernel": replace(TO_VIDEO, access_bytes=8)},
-        *HALVING,
-        channels=4,
-    ),
+    *_configs("4, Emu3's halving", NARROW, HALVING_BACKWARD, *HALVING, channels=4),
     *_configs("512, float32", EXACT, EXACT_BACKWARD, *BLOCK, channels=512, dtype=torch.float32),
 )
