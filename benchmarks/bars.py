@@ -27,12 +27,14 @@ class Bar:
     direction: str = "forward"
     threads: tuple[int, ...] = (1, 2)
     of: str = TIME
+    dtype: str | None = None
 
     def covers(self, row: dict) -> bool:
         return (
             (self.op, self.direction) == (row["op"], row["direction"])
             and row.get("device", "cpu") == "cpu"
             and row["threads"] in self.threads
+            and self.dtype in (None, row["dtype"])
             and all(row["size"].get(name) == value for name, value in self.size)
             and (self.of == BOUND or self.peer in row["peers"])
             and (self.of != LOSS or "after_steps" in row)
@@ -71,6 +73,7 @@ LOGITS = (("tokens", 256), ("classes", 184_622))
 HEAD = (("tokens", 2048), ("classes", 184_622))
 STEP, HALF_STEP = (("tokens", 2048), ("counted", 2048)), (("tokens", 2048), ("counted", 1024))
 LONG = (("batch", 1), ("capacity", 131_072))
+FRAMES = (("shape", [1, 4, 32, 64, 64]),)
 BOTH, HF = "forward+backward", "Hugging Face"
 
 BARS = (
@@ -93,6 +96,9 @@ BARS = (
     Bar("decode_attention", EAGER, 4.0, LONG),
     Bar("decode_attention", "vLLM", 1.0, LONG),
     Bar("decode_attention", "read bandwidth", 0.75, LONG, of=BOUND),
+    # Eager PyTorch has no float32 kernel for so few channels; for bfloat16 it has one.
+    Bar("temporal_residual", EAGER, 15.0, FRAMES, threads=(2,), dtype="float32"),
+    Bar("temporal_residual", EAGER, 8.0, FRAMES, BOTH, threads=(2,), dtype="float32"),
     Bar("nearest_code", "faiss", 6.0, (("shape", [8, 4, 64, 64]),), threads=(1,)),
     Bar("model", HF, 2.5, STEP, BOTH),
     Bar("model", HF, 4.0, HALF_STEP, BOTH),

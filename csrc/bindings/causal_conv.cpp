@@ -99,10 +99,10 @@ std::vector<float> packed(const Conv& conv, const float* weight) {
 // The results of a batch cut into tiles, about `wanted` of them or more: few enough rows that the
 // staged source of one stays in a cache of the second level. What a tile holds changes no result.
 std::vector<Tile> tiles(const Conv& conv, int64_t batch, int64_t wanted) {
-  constexpr int64_t kFewest = 16, kCache = 96 << 10;  // rows; floats
+  constexpr int64_t kFewest = 32, kCache = 96 << 10;  // rows; floats
   const int64_t rows = conv.rows.results, frames = conv.time.results;
   if (!rows || !frames || !batch || !conv.columns.results) return {};
-  const int64_t fit = std::max(kFewest / 4, rows * kCache / window_size(conv, rows));
+  const int64_t fit = std::max(kFewest / 8, rows * kCache / window_size(conv, rows));
   const int64_t asked = (wanted + batch - 1) / batch;
   const int64_t parts =
       std::max((rows + fit - 1) / fit, std::min(asked, std::max<int64_t>(1, rows / kFewest)));
@@ -126,22 +126,28 @@ struct Free {
   void operator()(float* memory) const { std::free(memory); }
 };
 
-// Runs body(index, scratch) for every tile, `size` floats of zeros each, a thread taking the next
-// when it is free.
+// Runs body(tile, part, scratch) for every tile, `size` floats of zeros each. Tiles i, i + parts, …
+// are part i, and run in this order; a thread takes the next part when it is free.
 template <typename Body>
-void over_tiles(const std::vector<Tile>& all, int64_t size, Body body) {
+void over_tiles(const std::vector<Tile>& all, int64_t parts, int64_t size, Body body) {
   const int64_t count = static_cast<int64_t>(all.size());
-  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+  const int64_t workers = std::min<int64_t>(parts, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t end) {
     const int64_t bytes = whole(size * sizeof(float), 64);
     std::unique_ptr<float, Free> scratch(static_cast<float*>(std::aligned_alloc(64, bytes)));
     for (; worker < end; ++worker)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-        std::fill_n(scratch.get(), size, 0.0f);
-        body(i, scratch.get());
-      }
+      for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;)
+        for (int64_t i = part; i < count; i += parts) {
+          std::fill_n(scratch.get(), size, 0.0f);
+          body(all[i], part, scratch.get());
+        }
   });
+}
+
+template <typename Body>
+void over_tiles(const std::vector<Tile>& all, int64_t size, Body body) {
+  over_tiles(all, static_cast<int64_t>(all.size()), size, body);
 }
 
 int64_t threads() { return torch::stable::get_num_threads(); }
@@ -154,13 +160,15 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   Conv conv = convolution(x, weight, bias, scale, shift, settings);
   const std::vector<float> weights = packed(conv, floats(weight));
   conv.weight = weights.data();
-  Tensor y = torch::stable::new_empty(x, {x.size(0), conv.out, conv.time.results,
-                                          conv.rows.results, conv.columns.results});
+  Tensor y = torch::stable::new_empty(
+      x, {x.size(0), conv.out, conv.time.results, conv.rows.results, conv.columns.results});
   const std::vector<Tile> all = tiles(conv, x.size(0), 2 * threads());
-  over_tiles(all, conv_scratch(conv, most_rows(all)), [&](int64_t i, float* scratch) {
-    causal_conv().forward(conv, all[i], dtype_of(x), x.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr,
-                          y.mutable_data_ptr(), scratch);
-  });
+  over_tiles(all, conv_scratch(conv, most_rows(all)),
+             [&](const Tile& tile, int64_t, float* scratch) {
+               causal_conv().forward(conv, tile, dtype_of(x), x.const_data_ptr(),
+                                     residual ? residual->const_data_ptr() : nullptr,
+                                     y.mutable_data_ptr(), scratch);
+             });
   return y;
 }
 
@@ -171,16 +179,21 @@ Tensor before_silu(const Conv& conv, const Tensor& dy, const Tensor& x, const Te
   again.weight = weights.data();
   Tensor dz = torch::stable::new_empty(dy, dy.sizes(), ScalarType::Float);
   const std::vector<Tile> all = tiles(conv, x.size(0), 2 * threads());
-  over_tiles(all, conv_scratch(conv, most_rows(all)), [&](int64_t i, float* scratch) {
-    causal_conv().activation_gradient(again, all[i], dtype_of(x), x.const_data_ptr(),
-                                      dy.const_data_ptr(), mutable_floats(dz), scratch);
-  });
+  over_tiles(all, conv_scratch(conv, most_rows(all)),
+             [&](const Tile& tile, int64_t, float* scratch) {
+               causal_conv().activation_gradient(again, tile, dtype_of(x), x.const_data_ptr(),
+                                                 dy.const_data_ptr(), mutable_floats(dz), scratch);
+             });
   return dz;
 }
 
-// Tiles of which sums are kept: settled by the shape alone, so that the sums do not depend on the
+// Sums of tiles that are kept: settled by the shape alone, so that the results do not depend on the
 // threads.
 constexpr int64_t kParts = 16;
+
+int64_t num_parts(const std::vector<Tile>& all) {
+  return std::min(kParts, static_cast<int64_t>(all.size()));
+}
 
 // dx, and dscale and dshift [2, in].
 std::tuple<Tensor, Tensor> input_gradient(const Conv& conv, const Tensor& dz, const Tensor& x,
@@ -191,16 +204,19 @@ std::tuple<Tensor, Tensor> input_gradient(const Conv& conv, const Tensor& dz, co
   Tensor dx = torch::stable::new_empty(x, x.sizes());
   Tensor dnorm = torch::stable::new_empty(x, {2, conv.in}, ScalarType::Float);
   const std::vector<Tile> all = tiles(back, x.size(0), kParts);
-  const int64_t size = 2 * conv.in, rows = most_rows(all);
-  std::vector<float> sums(all.size() * size);
+  const int64_t size = 2 * conv.in, rows = most_rows(all), parts = num_parts(all);
+  std::vector<double> sums(parts * size);
   const Activated input{dtype_of(x), x.const_data_ptr(), conv.scale, conv.shift, conv.silu};
-  over_tiles(all, conv_scratch(back, rows) + 4 * size, [&](int64_t i, float* scratch) {
-    causal_conv_gradient().of_input(back, all[i], dtype_of(dz), dz.const_data_ptr(), input,
-                                    dx.mutable_data_ptr(), sums.data() + i * size, scratch);
-  });
-  float* const to = mutable_floats(dnorm);
-  std::fill_n(to, size, 0.0f);
-  for (size_t i = 0; i < sums.size(); ++i) to[i % size] += sums[i];
+  over_tiles(
+      all, parts, input_scratch(back, rows), [&](const Tile& tile, int64_t part, float* scratch) {
+        causal_conv_gradient().of_input(back, tile, dtype_of(dz), dz.const_data_ptr(), input,
+                                        dx.mutable_data_ptr(), sums.data() + part * size, scratch);
+      });
+  for (int64_t i = 0; i < size; ++i) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += sums[part * size + i];
+    mutable_floats(dnorm)[i] = static_cast<float>(sum);
+  }
   return {dx, dnorm};
 }
 
@@ -210,20 +226,22 @@ std::tuple<Tensor, Tensor> weight_gradient(const Conv& conv, const Tensor& dz, c
   Tensor dweight = torch::stable::new_empty(weight, weight.sizes(), ScalarType::Float);
   Tensor dbias = torch::stable::new_empty(weight, {conv.out}, ScalarType::Float);
   const std::vector<Tile> all = tiles(conv, x.size(0), kParts);
-  const int64_t size = partial_size(conv), count = static_cast<int64_t>(all.size());
-  std::vector<float> partial(count * size);
-  over_tiles(all, weight_scratch(conv, most_rows(all)), [&](int64_t i, float* scratch) {
-    causal_conv_gradient().of_weight(conv, all[i], dtype_of(x), x.const_data_ptr(), dtype_of(dz),
-                                     dz.const_data_ptr(), partial.data() + i * size, scratch);
-  });
+  const int64_t size = partial_size(conv), rows = most_rows(all), parts = num_parts(all);
+  std::vector<float> partial(parts * size);
+  over_tiles(all, parts, weight_scratch(conv, rows),
+             [&](const Tile& tile, int64_t part, float* scratch) {
+               causal_conv_gradient().of_weight(conv, tile, dtype_of(x), x.const_data_ptr(),
+                                                dtype_of(dz), dz.const_data_ptr(),
+                                                partial.data() + part * size, scratch);
+             });
   const int64_t num_weights = size / 4 - conv.out;
   torch::stable::parallel_for(0, size / 4, 1024, [&](int64_t i, int64_t end) {
     for (; i < end; ++i) {
       float sum[4] = {};
-      for (int64_t part = 0; part < count; ++part)
+      for (int64_t part = 0; part < parts; ++part)
         for (int lane = 0; lane < 4; ++lane) sum[lane] += partial[part * size + 4 * i + lane];
-      float* const to = i < num_weights ? mutable_floats(dweight) + i
-                                        : mutable_floats(dbias) + i - num_weights;
+      float* const to =
+          i < num_weights ? mutable_floats(dweight) + i : mutable_floats(dbias) + i - num_weights;
       *to = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
   });
@@ -244,8 +262,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 }
 
 Tensor block(const Tensor& x, const Tensor& scale1, const Tensor& shift1, const Tensor& weight1,
-             const Tensor& bias1, const Tensor& scale2, const Tensor& shift2,
-             const Tensor& weight2, const Tensor& bias2) {
+             const Tensor& bias1, const Tensor& scale2, const Tensor& shift2, const Tensor& weight2,
+             const Tensor& bias2) {
   const Settings settings{{1, 1, 1}, 2, true, false};
   Conv first = convolution(x, weight1, bias1, scale1, shift1, settings);
   Conv second = convolution(x, weight2, bias2, scale2, shift2, settings);
@@ -255,9 +273,9 @@ Tensor block(const Tensor& x, const Tensor& scale1, const Tensor& shift1, const 
   Tensor y = torch::stable::new_empty(x, x.sizes());
   const std::vector<Tile> all = tiles(second, x.size(0), threads());
   const int64_t size = block_scratch(first, second, most_rows(all));
-  over_tiles(all, size, [&](int64_t i, float* scratch) {
-    causal_conv().block(first, second, all[i], dtype_of(x), x.const_data_ptr(),
-                        y.mutable_data_ptr(), scratch);
+  over_tiles(all, size, [&](const Tile& tile, int64_t, float* scratch) {
+    causal_conv().block(first, second, tile, dtype_of(x), x.const_data_ptr(), y.mutable_data_ptr(),
+                        scratch);
   });
   return y;
 }

@@ -10,12 +10,16 @@ from emu3_kernels import _native
 from emu3_kernels._causal_conv.plan import Plan, out_shape
 
 MOST_ROW_TAPS, MOST_COLUMN_TAPS = 64, 16
+MOST_CHANNELS = 64
+"""Up to here native is the faster (``cases.TIME``); beyond, oneDNN has the rate."""
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
     frames, rows, columns = weight.shape[2:]
     if frames * rows > MOST_ROW_TAPS or columns > MOST_COLUMN_TAPS:
         return f"a kernel of {(frames, rows, columns)} is left to the reference"
+    if max(weight.shape[:2]) > MOST_CHANNELS:
+        return f"more than {MOST_CHANNELS} channels are left to the reference"
     return _native.why_not_cpu(x)
 
 
@@ -42,9 +46,7 @@ def convolve_backward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     operands = widened(weight, bias, scale, shift)
-    dx, dweight, dbias, dnorm = torch.ops.emu3_kernels.causal_conv_backward(
-        dy, x, *operands, *plan
-    )
+    dx, dweight, dbias, dnorm = torch.ops.emu3_kernels.causal_conv_backward(dy, x, *operands, *plan)
     dweight = dweight.to(weight.dtype)
     dbias = None if bias is None else dbias.to(bias.dtype)
     if scale is None:

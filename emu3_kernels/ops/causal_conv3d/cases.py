@@ -32,6 +32,7 @@ TIME = [
     {"shape": [1, 4, 32, 64, 64], "out": 4, **BLOCK},  # half of a residual block of Emu3
     {"shape": [1, 8, 32, 64, 64], "out": 8, **BLOCK},
     {"shape": [1, 16, 32, 64, 64], "out": 16, **BLOCK},
+    {"shape": [1, 64, 4, 64, 64], "out": 64, **BLOCK},  # the widest that native takes
     {"shape": [1, 4, 32, 64, 64], "out": 4, **DOWN},  # Emu3 halves the frames, twice
     {"shape": [1, 4, 32, 64, 64], "out": 4, "kernel": [3, 1, 1]},  # Emu3's quant_conv
     {"shape": [1, 4, 1, 90, 90], "out": 4, **BLOCK},  # one frame of 720 x 720

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from emu3_kernels import _native
+from emu3_kernels._causal_conv import native
 from emu3_kernels._causal_conv.native import convolve, convolve_backward, widened
 
 __all__ = ["convolve", "convolve_backward", "forward", "why_not"]
 
 
-def why_not(x: Tensor, *_: object) -> str | None:
-    return _native.why_not_cpu(x)
+def why_not(x: Tensor, scale1: Tensor, shift1: Tensor, weight1: Tensor, *_: Tensor) -> str | None:
+    return native.why_not(x, weight1)
 
 
 def forward(x: Tensor, *weights: Tensor) -> Tensor:
