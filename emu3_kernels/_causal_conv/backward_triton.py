@@ -43,9 +43,9 @@ def input_tile(dtype: torch.dtype, channels: int, stride: tuple[int, int, int]) 
 
 
 def weight_tile(dtype: torch.dtype, num_results: int) -> Tile:
-    """The pixels are what is summed over: of them few, and many terms, which share their dz."""
-    forward = product_tile(dtype, num_results)
-    return forward._replace(pixels=forward.terms, terms=forward.pixels)
+    """The pixels are what is summed over: few, of float32 16 as 32 spill, and many terms."""
+    tile = product_tile(dtype, num_results)
+    return tile._replace(pixels=16 if dtype == torch.float32 else tile.terms, terms=tile.pixels)
 
 
 def backward(
