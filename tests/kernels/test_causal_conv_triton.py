@@ -1,4 +1,4 @@
-"""What is special about causal convolutions in Triton: blocks of channels, dtypes, bits in bfloat16.
+"""What is special about causal convolutions in Triton: blocks of channels, dtypes, the same bits.
 
 Float32 is interpreted; bfloat16, which the interpreter gets wrong, is run by ttsem.
 """
