@@ -24,8 +24,8 @@ def _call(
     backwards: bool = False,
 ) -> None:
     """32 frames of 64 x 64 with a norm, a bias and a residual."""
-    x, weight = meta(1, channels, 32, 64, 64, dtype=dtype), meta(channels, channels, *kernel)
-    weight, vector = weight.to(dtype), meta(channels, dtype=dtype)
+    x, vector = meta(1, channels, 32, 64, 64, dtype=dtype), meta(channels, dtype=dtype)
+    weight = meta(channels, channels, *kernel, dtype=dtype)
     y = meta(*out_shape(x, weight, plan), dtype=dtype)
     if backwards:
         backward(y, x, weight, vector, vector, vector, plan)
@@ -40,7 +40,7 @@ BESIDE = {"gfx942: stores": "v_mfma leaves a thread four channels side by side: 
 PRODUCT = Contract(max_registers=255, tensor_cores=True, async_copies=True, exceptions=COPIES)
 # Narrow are vectors of channels, and the sums for dscale and dshift.
 OPERAND = Contract(max_registers=64, scalar_loads=16)
-SUM = Contract(max_registers=80, scalar_stores=1)
+SUM = Contract(max_registers=96, scalar_stores=1)
 TO_VIDEO = replace(PRODUCT, scalar_loads=24, scalar_stores=2)
 WIDE = {"_operand_kernel": OPERAND, "_fwd_kernel": replace(TO_VIDEO, exceptions=COPIES | APART)}
 WIDE_BACKWARD = {
