@@ -192,9 +192,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& latent, const Tensor& weight,
                    const Tensor& bias, const Tensor& y_weight, const Tensor& y_bias,
                    const Tensor& b_weight, const Tensor& b_bias, const Tensor& mean,
-                   const Tensor& rstd, bool silu) {
+                   const Tensor& rstd, int64_t groups, bool silu) {
   const Pictures m =
-      pictures_of(x, latent, mean.size(1), {weight, bias, y_weight, y_bias, b_weight, b_bias});
+      pictures_of(x, latent, groups, {weight, bias, y_weight, y_bias, b_weight, b_bias});
   const Images& images = m.images;
   const std::vector<int64_t> blocks = blocks_of(m.strips, m.line_pixels * images.channels);
   const int64_t each = blocks.size() - 1, size = (4 + 2 * m.width) * images.padded;
@@ -238,7 +238,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
   m.def(
       "spatial_norm_backward(Tensor dy, Tensor x, Tensor latent, Tensor weight, Tensor bias,"
       " Tensor y_weight, Tensor y_bias, Tensor b_weight, Tensor b_bias, Tensor mean, Tensor rstd,"
-      " bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " int groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
