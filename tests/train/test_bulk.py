@@ -124,6 +124,22 @@ def test_what_is_no_fault_of_the_file_ends_the_run():
     assert worked == ITEMS[:1]
 
 
+def test_under_torchrun_a_rank_waits_for_the_others_before_it_fails(monkeypatch):
+    happened = []
+    monkeypatch.setattr("emu3.bulk.dist.is_torchelastic_launched", lambda: True)
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(
+            f"emu3.bulk.dist.{name}", lambda *_, name=name, **__: happened.append(name)
+        )
+
+    def work(item, given, tell):
+        happened.append("work")
+        raise ValueError("broken")
+
+    each(ITEMS[:1], str, work, lambda item: False)
+    assert happened == ["work", "init_process_group", "barrier", "destroy_process_group"]
+
+
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_the_shares_of_all_ranks_are_every_file_once(ranks, monkeypatch):
     worked = []
