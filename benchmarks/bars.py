@@ -19,7 +19,7 @@ class Bar:
     Of memory it must hold so many times as much beside the results; of a loss, ``at_least`` is the
     share by which the two may differ at most; of a bound, the rate that ``op`` must reach as a
     share of ``peer``, the rate of the machine; of a call, the microseconds that ``op`` may take
-    more than ``peer`` at most.
+    more than ``peer`` at most. Without a ``dtype`` it holds for all.
     """
 
     op: str
@@ -29,12 +29,14 @@ class Bar:
     direction: str = "forward"
     threads: tuple[int, ...] = (1, 2)
     of: str = TIME
+    dtype: str | None = None
 
     def covers(self, row: dict) -> bool:
         return (
             (self.op, self.direction) == (row["op"], row["direction"])
             and row.get("device", "cpu") == "cpu"
             and row["threads"] in self.threads
+            and self.dtype in (None, row["dtype"])
             and all(row["size"].get(name) == value for name, value in self.size)
             and (self.of in (BOUND, CALL) or self.peer in row["peers"])
             and (self.of != CALL or "above_empty_us" in row)
@@ -83,7 +85,7 @@ TOKEN = (("num_rows", 1), ("width", 4096))
 PICTURE = (("shape", [1, 256, 512, 512]),)
 LONG = (("batch", 1), ("capacity", 131_072))
 FRAMES = [(("shape", [1, channels, 32, 64, 64]),) for channels in (4, 8, 16)]
-BOTH, HF = "forward+backward", "Hugging Face"
+BOTH, REDRAW, HF = "forward+backward", "encode+decode", "Hugging Face"
 
 BARS = (
     Bar("rms_norm", "vLLM", 1.3, NORM),
@@ -117,6 +119,9 @@ BARS = (
     Bar("model", HF, 4.0, HALF_STEP, BOTH),
     Bar("model", HF, 4.0, STEP, BOTH, of=MEMORY),
     Bar("model", HF, 0.005, STEP, BOTH, of=LOSS),
+    Bar("vision", HF, 3.0, (), REDRAW, dtype="float32"),
+    Bar("vision", HF, 6.0, (), REDRAW, dtype="bfloat16"),
+    Bar("vision", HF, 2.0, (), REDRAW, of=MEMORY),
 )
 
 

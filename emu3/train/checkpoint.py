@@ -42,15 +42,21 @@ def restore(
         what = _difference(metadata, recipe)
         raise ValueError(f"resume: {path} belongs to another recipe: {what}")
     fill(model, _under(tensors, "model."), path)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in _under(tensors, "optimizer.").items():
         number, _, kind = name.partition(".")
-        moments.setdefault(int(number), {})[kind] = value
+        moments.setdefault(int(number), {})[kind] = _laid_out_as(parameters[int(number)], value)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     stream.restore(_under(tensors, "stream."))
     torch.set_rng_state(tensors["random"])
     return int(metadata["step"])
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A fused optimizer takes parameter and moments for alike in memory, and checks nothing."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def _decoder_stage(recipe: Recipe) -> Stage:
     text = ByteTokenizer(recipe.model.vocabulary)
     stream = DocumentStream(digits_to_learn(recipe.data), recipe, tokenizer, text)
     model = Emu3(recipe.model)
-    seed_visual_rows(model, tokenizer.quantizer.codebook)
+    seed_visual_rows(model, tokenizer.codebook)
     return Stage(model, stream, objective.next_token, save_decoder)
 
 
