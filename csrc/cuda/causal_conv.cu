@@ -63,7 +63,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   const int64_t frames = x.size(2) + front - weight.size(2) + stride[0];
   const std::vector<int64_t> sizes{x.size(0), weight.size(0), frames < 0 ? 0 : frames / stride[0],
                                    x.size(3), x.size(4)};
-  Tensor y = torch::stable::new_empty(x, sizes);
+  Tensor y = fresh(x, sizes);
   if (y.numel() == 0) return y;
   const Norm norm{floats(scale), floats(shift), silu};
   const auto run = dtype_of(x) == Dtype::float32 ? convolve<float> : convolve<bfloat16>;
@@ -95,7 +95,7 @@ Tensor block(const Tensor& x, const Tensor& scale1, const Tensor& shift1, const 
     return forward(hidden, weight2, bias2, scale2, shift2, x, {1, 1, 1}, 2, true, false);
   }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = fresh(x, x.sizes());
   if (y.numel() == 0) return y;
   const Norm norm1{floats(scale1), floats(shift1), true},
       norm2{floats(scale2), floats(shift2), true};

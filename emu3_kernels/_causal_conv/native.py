@@ -1,4 +1,5 @@
-"""A causal convolution on the CPU: csrc/cpu/causal_conv.cpp, causal_conv_gradient.cpp.
+"""A causal convolution natively: csrc/cpu/causal_conv.cpp, causal_conv_gradient.cpp, and forward in
+csrc/cuda/causal_conv.cuh, temporal_residual.cuh.
 
 The kernels take weights and vectors in float32 and give their gradients so.
 """
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels import _native
+from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._causal_conv.plan import Plan, out_shape
 
 MOST_ROW_TAPS, MOST_COLUMN_TAPS = 64, 16
@@ -14,13 +16,35 @@ MOST_CHANNELS = 64
 """Up to here native is the faster (``cases.TIME``); beyond, oneDNN has the rate."""
 
 
-def why_not(x: Tensor, weight: Tensor) -> str | None:
+HAS_CUDA_KERNEL = not _native.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "emu3_kernels::causal_conv_forward", "CUDA"
+)
+MOST_CUDA_CHANNELS = 16
+
+
+def why_not(x: Tensor, weight: Tensor, plan: Plan, *others: Tensor | None) -> str | None:
+    """Say why there is no kernel for the call; ``others`` are what may need a gradient too."""
+    if x.is_cuda and HAS_CUDA_KERNEL:
+        return _why_not_cuda(x, weight, plan, *others)
     frames, rows, columns = weight.shape[2:]
     if frames * rows > MOST_ROW_TAPS or columns > MOST_COLUMN_TAPS:
         return f"a kernel of {(frames, rows, columns)} is left to the reference"
     if max(weight.shape[:2]) > MOST_CHANNELS:
         return f"more than {MOST_CHANNELS} channels are left to the reference"
     return _native.why_not_cpu(x)
+
+
+def _why_not_cuda(x: Tensor, weight: Tensor, plan: Plan, *others: Tensor | None) -> str | None:
+    if x.dtype not in _native.DTYPES:
+        return f"{x.dtype} is left to the others"
+    if max(weight.shape[:2]) > MOST_CUDA_CHANNELS:
+        return f"more than {MOST_CUDA_CHANNELS} channels are for tensor cores"
+    in_space = tuple(weight.shape[3:])
+    if in_space not in ((1, 1), (3, 3)) or plan.stride[1:] != (1, 1):
+        return f"a kernel of {in_space} at stride {plan.stride[1:]} in space is left to the others"
+    if needs_gradient(*(t for t in (x, weight, *others) if t is not None)):
+        return "the CUDA kernel has no gradient"
+    return None
 
 
 def convolve(

@@ -59,7 +59,7 @@ def block_on_fibers(
 
 def fits(size):
     kernel, stride = size["kernel"], size.get("stride", [1, 1, 1])
-    few = max(size["shape"][1], size["out"]) <= 16
+    few = max(size["shape"][1], size["out"]) <= 16 and size["shape"][2] >= stride[0]
     return few and kernel[1:] in ([1, 1], [3, 3]) and stride[1:] == [1, 1] and size["shape"][0]
 
 

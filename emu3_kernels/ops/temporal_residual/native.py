@@ -1,4 +1,4 @@
-"""temporal_residual on the CPU: csrc/cpu/causal_conv.cpp."""
+"""temporal_residual natively: csrc/cpu/causal_conv.cpp, csrc/cuda/temporal_residual.cuh."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,15 @@ from torch import Tensor
 from emu3_kernels import _native
 from emu3_kernels._causal_conv import native
 from emu3_kernels._causal_conv.native import convolve, convolve_backward, widened
+from emu3_kernels._causal_conv.plan import Plan
 
 __all__ = ["convolve", "convolve_backward", "forward", "why_not"]
 
 
-def why_not(x: Tensor, scale1: Tensor, shift1: Tensor, weight1: Tensor, *_: Tensor) -> str | None:
-    return native.why_not(x, weight1)
+def why_not(
+    x: Tensor, scale1: Tensor, shift1: Tensor, weight1: Tensor, *others: Tensor
+) -> str | None:
+    return native.why_not(x, weight1, Plan(), scale1, shift1, *others)
 
 
 def forward(x: Tensor, *weights: Tensor) -> Tensor:
