@@ -1,7 +1,7 @@
 """Every setting of the model, the vision tokenizer and the trainer, frozen and checked.
 
-A recipe is a TOML file: ``preset = "mini"`` fills the model, the tables override it, and
-``key=value`` words from the command line override the tables.
+A recipe is a TOML file: ``preset = "mini"`` fills model and vision tokenizer, the tables override
+them, and ``key=value`` words from the command line override the tables.
 """
 
 import sys
@@ -87,29 +87,56 @@ class ModelSettings(Settings):
 
 
 class VisionSettings(Settings):
-    """Shape of the convolutional VQ tokenizer; every stage halves the picture."""
+    """Shape of the convolutional VQ tokenizer; the defaults are Emu3-VisionTokenizer's own."""
 
-    image_size: PositiveInt = 48
-    channels: tuple[PositiveInt, ...] = (16, 32, 64)
-    num_codes: PositiveInt = 512
-    code_width: PositiveInt = 8
+    image_size: PositiveInt = 512
+    """Side of the pictures to train on; others may be encoded."""
+    base_channels: PositiveInt = 256
+    multipliers: tuple[PositiveInt, ...] = (1, 2, 2, 4)
+    """Width of each stage in base channels; between two stages the sides are halved."""
+    num_res_blocks: PositiveInt = 2
+    """Of each stage of the encoder; the decoder has one more."""
+    attention_stages: tuple[NonNegativeInt, ...] = (3,)
+    """Stages whose every residual block is followed by attention."""
+    temporal_factor: PositiveInt = 4
+    """Frames to a frame of codes; 1 is a tokenizer of pictures alone, without temporal layers."""
+    groups: PositiveInt = 32
+    """Groups of channels that are normalised together."""
+    num_codes: PositiveInt = 32768
+    code_width: PositiveInt = 4
     commitment: PositiveFloat = 0.25
-    ema_decay: float = Field(0.97, gt=0, lt=1)
-    """Decay of the running code means that make the codebook."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of the running code means that make the codebook; None learns it by gradient."""
     revive_below: NonNegativeFloat = 0.5
     """A code with fewer running members than this moves to a random latent of the batch."""
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.base_channels * multiplier for multiplier in self.multipliers)
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels to the side of a code."""
+        return 1 << (len(self.multipliers) - 1)
+
+    @property
     def grid(self) -> tuple[int, int]:
-        side = self.image_size >> len(self.channels)
+        side = self.image_size // self.spatial_factor
         return side, side
 
     @model_validator(mode="after")
-    def _stages_divide_the_image(self) -> Self:
-        if self.image_size % (1 << len(self.channels)):
+    def _parts_fit(self) -> Self:
+        if self.image_size % self.spatial_factor:
             raise ValueError(
-                f"image_size ({self.image_size}) must be a multiple of 2^{len(self.channels)}"
+                f"image_size ({self.image_size}) must be a multiple of {self.spatial_factor}"
             )
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"groups ({self.groups}) must divide every width of {self.widths}")
+        if any(stage >= len(self.multipliers) for stage in self.attention_stages):
+            raise ValueError(f"attention_stages must be below {len(self.multipliers)}")
+        if self.temporal_factor & (self.temporal_factor - 1):
+            raise ValueError(f"temporal_factor ({self.temporal_factor}) must be a power of two")
         return self
 
 
@@ -164,7 +191,7 @@ class Recipe(Settings):
 
     train: TrainSettings
     model: ModelSettings
-    vision: VisionSettings = VisionSettings()
+    vision: VisionSettings
     data: DataSettings = DataSettings()
     optim: OptimSettings = OptimSettings()
 
@@ -233,6 +260,22 @@ PRESETS: Mapping[str, ModelSettings] = {
 }
 
 
+VISION_PRESETS: Mapping[str, VisionSettings] = {
+    "8b": VisionSettings(),
+    "mini": VisionSettings(
+        image_size=48,
+        base_channels=16,
+        multipliers=(1, 1, 2, 4),
+        num_res_blocks=1,
+        temporal_factor=1,
+        groups=8,
+        num_codes=512,
+        code_width=8,
+        ema_decay=0.97,
+    ),
+}
+
+
 class SettingsError(ValueError):
     """A setting that is unknown, missing or out of range, told in one line."""
 
@@ -250,11 +293,9 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     tree = _read(name)
     for word in overrides:
         _override(tree, word)
-    preset = _preset(tree.pop("preset", "mini"))
-    model = tree.get("model", {})
-    if isinstance(model, dict):
-        tree["model"] = _merge(preset, model)
-    return parse(Recipe, tree)
+    preset = tree.pop("preset", "mini")
+    filled = {"model": _preset(preset), "vision": VISION_PRESETS[preset].model_dump()}
+    return parse(Recipe, _merge(filled, tree))
 
 
 def load_model(preset: str, overrides: Iterable[str] = ()) -> ModelSettings:

@@ -3,8 +3,11 @@
 from emu3_kernels._dispatch import record_backends, use_backend
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.attention.api import attention
+from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
+from emu3_kernels.ops.causal_conv3d.cache import FrameCache
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.decode_attention.api import decode_attention
+from emu3_kernels.ops.group_norm_silu.api import group_norm_silu
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.nearest_code.api import CodeIndex, nearest_code
 from emu3_kernels.ops.ring_attention.api import ring_attention
@@ -12,14 +15,19 @@ from emu3_kernels.ops.ring_attention.shards import shard_sequence, unshard_seque
 from emu3_kernels.ops.rms_norm.api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
 from emu3_kernels.ops.rope_append.api import rope_append
+from emu3_kernels.ops.spatial_norm_silu.api import spatial_norm_silu
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
+from emu3_kernels.ops.temporal_residual.api import temporal_residual
 
 __all__ = [
     "CodeIndex",
+    "FrameCache",
     "add_rms_norm",
     "attention",
+    "causal_conv3d",
     "cross_entropy",
     "decode_attention",
+    "group_norm_silu",
     "linear_cross_entropy",
     "nearest_code",
     "record_backends",
@@ -29,8 +37,10 @@ __all__ = [
     "rope_append",
     "rope_tables",
     "shard_sequence",
+    "spatial_norm_silu",
     "swiglu",
     "swiglu_packed",
+    "temporal_residual",
     "unshard_sequence",
     "use_backend",
 ]

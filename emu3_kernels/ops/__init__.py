@@ -11,4 +11,8 @@ OPS = (
     "linear_cross_entropy",
     "attention",
     "decode_attention",
+    "causal_conv3d",
+    "temporal_residual",
+    "group_norm_silu",
+    "spatial_norm_silu",
 )

@@ -1,0 +1,141 @@
+"""What encoder and decoder are made of, on single pictures ``x [B, C, H, W]`` in channels-last.
+
+The encoder normalises by groups; the decoder's norm is scaled and shifted, place by place, by
+the ``latent [B, D, h, w]`` that it draws. Names are those of the official weights.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emu3_kernels import attention, group_norm_silu, spatial_norm_silu
+
+EPS = 1e-6
+MakeNorm = Callable[[int], nn.Module]
+
+
+class GroupNorm(nn.GroupNorm):
+    """The encoder's norm, and the SiLU behind it; it has no latent to look at."""
+
+    def __init__(self, channels: int, *, groups: int) -> None:
+        super().__init__(groups, channels, eps=EPS)
+
+    def forward(self, x: Tensor, latent: Tensor | None = None, *, silu: bool = True) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu)
+
+
+class SpatialNorm(nn.Module):
+    """The decoder's norm, ``GroupNorm(x) * conv_y(latent) + conv_b(latent)``, and the SiLU."""
+
+    def __init__(self, channels: int, *, groups: int, latent_width: int) -> None:
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(groups, channels, eps=EPS)
+        self.conv_y = nn.Conv2d(latent_width, channels, 1)
+        self.conv_b = nn.Conv2d(latent_width, channels, 1)
+
+    def forward(self, x: Tensor, latent: Tensor, *, silu: bool = True) -> Tensor:
+        norm, y, b = self.norm_layer, self.conv_y, self.conv_b
+        return spatial_norm_silu(
+            x,
+            latent,
+            norm.weight,
+            norm.bias,
+            y.weight.flatten(1),
+            y.bias,
+            b.weight.flatten(1),
+            b.bias,
+            groups=norm.num_groups,
+            eps=norm.eps,
+            silu=silu,
+        )
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions behind norms, added to their input."""
+
+    def __init__(self, narrow: int, wide: int, norm: MakeNorm) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = norm(narrow), norm(wide)
+        self.conv1 = nn.Conv2d(narrow, wide, 3, padding=1)
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(narrow, wide, 1) if narrow != wide else None
+
+    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
+        change = self.conv1(self.norm1(x, latent))
+        change = self.conv2(self.norm2(change, latent))
+        return change.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class Attention(nn.Module):
+    """One head, as wide as the picture is deep, over all its places; added to its input."""
+
+    def __init__(self, channels: int, norm: MakeNorm) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
+        places = self.norm(x, latent, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
+        q, k, v = (_per_place(conv, places).unsqueeze(2) for conv in (self.q, self.k, self.v))
+        out = _per_place(self.proj_out, attention(q, k, v, causal=False).squeeze(2))
+        return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2).add_(x)
+
+
+class Stage(nn.Module):
+    """The residual blocks of one resolution, and its attention, one behind each block."""
+
+    def __init__(
+        self, narrow: int, wide: int, norm: MakeNorm, *, num_blocks: int, attend: bool
+    ) -> None:
+        super().__init__()
+        inputs = [narrow, *[wide] * (num_blocks - 1)]
+        self.block = nn.ModuleList(ResBlock(channels, wide, norm) for channels in inputs)
+        self.attn = nn.ModuleList(Attention(wide, norm) for _ in inputs if attend)
+
+    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
+        for number, block in enumerate(self.block):
+            x = block(x, latent)
+            if self.attn:
+                x = self.attn[number](x, latent)
+        return x
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, norm: MakeNorm) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, norm)
+        self.attn_1 = Attention(channels, norm)
+        self.block_2 = ResBlock(channels, channels, norm)
+
+    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x, latent), latent), latent)
+
+
+class Downsample(nn.Module):
+    """Halve both sides; the padding is at the right and the bottom alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double both sides by repetition, then convolve."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _per_place(conv: nn.Conv2d, places: Tensor) -> Tensor:
+    """Apply a 1x1 convolution to ``places [B, H * W, C]``."""
+    return F.linear(places, conv.weight.flatten(1), conv.bias)

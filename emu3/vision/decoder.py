@@ -1,0 +1,62 @@
+"""Code vectors to pixels: one frame to four, then pictures one by one."""
+
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from emu3.config import VisionSettings
+from emu3.vision.blocks import Middle, SpatialNorm, Stage, Upsample
+from emu3.vision.temporal import Memory, TemporalConv, TemporalResBlock, num_doublings
+
+
+class Decoder(nn.Module):
+    def __init__(self, settings: VisionSettings) -> None:
+        super().__init__()
+        latent_width, widths = settings.code_width, settings.widths
+        norm = partial(SpatialNorm, groups=settings.groups, latent_width=latent_width)
+        doublings = num_doublings(settings)
+        self.time_res_stack = nn.ModuleList(
+            TemporalResBlock(latent_width)
+            for _ in range(settings.num_res_blocks if doublings else 0)
+        )
+        self.time_conv = nn.ModuleList(
+            TemporalConv(latent_width, (3, 3, 3)) for _ in range(doublings)
+        )
+        self.conv_in = nn.Conv2d(latent_width, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], norm)
+        self.up = nn.ModuleList(
+            Stage(
+                wide,
+                narrow,
+                norm,
+                num_blocks=settings.num_res_blocks + 1,
+                attend=number in settings.attention_stages,
+            )
+            for number, (narrow, wide) in enumerate(pairwise((*widths, widths[-1])))
+        )
+        for stage, width in zip(self.up[1:], widths[1:], strict=True):
+            stage.upsample = Upsample(width)
+        self.norm_out = norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def part(self, x: Tensor, latents: Tensor, *, still: bool, memory: Memory | None) -> tuple:
+        """Give both ``[B, D, t, h, w]`` their ``temporal_factor * t`` frames.
+
+        Of a ``still`` picture only the first frame is asked for; it depends on no repetition.
+        """
+        both = torch.cat((x, latents))
+        for block in self.time_res_stack:
+            both = block(both, memory)
+        for conv in self.time_conv:
+            both = conv(both if still else both.repeat_interleave(2, dim=2), memory)
+        return both.chunk(2)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Pictures ``[N, 3, H, W]`` of ``x`` and ``latents [N, D, h, w]``, each by itself."""
+        x = self.mid(self.conv_in(x), latents)
+        for stage in list(self.up[1:])[::-1]:
+            x = stage.upsample(stage(x, latents))
+        x = self.norm_out(self.up[0](x, latents), latents)
+        return self.conv_out(x)

@@ -1,0 +1,88 @@
+"""Pictures to pixels in [-1, 1] and back, sized as Emu3's image processor sizes them."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+FACTOR = 8
+MIN_PIXELS, MAX_PIXELS = 512 * 512, 1024 * 1024
+WIDEST_ASPECT = 5
+
+
+def smart_resize(
+    height: int,
+    width: int,
+    *,
+    factor: int = FACTOR,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[int, int]:
+    """Height and width near the given ones, multiples of ``factor``, their product in the bounds.
+
+    The aspect is kept as closely as the grid allows.
+
+    Raises:
+        ValueError: if a side is empty, or one is more than five times the other.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"smart_resize: a picture must have pixels, got {height} x {width}")
+    if max(height, width) > WIDEST_ASPECT * min(height, width):
+        raise ValueError(
+            f"smart_resize: a side may be {WIDEST_ASPECT} times the other at most, "
+            f"got {height} x {width}"
+        )
+    rounded = [round(side / factor) * factor for side in (height, width)]
+    if math.prod(rounded) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rounded = [math.floor(side / shrink / factor) * factor for side in (height, width)]
+    elif math.prod(rounded) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rounded = [math.ceil(side * grow / factor) * factor for side in (height, width)]
+    return rounded[0], rounded[1]
+
+
+def preprocess(
+    picture: Image.Image | np.ndarray | Tensor,
+    *,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
+    """Pixels ``[3, H, W]`` float32 in [-1, 1] of a picture, resized (bicubic) by ``smart_resize``.
+
+    Args:
+        picture: of Pillow in any mode, or uint8 ``[H, W, 3]``.
+    """
+    image = _image(picture)
+    height, width = smart_resize(
+        image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    if (height, width) != (image.height, image.width):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+def postprocess(pixels: Tensor) -> list[Image.Image]:
+    """Pictures of ``[..., 3, H, W]`` in [-1, 1], all leading dimensions in one list."""
+    if pixels.ndim < 3 or pixels.shape[-3] != 3:
+        raise ValueError(f"postprocess: pixels must be [..., 3, H, W], got {tuple(pixels.shape)}")
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(p.numpy()) for p in levels.flatten(0, -4).movedim(-3, -1).cpu()]
+
+
+def _image(picture: Image.Image | np.ndarray | Tensor) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    array = np.asarray(picture)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ValueError(
+            "preprocess: a picture must be uint8 [H, W, 3], got "
+            f"{array.dtype} {list(array.shape)}"
+        )
+    if 0 in array.shape:
+        raise ValueError(
+            f"preprocess: a picture must have pixels, got {array.shape[0]} x {array.shape[1]}"
+        )
+    return Image.fromarray(array)

@@ -1,0 +1,71 @@
+"""Latents to the nearest code. N codes, D code width; latents are ``[B, D, ...]``."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emu3.config import VisionSettings
+from emu3_kernels import nearest_code
+
+
+class Quantizer(nn.Module):
+    """Nearest code of every latent, with straight-through gradients.
+
+    The codebook learns by gradient, or, with ``ema_decay``, is the running mean of the latents
+    assigned to each code and needs no optimizer; codes that starve then move to latents of the
+    current batch.
+    """
+
+    def __init__(self, settings: VisionSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.embedding = nn.Embedding(settings.num_codes, settings.code_width)
+        if settings.ema_decay is None:
+            nn.init.uniform_(self.embedding.weight, -1 / settings.num_codes, 1 / settings.num_codes)
+        else:
+            self.embedding.requires_grad_(False)
+            self.register_buffer("members", torch.empty(settings.num_codes))
+            self.register_buffer("sums", torch.empty(settings.num_codes, settings.code_width))
+            self.restart()
+
+    def restart(self) -> None:
+        """Forget the running means: every code has one member, itself."""
+        if self.settings.ema_decay is not None:
+            self.members.fill_(1.0)
+            self.sums.copy_(self.embedding.weight)
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the quantized latent, the codes and the squared distance between latent and code.
+
+        The gradient passes the rounding unchanged. That of the distance pulls the latents to
+        their codes and, if the codebook has one, the codes to their latents. Running means are
+        updated in training, after they were read.
+        """
+        codes = self.codes(latent)
+        quantized = self.lookup(codes)
+        commitment = F.mse_loss(latent, quantized)
+        if self.training and self.settings.ema_decay is not None:
+            self._follow(latent.detach(), codes)
+        return latent + (quantized - latent).detach(), codes, commitment
+
+    def codes(self, latent: Tensor) -> Tensor:
+        """``[B, ...]`` int64."""
+        return nearest_code(latent.detach(), self.embedding.weight.detach())
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """``[B, D, ...]`` code vectors of ``codes [B, ...]``."""
+        return self.embedding(codes).movedim(-1, 1)
+
+    @torch.no_grad()
+    def _follow(self, latent: Tensor, codes: Tensor) -> None:
+        s = self.settings
+        rows = latent.movedim(1, -1).reshape(-1, s.code_width)
+        counts = torch.bincount(codes.flatten(), minlength=s.num_codes).to(rows.dtype)
+        sums = torch.zeros_like(self.sums).index_add_(0, codes.flatten(), rows)
+        self.members.lerp_(counts, 1 - s.ema_decay)
+        self.sums.lerp_(sums, 1 - s.ema_decay)
+        drawn = rows[torch.randint(len(rows), (s.num_codes,), device=rows.device)]
+        starved = self.members < s.revive_below
+        self.members[starved] = 1.0
+        self.sums[starved] = drawn[starved]
+        self.embedding.weight.copy_(self.sums / self.members[:, None])

@@ -1,0 +1,57 @@
+"""A long video piece by piece, in memory that does not grow with its length."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from emu3.vision.temporal import Memory
+
+if TYPE_CHECKING:
+    from emu3.vision.tokenizer import VisionTokenizer
+
+
+@torch.no_grad()
+def encode_stream(tokenizer: "VisionTokenizer", clips: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Codes ``[B, t, h, w]`` of each ``[B, T, 3, H, W]`` in turn, T a multiple of 4.
+
+    Bit for bit those of ``tokenizer.encode`` on the whole video: each temporal layer remembers
+    the frames that it has still to see.
+    """
+    memory: Memory = {}
+    for clip in clips:
+        if tokenizer.check_pixels(clip):
+            raise ValueError(f"encode_stream: a clip is [B, T, 3, H, W], got {tuple(clip.shape)}")
+        pieces = clip.split(tokenizer.settings.temporal_factor, dim=1)
+        codes = [tokenizer.quantize.codes(tokenizer.latents(piece, memory)) for piece in pieces]
+        yield torch.cat(codes, dim=1)
+
+
+@torch.no_grad()
+def decode_stream(tokenizer: "VisionTokenizer", codes: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Pixels ``[B, 4 t, 3, H, W]`` of each ``[B, t, h, w]`` in turn, as if decoded as one."""
+    memory: Memory = {}
+    for part in codes:
+        if tokenizer.check_codes(part):
+            raise ValueError(f"decode_stream: codes must be [B, t, h, w], got {tuple(part.shape)}")
+        vectors = tokenizer.quantize.lookup(part).split(1, dim=2)
+        pixels = [tokenizer.pixels(piece, still=False, memory=memory) for piece in vectors]
+        yield torch.cat(pixels, dim=1)
+
+
+def encode_pieces(tokenizer: "VisionTokenizer", clips: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Codes as ``encode_stream`` returns them, but of every 4 frames by themselves.
+
+    This is how the official ``autoencode.py`` encodes video, and what Emu3 reconstructs best.
+    """
+    for clip in clips:
+        apart = clip.unflatten(1, (-1, tokenizer.settings.temporal_factor)).flatten(0, 1)
+        yield tokenizer.encode(apart).unflatten(0, (len(clip), -1)).flatten(1, 2)
+
+
+def decode_pieces(tokenizer: "VisionTokenizer", codes: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Pixels as ``decode_stream`` returns them, but of every frame of codes by itself."""
+    for part in codes:
+        apart = part.flatten(0, 1).unsqueeze(1)
+        yield tokenizer.decode(apart).unflatten(0, (len(part), -1)).flatten(1, 2)

@@ -1,0 +1,157 @@
+"""Emu3's vision tokenizer: 8x8 pixels, and in video 4 frames of them, to a code and back.
+
+``B`` batch, ``T`` frames, ``H, W`` pixels; ``t, h, w`` the same of codes; ``D`` code width.
+Pixels are in [-1, 1]. Layers and names are those of BAAI/Emu3-VisionTokenizer, so that
+``state_dict()`` has the official layout. A picture is encoded and decoded once, where the
+official code repeats it four times: no code depends on the copies.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from emu3.config import VisionSettings
+from emu3.vision.decoder import Decoder
+from emu3.vision.encoder import Encoder
+from emu3.vision.quantizer import Quantizer
+from emu3.vision.streaming import decode_stream, encode_stream
+from emu3.vision.temporal import CausalConv, Memory
+
+PIXELS_AT_ONCE = 256 * 256
+"""Pictures larger than this go through the convolutions one by one, smaller ones together."""
+
+
+class VisionTokenizer(nn.Module):
+    def __init__(self, settings: VisionSettings = VisionSettings()) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder = Encoder(settings)
+        self.decoder = Decoder(settings)
+        self.quantize = Quantizer(settings)
+        temporal, width = settings.temporal_factor > 1, settings.code_width
+        self.quant_conv = CausalConv(width, (3, 1, 1)) if temporal else None
+        self.post_quant_conv = CausalConv(width, (3, 1, 1)) if temporal else None
+        self.apply(_initialise)
+
+    @property
+    def codebook(self) -> Tensor:
+        """``[N, D]``, without gradient."""
+        return self.quantize.embedding.weight.detach()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruct ``pixels [B, 3, H, W]`` or ``[B, T, 3, H, W]``, differentiably.
+
+        Returns:
+            the reconstruction, the codes and the commitment loss. In training batch norms take
+            the statistics of the batch, and the codebook may be moved.
+        """
+        still = self.check_pixels(pixels)
+        frames = pixels[:, None] if still else pixels
+        quantized, codes, commitment = self.quantize(self.latents(frames))
+        redrawn = self.pixels(quantized, still=still)
+        return (redrawn[:, 0], codes[:, 0], commitment) if still else (redrawn, codes, commitment)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes ``[B, h, w]`` of pictures ``[B, 3, H, W]``, ``[B, t, h, w]`` of ``[B, T, 3, H, W]``.
+
+        A video takes the memory of the pixels, codes and four frames: see ``encode_stream``.
+        """
+        if self.check_pixels(pixels):
+            return self.quantize.codes(self.latents(pixels[:, None]))[:, 0]
+        pieces = pixels.split(self.settings.temporal_factor, dim=1)
+        return torch.cat(list(encode_stream(self, pieces)), dim=1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels ``[B, 3, H, W]`` of ``codes [B, h, w]``, ``[B, 4 t, 3, H, W]`` of ``[B, t, h, w]``.
+
+        Not clamped to [-1, 1].
+        """
+        if self.check_codes(codes):
+            return self.pixels(self.quantize.lookup(codes[:, None]), still=True)[:, 0]
+        return torch.cat(list(decode_stream(self, codes.split(1, dim=1))), dim=1)
+
+    def latents(self, frames: Tensor, memory: Memory | None = None) -> Tensor:
+        """``[B, D, t, h, w]`` of ``frames [B, T, 3, H, W]``, before they are rounded to codes.
+
+        One frame is a picture, which stands still.
+        """
+        frames = frames.to(self.codebook.dtype)
+        latents = self._picture_by_picture(self.encoder, frames.flatten(0, 1))
+        latents = latents.unflatten(0, frames.shape[:2]).transpose(1, 2)
+        if self.quant_conv is None:
+            return latents
+        if latents.shape[2] == 1:
+            latents = latents.expand(-1, -1, self.settings.temporal_factor, -1, -1)
+        return self.quant_conv(self.encoder.join(latents, memory), memory)
+
+    def pixels(self, quantized: Tensor, *, still: bool, memory: Memory | None = None) -> Tensor:
+        """``[B, T, 3, H, W]`` of code vectors ``[B, D, t, h, w]``; T is 1 if ``still``."""
+        x = quantized
+        if self.post_quant_conv is not None:
+            x = self.post_quant_conv(x, memory)
+            x, quantized = self.decoder.part(x, quantized, still=still, memory=memory)
+        flat = (part.transpose(1, 2).flatten(0, 1) for part in (x, quantized))
+        pictures = self._picture_by_picture(self.decoder, *flat)
+        return pictures.unflatten(0, (len(x), -1))
+
+    def _picture_by_picture(self, part: nn.Module, *pictures: Tensor) -> Tensor:
+        """Apply ``part`` to so many pictures at once as fill the caches, to bound its memory.
+
+        How many depends on their size alone: then a piece of a video has the bits of the whole.
+        """
+        pictures = [p.contiguous(memory_format=torch.channels_last) for p in pictures]
+        if torch.is_grad_enabled():
+            return part(*pictures)
+        side = self.settings.spatial_factor if part is self.decoder else 1
+        together = PIXELS_AT_ONCE // max(1, side * side * math.prod(pictures[0].shape[2:]))
+        groups = zip(*(p.split(max(1, together)) for p in pictures), strict=True)
+        return torch.cat([part(*group) for group in groups])
+
+    def check_pixels(self, pixels: Tensor) -> bool:
+        """Refuse what cannot be encoded; say whether the rest are pictures or clips."""
+        s = self.settings
+        still, side = pixels.ndim == 4, s.spatial_factor
+        fits = pixels.ndim in (4, 5) and pixels.shape[-3] == 3 and 0 not in pixels.shape
+        if not fits or pixels.shape[-2] % side or pixels.shape[-1] % side:
+            raise ValueError(
+                "VisionTokenizer: pixels must be [B, 3, H, W] or [B, T, 3, H, W], not empty, H and "
+                f"W multiples of {side}, got {tuple(pixels.shape)}"
+            )
+        if not pixels.is_floating_point():
+            raise TypeError(f"VisionTokenizer: pixels must be floats, got {pixels.dtype}")
+        if not still and (s.temporal_factor == 1 or pixels.shape[1] % s.temporal_factor):
+            raise ValueError(
+                f"VisionTokenizer: frames must be a multiple of {s.temporal_factor}, got "
+                f"{pixels.shape[1]}"
+                if s.temporal_factor > 1
+                else "VisionTokenizer: temporal_factor 1 takes pictures alone, got a clip"
+            )
+        return still
+
+    def check_codes(self, codes: Tensor) -> bool:
+        s = self.settings
+        if codes.ndim not in (3, 4) or 0 in codes.shape:
+            raise ValueError(
+                "VisionTokenizer: codes must be [B, h, w] or [B, t, h, w], not empty, got "
+                f"{tuple(codes.shape)}"
+            )
+        if codes.ndim == 4 and s.temporal_factor == 1:
+            raise ValueError("VisionTokenizer: temporal_factor 1 draws pictures alone, got a clip")
+        low, high = codes.aminmax()
+        if low < 0 or high >= s.num_codes:
+            raise ValueError(
+                f"VisionTokenizer: codes must be in [0, {s.num_codes}), got {low} to {high}"
+            )
+        return codes.ndim == 3
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module) -> None:
+    """Draw the weights as the official code does, those of 2-D convolutions in channels-last."""
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(module, nn.Conv2d):
+        module.to(memory_format=torch.channels_last)

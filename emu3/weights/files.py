@@ -1,0 +1,85 @@
+"""Safetensors files: written whole, read with one clear line for a fault."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from emu3.config import Settings, parse
+from emu3.files import replacing
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that is there whole or not at all."""
+    with replacing(path) as draft:
+        save_file(dict(tensors), draft, metadata=dict(metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata."""
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+def opened(path: Path) -> safe_open:
+    if not path.is_file():
+        raise ValueError(f"weights: no file {path}")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as fault:
+        raise ValueError(f"weights: {path} is not a safetensors file: {fault}") from None
+
+
+def shards_of(path: Path) -> list[Path]:
+    """The file itself, or all of a folder."""
+    shards = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not shards:
+        raise ValueError(f"weights: no .safetensors file in {path}")
+    return shards
+
+
+def read_settings(path: Path, part: str, kind: type[Settings]) -> Settings | None:
+    """The settings that a file of ours carries in its metadata."""
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+    return parse(kind, json.loads(metadata[part])) if part in metadata else None
+
+
+def parts_of(path: Path) -> str:
+    """What a file of ours says it holds."""
+    with opened(path) as file:
+        return ", ".join(file.metadata() or {}) or "?"
+
+
+@torch.no_grad()
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy ``tensors`` into the parameters and buffers of ``module``; the names must agree."""
+    missing = dict(module.state_dict())
+    for name, value in tensors.items():
+        copy(missing.pop(name, None), value, name, path)
+    nothing_missing(missing, path)
+
+
+@torch.no_grad()
+def copy(view: Tensor | None, value: Tensor, name: str, path: Path) -> None:
+    if view is None:
+        raise ValueError(f"weights: {path} is of another configuration: {name} has no place here")
+    if view.shape != value.shape:
+        raise ValueError(
+            f"weights: {path} is of another configuration: {name} is {tuple(value.shape)}, "
+            f"expected {tuple(view.shape)}"
+        )
+    view.copy_(value)
+
+
+def nothing_missing(missing: Mapping[str, Tensor], path: Path) -> None:
+    if missing:
+        raise ValueError(
+            f"weights: {path} is of another configuration: it lacks {next(iter(missing))} and "
+            f"{len(missing) - 1} more"
+        )

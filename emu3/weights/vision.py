@@ -1,0 +1,168 @@
+"""The vision tokenizer's weights, in and out.
+
+``state_dict()`` has the official names. Hugging Face renames them, and has matrices where the
+official attention has 1x1 convolutions; in a whole model all of them stand behind a prefix.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from emu3.config import VisionSettings
+from emu3.vision import VisionTokenizer
+from emu3.weights.files import opened, read_settings, save_tensors, shards_of
+
+_TO_HUGGING_FACE = (
+    (r"\.mid\.attn_1\.norm\.", ".mid.attn_norm."),
+    (r"\.attn\.(\d+)\.norm\.", r".attn_norms.\1."),
+    (r"(attn\S*)\.([qkv])\.", r"\1.\2_proj."),
+    (r"\.proj_out\.", ".out_proj."),
+    (r"\.mid\.", ".middle_block."),
+    (r"^encoder\.down\.", "encoder.down_block.down."),
+    (r"^decoder\.up\.", "decoder.up_block.up."),
+)
+_TO_OFFICIAL = (
+    (r"^(model\.)?vqmodel\.", ""),
+    (r"\.down_block\.down\.", ".down."),
+    (r"\.up_block\.up\.", ".up."),
+    (r"\.middle_block\.", ".mid."),
+    (r"\.out_proj\.", ".proj_out."),
+    (r"\.([qkv])_proj\.", r".\1."),
+    (r"\.attn_norms\.(\d+)\.", r".attn.\1.norm."),
+    (r"\.mid\.attn_norm\.", ".mid.attn_1.norm."),
+)
+_PREFIX = re.compile(r"^(model\.)?vqmodel\.")
+_PROJECTION = re.compile(r"\.attn\S*\.(q|k|v|proj_out)\.weight$")
+_NEEDLESS = re.compile(r"num_batches_tracked$")
+_RUNNING_MEANS = ("quantize.members", "quantize.sums")
+_NAMED = 3
+
+Layout = Literal["official", "huggingface"]
+
+
+def save_vision(path: Path, tokenizer: VisionTokenizer, layout: Layout = "official") -> None:
+    """Write the vision tokenizer, its settings in the file's metadata.
+
+    The running means that trained a codebook are left out: they belong to a run's checkpoint.
+    """
+    if layout not in ("official", "huggingface"):
+        raise ValueError(f"weights: layout must be official or huggingface, got {layout!r}")
+    tensors = {
+        name: value for name, value in tokenizer.state_dict().items() if name not in _RUNNING_MEANS
+    }
+    if layout == "huggingface":
+        tensors = {
+            _renamed(name, _TO_HUGGING_FACE): v.flatten(1) if _PROJECTION.search(name) else v
+            for name, v in tensors.items()
+        }
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    save_tensors(path, tensors, {"vision": tokenizer.settings.model_dump_json()})
+
+
+def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
+    """Build a vision tokenizer from a file, a folder of shards or a state dict of any layout.
+
+    Official and Hugging Face names are understood, by themselves or inside a whole model, whose
+    other parts are passed over. The shape is what the metadata of our files say, or else what
+    the tensors show, with Emu3's 32 groups. Weights keep the dtype of the codebook.
+
+    Raises:
+        ValueError: one line that names what is missing, unexpected or of another shape.
+    """
+    settings = None
+    if isinstance(source, Mapping):
+        tensors, where = _own(source, source.get), "the state dict"
+    else:
+        where, shards = str(source), shards_of(Path(source))
+        settings = read_settings(shards[0], "vision", VisionSettings)
+        tensors = {}
+        for shard in shards:
+            with opened(shard) as file:
+                tensors |= _own(list(file.keys()), file.get_tensor)
+    settings = settings or _shape_of(tensors, where)
+    with torch.device("meta"):
+        tokenizer = VisionTokenizer(settings)
+    dtype = tensors.get("quantize.embedding.weight", torch.empty(())).dtype
+    tokenizer.to(dtype).to_empty(device="cpu")
+    _fill(tokenizer, tensors, where)
+    return tokenizer.eval()
+
+
+def _own(names: Iterable[str], tensor_of) -> dict[str, Tensor]:
+    """The vision tokenizer's tensors, in the official layout."""
+    names = list(names)
+    behind = [name for name in names if _PREFIX.match(name)]
+    tensors = {}
+    for foreign in behind or names:
+        name, value = _renamed(foreign, _TO_OFFICIAL), tensor_of(foreign)
+        is_matrix = _PROJECTION.search(name) and value.ndim == 2
+        tensors[name] = value[:, :, None, None] if is_matrix else value
+    return tensors
+
+
+def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _shape_of(tensors: Mapping[str, Tensor], where: str) -> VisionSettings:
+    """Read the settings off the tensors."""
+    firsts = ("encoder.conv_in.weight", "quantize.embedding.weight")
+    if lacking := [name for name in firsts if name not in tensors]:
+        raise ValueError(f"weights: {where} holds no vision tokenizer: missing {lacking[0]}")
+    base = tensors[firsts[0]].shape[0]
+    num_codes, code_width = tensors[firsts[1]].shape
+
+    def counted(template: str) -> int:
+        return sum(1 for _ in takewhile(lambda n: template.format(n) in tensors, count()))
+
+    stages = counted("encoder.down.{}.block.0.conv1.weight")
+    ends = [tensors[f"encoder.down.{n}.block.0.conv1.weight"].shape[0] for n in range(stages)]
+    attended = [n for n in range(stages) if f"encoder.down.{n}.attn.0.q.weight" in tensors]
+    return VisionSettings(
+        base_channels=base,
+        multipliers=tuple(width // base for width in ends),
+        num_res_blocks=counted("encoder.down.0.block.{}.conv1.weight"),
+        attention_stages=tuple(attended),
+        temporal_factor=1 << counted("encoder.time_conv.{}.conv.conv.weight"),
+        num_codes=num_codes,
+        code_width=code_width,
+    )
+
+
+@torch.no_grad()
+def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], where: str) -> None:
+    own = dict(tokenizer.state_dict())
+    unexpected = [name for name in tensors if name not in own]
+    missing = [
+        name
+        for name in own
+        if name not in tensors and name not in _RUNNING_MEANS and not _NEEDLESS.search(name)
+    ]
+    misshapen = [
+        f"{name} {tuple(value.shape)} for {tuple(own[name].shape)}"
+        for name, value in tensors.items()
+        if name in own and own[name].shape != value.shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(faults.values()):
+        told = "; ".join(f"{kind} {_listed(names)}" for kind, names in faults.items() if names)
+        raise ValueError(f"weights: {where} is no such vision tokenizer: {told}")
+    for name, view in own.items():
+        if name in tensors:
+            view.copy_(tensors[name])
+        elif _NEEDLESS.search(name):
+            view.zero_()
+    if any(name not in tensors for name in _RUNNING_MEANS):
+        tokenizer.quantize.restart()
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,98 @@
+"""What a causal convolution is asked to do, and the checks of its operands.
+
+B batch, C channels in, O channels out, T frames, H rows, W columns.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from emu3_kernels._checks import check_floating, describe
+
+
+class Plan(NamedTuple):
+    """The settings that every backend takes beside the tensors."""
+
+    stride: tuple[int, int, int] = (1, 1, 1)
+    front: int = 2
+    """Frames of zeros ahead of the first."""
+    silu: bool = False
+    """SiLU before the convolution, after scale and shift."""
+    post_silu: bool = False
+    """SiLU after the bias, before the residual is added."""
+
+
+class Operands(NamedTuple):
+    """The tensors of one convolution, in the order in which every backend takes them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    residual: Tensor | None
+
+
+def num_frames(total: int, kernel: int, stride: int) -> int:
+    """Count the results of ``total`` frames, the zeros ahead included."""
+    return max(0, (total - kernel) // stride + 1)
+
+
+def out_shape(x: Tensor, weight: Tensor, plan: Plan) -> tuple[int, int, int, int, int]:
+    """Return ``(B, O, T', H', W')``."""
+    frames = num_frames(x.shape[2] + plan.front, weight.shape[2], plan.stride[0])
+    height, width = (size // step for size, step in zip(x.shape[3:], plan.stride[1:], strict=True))
+    return x.shape[0], weight.shape[0], frames, height, width
+
+
+def space_pads(kernel: int, stride: int) -> tuple[int, int]:
+    """Return Emu3's zeros before and after an axis of space."""
+    pad = kernel - stride
+    return pad // 2 + pad % 2, pad // 2
+
+
+def check_x(op: str, x: Tensor) -> None:
+    check_floating(op, x=x)
+    if x.dim() != 5 or x.shape[1] == 0:
+        raise ValueError(
+            f"{op}: x must be [B, C, T, H, W] with at least one channel, got {tuple(x.shape)}"
+        )
+
+
+def check_weight(op: str, x: Tensor, **weight: Tensor) -> None:
+    [(name, value)] = weight.items()
+    check_floating(op, **weight)
+    if value.dim() != 5 or value.shape[1] != x.shape[1] or value.numel() == 0:
+        raise ValueError(
+            f"{op}: {name} must be [O, {x.shape[1]}, kt, kh, kw] as x has {x.shape[1]} channels, "
+            f"got {tuple(value.shape)}"
+        )
+    _check_device(op, x, name, value)
+
+
+def check_vectors(op: str, x: Tensor, length: int, **vectors: Tensor | None) -> None:
+    """Raise unless each is None or floating ``[length]`` on the device of ``x``."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        check_floating(op, **{name: vector})
+        if vector.shape != (length,):
+            raise ValueError(f"{op}: {name} must be [{length}], got {tuple(vector.shape)}")
+        _check_device(op, x, name, vector)
+
+
+def check_residual(
+    op: str, x: Tensor, shape: tuple[int, int, int, int, int], residual: Tensor | None
+) -> None:
+    if residual is None:
+        return
+    if (residual.shape, residual.dtype, residual.device) != (shape, x.dtype, x.device):
+        raise ValueError(
+            f"{op}: residual must be {shape} {x.dtype} {x.device} as the result is, "
+            f"got {describe(residual)}"
+        )
+
+
+def _check_device(op: str, x: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} as x is, got {tensor.device}")
