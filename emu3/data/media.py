@@ -1,0 +1,263 @@
+"""Pictures and videos, from files and to files.
+
+A picture, or a frame, is ``[3, H, W]`` uint8, red first. A file that cannot be read, for whatever
+reason, is a ``MediaError`` of one line that names it; an ``OSError`` comes from a writer.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from emu3.files import replacing
+
+IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
+
+_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
+_GREY16 = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+# What Pillow's decoders let out on damaged files.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_STATES_ITS_LENGTH = ("mov", "matroska", "avi")
+
+
+class MediaError(ValueError):
+    """A file that is no picture or video, or not one that we take."""
+
+
+def read_image(path: Path) -> Tensor:
+    """Read a picture as ``[3, H, W]`` uint8.
+
+    It is turned as its EXIF orientation says. Grey and palettes become RGB, 16-bit grey is
+    rounded to 8 bits, what is transparent shows white; of an animation the first frame is read.
+
+    Raises:
+        MediaError: no picture, a damaged one, one without a pixel, or one of other channels.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_image(image, path)
+            pixels = _to_rgb(ImageOps.exif_transpose(image))
+    except MediaError:
+        raise
+    except UnidentifiedImageError:
+        raise MediaError(
+            f"image: {path} is no picture, or one without pixels or of unknown channels"
+        ) from None
+    except _DAMAGED as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        raise MediaError(f"image: {path} cannot be read: {reason}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _check_image(image: Image.Image, path: Path) -> None:
+    if image.mode not in _MODES | _GREY16:
+        raise MediaError(
+            f"image: {path} has pixels of mode {image.mode}; expected RGB, RGBA, a palette, CMYK, "
+            "or grey of 8 or 16 bits"
+        )
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode in _GREY16:
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """Write ``[3, H, W]`` uint8 as a PNG that is there whole or not at all."""
+    with replacing(path) as draft:
+        Image.fromarray(_rows(image)).save(draft, format="PNG")
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file; iterating reads its frames anew, a few in memory at a time.
+
+    Frames are turned as the file says, and their pixels taken as square.
+
+    Raises:
+        MediaError: while iterating, where the file breaks off or its frames change size.
+    """
+
+    path: Path
+    height: int
+    width: int
+    fps: Fraction
+    """Frames per second that iterating yields."""
+    resampled: bool
+    """Whether ``fps`` was asked for, and is not the file's own."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        timed = _decode(self.path)
+        frames = _resample(timed, self.fps) if self.resampled else (frame for _, frame in timed)
+        for number, frame in enumerate(frames):
+            pixels = _to_tensor(frame)
+            if pixels.shape[1:] != (self.height, self.width):
+                raise MediaError(
+                    f"video: {self.path} changes size: frame {number} is {pixels.shape[2]} x "
+                    f"{pixels.shape[1]}, the first {self.width} x {self.height}"
+                )
+            yield pixels
+
+
+def open_video(path: Path, fps: Fraction | None = None) -> Video:
+    """Look into a video file.
+
+    Args:
+        fps: frames per second to yield: at every instant the newest frame that has begun. None
+            yields every frame of the file, once.
+
+    Raises:
+        MediaError: no video, one without a frame, or one whose end is missing.
+    """
+    try:
+        _, first = next(_decode(path))
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            rate = fps or stream.average_rate or stream.guessed_rate
+    except StopIteration:
+        raise MediaError(f"video: {path} holds no frame") from None
+    if not rate or rate < 0:
+        raise MediaError(f"video: {path} states no frame rate; ask for one")
+    _, height, width = _to_tensor(first).shape
+    return Video(path, height, width, Fraction(rate), fps is not None)
+
+
+def write_video(path: Path, frames: Iterable[Tensor], fps: Fraction) -> None:
+    """Write ``[3, H, W]`` uint8 frames as an MP4 that is there whole or not at all.
+
+    H.264 at CRF 18 in 4:2:0, BT.709. Its sides are even: an odd one grows by repeating its edge.
+    """
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError(f"video: no frame to write to {path}")
+    with (
+        replacing(path) as draft,
+        av.open(draft, "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
+        stream.height, stream.width = (side + side % 2 for side in first.shape[1:])
+        stream.pix_fmt = "yuv420p"
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = Colorspace.ITU709
+        codec.color_range = ColorRange.MPEG
+        for frame in chain((first,), frames):
+            container.mux(stream.encode(_to_frame(frame)))
+        container.mux(stream.encode())
+
+
+def _decode(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """Frames of the first video stream, each with the second at which it begins."""
+    number = 0
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise MediaError(f"video: {path} has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            _check_index(path, stream)
+            end = Fraction(0)
+            for packet in container.demux():
+                end = max(end, _end(packet))
+                for frame in packet.decode() if packet.stream is stream else ():
+                    if packet.is_corrupt or frame.is_corrupt:
+                        raise MediaError(f"video: {path} is damaged after {number} frames")
+                    yield _time(frame, stream, number), frame
+                    number += 1
+            _check_end(path, container, end, number)
+    except av.FFmpegError as fault:
+        where = f"breaks off after {number} frames" if number else "is no video, or was cut short"
+        raise MediaError(f"video: {path} {where}: {fault.strerror}") from None
+    except OSError as fault:
+        raise MediaError(f"video: {path} cannot be read: {fault.strerror}") from None
+
+
+def _check_index(path: Path, stream: av.VideoStream) -> None:
+    """An MP4 that begins with its index says at once whether its end is there."""
+    size = path.stat().st_size
+    beyond = sum(entry.pos + entry.size > size for entry in stream.index_entries)
+    if beyond:
+        known = len(stream.index_entries)
+        raise MediaError(f"video: {path} is cut short: {beyond} of its {known} frames are missing")
+
+
+def _check_end(path: Path, container: av.container.InputContainer, end: Fraction, n: int) -> None:
+    """Other files only state how long they last; a second is allowed for sloppy writers."""
+    if not container.duration or not container.format.name.startswith(_STATES_ITS_LENGTH):
+        return
+    stated = Fraction(container.duration, av.time_base)
+    reached = end - Fraction(container.start_time or 0, av.time_base)
+    if reached + 1 < stated:
+        raise MediaError(
+            f"video: {path} is cut short: {n} frames, {float(reached):.1f} of {float(stated):.1f} s"
+        )
+
+
+def _end(packet: av.Packet) -> Fraction:
+    if packet.pts is None:
+        return Fraction(0)
+    return (packet.pts + (packet.duration or 0)) * packet.time_base
+
+
+def _time(frame: av.VideoFrame, stream: av.VideoStream, number: int) -> Fraction:
+    if frame.pts is None:
+        return number / Fraction(stream.average_rate or 1)
+    return frame.pts * frame.time_base
+
+
+def _resample(
+    timed: Iterator[tuple[Fraction, av.VideoFrame]], fps: Fraction
+) -> Iterator[av.VideoFrame]:
+    """What a screen shows at 0, 1/fps, 2/fps …; the last frame lasts as long as the one before."""
+    begin, shown = next(timed)
+    due, started, last = 0, begin, 1 / fps
+    for time, frame in timed:
+        while begin + due / fps < time:
+            yield shown
+            due += 1
+        last, started, shown = time - started, time, frame
+    while begin + due / fps < started + last:
+        yield shown
+        due += 1
+
+
+def _to_tensor(frame: av.VideoFrame) -> Tensor:
+    pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+def _to_frame(image: Tensor) -> av.VideoFrame:
+    rows = _rows(image)
+    height, width, _ = rows.shape
+    even = np.pad(rows, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    return av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
+
+
+def _rows(image: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
