@@ -16,12 +16,12 @@ from tests.train.recipes import tiny_recipe
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from emu3.train import loop
+from emu3.train import loop, stage as stages
 from emu3 import files
 from tests.train.recipes import tiny_recipe
 
 stage, folder, where, count = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-module, name = (loop, "take_step") if where == "step" else (files, "_flush")
+module, name = (stages, "take_step") if where == "step" else (files, "_flush")
 real = getattr(module, name)
 calls = 0
 
