@@ -1,8 +1,9 @@
-"""The command line: ``emu3 demo | train | generate | chat | profile``.
+"""The command line: ``emu3 demo | train | generate | chat | tokenize | detokenize | profile``.
 
 A mistake of the user's ends in one line on stderr and exit code 1, never in a traceback.
 """
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,8 @@ from rich.console import Console
 from torch import Tensor
 from typer.core import TyperGroup
 
-from emu3.config import load_model, load_recipe
+from emu3.bulk import Outcome
+from emu3.config import load_model, load_recipe, parse
 from emu3.files import replacing
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.model import Emu3
@@ -41,6 +43,7 @@ app = typer.Typer(cls=_OneLine, help=__doc__, no_args_is_help=True, pretty_excep
 
 Decoder = Annotated[Path, typer.Option(help="decoder.safetensors of a training run")]
 Vision = Annotated[Path, typer.Option(help="vision.safetensors of a training run")]
+Overwrite = Annotated[bool, typer.Option(help="make again what is there")]
 
 
 class Dtype(str, Enum):
@@ -52,6 +55,11 @@ class Dtype(str, Enum):
 class Device(str, Enum):
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Clips(str, Enum):
+    pieces = "pieces"
+    stream = "stream"
 
 
 _DEMO = Path("demo/runs")
@@ -120,6 +128,45 @@ def chat(
 
 
 @app.command()
+def tokenize(
+    inputs: Annotated[list[Path], typer.Argument(help="pictures, videos, and folders of them")],
+    out: Annotated[Path, typer.Option(help="folder of the codes")],
+    vision: Vision = _VISION,
+    device: Annotated[Device, typer.Option(help="where it runs")] = Device.cpu,
+    min_pixels: Annotated[int, typer.Option(help="smaller ones are enlarged")] = 512 * 512,
+    max_pixels: Annotated[int, typer.Option(help="larger ones are reduced")] = 1024 * 1024,
+    fps: Annotated[str | None, typer.Option(help="of videos: 12, 30000/1001; else all")] = None,
+    clips: Annotated[Clips, typer.Option(help="4 frames apart, or all in turn")] = Clips.pieces,
+    compare: Annotated[Path | None, typer.Option(help="folder: side by side, PSNR, SSIM")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Encode pictures and videos; what has its codes is left out. Shards under torchrun."""
+    # Here, as below, because PyAV is slow to import.
+    from emu3.data.codes import Making
+    from emu3.tokenize import tokenize
+
+    how = {"min_pixels": min_pixels, "max_pixels": max_pixels, "fps": fps, "clips": clips.value}
+    making, tokenizer = parse(Making, how), _vision_on(device, vision)
+    _tell(tokenize(inputs, out, tokenizer, making, compare=compare, overwrite=overwrite), out)
+
+
+@app.command()
+def detokenize(
+    inputs: Annotated[list[Path], typer.Argument(help="files of codes, and folders of them")],
+    out: Annotated[Path, typer.Option(help="folder of the pictures and videos")],
+    vision: Vision = _VISION,
+    device: Annotated[Device, typer.Option(help="where it runs")] = Device.cpu,
+    original_size: Annotated[bool, typer.Option(help="resize to what the source had")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Decode codes into PNG and MP4; what is newer than its codes is left out."""
+    from emu3.tokenize import detokenize
+
+    tokenizer, resized = _vision_on(device, vision), {"original_size": original_size}
+    _tell(detokenize(inputs, out, tokenizer, overwrite=overwrite, **resized), out)
+
+
+@app.command()
 def profile(
     overrides: Annotated[list[str] | None, typer.Argument(help="such as layers=2")] = None,
     preset: Annotated[str, typer.Option(help="shape of the model: 8b or mini")] = "8b",
@@ -146,6 +193,20 @@ def profile(
     )
     write_report(found, out)
     Console().print(f"wrote {out}/profile.md, profile.json, time_per_token.png and trace.json")
+
+
+def _vision_on(device: Device, path: Path) -> VisionTokenizer:
+    """One GPU for each rank of torchrun."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return load_vision(path).to(gpu if device is Device.cuda else "cpu")
+
+
+def _tell(outcome: Outcome, out: Path) -> None:
+    Console().print(f"{outcome.done} files made, {outcome.kept} were there, in {out}", markup=False)
+    for line in outcome.faults:
+        Console(stderr=True, soft_wrap=True).print(f"emu3: {line}", markup=False)
+    if outcome.faults:
+        raise typer.Exit(1)
 
 
 def _load(decoder: Path, vision: Path) -> tuple[Emu3, VisionTokenizer, ByteTokenizer]:

@@ -3,6 +3,7 @@
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from fractions import Fraction
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from emu3.data.media import open_video, read_image, write_image, write_video
-from tests.train.clips import BIKES
+from tests.train.clips import BIKES, clip
 
 RED_OVER_BLUE = np.array([[[255, 0, 0]] * 3, [[0, 0, 255]] * 3], dtype=np.uint8)
 
@@ -125,6 +126,16 @@ def test_every_frame_of_a_clip_is_read_in_order_and_again():
     assert next(iter(video)).equal(frames[0])
 
 
+def test_a_long_video_takes_the_memory_of_a_few_frames():
+    """250 frames of 522,240 bytes would be 130 MB."""
+    tracemalloc.start()
+    for frame in open_video(BIKES):
+        assert frame.numel() == 522_240
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 522_240
+
+
 @pytest.mark.parametrize(
     ("fps", "every"), [(25, range(250)), (5, range(0, 250, 5)), (50, np.arange(500) // 2)]
 )
@@ -138,17 +149,6 @@ def test_resampling_shows_the_newest_frame_that_has_begun(fps, every):
 def test_a_rate_that_does_not_divide_keeps_the_duration():
     """10 s at 30000/1001 frames a second: the 300 instants 0, 0.03337 … before 10 s."""
     assert sum(1 for _ in open_video(BIKES, Fraction(30000, 1001))) == 300
-
-
-def clip(count: int, height: int, width: int) -> list[torch.Tensor]:
-    """A bright bar that moves down over a grey ramp, so that every frame differs."""
-    ramp = torch.linspace(0, 160, width).expand(3, height, width)
-    frames = []
-    for number in range(count):
-        frame = ramp.clone()
-        frame[:, 4 * number % height : 4 * number % height + 4] = 240
-        frames.append(frame.byte())
-    return frames
 
 
 def test_a_video_comes_back_nearly(tmp_path):

@@ -1,0 +1,119 @@
+"""Codes of pictures and videos on disk: one safetensors file each, that says how it was made.
+
+``codes`` is int16, ``[h, w]`` of a picture and ``[t, h, w]`` of a video: two bytes a code, and
+Emu3's 32,768 codes just fit. The metadata ``emu3_codes`` is a ``Header`` in JSON.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from safetensors.torch import save
+from torch import Tensor
+from typing_extensions import Self
+
+from emu3.config import Settings
+from emu3.files import replacing
+from emu3.vision import VisionTokenizer
+from emu3.vision.images import MAX_PIXELS, MIN_PIXELS
+from emu3.weights import read_tensors
+from emu3.weights.files import read_settings
+
+_KEY = "emu3_codes"
+_RATE = r"^[1-9]\d*(/[1-9]\d*)?$"
+# Buffers of training that neither codes nor pixels depend on.
+_NEEDLESS = ("num_batches_tracked", "quantize.members", "quantize.sums")
+
+
+class Making(Settings):
+    """How pixels become codes, beside the tokenizer."""
+
+    min_pixels: PositiveInt = MIN_PIXELS
+    max_pixels: PositiveInt = MAX_PIXELS
+    fps: str | None = Field(None, pattern=_RATE)
+    """Frames per second, as "12" or "30000/1001"; None takes every frame."""
+    clips: Literal["pieces", "stream"] = "pieces"
+    """Every 4 frames by themselves, as the official code does, or each after all before it."""
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> Self:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels must be at most max_pixels ({self.max_pixels})")
+        return self
+
+    def of_pictures(self) -> "Making":
+        """Without what only videos depend on."""
+        return Making(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+
+class Header(Settings):
+    """What a file of codes says of itself."""
+
+    version: Literal[1] = 1
+    source: str
+    """Name of the picture or video, below the folder that was tokenized."""
+    height: PositiveInt
+    width: PositiveInt
+    resized: tuple[PositiveInt, PositiveInt]
+    """Height and width that were encoded."""
+    frames: PositiveInt | None = None
+    """Frames of a video, without those that fill up the last four; None for a picture."""
+    fps: str | None = Field(None, pattern=_RATE)
+    tokenizer: str
+    """``fingerprint`` of the tokenizer."""
+    making: Making
+
+    @model_validator(mode="after")
+    def _a_video_has_a_rate(self) -> Self:
+        if (self.frames is None) != (self.fps is None):
+            raise ValueError("frames and fps come together")
+        return self
+
+
+def fingerprint(tokenizer: VisionTokenizer) -> str:
+    """16 hexadecimal digits that change with any weight, and with its dtype."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tokenizer.state_dict().items()):
+        if not name.endswith(_NEEDLESS):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def save_codes(path: Path, codes: Tensor, header: Header) -> None:
+    """Write integer codes ``[h, w]`` or ``[t, h, w]``, each below 32,768."""
+    if codes.min() < 0 or codes.max() > torch.iinfo(torch.int16).max:
+        raise ValueError(f"codes: {path} holds codes of 16 bits, got {codes.max()}")
+    tensors = {"codes": codes.to("cpu", torch.int16).contiguous()}
+    with replacing(path) as draft:
+        # Not save_file: what it writes no one else may read, and its errors are no OSErrors.
+        draft.write_bytes(save(tensors, {_KEY: header.model_dump_json()}))
+
+
+def load_codes(path: Path) -> tuple[Tensor, Header]:
+    """The codes, as int64, and what the file says of them.
+
+    Raises:
+        ValueError: one line, if the file is damaged, of another kind or of another version.
+    """
+    header = load_header(path)
+    codes = read_tensors(path)[0].get("codes")
+    dims = 2 if header.frames is None else 3
+    if codes is None or codes.dtype != torch.int16 or codes.ndim != dims or not codes.numel():
+        found = "no codes" if codes is None else f"{codes.dtype} {tuple(codes.shape)}"
+        raise ValueError(f"codes: {path} must hold int16 in {dims} dimensions, got {found}")
+    return codes.long(), header
+
+
+def load_header(path: Path) -> Header:
+    """What a file of codes says of itself; its codes are not read."""
+    try:
+        header = read_settings(path, _KEY, Header)
+    except ValueError as fault:
+        line = str(fault)
+        raise ValueError(line if str(path) in line else f"codes: {path}: {line}") from None
+    if header is None:
+        raise ValueError(f"codes: {path} is no file of codes")
+    return header

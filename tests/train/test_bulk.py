@@ -1,0 +1,87 @@
+"""The same work on many files: which, in what order, whose share, and past the bad ones."""
+
+from pathlib import PurePath
+
+import pytest
+
+from emu3.bulk import Item, each, find
+
+
+def touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_files_are_found_below_folders_in_the_order_of_their_names(tmp_path):
+    touch(tmp_path, "in/b.png", "in/a/z.PNG", "in/a/x.txt", "in/.cache/c.png", "in/.d.png", "e.png")
+    (tmp_path / "in" / "folder.png").mkdir()
+    found = find([tmp_path / "in", tmp_path / "e.png"], {".png"})
+    assert [item.name.as_posix() for item in found] == ["a/z.PNG", "b.png", "e.png"]
+    assert [item.source for item in found] == [
+        tmp_path / "in/a/z.PNG",
+        tmp_path / "in/b.png",
+        tmp_path / "e.png",
+    ]
+
+
+def test_a_file_given_twice_is_worked_on_once(tmp_path):
+    touch(tmp_path, "in/b.png")
+    assert len(find([tmp_path / "in/b.png", tmp_path / "in"], {".png"})) == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "line"),
+    [
+        (["none"], "no file or folder .*none"),
+        (["in/x.txt"], r"x\.txt: must end in one of \.jpg, \.png"),
+        (["empty"], r"no file in .*empty ends in one of \.jpg, \.png"),
+        (["in", "other"], r"in/b\.png and .*other/b\.png would both become b\.png"),
+    ],
+)
+def test_inputs_that_cannot_be_meant_are_refused(inputs, line, tmp_path):
+    touch(tmp_path, "in/b.png", "in/x.txt", "other/b.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=line):
+        find([tmp_path / name for name in inputs], {".png", ".jpg"})
+
+
+ITEMS = [Item(PurePath(f"/in/{n}"), PurePath(str(n))) for n in range(7)]
+
+
+def test_a_bad_file_costs_only_itself_and_names_itself_once():
+    worked = []
+
+    def work(item):
+        worked.append(item)
+        if item.name.name in "25":
+            raise ValueError(f"broken\n{item.source if item.name.name == '5' else ''}")
+
+    outcome = each(ITEMS, work, lambda item: item.name.name == "3")
+    assert worked == [*ITEMS[:3], *ITEMS[4:]]
+    assert (outcome.done, outcome.kept) == (4, 1)
+    assert outcome.faults == ["/in/2: broken", "broken /in/5"]
+
+
+def test_what_is_no_fault_of_the_file_ends_the_run():
+    worked = []
+
+    def work(item):
+        worked.append(item)
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        each(ITEMS, work, lambda item: False)
+    assert worked == ITEMS[:1]
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_the_shares_of_all_ranks_are_every_file_once(ranks, monkeypatch):
+    worked = []
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for rank in range(ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        outcome = each(ITEMS, worked.append, lambda item: False)
+        assert outcome.done in (len(ITEMS) // ranks, len(ITEMS) // ranks + 1)
+    assert sorted(worked, key=lambda item: item.name) == ITEMS
