@@ -23,7 +23,7 @@ from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.model import Emu3
 from emu3.text import ByteTokenizer
 from emu3.train.loop import train as train_recipe
-from emu3.vision import VisionTokenizer
+from emu3.vision import VisionTokenizer, postprocess
 from emu3.weights import load_decoder, load_vision
 
 
@@ -106,10 +106,9 @@ def generate(
     how = Sampling(guidance=guidance, top_k=top_k)
     generator = torch.Generator().manual_seed(seed)
     codes = generate_images(model, text, captions, tokenizer.settings.grid, how, generator)
-    pixels = (tokenizer.decode(codes) + 1) * 127.5
-    strip = torch.cat(list(pixels.round().byte()), dim=2).permute(1, 2, 0)
+    strip = torch.cat(list(tokenizer.decode(codes)), dim=2)
     with replacing(out) as draft:
-        Image.fromarray(strip.numpy()).save(draft, format="PNG")
+        postprocess(strip)[0].save(draft, format="PNG")
     Console().print(f"wrote {out}")
 
 

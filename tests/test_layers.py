@@ -11,7 +11,7 @@ MAY_NOT_IMPORT = {
     "emu3_kernels": ("emu3", "benchmarks", "tests"),
     "emu3/config.py": ("emu3.generate", "emu3.data", "emu3.train", "emu3.cli", "emu3.model"),
     "emu3/model.py": ("emu3.generate", "emu3.data", "emu3.train", "emu3.cli"),
-    "emu3/vision.py": ("emu3.generate", "emu3.data", "emu3.train", "emu3.cli"),
+    "emu3/vision": ("emu3.generate", "emu3.data", "emu3.train", "emu3.cli"),
     "emu3/generate.py": ("emu3.data", "emu3.train", "emu3.cli"),
     "emu3/data": ("emu3.cli",),
     "emu3/train": ("emu3.cli",),

@@ -49,7 +49,7 @@ def measure_drawing(
     generator = torch.Generator().manual_seed(0)
     grid = tokenizer.settings.grid
     codes = generate_images(model, text, captions, grid, Sampling(), generator)
-    pictures = tokenizer.decode(codes)
+    pictures = tokenizer.decode(codes).clamp(-1, 1)
     return Drawn(
         pictures.unflatten(0, (rounds, len(COLORS), len(DIGITS))),
         share(judge(pictures) == digits),

@@ -91,7 +91,7 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
         )
     with clock.stage("compare_backends"):
         speed = _compare_backends(mini)
-    redrawn = mini.tokenizer.decode(mini.tokenizer.encode(shown))
+    redrawn = mini.tokenizer.decode(mini.tokenizer.encode(shown)).clamp(-1, 1)
     with clock.stage("pictures"):
         _draw(folder, mini, drawn, described, redrawn, colors)
     report = {

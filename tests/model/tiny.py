@@ -17,7 +17,17 @@ TINY = ModelSettings(
     dropout=0.0,
     init_std=0.3,
 )
-TINY_VISION = VisionSettings(image_size=16, channels=(8, 16))
+TINY_VISION = VisionSettings(
+    image_size=16,
+    base_channels=16,
+    multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_stages=(1,),
+    groups=8,
+    num_codes=512,
+    code_width=4,
+    ema_decay=0.97,
+)
 
 
 def tiny_model(seed: int = 0, **changes) -> Emu3:

@@ -13,7 +13,9 @@ VISION_WORDS = [
     "train.save_every=2",
     "data.batch_size=6",
     "vision.image_size=16",
-    "vision.channels=[8, 8]",
+    "vision.base_channels=8",
+    "vision.multipliers=[1, 1, 1]",
+    "vision.attention_stages=[2]",
     "vision.revive_below=0.9",  # many codes starve, so that the random numbers matter
     "optim.warmup_steps=2",
 ]

@@ -1,0 +1,138 @@
+"""The vision tokenizer against Hugging Face's and against the released code, transcribed."""
+
+import pytest
+import torch
+
+from emu3.config import VisionSettings
+from emu3.vision import VisionTokenizer
+from emu3.weights import load_vision, save_vision
+from emu3.weights.files import read_tensors
+from tests.budget import assert_as_accurate
+from tests.model import official_vision
+from tests.model.vision_parts import SMALL, pictures, random_tokenizer
+
+SAME = 1e-4
+"""Largest difference of a reconstruction: eight times what rounding makes of 30 layers."""
+
+
+def hugging_face(settings: VisionSettings) -> torch.nn.Module:
+    from transformers.models.emu3.modeling_emu3 import Emu3VQVAE, Emu3VQVAEConfig
+
+    return Emu3VQVAE(
+        Emu3VQVAEConfig(
+            codebook_size=settings.num_codes,
+            embed_dim=settings.code_width,
+            latent_channels=settings.code_width,
+            base_channels=settings.base_channels,
+            channel_multiplier=list(settings.multipliers),
+            num_res_blocks=settings.num_res_blocks,
+            attn_resolutions=list(settings.attention_stages),
+            hidden_size=settings.widths[-1],
+            temporal_downsample_factor=settings.temporal_factor,
+        )
+    )
+
+
+def both(settings: VisionSettings, tmp_path) -> tuple[VisionTokenizer, torch.nn.Module]:
+    """Ours with random weights, and theirs with the same, carried over in a file."""
+    ours, theirs = random_tokenizer(settings), hugging_face(settings)
+    save_vision(tmp_path / "vision.safetensors", ours, layout="huggingface")
+    theirs.load_state_dict(read_tensors(tmp_path / "vision.safetensors")[0])
+    return ours, theirs
+
+
+@torch.no_grad()
+def assert_same_pictures(ours: VisionTokenizer, theirs: torch.nn.Module, *size: int) -> None:
+    x = pictures(*size)
+    codes = ours.encode(x)
+    sizes = torch.tensor([size[2:]] * size[0])
+    assert codes.equal(torch.stack(theirs.encode(x, image_sizes=sizes).image_tokens))
+    assert codes.unique().numel() > min(codes.numel(), ours.settings.num_codes) // 8
+    redrawn, expected = ours.decode(codes), theirs.decode(codes)
+    assert (redrawn - expected).abs().max() <= SAME * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [(1, 3, 8, 8), (2, 3, 64, 48), (3, 3, 40, 88), (1, 3, 256, 256)])
+def test_pictures_have_hugging_face_codes_and_pixels(size, tmp_path):
+    assert_same_pictures(*both(SMALL, tmp_path), *size)
+
+
+@pytest.mark.slow(reason="40 seconds: theirs encodes and decodes four copies of 512 x 512")
+def test_a_large_picture_has_hugging_face_codes_and_pixels(tmp_path):
+    assert_same_pictures(*both(SMALL, tmp_path), 1, 3, 512, 512)
+
+
+@pytest.mark.slow(reason="1.1 GB of weights twice, and a minute of convolutions")
+def test_the_full_size_has_hugging_face_codes_and_pixels(tmp_path):
+    assert_same_pictures(*both(VisionSettings(), tmp_path), 1, 3, 128, 128)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"multipliers": (1, 2), "attention_stages": ()},
+        {"multipliers": (2, 1, 2), "num_res_blocks": 1, "attention_stages": (0, 2)},
+        {"temporal_factor": 2, "code_width": 8},
+    ],
+)
+def test_other_shapes_are_hugging_face_s_too(changes, tmp_path):
+    ours, theirs = both(SMALL.model_copy(update=changes), tmp_path)
+    loaded = load_vision(theirs.state_dict())
+    assert loaded.settings == ours.settings.model_copy(update={"image_size": 512})
+    x = pictures(2, 3, 32, 48)
+    codes = loaded.encode(x)
+    sizes = torch.tensor([[32, 48]] * 2)
+    assert codes.equal(torch.stack(theirs.encode(x, image_sizes=sizes).image_tokens))
+
+
+@pytest.mark.parametrize("frames", [4, 12])
+def test_video_has_the_released_code_s_codes_and_pixels(frames):
+    ours = random_tokenizer()
+    clips = pictures(2, frames, 3, 32, 48)
+    codes = ours.encode(clips)
+    assert codes.equal(official_vision.encode(ours.state_dict(), clips))
+    assert codes.unique().numel() > codes.numel() // 8
+    redrawn, expected = ours.decode(codes), official_vision.decode(ours.state_dict(), codes)
+    assert redrawn.shape == clips.shape
+    assert (redrawn - expected).abs().max() <= SAME * expected.abs().max()
+
+
+def test_a_picture_is_the_first_frame_of_four_alike():
+    ours = random_tokenizer()
+    x = pictures(2, 3, 40, 32)
+    codes = official_vision.encode(ours.state_dict(), x[:, None].repeat(1, 4, 1, 1, 1))
+    assert ours.encode(x).equal(codes[:, 0])
+    expected = official_vision.decode(ours.state_dict(), codes)[:, 0]
+    assert (ours.decode(codes[:, 0]) - expected).abs().max() <= SAME * expected.abs().max()
+
+
+def test_forward_draws_what_decode_draws_from_what_encode_reads():
+    ours = random_tokenizer()
+    for x in (pictures(2, 3, 40, 32), pictures(1, 8, 3, 40, 32)):
+        redrawn, codes, _ = ours(x)
+        assert codes.equal(ours.encode(x))
+        expected = ours.decode(codes)
+        assert (redrawn - expected).abs().max() <= SAME * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_are_as_accurate_as_the_released_code_s(dtype):
+    ours = random_tokenizer().to(dtype)
+    weights = ours.state_dict()
+    codes = torch.randint(SMALL.num_codes, (1, 2, 6, 5), generator=torch.Generator().manual_seed(0))
+    low = official_vision.decode(weights, codes)
+    exact = official_vision.decode({name: w.double() for name, w in weights.items()}, codes)
+    assert_as_accurate("pixels", ours.decode(codes), low, exact)
+    assert_as_accurate("first frame", ours.decode(codes[:, 0]), low[:, 0], exact[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_are_as_accurate_as_the_released_code_s(dtype):
+    ours = random_tokenizer().to(dtype)
+    weights, frames = ours.state_dict(), pictures(1, 4, 3, 48, 40).to(dtype)
+    low = official_vision.latents(weights, frames)
+    exact = official_vision.latents(
+        {name: w.double() for name, w in weights.items()}, frames.double()
+    )
+    with torch.no_grad():
+        assert_as_accurate("latents", ours.latents(frames), low, exact)

@@ -1,0 +1,38 @@
+"""Vision tokenizers with random weights that use many codes, and pictures for them."""
+
+import torch
+from torch import Tensor
+
+from emu3.config import VisionSettings
+from emu3.vision import VisionTokenizer
+
+SMALL = VisionSettings(base_channels=32, num_codes=512)
+"""Every part of Emu3's tokenizer at an eighth of its width."""
+
+
+def pictures(*shape: int, seed: int = 0) -> Tensor:
+    """Noise on a slope, in [-1, 1], so that neither places nor frames look alike."""
+    random = torch.Generator().manual_seed(seed)
+    noise = torch.rand(*shape, generator=random) * 2 - 1
+    slope = torch.linspace(-1, 1, shape[-1])
+    return (noise + slope) / 2
+
+
+@torch.no_grad()
+def random_tokenizer(settings: VisionSettings = SMALL, seed: int = 0) -> VisionTokenizer:
+    """Draw norms and batch statistics too, and spread the codebook as the latents are spread."""
+    torch.manual_seed(seed)
+    tokenizer = VisionTokenizer(settings).eval()
+    for name, value in tokenizer.state_dict().items():
+        if "norm" in name and value.is_floating_point():
+            centre = 0.0 if name.endswith(("bias", "mean")) else 1.0
+            value.copy_(centre + 0.2 * torch.randn_like(value).clamp(-2, 2))
+    spread_codebook(tokenizer)
+    return tokenizer
+
+
+@torch.no_grad()
+def spread_codebook(tokenizer: VisionTokenizer) -> None:
+    rows = tokenizer.latents(pictures(4, 1, 3, 64, 64)).movedim(1, -1).flatten(0, -2)
+    codebook = tokenizer.quantize.embedding.weight
+    codebook.copy_(rows.mean(0) + rows.std(0) * torch.randn_like(codebook))
