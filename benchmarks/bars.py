@@ -70,6 +70,7 @@ MLP = (("num_rows", 2048), ("width", 14336))
 LOGITS = (("tokens", 256), ("classes", 184_622))
 HEAD = (("tokens", 2048), ("classes", 184_622))
 STEP, HALF_STEP = (("tokens", 2048), ("counted", 2048)), (("tokens", 2048), ("counted", 1024))
+PICTURE = (("shape", [1, 256, 512, 512]),)
 LONG = (("batch", 1), ("capacity", 131_072))
 BOTH, HF = "forward+backward", "Hugging Face"
 
@@ -93,6 +94,10 @@ BARS = (
     Bar("decode_attention", EAGER, 4.0, LONG),
     Bar("decode_attention", "vLLM", 1.0, LONG),
     Bar("decode_attention", "read bandwidth", 0.75, LONG, of=BOUND),
+    Bar("group_norm_silu", EAGER, 2.0, PICTURE),
+    Bar("group_norm_silu", COMPILED, 1.3, PICTURE),
+    Bar("spatial_norm_silu", EAGER, 2.0, PICTURE),
+    Bar("spatial_norm_silu", COMPILED, 1.3, PICTURE),
     Bar("nearest_code", "faiss", 6.0, (("shape", [8, 4, 64, 64]),), threads=(1,)),
     Bar("model", HF, 2.5, STEP, BOTH),
     Bar("model", HF, 4.0, HALF_STEP, BOTH),

@@ -241,6 +241,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **rest: object) 
     return out.transpose(1, 2)
 
 
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    return F.silu(F.group_norm(x, groups, weight, bias, 1e-6))
+
+
+def spatial_norm_silu(
+    x: Tensor,
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y_weight: Tensor,
+    y_bias: Tensor,
+    b_weight: Tensor,
+    b_bias: Tensor,
+    groups: int,
+) -> Tensor:
+    """Normalise pictures as Emu3's own SpatialNorm does, then apply its swish."""
+    resized = F.interpolate(latent, size=x.shape[-2:], mode="nearest")
+    normed = F.group_norm(x, groups, weight, bias, 1e-6)
+    y = F.conv2d(resized, y_weight[:, :, None, None], y_bias)
+    modulated = normed * y + F.conv2d(resized, b_weight[:, :, None, None], b_bias)
+    return modulated * torch.sigmoid(modulated)
+
+
 def vllm_attention(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> Call:
     lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32)
     return _vllm_attention(q, k, v, lengths, q.shape[-1] ** -0.5)
@@ -325,6 +348,8 @@ FIELDS: dict[str, Field] = {
     # Its forward pass makes the gradients too, so that only the whole can be compared.
     "linear_cross_entropy": Field(linear_cross_entropy, directions=BOTH[1:]),
     "attention": Field(attention, {"vLLM": vllm_attention}),
+    "group_norm_silu": Field(group_norm_silu),
+    "spatial_norm_silu": Field(spatial_norm_silu),
     "decode_attention": Field(decode_attention, {"vLLM": vllm_decode_attention}),
     "nearest_code": Field(
         nearest_code,

@@ -53,3 +53,10 @@ def why_not_cpu(tensor: Tensor) -> str | None:
     if tensor.dtype not in DTYPES:
         return f"{tensor.dtype} is left to the reference"
     return None
+
+
+def why_not_alike(x: Tensor, *others: Tensor) -> str | None:
+    """As :func:`why_not_cpu`, of kernels that take tensors of one dtype alone."""
+    if odd := {other.dtype for other in others} - {x.dtype}:
+        return f"{', '.join(map(str, odd))} beside an x of {x.dtype} is left to the reference"
+    return why_not_cpu(x)

@@ -105,6 +105,7 @@ struct Pair {
 };
 
 inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
 inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
 inline Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
 inline Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }

@@ -12,7 +12,7 @@ from emu3_kernels._group_norm.checks import check_group_norm
 from emu3_kernels._group_norm.layout import from_channels_last, to_channels_last
 from emu3_kernels.ops.group_norm_silu import reference
 
-BACKENDS = load("group_norm_silu")
+BACKENDS = load("group_norm_silu", "native")
 
 
 def group_norm_silu(

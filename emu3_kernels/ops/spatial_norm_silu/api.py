@@ -14,7 +14,7 @@ from emu3_kernels._group_norm.checks import check_group_norm, check_parameters
 from emu3_kernels._group_norm.layout import from_channels_last, to_channels_last, with_frames
 from emu3_kernels.ops.spatial_norm_silu import reference
 
-BACKENDS = load("spatial_norm_silu")
+BACKENDS = load("spatial_norm_silu", "native")
 
 
 def spatial_norm_silu(
