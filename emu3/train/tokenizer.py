@@ -99,7 +99,5 @@ class TokenizerStage:
 
     def _teach(self, real: Tensor, drawn: Tensor, lr: float) -> Tensor:
         loss = discriminator_loss(self.discriminator(real), self.discriminator(drawn))
-        take_step(
-            self.discriminator, self.discriminator_optimizer, loss, lr, self.recipe.optim
-        )
+        take_step(self.discriminator, self.discriminator_optimizer, loss, lr, self.recipe.optim)
         return loss.detach()
