@@ -1,4 +1,4 @@
-"""The command line: ``emu3 demo | redraw | train | generate | chat | tokenize | detokenize | profile``.
+"""The command line: ``emu3 demo | redraw | train | generate | chat | tokenize | profile`` and more.
 
 A mistake of the user's ends in one line on stderr and exit code 1, never in a traceback.
 """
