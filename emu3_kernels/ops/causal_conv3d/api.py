@@ -20,7 +20,7 @@ from emu3_kernels._causal_conv.reference import convolve
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.causal_conv3d.cache import FrameCache, extend, remember
 
-BACKENDS = load("causal_conv3d")
+BACKENDS = load("causal_conv3d", "native")
 ACTIVATIONS = (None, "silu")
 
 

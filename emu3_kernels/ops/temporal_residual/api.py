@@ -8,7 +8,7 @@ from emu3_kernels._causal_conv.plan import Plan, check_vectors, check_weight, ch
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.temporal_residual import reference
 
-BACKENDS = load("temporal_residual")
+BACKENDS = load("temporal_residual", "native")
 PLAN = Plan(silu=True)
 KERNEL = (3, 3, 3)
 

@@ -1,0 +1,286 @@
+#include "../cpu/causal_conv.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "torch_stable.h"
+
+namespace emu3 {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+template <typename T>
+const T* data(const std::optional<Tensor>& x) {
+  return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
+
+const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
+float* mutable_floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+struct Settings {
+  std::vector<int64_t> stride;
+  int64_t front;
+  bool silu, post_silu;
+};
+
+// p // 2 + p % 2 zeros ahead of rows and columns, `front` ahead of the frames.
+Axis axis(const Tensor& x, const Tensor& weight, const Settings& settings, int i) {
+  const int64_t kernel = weight.size(2 + i), stride = settings.stride[i], size = x.size(2 + i);
+  const int64_t before = i ? (kernel - stride + 1) / 2 : settings.front;
+  const int64_t frames = std::max<int64_t>(0, (size + before - kernel + stride) / stride);
+  return {kernel, stride, before, size, i ? size / stride : frames, false};
+}
+
+Conv convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                 const Settings& settings) {
+  return {
+      .time = axis(x, weight, settings, 0),
+      .rows = axis(x, weight, settings, 1),
+      .columns = axis(x, weight, settings, 2),
+      .in = x.size(1),
+      .out = weight.size(0),
+      .weight = nullptr,
+      .bias = data<float>(bias),
+      .scale = data<float>(scale),
+      .shift = data<float>(shift),
+      .silu = settings.silu,
+      .post_silu = settings.post_silu,
+  };
+}
+
+// From the gradient of the results to that of the source: the taps are the same, the channels and
+// the columns the other way round.
+Conv gradient(const Conv& conv) {
+  const auto turned = [](Axis axis) {
+    std::swap(axis.source, axis.results);
+    axis.gradient = true;
+    return axis;
+  };
+  return {
+      .time = turned(conv.time),
+      .rows = turned(conv.rows),
+      .columns = turned(conv.columns),
+      .in = conv.out,
+      .out = conv.in,
+      .weight = nullptr,
+      .bias = nullptr,
+      .scale = nullptr,
+      .shift = nullptr,
+      .silu = false,
+      .post_silu = false,
+  };
+}
+
+// The weights of `conv` in the order in which its kernel reads them, zeros for missing channels.
+std::vector<float> packed(const Conv& conv, const float* weight) {
+  const int64_t planes = conv.time.kernel * conv.rows.kernel, columns = conv.columns.kernel;
+  const bool turned = conv.columns.gradient;
+  const int64_t by_out = turned ? conv.taps() : conv.in * conv.taps();
+  const int64_t by_in = turned ? conv.out * conv.taps() : conv.taps();
+  std::vector<float> to(whole(conv.out, kOut) * conv.in * conv.taps());
+  for (int64_t o = 0; o < conv.out; ++o) {
+    float* const block = to.data() + o / kOut * kOut * conv.in * conv.taps() + o % kOut;
+    for (int64_t plane = 0; plane < planes; ++plane)
+      for (int64_t c = 0; c < conv.in; ++c)
+        for (int64_t k = 0; k < columns; ++k)
+          block[((plane * conv.in + c) * columns + k) * kOut] =
+              weight[o * by_out + c * by_in + plane * columns + (turned ? columns - 1 - k : k)];
+  }
+  return to;
+}
+
+// The results of a batch cut into tiles, about `wanted` of them or more: few enough rows that the
+// staged source of one stays in a cache of the second level. What a tile holds changes no result.
+std::vector<Tile> tiles(const Conv& conv, int64_t batch, int64_t wanted) {
+  constexpr int64_t kFewest = 16, kCache = 96 << 10;  // rows; floats
+  const int64_t rows = conv.rows.results, frames = conv.time.results;
+  if (!rows || !frames || !batch || !conv.columns.results) return {};
+  const int64_t fit = std::max(kFewest / 4, rows * kCache / window_size(conv, rows));
+  const int64_t asked = (wanted + batch - 1) / batch;
+  const int64_t parts =
+      std::max((rows + fit - 1) / fit, std::min(asked, std::max<int64_t>(1, rows / kFewest)));
+  const int64_t pieces = std::min(frames, (asked + parts - 1) / parts);
+  std::vector<Tile> all;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t piece = 0; piece < pieces; ++piece)
+      for (int64_t part = 0; part < parts; ++part)
+        all.push_back({b, frames * piece / pieces, frames * (piece + 1) / pieces,
+                       rows * part / parts, rows * (part + 1) / parts});
+  return all;
+}
+
+int64_t most_rows(const std::vector<Tile>& all) {
+  int64_t rows = 0;
+  for (const Tile& tile : all) rows = std::max(rows, tile.row_end - tile.row);
+  return rows;
+}
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+// Runs body(index, scratch) for every tile, `size` floats of zeros each, a thread taking the next
+// when it is free.
+template <typename Body>
+void over_tiles(const std::vector<Tile>& all, int64_t size, Body body) {
+  const int64_t count = static_cast<int64_t>(all.size());
+  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t end) {
+    const int64_t bytes = whole(size * sizeof(float), 64);
+    std::unique_ptr<float, Free> scratch(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    for (; worker < end; ++worker)
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+        std::fill_n(scratch.get(), size, 0.0f);
+        body(i, scratch.get());
+      }
+  });
+}
+
+int64_t threads() { return torch::stable::get_num_threads(); }
+
+Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+               const std::optional<Tensor>& residual, std::vector<int64_t> stride, int64_t front,
+               bool silu, bool post_silu) {
+  const Settings settings{std::move(stride), front, silu, post_silu};
+  Conv conv = convolution(x, weight, bias, scale, shift, settings);
+  const std::vector<float> weights = packed(conv, floats(weight));
+  conv.weight = weights.data();
+  Tensor y = torch::stable::new_empty(x, {x.size(0), conv.out, conv.time.results,
+                                          conv.rows.results, conv.columns.results});
+  const std::vector<Tile> all = tiles(conv, x.size(0), 2 * threads());
+  over_tiles(all, conv_scratch(conv, most_rows(all)), [&](int64_t i, float* scratch) {
+    causal_conv().forward(conv, all[i], dtype_of(x), x.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr,
+                          y.mutable_data_ptr(), scratch);
+  });
+  return y;
+}
+
+// dy * silu'(z), where z is what SiLU was applied to.
+Tensor before_silu(const Conv& conv, const Tensor& dy, const Tensor& x, const Tensor& weight) {
+  Conv again = conv;
+  const std::vector<float> weights = packed(conv, floats(weight));
+  again.weight = weights.data();
+  Tensor dz = torch::stable::new_empty(dy, dy.sizes(), ScalarType::Float);
+  const std::vector<Tile> all = tiles(conv, x.size(0), 2 * threads());
+  over_tiles(all, conv_scratch(conv, most_rows(all)), [&](int64_t i, float* scratch) {
+    causal_conv().activation_gradient(again, all[i], dtype_of(x), x.const_data_ptr(),
+                                      dy.const_data_ptr(), mutable_floats(dz), scratch);
+  });
+  return dz;
+}
+
+// Tiles of which sums are kept: settled by the shape alone, so that the sums do not depend on the
+// threads.
+constexpr int64_t kParts = 16;
+
+// dx, and dscale and dshift [2, in].
+std::tuple<Tensor, Tensor> input_gradient(const Conv& conv, const Tensor& dz, const Tensor& x,
+                                          const Tensor& weight) {
+  Conv back = gradient(conv);
+  const std::vector<float> weights = packed(back, floats(weight));
+  back.weight = weights.data();
+  Tensor dx = torch::stable::new_empty(x, x.sizes());
+  Tensor dnorm = torch::stable::new_empty(x, {2, conv.in}, ScalarType::Float);
+  const std::vector<Tile> all = tiles(back, x.size(0), kParts);
+  const int64_t size = 2 * conv.in, rows = most_rows(all);
+  std::vector<float> sums(all.size() * size);
+  const Activated input{dtype_of(x), x.const_data_ptr(), conv.scale, conv.shift, conv.silu};
+  over_tiles(all, conv_scratch(back, rows) + 4 * size, [&](int64_t i, float* scratch) {
+    causal_conv_gradient().of_input(back, all[i], dtype_of(dz), dz.const_data_ptr(), input,
+                                    dx.mutable_data_ptr(), sums.data() + i * size, scratch);
+  });
+  float* const to = mutable_floats(dnorm);
+  std::fill_n(to, size, 0.0f);
+  for (size_t i = 0; i < sums.size(); ++i) to[i % size] += sums[i];
+  return {dx, dnorm};
+}
+
+// dweight and dbias, float32.
+std::tuple<Tensor, Tensor> weight_gradient(const Conv& conv, const Tensor& dz, const Tensor& x,
+                                           const Tensor& weight) {
+  Tensor dweight = torch::stable::new_empty(weight, weight.sizes(), ScalarType::Float);
+  Tensor dbias = torch::stable::new_empty(weight, {conv.out}, ScalarType::Float);
+  const std::vector<Tile> all = tiles(conv, x.size(0), kParts);
+  const int64_t size = partial_size(conv), count = static_cast<int64_t>(all.size());
+  std::vector<float> partial(count * size);
+  over_tiles(all, weight_scratch(conv, most_rows(all)), [&](int64_t i, float* scratch) {
+    causal_conv_gradient().of_weight(conv, all[i], dtype_of(x), x.const_data_ptr(), dtype_of(dz),
+                                     dz.const_data_ptr(), partial.data() + i * size, scratch);
+  });
+  const int64_t num_weights = size / 4 - conv.out;
+  torch::stable::parallel_for(0, size / 4, 1024, [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) {
+      float sum[4] = {};
+      for (int64_t part = 0; part < count; ++part)
+        for (int lane = 0; lane < 4; ++lane) sum[lane] += partial[part * size + 4 * i + lane];
+      float* const to = i < num_weights ? mutable_floats(dweight) + i
+                                        : mutable_floats(dbias) + i - num_weights;
+      *to = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+  });
+  return {dweight, dbias};
+}
+
+// dx in the dtype of x; dweight, dbias [O] and [dscale, dshift] in float32.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+    std::vector<int64_t> stride, int64_t front, bool silu, bool post_silu) {
+  const Settings settings{std::move(stride), front, silu, post_silu};
+  const Conv conv = convolution(x, weight, bias, scale, shift, settings);
+  const Tensor dz = post_silu ? before_silu(conv, dy, x, weight) : dy;
+  const auto [dx, dnorm] = input_gradient(conv, dz, x, weight);
+  const auto [dweight, dbias] = weight_gradient(conv, dz, x, weight);
+  return {dx, dweight, dbias, dnorm};
+}
+
+Tensor block(const Tensor& x, const Tensor& scale1, const Tensor& shift1, const Tensor& weight1,
+             const Tensor& bias1, const Tensor& scale2, const Tensor& shift2,
+             const Tensor& weight2, const Tensor& bias2) {
+  const Settings settings{{1, 1, 1}, 2, true, false};
+  Conv first = convolution(x, weight1, bias1, scale1, shift1, settings);
+  Conv second = convolution(x, weight2, bias2, scale2, shift2, settings);
+  const std::vector<float> weights1 = packed(first, floats(weight1));
+  const std::vector<float> weights2 = packed(second, floats(weight2));
+  first.weight = weights1.data(), second.weight = weights2.data();
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  const std::vector<Tile> all = tiles(second, x.size(0), threads());
+  const int64_t size = block_scratch(first, second, most_rows(all));
+  over_tiles(all, size, [&](int64_t i, float* scratch) {
+    causal_conv().block(first, second, all[i], dtype_of(x), x.const_data_ptr(),
+                        y.mutable_data_ptr(), scratch);
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
+  m.def(
+      "causal_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift,"
+      " Tensor? residual, int[] stride, int front, bool silu, bool post_silu) -> Tensor");
+  m.def(
+      "causal_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? scale,"
+      " Tensor? shift, int[] stride, int front, bool silu, bool post_silu)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "temporal_residual(Tensor x, Tensor scale1, Tensor shift1, Tensor weight1, Tensor bias1,"
+      " Tensor scale2, Tensor shift2, Tensor weight2, Tensor bias2) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
+  m.impl("causal_conv_forward", TORCH_BOX(&forward));
+  m.impl("causal_conv_backward", TORCH_BOX(&backward));
+  m.impl("temporal_residual", TORCH_BOX(&block));
+}
+
+}  // namespace emu3

@@ -1,0 +1,205 @@
+#include "causal_conv.h"
+#include "causal_conv_rows.h"
+#include "simd.h"
+
+namespace emu3::EMU3_LEVEL {
+namespace {
+
+// Channels in whose products are in registers at once, beside kOut channels out and up to kTaps
+// columns.
+constexpr int kIn = kLanes == 16 ? 2 : 1;
+constexpr int kTaps = 3;
+
+// Four partial sums, to which a vector folds without a shuffle.
+typedef float Quad __attribute__((vector_size(16)));
+
+inline void add_folded(float* to, Vec x) {
+  Quad part[kLanes / 4], sum;
+  __builtin_memcpy(part, &x, sizeof x);
+  __builtin_memcpy(&sum, to, sizeof sum);
+  for (const Quad quarter : part) sum += quarter;
+  __builtin_memcpy(to, &sum, sizeof sum);
+}
+
+// The first `count` lanes, and zeros.
+inline Vec only(Vec x, int64_t count) {
+  if (count == kLanes) return x;
+  float lanes[kLanes] = {};
+  __builtin_memcpy(lanes, &x, count * sizeof *lanes);
+  return load(lanes);
+}
+
+template <typename S, typename T>
+void of_input_tile(const Conv& conv, const Tile& tile, const S* dz, const T* x,
+                   const Activated& input, T* dx, float* sums, float* scratch) {
+  const int64_t channel = channel_of_results(conv);
+  float* const partial = scratch + conv_scratch(conv, tile.row_end - tile.row);
+  over_rows(conv, tile, dz, scratch,
+            [&](const Window& window, const ColumnTaps& columns, int64_t t, int64_t h) {
+    const int64_t row = row_of_results(conv, tile, t, h);
+    convolve_row(conv, window, columns, t, h, [&](int64_t c, int64_t j, int64_t count, Vec du) {
+      const Activation activate(input.scale, input.shift, input.silu, c);
+      const int64_t at = row + c * channel + j;
+      const Vec from = load(x + at, count), u = activate.normed(from);
+      if (activate.silu) du *= silu_gradient(u, sigmoid(u));
+      if (activate.norm) {
+        add_folded(partial + 8 * c, only(du * from, count));
+        add_folded(partial + 8 * c + 4, only(du, count));
+      }
+      store(dx + at, du * activate.scale, count);
+    });
+  });
+  for (int64_t c = 0; c < conv.out; ++c)
+    for (int i = 0; i < 2; ++i) {
+      const float* const p = partial + 8 * c + 4 * i;
+      sums[i * conv.out + c] = (p[0] + p[1]) + (p[2] + p[3]);
+    }
+}
+
+// Rows of dz and of the input that meet under one tap of time and rows, and where their products
+// with each column tap go.
+struct Meeting {
+  const float *dz, *x;
+  int64_t rows, vectors;
+  int64_t dz_row, dz_channel, x_row, x_channel;
+  float* to;
+  int64_t to_out, to_in;
+};
+
+// Sums over the rows the products of kOut channels of dz with `kWide` channels of x under kCount
+// column taps.
+template <int kWide, int kCount>
+void multiply(const Meeting& m, const int64_t* offset, int num_out) {
+  Vec sum[kOut][kWide][kCount] = {};
+  for (int64_t r = 0; r < m.rows; ++r)
+    for (int64_t v = 0; v < m.vectors; ++v) {
+      const float* const dz = m.dz + r * m.dz_row + v * kLanes;
+      const float* const x = m.x + r * m.x_row + v * kLanes;
+      Vec gradient[kOut];
+      for (int o = 0; o < kOut; ++o) gradient[o] = load(dz + o * m.dz_channel);
+      for (int c = 0; c < kWide; ++c)
+        for (int k = 0; k < kCount; ++k) {
+          const Vec column = load(x + c * m.x_channel + offset[k]);
+          for (int o = 0; o < kOut; ++o) sum[o][c][k] = fma(gradient[o], column, sum[o][c][k]);
+        }
+    }
+  for (int o = 0; o < num_out; ++o)
+    for (int c = 0; c < kWide; ++c)
+      for (int k = 0; k < kCount; ++k)
+        add_folded(m.to + o * m.to_out + c * m.to_in + 4 * k, sum[o][c][k]);
+}
+
+template <int kWide>
+void multiply(Meeting m, const int64_t* offset, int64_t kernel, int num_out) {
+  int64_t k = 0;
+  for (; k + kTaps <= kernel; k += kTaps, m.to += 4 * kTaps)
+    multiply<kWide, kTaps>(m, offset + k, num_out);
+  for (; k < kernel; ++k, m.to += 4) multiply<kWide, 1>(m, offset + k, num_out);
+}
+
+// The gradient of a frame of results, staged: float32, zeros behind each row and channel.
+struct Gradient {
+  float* data;
+  int64_t channel, row;
+
+  Gradient(const Conv& conv, float* data)
+      : data(data),
+        channel(whole(conv.columns.results, kMostLanes)),
+        row(channel * whole(conv.out, kOut)) {}
+
+  template <typename S>
+  void stage(const Conv& conv, const Tile& tile, const S* dz, int64_t t, float* bias) const {
+    for (int64_t h = tile.row; h < tile.row_end; ++h)
+      for (int64_t o = 0; o < conv.out; ++o) {
+        const S* const from =
+            dz + row_of_results(conv, tile, t, h) + o * channel_of_results(conv);
+        float* const to = data + (h - tile.row) * row + o * channel;
+        Vec sum = {};
+        over_vectors(conv.columns.results, [&](int64_t j, int64_t count) {
+          const Vec x = load(from + j, count);
+          sum += x;
+          store(to + j, x, count);
+        });
+        add_folded(bias + 4 * o, sum);
+      }
+  }
+};
+
+// The results of frame t with what they read at place a in time and b in rows.
+void of_taps(const Conv& conv, const Tile& tile, const Window& window, const ColumnTaps& columns,
+             const Gradient& gradient, int64_t t, int64_t a, int64_t b, float* partial) {
+  const int64_t frame = conv.time.at(t, a);
+  int64_t row = tile.row, row_end = tile.row_end;
+  while (row < row_end && conv.rows.at(row, b) < 0) ++row;
+  while (row < row_end && conv.rows.at(row_end - 1, b) < 0) --row_end;
+  if (frame < 0 || row == row_end) return;
+  const int64_t kernel = conv.columns.kernel, of_in = 4 * conv.taps(), of_out = of_in * conv.in;
+  const float* const x = window.row(frame, conv.rows.at(row, b));
+  partial += 4 * (a * conv.rows.kernel + b) * kernel;
+  for (int64_t o = 0; o < conv.out; o += kOut)
+    for (int64_t c = 0; c < conv.in;) {
+      const Meeting meeting{gradient.data + (row - tile.row) * gradient.row + o * gradient.channel,
+                            x + c * window.channel(),
+                            row_end - row,
+                            (conv.columns.results + kLanes - 1) / kLanes,
+                            gradient.row,
+                            gradient.channel,
+                            conv.rows.stride * window.pitch(),
+                            window.channel(),
+                            partial + o * of_out + c * of_in,
+                            of_out,
+                            of_in};
+      const int num_out = conv.out - o < kOut ? conv.out - o : kOut;
+      if (c + kIn <= conv.in) {
+        multiply<kIn>(meeting, columns.offset, kernel, num_out);
+        c += kIn;
+      } else {
+        multiply<1>(meeting, columns.offset, kernel, num_out);
+        ++c;
+      }
+    }
+}
+
+template <typename S, typename T>
+void of_weight_tile(const Conv& conv, const Tile& tile, const T* x, const S* dz, float* partial,
+                    float* scratch) {
+  Window window(conv, tile.row, tile.row_end, scratch);
+  const ColumnTaps columns(conv, window);
+  const Gradient gradient(conv, scratch + conv_scratch(conv, tile.row_end - tile.row));
+  float* const bias = partial + 4 * conv.out * conv.in * conv.taps();
+  for (int64_t t = tile.frame; t < tile.frame_end; ++t) {
+    window.reach(x + tile.batch * conv.source_size(), t);
+    gradient.stage(conv, tile, dz, t, bias);
+    for (int64_t a = 0; a < conv.time.kernel; ++a)
+      for (int64_t b = 0; b < conv.rows.kernel; ++b)
+        of_taps(conv, tile, window, columns, gradient, t, a, b, partial);
+  }
+}
+
+void of_input(const Conv& conv, const Tile& tile, Dtype dtype, const void* dz,
+              const Activated& input, void* dx, float* sums, float* scratch) {
+  with_type(dtype, [&](auto of_dz) {
+    with_type(input.dtype, [&](auto of_x) {
+      using S = decltype(of_dz);
+      using T = decltype(of_x);
+      of_input_tile(conv, tile, (const S*)dz, (const T*)input.x, input, (T*)dx, sums, scratch);
+    });
+  });
+}
+
+void of_weight(const Conv& conv, const Tile& tile, Dtype dtype, const void* x, Dtype dz_dtype,
+               const void* dz, float* partial, float* scratch) {
+  with_type(dz_dtype, [&](auto of_dz) {
+    with_type(dtype, [&](auto of_x) {
+      using S = decltype(of_dz);
+      using T = decltype(of_x);
+      of_weight_tile(conv, tile, (const T*)x, (const S*)dz, partial, scratch);
+    });
+  });
+}
+
+}  // namespace
+
+extern const CausalConvGradient causal_conv_gradient{of_input, of_weight};
+
+}  // namespace emu3::EMU3_LEVEL

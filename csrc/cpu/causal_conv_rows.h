@@ -1,0 +1,228 @@
+// The source of a convolution, staged row by row, and the sums of a row of results.
+// Included by files that are compiled once per level.
+#pragma once
+
+#include "causal_conv.h"
+#include "simd.h"
+
+namespace emu3::EMU3_LEVEL {
+
+// Vectors of columns whose sums are in registers at once, for each of kOut channels.
+constexpr int kWidest = kLanes == 16 ? 4 : 2;
+
+inline Vec load(const bfloat16* from) {
+  HalfVec half;
+  __builtin_memcpy(&half, from, sizeof half);
+  return widen(half);
+}
+
+// The first `count` <= kLanes elements, and zeros.
+template <typename T>
+inline Vec load(const T* from, int64_t count) {
+  if (count == kLanes) return load(from);
+  T block[kLanes] = {};
+  __builtin_memcpy(block, from, count * sizeof *from);
+  return load(block);
+}
+
+inline void store(bfloat16* to, Vec x) {
+  const HalfVec half = narrow(x);
+  __builtin_memcpy(to, &half, sizeof half);
+}
+
+template <typename T>
+inline void store(T* to, Vec x, int64_t count) {
+  count == kLanes ? store(to, x) : store_tail(to, x, count);
+}
+
+// Calls block(i, lanes) for vectors of `count` elements.
+template <typename Block>
+inline void over_vectors(int64_t count, Block block) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) block(i, kLanes);
+  if (i < count) block(i, count - i);
+}
+
+// silu'(u), given sigmoid(u).
+inline Vec silu_gradient(Vec u, Vec s) { return s * fma(u, 1.0f - s, splat(1)); }
+
+// What happens to channel c before a convolution.
+struct Activation {
+  Vec scale, shift;
+  bool norm, silu;
+
+  Activation(const float* scales, const float* shifts, bool silu, int64_t c)
+      : scale(splat(scales ? scales[c] : 1)),
+        shift(splat(shifts ? shifts[c] : 0)),
+        norm(scales),
+        silu(silu) {}
+  Vec normed(Vec x) const { return norm ? fma(scale, x, shift) : x; }
+  Vec operator()(Vec x) const {
+    x = normed(x);
+    return silu ? x * sigmoid(x) : x;
+  }
+};
+
+struct Tap {
+  const float* row;
+  int64_t weight;  // where those of its place in time and rows are, of a block of channels out
+};
+
+// The frames of the source that the results at hand read, in float32, normed and activated, in the
+// rows of a tile. Zeros around a row are there from the start and stay.
+class Window {
+ public:
+  Window(const Conv& conv, int64_t row, int64_t row_end, float* memory)
+      : conv_(conv),
+        layout_(conv.columns),
+        first_row_(conv.rows.first(row)),
+        num_rows_(conv.rows.last(row_end - 1) + 1 - first_row_),
+        pitch_(conv.in * layout_.channel()),
+        memory_(memory),
+        line_(memory + window_size(conv, row_end - row)) {}
+
+  int64_t channel() const { return layout_.channel(); }
+  int64_t pitch() const { return pitch_; }
+  int64_t first_row() const { return first_row_; }
+  int64_t end_row() const { return first_row_ + num_rows_; }
+
+  // Where column tap k of the first result reads.
+  int64_t offset(int64_t k) const { return k % layout_.phases * layout_.phase + k / layout_.phases; }
+
+  float* row(int64_t frame, int64_t row) const {
+    return memory_ + (frame % conv_.time.kernel * num_rows_ + row - first_row_) * pitch_;
+  }
+
+  // Stages what the results of frame t read and is not there yet; t may only grow.
+  template <typename T>
+  void reach(const T* x, int64_t t) {
+    const int64_t frame_size = conv_.rows.source * conv_.columns.source;
+    const int64_t first = conv_.time.first(t), last = conv_.time.last(t);
+    for (next_ = next_ > first ? next_ : first; next_ <= last; ++next_)
+      for (int64_t r = first_row_; r < end_row(); ++r)
+        stage(x + next_ * frame_size + r * conv_.columns.source, conv_.time.source * frame_size,
+              row(next_, r));
+  }
+
+  // Stages one row of all channels, `stride` elements apart.
+  template <typename T>
+  void stage(const T* x, int64_t stride, float* to) {
+    const bool adjacent = layout_.spread == 1 && layout_.phases == 1;
+    for (int64_t c = 0; c < conv_.in; ++c, x += stride, to += channel()) {
+      const Activation activate(conv_.scale, conv_.shift, conv_.silu, c);
+      float* const line = adjacent ? to + layout_.base : line_;
+      over_vectors(conv_.columns.source, [&](int64_t w, int64_t count) {
+        emu3::EMU3_LEVEL::store(line + w, activate(load(x + w, count)), count);
+      });
+      if (!adjacent) scatter(line, to);
+    }
+  }
+
+  // Lists the taps of a row of results whose source is there.
+  int taps(int64_t t, int64_t h, Tap* taps) const {
+    const int64_t size = conv_.in * conv_.columns.kernel * kOut;
+    int count = 0;
+    for (int64_t a = 0; a < conv_.time.kernel; ++a) {
+      const int64_t frame = conv_.time.at(t, a);
+      for (int64_t b = 0; frame >= 0 && b < conv_.rows.kernel; ++b) {
+        const int64_t from = conv_.rows.at(h, b);
+        if (from >= 0) taps[count++] = {row(frame, from), (a * conv_.rows.kernel + b) * size};
+      }
+    }
+    return count;
+  }
+
+ private:
+  void scatter(const float* line, float* to) const {
+    for (int64_t w = 0, q = layout_.base; w < conv_.columns.source; ++w, q += layout_.spread)
+      to[q % layout_.phases * layout_.phase + q / layout_.phases] = line[w];
+  }
+
+  const Conv& conv_;
+  const RowLayout layout_;
+  const int64_t first_row_, num_rows_, pitch_;
+  float *const memory_, *const line_;
+  int64_t next_ = 0;
+};
+
+struct ColumnTaps {
+  int64_t offset[kMostColumnTaps];
+
+  ColumnTaps(const Conv& conv, const Window& window) {
+    for (int64_t k = 0; k < conv.columns.kernel; ++k) offset[k] = window.offset(k);
+  }
+};
+
+// Adds up kWide vectors of columns of kOut channels: taps, channels in, column taps, in this order,
+// whatever lies beside.
+template <int kWide>
+__attribute__((always_inline)) inline void sum_columns(const Conv& conv, const ColumnTaps& columns,
+                                                       int64_t channel, const Tap* taps,
+                                                       int num_taps, const float* weight, int64_t j,
+                                                       Vec (&sum)[kOut][kWide]) {
+  for (int i = 0; i < num_taps; ++i) {
+    const float *x = taps[i].row + j, *w = weight + taps[i].weight;
+    for (int64_t c = 0; c < conv.in; ++c, x += channel)
+      for (int64_t k = 0; k < conv.columns.kernel; ++k, w += kOut) {
+        Vec column[kWide];
+        for (int v = 0; v < kWide; ++v) column[v] = load(x + columns.offset[k] + v * kLanes);
+        for (int o = 0; o < kOut; ++o) {
+          const Vec factor = splat(w[o]);
+          for (int v = 0; v < kWide; ++v) sum[o][v] = fma(factor, column[v], sum[o][v]);
+        }
+      }
+  }
+}
+
+// Calls emit(o, j, lanes, sums) for every vector of columns j of every channel o of a row of
+// results.
+template <typename Emit>
+inline void convolve_row(const Conv& conv, const Window& window, const ColumnTaps& columns,
+                         int64_t t, int64_t h, Emit emit) {
+  Tap taps[kMostRowTaps];
+  const int num_taps = window.taps(t, h, taps);
+  const int64_t width = conv.columns.results, block = conv.in * conv.taps() * kOut;
+  for (int64_t first = 0; first < conv.out; first += kOut) {
+    const float* const weight = conv.weight + first / kOut * block;
+    const int num_out = conv.out - first < kOut ? conv.out - first : kOut;
+    const auto columns_from = [&]<int kWide>(int64_t j) __attribute__((always_inline)) {
+      Vec sum[kOut][kWide] = {};
+      sum_columns<kWide>(conv, columns, window.channel(), taps, num_taps, weight, j, sum);
+      for (int o = 0; o < num_out; ++o)
+        for (int v = 0; v < kWide; ++v) {
+          const int64_t at = j + v * kLanes, rest = width - at;
+          emit(first + o, at, rest < kLanes ? rest : kLanes, sum[o][v]);
+        }
+    };
+    int64_t j = 0;
+    for (; j + (kWidest - 1) * kLanes < width; j += kWidest * kLanes)
+      columns_from.template operator()<kWidest>(j);
+    if (kWidest == 4 && j + kLanes < width) {
+      columns_from.template operator()<2>(j);
+      j += 2 * kLanes;
+    }
+    for (; j < width; j += kLanes) columns_from.template operator()<1>(j);
+  }
+}
+
+// Where row h of frame t of the first channel of the results of a tile's element begins.
+inline int64_t row_of_results(const Conv& conv, const Tile& tile, int64_t t, int64_t h) {
+  return tile.batch * conv.result_size() + (t * conv.rows.results + h) * conv.columns.results;
+}
+
+inline int64_t channel_of_results(const Conv& conv) {
+  return conv.time.results * conv.rows.results * conv.columns.results;
+}
+
+// Calls row(window, columns, t, h) for every row of results of the tile, its source staged.
+template <typename T, typename Row>
+inline void over_rows(const Conv& conv, const Tile& tile, const T* x, float* scratch, Row row) {
+  Window window(conv, tile.row, tile.row_end, scratch);
+  const ColumnTaps columns(conv, window);
+  for (int64_t t = tile.frame; t < tile.frame_end; ++t) {
+    window.reach(x + tile.batch * conv.source_size(), t);
+    for (int64_t h = tile.row; h < tile.row_end; ++h) row(window, columns, t, h);
+  }
+}
+
+}  // namespace emu3::EMU3_LEVEL
