@@ -41,7 +41,8 @@ inline Vec silu_gradient(Vec x) {
 
 inline Pair silu_gradient(Pair x) { return {silu_gradient(x.a), silu_gradient(x.b)}; }
 
-// Rows that share a load of the coefficients.
+// Rows that share a load of the coefficients. The next ones are asked for in the order of memory,
+// in which the channels of several rows do not come.
 constexpr int kRows = 4;
 
 template <int kCount>
@@ -65,9 +66,11 @@ inline void apply_rows(const T* x, T* y, int64_t rows, int64_t channels, Affine 
     over_pairs(channels, [&](int64_t c, int64_t count) {
       const Pair mean = load_pair(to.mean + c), scale = load_pair(to.scale + c);
       const Pair shift = load_pair(to.shift + c);
+      const int64_t next = (r + number.value) * channels + c * number.value;
       for (int i = 0; i < number.value; ++i) {
         const int64_t at = (r + i) * channels + c;
         const Pair normed = fma(load_pair(x + at, count) - mean, scale, shift);
+        prefetch_pair(x + next + i * kPair);
         store_pair(y + at, kSilu ? silu(normed) : normed, count, past_caches);
       }
     });
@@ -82,10 +85,13 @@ inline void add_gradients(const T* dy, const T* x, int64_t rows, int64_t channel
     over_pairs(channels, [&](int64_t c, int64_t count) {
       const Pair mean = load_pair(to.mean + c), scale = load_pair(to.scale + c);
       const Pair shift = load_pair(to.shift + c);
+      const int64_t next = (r + number.value) * channels + c * number.value;
       Pair plain{}, times_x{};
       for (int i = 0; i < number.value; ++i) {
         const int64_t at = (r + i) * channels + c;
         const Pair centred = load_pair(x + at, count) - mean;
+        prefetch_pair(x + next + i * kPair);
+        prefetch_pair(dy + next + i * kPair);
         Pair d = load_pair(dy + at, count);
         if (kSilu) d = d * silu_gradient(fma(centred, scale, shift));
         plain = plain + d;
@@ -106,10 +112,13 @@ inline void backward_rows(const T* dy, const T* x, T* dx, int64_t rows, int64_t 
     over_pairs(channels, [&](int64_t c, int64_t count) {
       const Pair mean = load_pair(to.mean + c), scale = load_pair(to.scale + c);
       const Pair shift = load_pair(to.shift + c);
+      const int64_t next = (r + number.value) * channels + c * number.value;
       const Pair level = load_pair(slopes + c), rise = load_pair(slope + c);
       for (int i = 0; i < number.value; ++i) {
         const int64_t at = (r + i) * channels + c;
         const Pair centred = load_pair(x + at, count) - mean;
+        prefetch_pair(x + next + i * kPair);
+        prefetch_pair(dy + next + i * kPair);
         Pair d = load_pair(dy + at, count);
         if (kSilu) d = d * silu_gradient(fma(centred, scale, shift));
         store_pair(dx + at, d * scale - fma(centred, rise, level), count, past_caches);

@@ -162,6 +162,12 @@ inline Pair load_pair(const T* from, int64_t count) {
   return load_pair(block);
 }
 
+// Asks for the pair of elements that stands at `from`, which may lie outside of memory.
+template <typename T>
+inline void prefetch_pair(const T* from) {
+  for (uint64_t i = 0; i < kPair * sizeof(T); i += 64) __builtin_prefetch((const char*)from + i);
+}
+
 template <typename T>
 inline void store_pair(T* to, Pair x, int64_t count, bool past_caches) {
   if (count == kPair) return store_pair(to, x, past_caches);
