@@ -1,15 +1,29 @@
 """The same work on many files: found, shared among ranks, counted, and no bad one in the way."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
+T = TypeVar("T")
+
+_READERS = 4
 # Ranks finish when their files do, so that the first may wait for long.
 _PATIENCE = timedelta(days=30)
 
@@ -65,16 +79,25 @@ class Outcome:
     faults: list[str]
 
 
-def each(
-    items: Sequence[Item], work: Callable[[Item], None], is_done: Callable[[Item], bool]
-) -> Outcome:
-    """Do ``work`` on this rank's share of ``items``, with a progress bar on rank 0.
+Tell = Callable[[str], None]
+"""Shows how far the work on one file has come."""
 
-    A ``ValueError`` is the fault of one file: its line is kept and the next file follows. Any
-    other exception, a full disk above all, ends the run. Under torchrun a rank that has finished
+
+def each(
+    items: Sequence[Item],
+    read: Callable[[Item], T],
+    work: Callable[[Item, T, Tell], None],
+    is_done: Callable[[Item], bool],
+) -> Outcome:
+    """Do ``work`` on what ``read`` makes of this rank's share, with a progress bar on rank 0.
+
+    A ``ValueError`` is the fault of one file: its line goes to stderr at once, so that a run that
+    is killed has told it, and the next file follows. Any other exception, a full disk above all,
+    ends the run. Under torchrun a rank that has finished
     waits for the others, which would be stopped if it failed before them.
 
     Args:
+        read: runs in threads, for the next few files while one is worked on.
         is_done: whether a file can be left out; asked of all files before the first is worked on.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -83,18 +106,34 @@ def each(
     faults = []
     with _progress(visible=rank == 0) as progress:
         task = progress.add_task("", total=len(todo))
-        for item in todo:
-            progress.update(task, description=str(item.name))
+        for item, reading in _ahead(read, todo):
+            tell = partial(_tell, progress, task, item)
+            tell("")
             try:
-                work(item)
+                work(item, reading.result(), tell)
             except ValueError as fault:
                 faults.append(_line(item, fault))
+                progress.console.print(f"emu3: {faults[-1]}", markup=False, soft_wrap=True)
             progress.advance(task)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=_PATIENCE)
         dist.barrier()
         dist.destroy_process_group()
     return Outcome(len(todo) - len(faults), len(share) - len(todo), faults)
+
+
+def _ahead(read: Callable[[Item], T], items: Sequence[Item]) -> Iterator[tuple[Item, Future[T]]]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: deque[tuple[Item, Future[T]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(read, item)))
+            if len(waiting) > 2 * _READERS:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _tell(progress: Progress, task: TaskID, item: Item, text: str) -> None:
+    progress.update(task, description=f"{item.name} {text}")
 
 
 def _progress(*, visible: bool) -> Progress:

@@ -213,10 +213,10 @@ def _vision_on(device: Device, path: Path) -> VisionTokenizer:
 
 
 def _tell(outcome: Outcome, out: Path) -> None:
-    Console().print(f"{outcome.done} files made, {outcome.kept} were there, in {out}", markup=False)
-    for line in outcome.faults:
-        Console(stderr=True, soft_wrap=True).print(f"emu3: {line}", markup=False)
-    if outcome.faults:
+    bad = f", {len(outcome.faults)} bad" if outcome.faults else ""
+    told = f"{outcome.done} files made, {outcome.kept} were there{bad}, in {out}"
+    Console().print(told, markup=False, soft_wrap=True)
+    if bad:
         raise typer.Exit(1)
 
 

@@ -16,9 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emu3.bulk import Item, Outcome, each, find
+from emu3.bulk import Item, Outcome, Tell, each, find
 from emu3.data.codes import Header, Making, fingerprint, load_codes, load_header, save_codes
-from emu3.data.media import IMAGES, VIDEOS, open_video, read_image, write_image, write_video
+from emu3.data.media import (
+    IMAGES,
+    VIDEOS,
+    Video,
+    open_video,
+    read_image,
+    write_image,
+    write_video,
+)
 from emu3.vision import (
     VisionTokenizer,
     decode_pieces,
@@ -57,7 +65,7 @@ def tokenize(
         raise ValueError(f"{compare}: must not lie in a folder that is tokenized")
     run = _Tokenize(out, tokenizer, making, fingerprint(tokenizer), compare)
     items = find(inputs, IMAGES | VIDEOS)
-    return each(items, run.work, lambda item: not overwrite and run.is_done(item))
+    return each(items, run.read, run.work, lambda item: not overwrite and run.is_done(item))
 
 
 def detokenize(
@@ -78,7 +86,7 @@ def detokenize(
     """
     run = _Detokenize(out, tokenizer, fingerprint(tokenizer), original_size)
     items = find(inputs, [".safetensors"])
-    return each(items, run.work, lambda item: not overwrite and run.is_done(item))
+    return each(items, run.read, run.work, lambda item: not overwrite and run.is_done(item))
 
 
 @dataclass(frozen=True)
@@ -102,29 +110,33 @@ class _Tokenize:
             raise ValueError(f"{path} was made otherwise: choose another folder or overwrite")
         return True
 
-    def work(self, item: Item) -> None:
+    def read(self, item: Item) -> Video | tuple[torch.Size, Tensor]:
+        """A video, whose frames are read when they are due, or a picture's size and its pixels."""
         if _is_video(item):
-            self._video(item)
-        else:
-            self._picture(item)
-
-    def _picture(self, item: Item) -> None:
+            return open_video(item.source, Fraction(self.making.fps) if self.making.fps else None)
         image = read_image(item.source)
-        pixels = self._pixels(image)
+        return image.shape[1:], self._pixels(image)
+
+    def work(self, item: Item, given: Video | tuple[torch.Size, Tensor], tell: Tell) -> None:
+        if isinstance(given, Video):
+            self._video(item, given, tell)
+        else:
+            self._picture(item, *given)
+
+    def _picture(self, item: Item, size: torch.Size, pixels: Tensor) -> None:
         codes = self.tokenizer.encode(self._on_device(pixels[None]))[0]
-        making = self.making.of_pictures()
-        header = self._header(item, image.shape[1:], codes, making=making)
+        header = self._header(item, size, codes, making=self.making.of_pictures())
         self._finish(item, [pixels], codes, header)
 
-    def _video(self, item: Item) -> None:
+    def _video(self, item: Item, video: Video, tell: Tell) -> None:
         making = self.making
-        video = open_video(item.source, Fraction(making.fps) if making.fps else None)
         num_frames = 0
 
         def frames() -> Iterator[Tensor]:
             nonlocal num_frames
             for frame in video:
                 num_frames += 1
+                tell(f"frame {num_frames}")
                 yield self._pixels(frame)
 
         clips = map(self._on_device, _clips(frames(), self.tokenizer.settings.temporal_factor))
@@ -181,17 +193,26 @@ class _Detokenize:
         since = item.source.stat().st_mtime
         return any(path.exists() and path.stat().st_mtime >= since for path in made)
 
-    def work(self, item: Item) -> None:
+    def read(self, item: Item) -> tuple[Tensor, Header]:
         codes, header = load_codes(item.source)
         if header.tokenizer != self.mark:
             raise ValueError(f"codes: {item.source} is of another tokenizer")
+        return codes, header
+
+    def work(self, item: Item, given: tuple[Tensor, Header], tell: Tell) -> None:
+        codes, header = given
         size = (header.height, header.width) if self.original_size else header.resized
-        images = (_image(pixels, size) for pixels in _decode(self.tokenizer, codes, header))
         source = self._source(item)
+
+        def images() -> Iterator[Tensor]:
+            for number, pixels in enumerate(_decode(self.tokenizer, codes, header), 1):
+                tell(f"frame {number} of {header.frames or 1}")
+                yield _image(pixels, size)
+
         if header.fps is None:
-            write_image(Path(f"{source}.png"), next(images))
+            write_image(Path(f"{source}.png"), next(images()))
         else:
-            write_video(Path(f"{source}.mp4"), images, Fraction(header.fps))
+            write_video(Path(f"{source}.mp4"), images(), Fraction(header.fps))
 
     def _source(self, item: Item) -> Path:
         return self.out / item.name.with_suffix("")

@@ -13,7 +13,8 @@ MAY_NOT_IMPORT = {
     "emu3/model.py": ("emu3.generate", "emu3.data", "emu3.train", "emu3.cli"),
     "emu3/vision": ("emu3.generate", "emu3.data", "emu3.train", "emu3.cli"),
     "emu3/generate.py": ("emu3.data", "emu3.train", "emu3.cli"),
-    "emu3/data": ("emu3.cli",),
+    "emu3/data": ("emu3.cli", "emu3.compare", "emu3.tokenize"),
+    "emu3/tokenize.py": ("emu3.cli", "emu3.train"),
     "emu3/train": ("emu3.cli",),
     "emu3": ("benchmarks", "tests"),
 }

@@ -36,7 +36,8 @@ _DAMAGED = (
     zlib.error,
     Image.DecompressionBombError,
 )
-_STATES_ITS_LENGTH = ("mov", "matroska", "avi")
+# They state how long they last, and no place of every frame.
+_STATE_LENGTH = ("matroska", "avi")
 
 
 class MediaError(ValueError):
@@ -206,11 +207,11 @@ def _check_index(path: Path, stream: av.VideoStream) -> None:
 
 
 def _check_end(path: Path, container: av.container.InputContainer, end: Fraction, n: int) -> None:
-    """Other files only state how long they last; a second is allowed for sloppy writers."""
-    if not container.duration or not container.format.name.startswith(_STATES_ITS_LENGTH):
+    """A second is allowed for sloppy writers; what was cut out of a longer file keeps its times."""
+    if not container.duration or not container.format.name.startswith(_STATE_LENGTH):
         return
     stated = Fraction(container.duration, av.time_base)
-    reached = end - Fraction(container.start_time or 0, av.time_base)
+    reached = end - min(0, Fraction(container.start_time or 0, av.time_base))
     if reached + 1 < stated:
         raise MediaError(
             f"video: {path} is cut short: {n} frames, {float(reached):.1f} of {float(stated):.1f} s"

@@ -68,8 +68,9 @@ def postprocess(pixels: Tensor) -> list[Image.Image]:
     """Pictures of ``[..., 3, H, W]`` in [-1, 1], all leading dimensions in one list."""
     if pixels.ndim < 3 or pixels.shape[-3] != 3:
         raise ValueError(f"postprocess: pixels must be [..., 3, H, W], got {tuple(pixels.shape)}")
-    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(p.numpy()) for p in levels.flatten(0, -4).movedim(-3, -1).cpu()]
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    levels = levels.movedim(-3, -1).reshape(-1, *pixels.shape[-2:], 3)
+    return [Image.fromarray(p.numpy()) for p in levels]
 
 
 def _image(picture: Image.Image | np.ndarray | Tensor) -> Image.Image:
@@ -78,8 +79,7 @@ def _image(picture: Image.Image | np.ndarray | Tensor) -> Image.Image:
     array = np.asarray(picture)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(
-            "preprocess: a picture must be uint8 [H, W, 3], got "
-            f"{array.dtype} {list(array.shape)}"
+            f"preprocess: a picture must be uint8 [H, W, 3], got {array.dtype} {list(array.shape)}"
         )
     if 0 in array.shape:
         raise ValueError(

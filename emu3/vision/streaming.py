@@ -21,8 +21,7 @@ def encode_stream(tokenizer: "VisionTokenizer", clips: Iterable[Tensor]) -> Iter
     """
     memory: Memory = {}
     for clip in clips:
-        if tokenizer.check_pixels(clip):
-            raise ValueError(f"encode_stream: a clip is [B, T, 3, H, W], got {tuple(clip.shape)}")
+        _check_clip(tokenizer, clip)
         pieces = clip.split(tokenizer.settings.temporal_factor, dim=1)
         codes = [tokenizer.quantize.codes(tokenizer.latents(piece, memory)) for piece in pieces]
         yield torch.cat(codes, dim=1)
@@ -33,8 +32,7 @@ def decode_stream(tokenizer: "VisionTokenizer", codes: Iterable[Tensor]) -> Iter
     """Pixels ``[B, 4 t, 3, H, W]`` of each ``[B, t, h, w]`` in turn, as if decoded as one."""
     memory: Memory = {}
     for part in codes:
-        if tokenizer.check_codes(part):
-            raise ValueError(f"decode_stream: codes must be [B, t, h, w], got {tuple(part.shape)}")
+        _check_codes(tokenizer, part)
         vectors = tokenizer.quantize.lookup(part).split(1, dim=2)
         pixels = [tokenizer.pixels(piece, still=False, memory=memory) for piece in vectors]
         yield torch.cat(pixels, dim=1)
@@ -46,6 +44,7 @@ def encode_pieces(tokenizer: "VisionTokenizer", clips: Iterable[Tensor]) -> Iter
     This is how the official ``autoencode.py`` encodes video, and what Emu3 reconstructs best.
     """
     for clip in clips:
+        _check_clip(tokenizer, clip)
         apart = clip.unflatten(1, (-1, tokenizer.settings.temporal_factor)).flatten(0, 1)
         yield tokenizer.encode(apart).unflatten(0, (len(clip), -1)).flatten(1, 2)
 
@@ -53,5 +52,20 @@ def encode_pieces(tokenizer: "VisionTokenizer", clips: Iterable[Tensor]) -> Iter
 def decode_pieces(tokenizer: "VisionTokenizer", codes: Iterable[Tensor]) -> Iterator[Tensor]:
     """Pixels as ``decode_stream`` returns them, but of every frame of codes by itself."""
     for part in codes:
+        _check_codes(tokenizer, part)
         apart = part.flatten(0, 1).unsqueeze(1)
         yield tokenizer.decode(apart).unflatten(0, (len(part), -1)).flatten(1, 2)
+
+
+def _check_clip(tokenizer: "VisionTokenizer", clip: Tensor) -> None:
+    if tokenizer.check_pixels(clip):
+        raise ValueError(
+            f"VisionTokenizer: a clip is [B, T, 3, H, W], got {tuple(clip.shape)}, a picture"
+        )
+
+
+def _check_codes(tokenizer: "VisionTokenizer", codes: Tensor) -> None:
+    if tokenizer.check_codes(codes):
+        raise ValueError(
+            f"VisionTokenizer: a clip's codes must be [B, t, h, w], got {tuple(codes.shape)}"
+        )

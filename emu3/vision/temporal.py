@@ -51,7 +51,8 @@ class BatchNorm(nn.BatchNorm3d):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``scale, shift [D]``; in training they are of ``x``, and the running ones follow."""
-        mean, variance = self._of_batch(x) if self.training else (self.running_mean, self.running_var)
+        running = self.running_mean, self.running_var
+        mean, variance = self._of_batch(x) if self.training else running
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return scale, self.bias - mean * scale
 

@@ -98,6 +98,6 @@ def _ramp(part: Tensor, overlap: int) -> Tensor:
 def _check(tile: int, overlap: int, side: int) -> None:
     if tile % side or overlap % side or not 0 <= overlap < tile / 2:
         raise ValueError(
-            f"VisionTokenizer: tile and overlap must be multiples of {side}, overlap from 0 to less "
-            f"than half of tile, got {tile} and {overlap}"
+            f"VisionTokenizer: tile and overlap must be multiples of {side}, overlap from 0 "
+            f"to less than half of tile, got {tile} and {overlap}"
         )

@@ -23,7 +23,7 @@ PIXELS_AT_ONCE = 256 * 256
 
 
 class VisionTokenizer(nn.Module):
-    def __init__(self, settings: VisionSettings = VisionSettings()) -> None:
+    def __init__(self, settings: VisionSettings) -> None:
         super().__init__()
         self.settings = settings
         self.encoder = Encoder(settings)
@@ -54,9 +54,9 @@ class VisionTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes ``[B, h, w]`` of pictures ``[B, 3, H, W]``, ``[B, t, h, w]`` of ``[B, T, 3, H, W]``.
+        """Codes ``[B, h, w]`` of pictures, ``[B, t, h, w]`` of clips ``[B, T, 3, H, W]``.
 
-        A video takes the memory of the pixels, codes and four frames: see ``encode_stream``.
+        Whatever the length of a clip, four frames of it are at work at a time.
         """
         if self.check_pixels(pixels):
             return self.quantize.codes(self.latents(pixels[:, None]))[:, 0]
@@ -65,10 +65,7 @@ class VisionTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pixels ``[B, 3, H, W]`` of ``codes [B, h, w]``, ``[B, 4 t, 3, H, W]`` of ``[B, t, h, w]``.
-
-        Not clamped to [-1, 1].
-        """
+        """Pixels of codes, the shapes of ``encode`` the other way round; not clamped to [-1, 1]."""
         if self.check_codes(codes):
             return self.pixels(self.quantize.lookup(codes[:, None]), still=True)[:, 0]
         return torch.cat(list(decode_stream(self, codes.split(1, dim=1))), dim=1)

@@ -1,4 +1,4 @@
-"""The miniature vision tokenizer."""
+"""The vision tokenizer: its shape, its quantizer, its training, its errors."""
 
 import pytest
 import torch
@@ -8,6 +8,17 @@ from pydantic import ValidationError
 from emu3.config import VisionSettings
 from emu3.vision import Quantizer, VisionTokenizer
 from tests.model.tiny import TINY_VISION
+from tests.model.vision_parts import SMALL, pictures, random_tokenizer
+
+
+def test_the_defaults_have_emu3_s_parameters():
+    with torch.device("meta"):
+        tokenizer = VisionTokenizer(VisionSettings())
+    parts = {"encoder": 109_488_252, "decoder": 161_120_859, "quantize": 131_072}
+    parts |= {"quant_conv": 52, "post_quant_conv": 52}
+    for name, number in parts.items():
+        assert sum(p.numel() for p in getattr(tokenizer, name).parameters()) == number, name
+    assert sum(p.numel() for p in tokenizer.parameters()) == 270_740_287
 
 
 def latent_and_quantizer(**changes) -> tuple[torch.Tensor, Quantizer]:
@@ -20,7 +31,7 @@ def test_codes_are_the_nearest_and_look_up_to_what_was_decoded():
     latent, quantizer = latent_and_quantizer()
     quantized, codes, _ = quantizer.eval()(latent)
     rows = latent.movedim(1, -1).double()
-    distance = (rows[..., None, :] - quantizer.codebook.double()).square().sum(-1)
+    distance = (rows[..., None, :] - quantizer.embedding.weight.double()).square().sum(-1)
     assert codes.equal(distance.argmin(-1))
     torch.testing.assert_close(quantized, quantizer.lookup(codes))
 
@@ -47,44 +58,77 @@ def test_codes_follow_the_mean_of_their_members():
     rows, flat = latent.movedim(1, -1).flatten(0, 2), codes.flatten()
     for code in flat.unique():
         mean = rows[flat == code].mean(0)
-        torch.testing.assert_close(quantizer.codebook[code], mean, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(quantizer.embedding.weight[code], mean, rtol=1e-3, atol=1e-3)
 
 
 def test_starved_codes_move_to_latents_of_the_batch():
     latent, quantizer = latent_and_quantizer(ema_decay=0.5, revive_below=0.6)
     _, codes, _ = quantizer.train()(latent)
     used = codes.unique()
-    starved = torch.ones(len(quantizer.codebook), dtype=torch.bool)
+    starved = torch.ones(len(quantizer.embedding.weight), dtype=torch.bool)
     starved[used] = False
     rows = latent.movedim(1, -1).flatten(0, 2)
-    revived = quantizer.codebook[starved]
+    revived = quantizer.embedding.weight[starved]
     assert starved.any()
     assert (revived[:, None] == rows).all(-1).any(1).all()
 
 
 def test_eval_mode_leaves_the_codebook_alone():
     latent, quantizer = latent_and_quantizer()
-    before = quantizer.codebook.clone()
+    before = quantizer.embedding.weight.clone()
     quantizer.eval()(latent)
-    assert quantizer.codebook.equal(before)
+    assert quantizer.embedding.weight.equal(before)
 
 
-def test_shapes_there_and_back():
-    tokenizer = VisionTokenizer(TINY_VISION).eval()
-    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
-    codes = tokenizer.encode(pictures)
-    assert codes.shape == (2, *TINY_VISION.grid)
-    redrawn = tokenizer.decode(codes)
-    assert redrawn.shape == pictures.shape
-    assert redrawn.abs().max() <= 1
-    again, same, _ = tokenizer(pictures)
-    assert same.equal(codes)
-    torch.testing.assert_close(again.clamp(-1, 1), redrawn)
+@pytest.mark.parametrize("shape", [(2, 3, 40, 32), (2, 8, 3, 16, 24)])
+def test_training_reaches_every_parameter(shape):
+    tokenizer = VisionTokenizer(SMALL).train()
+    redrawn, codes, commitment = tokenizer(pictures(*shape))
+    assert redrawn.shape == shape
+    assert codes.shape == (shape[0], *(s // 4 for s in shape[1:-3]), shape[-2] // 8, shape[-1] // 8)
+    (redrawn.square().mean() + commitment).backward()
+    for name, parameter in tokenizer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_batch_norms_take_the_batch_in_training_and_the_running_means_after():
+    tokenizer, oracle = random_tokenizer(), torch.nn.BatchNorm3d(4)
+    block = tokenizer.encoder.time_res_stack[0]
+    norm, x = block.norm1.train(), torch.randn(2, 4, 3, 5, 6) + 2
+    oracle.load_state_dict(norm.state_dict())
+    for mode in (True, False):
+        norm.train(mode), oracle.train(mode)
+        scale, shift = (p.view(-1, 1, 1, 1) for p in norm(x))
+        torch.testing.assert_close(x * scale + shift, oracle(x))
+    for name, value in oracle.state_dict().items():
+        torch.testing.assert_close(norm.state_dict()[name], value)
+
+
+def test_a_codebook_without_running_means_learns_by_gradient():
+    torch.manual_seed(0)
+    quantizer = Quantizer(TINY_VISION.model_copy(update={"ema_decay": None}))
+    latent = torch.randn(3, TINY_VISION.code_width, 4, 4)
+    _, codes, commitment = quantizer.train()(latent)
+    commitment.backward()
+    moved = quantizer.embedding.weight.grad.abs().sum(1) > 0
+    assert moved.nonzero().flatten().equal(codes.unique())
+
+
+def test_a_tokenizer_of_pictures_alone_has_no_temporal_layers():
+    tokenizer = VisionTokenizer(TINY_VISION.model_copy(update={"temporal_factor": 1})).eval()
+    assert not any("time" in name or "quant_conv" in name for name in tokenizer.state_dict())
+    x = pictures(2, 3, 16, 24)
+    codes = tokenizer.encode(x)
+    assert codes.shape == (2, 8, 12)
+    assert tokenizer.decode(codes).shape == x.shape
+    with pytest.raises(ValueError, match="takes pictures alone"):
+        tokenizer.encode(x[:, None])
 
 
 def test_a_tokenizer_learns_one_picture():
     torch.manual_seed(0)
-    tokenizer = VisionTokenizer(TINY_VISION)
+    tokenizer = VisionTokenizer(TINY_VISION.model_copy(update={"temporal_factor": 1}))
     picture = F.interpolate(torch.rand(4, 3, 4, 4) * 2 - 1, 16, mode="bilinear")
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=3e-3)
     errors = []
@@ -98,12 +142,43 @@ def test_a_tokenizer_learns_one_picture():
     assert errors[-1] < errors[0] / 5
 
 
-def test_a_wrong_shape_is_refused_in_one_line():
-    tokenizer = VisionTokenizer(TINY_VISION)
-    with pytest.raises(ValueError, match=r"images must be \[B, 3, 16, 16\], got \(1, 3, 8, 16\)"):
-        tokenizer.encode(torch.zeros(1, 3, 8, 16))
+@pytest.mark.parametrize(
+    ("shape", "line"),
+    [
+        ((1, 4, 16, 16), r"must be \[B, 3, H, W\] or \[B, T, 3, H, W\], .*got \(1, 4, 16, 16\)"),
+        ((1, 3, 16, 12), r"multiples of 8, got \(1, 3, 16, 12\)"),
+        ((1, 3, 0, 8), "not empty"),
+        ((0, 3, 8, 8), "not empty"),
+        ((3, 16, 16), "must be"),
+        ((1, 6, 3, 16, 16), "frames must be a multiple of 4, got 6"),
+    ],
+)
+def test_pixels_of_a_wrong_shape_are_refused_in_one_line(shape, line):
+    for call in (random_tokenizer().encode, random_tokenizer()):
+        with pytest.raises(ValueError, match=line) as fault:
+            call(torch.zeros(shape))
+        assert "\n" not in str(fault.value)
 
 
-def test_an_image_the_stages_cannot_halve_is_refused():
-    with pytest.raises(ValidationError, match="must be a multiple of 2\\^3"):
-        VisionSettings(image_size=44)
+def test_bytes_and_unknown_codes_are_refused_in_one_line():
+    tokenizer = random_tokenizer()
+    with pytest.raises(TypeError, match=r"must be floats, got torch\.uint8"):
+        tokenizer.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"codes must be in \[0, 512\), got 3 to 512"):
+        tokenizer.decode(torch.tensor([[[3, 512]]]))
+    with pytest.raises(ValueError, match=r"\[B, h, w\] or \[B, t, h, w\], not empty, got \(2,\)"):
+        tokenizer.decode(torch.tensor([3, 5]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"image_size": 44}, r"image_size \(44\) must be a multiple of 8"),
+        ({"groups": 24}, r"groups \(24\) must divide every width of \(256, 512, 512, 1024\)"),
+        ({"attention_stages": [4]}, "attention_stages must be below 4"),
+        ({"temporal_factor": 3}, r"temporal_factor \(3\) must be a power of two"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, line):
+    with pytest.raises(ValidationError, match=line):
+        VisionSettings(**changes)

@@ -1,8 +1,11 @@
 """The same work on many files: which, in what order, whose share, and past the bad ones."""
 
+from io import StringIO
 from pathlib import PurePath
+from threading import Event
 
 import pytest
+from rich.console import Console
 
 from emu3.bulk import Item, each, find
 
@@ -50,29 +53,74 @@ def test_inputs_that_cannot_be_meant_are_refused(inputs, line, tmp_path):
 ITEMS = [Item(PurePath(f"/in/{n}"), PurePath(str(n))) for n in range(7)]
 
 
-def test_a_bad_file_costs_only_itself_and_names_itself_once():
+def test_a_bad_file_costs_only_itself_and_names_itself_once(capsys):
     worked = []
 
-    def work(item):
+    def work(item, given, tell):
         worked.append(item)
         if item.name.name in "25":
             raise ValueError(f"broken\n{item.source if item.name.name == '5' else ''}")
 
-    outcome = each(ITEMS, work, lambda item: item.name.name == "3")
+    outcome = each(ITEMS, str, work, lambda item: item.name.name == "3")
     assert worked == [*ITEMS[:3], *ITEMS[4:]]
     assert (outcome.done, outcome.kept) == (4, 1)
     assert outcome.faults == ["/in/2: broken", "broken /in/5"]
+    assert capsys.readouterr().err == "emu3: /in/2: broken\nemu3: broken /in/5\n"
+
+
+def test_a_terminal_shows_how_many_files_are_done_and_how_far_the_one_at_work_is(monkeypatch):
+    screen = StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr("emu3.bulk.Console", lambda **_: terminal)
+    each(ITEMS, str, lambda item, _, tell: tell("frame 8"), lambda item: False)
+    assert "7/7" in screen.getvalue()
+    assert "6 frame 8" in screen.getvalue()
+
+
+def test_what_was_read_reaches_its_own_file_and_a_bad_read_costs_only_itself():
+    """The first file is read only after the third was."""
+    read, pairs, third = [], [], Event()
+
+    def overtaken(item):
+        if item.name.name == "0":
+            assert third.wait(timeout=60)
+        read.append(item)
+        if item.name.name == "2":
+            third.set()
+        if item.name.name == "4":
+            raise ValueError("broken")
+        return int(item.name.name)
+
+    outcome = each(
+        ITEMS, overtaken, lambda item, given, _: pairs.append((item, given)), lambda item: False
+    )
+    assert pairs == [(item, int(item.name.name)) for item in ITEMS if item.name.name != "4"]
+    assert outcome.faults == ["/in/4: broken"]
+    assert len(read) == len(ITEMS)
+
+
+def test_no_more_is_read_than_a_few_files_ahead():
+    many = [Item(PurePath(f"/in/{n}"), PurePath(str(n))) for n in range(50)]
+    read, most = [], []
+    each(
+        many,
+        read.append,
+        lambda item, *_: most.append(len(read) - int(str(item.name))),
+        lambda _: 0,
+    )
+    assert len(read) == 50
+    assert max(most) <= 9
 
 
 def test_what_is_no_fault_of_the_file_ends_the_run():
     worked = []
 
-    def work(item):
+    def work(item, given, tell):
         worked.append(item)
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        each(ITEMS, work, lambda item: False)
+        each(ITEMS, str, work, lambda item: False)
     assert worked == ITEMS[:1]
 
 
@@ -82,6 +130,6 @@ def test_the_shares_of_all_ranks_are_every_file_once(ranks, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     for rank in range(ranks):
         monkeypatch.setenv("RANK", str(rank))
-        outcome = each(ITEMS, worked.append, lambda item: False)
+        outcome = each(ITEMS, str, lambda item, *_: worked.append(item), lambda item: False)
         assert outcome.done in (len(ITEMS) // ranks, len(ITEMS) // ranks + 1)
     assert sorted(worked, key=lambda item: item.name) == ITEMS

@@ -192,10 +192,11 @@ def test_a_telephone_held_upright_is_turned(tmp_path):
     assert frame[0, 3, 3] < 50
 
 
-def remux(path, **options) -> None:
-    """The frames of the real clip as they are, in another container."""
+def remux(path, since: int = 0, **options) -> None:
+    """The frames of the real clip as they are, from a second on, in another container."""
     with av.open(BIKES) as source, av.open(path, "w", options=options) as copy:
         stream = copy.add_stream_from_template(source.streams.video[0])
+        source.seek(since * av.time_base)
         for packet in source.demux(video=0):
             if packet.dts is not None:
                 packet.stream = stream
@@ -226,6 +227,28 @@ def test_a_truncated_video_is_named_whatever_its_container(name, options, line, 
         list(open_video(path))
     assert str(fault.value).startswith(f"video: {path} ")
     assert "\n" not in str(fault.value)
+
+
+def test_a_truncated_avi_is_named(tmp_path):
+    path = tmp_path / "x.avi"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for frame in clip(100, 32, 48):
+            rows = frame.permute(1, 2, 0).contiguous().numpy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rows, format="rgb24")))
+        container.mux(stream.encode())
+    assert sum(1 for _ in open_video(path)) == 100
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"is cut short: \d+ frames, \d\.\d of 4\.0 s|after \d+"):
+        list(open_video(path))
+
+
+@pytest.mark.parametrize("name", ["x.mkv", "x.mp4", "x.ts"])
+def test_what_was_cut_out_of_a_longer_file_is_whole(name, tmp_path):
+    """It was once refused: its frames keep their times, and Matroska counts them from 0."""
+    remux(tmp_path / name, since=4)
+    assert sum(1 for _ in open_video(tmp_path / name)) == 174
 
 
 def test_a_damaged_middle_is_reported(tmp_path):
