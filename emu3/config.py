@@ -94,8 +94,8 @@ class VisionSettings(Settings):
     commitment: PositiveFloat = 0.25
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the running code means that make the codebook; None learns it by gradient."""
-    revive_below: NonNegativeFloat = 0.5
-    """A code with fewer running members than this moves to a random latent of the batch."""
+    revive_below: NonNegativeFloat = 0.15
+    """A code with fewer running members than this share of the average moves to a random latent."""
 
     @property
     def widths(self) -> tuple[int, ...]:

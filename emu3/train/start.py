@@ -89,7 +89,7 @@ def _draw(tokenizer: VisionTokenizer) -> None:
             module.conv_y.weight.mul_(0.3)
             module.conv_b.weight.mul_(0.3)
             nn.init.ones_(module.conv_y.bias)
-    if tokenizer.settings.ema_decay is not None:
+    if tokenizer.settings.ema_decay is not None and tokenizer.settings.revive_below > 0:
         # No members yet: the first step moves all codes to latents.
         tokenizer.quantize.members.zero_()
         tokenizer.quantize.sums.zero_()

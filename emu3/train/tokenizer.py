@@ -85,17 +85,27 @@ class TokenizerStage:
         save_vision(path, self.average.module)
 
     def _reconstruct(self, *batches: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Frames ``[N, 3, S, S]`` and their reconstructions, all codes, the mean commitment."""
-        real, drawn, codes, distances = [], [], [], []
-        for pixels in batches:
-            if len(pixels):
-                redrawn, chosen, distance = self.tokenizer(pixels)
-                real.append(pixels.reshape(-1, *pixels.shape[-3:]))
-                drawn.append(redrawn.reshape(-1, *pixels.shape[-3:]))
-                codes.append(chosen.flatten())
-                distances.append(distance * chosen.numel())
-        codes = torch.cat(codes)
-        return torch.cat(real), torch.cat(drawn), codes, sum(distances) / len(codes)
+        """Frames ``[N, 3, S, S]``, their reconstructions, all codes, and the commitment.
+
+        Pictures and clips are rounded together, so that the codebook moves once.
+        """
+        batches = [pixels for pixels in batches if len(pixels)]
+        stills = [pixels.ndim == 4 for pixels in batches]
+        clips = [p[:, None] if still else p for p, still in zip(batches, stills, strict=True)]
+        latents = [self.tokenizer.latents(clip).movedim(1, -1) for clip in clips]
+        rows = torch.cat([latent.flatten(0, -2) for latent in latents])
+        quantized, codes, commitment = self.tokenizer.quantize(rows)
+        drawn = []
+        sizes = [latent.shape[:-1].numel() for latent in latents]
+        for part, latent, still in zip(quantized.split(sizes), latents, stills, strict=True):
+            vectors = part.view(latent.shape).movedim(-1, 1)
+            drawn.append(self.tokenizer.pixels(vectors, still=still).flatten(0, 1))
+        return (
+            torch.cat([clip.flatten(0, 1) for clip in clips]),
+            torch.cat(drawn),
+            codes,
+            commitment,
+        )
 
     def _teach(self, real: Tensor, drawn: Tensor, lr: float) -> Tensor:
         loss = discriminator_loss(self.discriminator(real), self.discriminator(drawn))

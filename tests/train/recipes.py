@@ -20,6 +20,7 @@ VISION_WORDS = [
     "vision.base_channels=8",
     "vision.multipliers=[1, 1, 1]",
     "vision.attention_stages=[2]",
+    "vision.ema_decay=0.5",
     "vision.revive_below=0.9",  # many codes starve, so that the random numbers matter
     "optim.warmup_steps=2",
 ]
