@@ -195,6 +195,8 @@ class ObjectiveSettings(Settings):
     """Step from which reconstructions are held against the discriminator."""
     discriminator_channels: PositiveInt = 64
     discriminator_layers: PositiveInt = 2
+    bfloat16: bool = False
+    """Run encoder and decoder in bfloat16; weights, codes and losses stay float32."""
     average: float = Field(0.9999, gt=0, lt=1)
     """Decay of the running mean of all weights, which is what a run leaves."""
 

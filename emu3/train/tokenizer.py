@@ -45,6 +45,7 @@ class TokenizerStage:
         self.tokenizer = tokenizer.train()
         self.discriminator = PatchDiscriminator(o.discriminator_channels, o.discriminator_layers)
         self.average = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(o.average))
+        self.tokenizer.compute_dtype = torch.bfloat16 if o.bfloat16 else None
         self.usage = CodeUsage(tokenizer.settings.num_codes)
         self.modules = {
             "model": self.tokenizer,
