@@ -1,6 +1,7 @@
 """The tokenizer's training: losses, crops, usage, what it starts from, and the stage itself."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -167,6 +168,20 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(recipe):
     beside = 0.3 * f["perceptual"] + 0.2 * f["adversarial"]
     total = f["error"] + recipe.vision.commitment * f["commitment"] + beside
     torch.testing.assert_close(f["loss"], total)
+
+
+def test_bfloat16_rounds_weights_and_pixels_of_the_encoder_and_leaves_the_weights(recipe):
+    stage = make_stage(changed(recipe, "objective", bfloat16=True))
+    pictures, _ = stage.stream.next_batch()
+    rounded = deepcopy(stage.tokenizer.encoder).bfloat16()(
+        pictures.bfloat16().contiguous(memory_format=torch.channels_last)
+    )
+    seen = []
+    stage.tokenizer.encoder.register_forward_hook(lambda *call: seen.append(call[2]))
+    stage.step(0, pictures, pictures[:0, None])
+    assert seen[0].equal(rounded)
+    kept = [*stage.tokenizer.parameters(), *stage.average.parameters()]
+    assert {value.dtype for value in kept} == {torch.float32}
 
 
 def test_the_averaged_weights_are_what_a_run_leaves(recipe, tmp_path):
