@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from emu3.config import Recipe
 from emu3.vision import VisionTokenizer
-from emu3.vision.blocks import SpatialNorm
+from emu3.vision.blocks import Attention, ResBlock, SpatialNorm
+from emu3.vision.decoder import Decoder
+from emu3.vision.encoder import Encoder
 from emu3.weights import fill, load_vision, read_tensors
 
-# So far above zero SiLU is a straight line, within 2 % of its slope for latents in [-1, 1].
-LIFT = 6.0
+# Places on SiLU where it hardly bends: for colours, and for latents of any size.
+_LIFT, LIFT = 2.0, 6.0
+_CONSTANT = 2.0
 _RUNNING_MEANS = ("quantize.members", "quantize.sums")
 _CODES = "quantize.embedding.weight"
 
@@ -32,7 +35,7 @@ def begin(recipe: Recipe) -> VisionTokenizer:
     tokenizer, start = VisionTokenizer(recipe.vision), recipe.objective.start
     if start is None:
         _draw(tokenizer)
-        pass_through(tokenizer)
+        pass_through(tokenizer, lift=_LIFT)
         return tokenizer
     found = read_tensors(start)[0] if start.is_file() else {}
     if "quant_conv.weight" in found:
@@ -75,24 +78,68 @@ def pass_through(
 
 @torch.no_grad()
 def _draw(tokenizer: VisionTokenizer) -> None:
-    """Weights whose results are as large as what they see; the official ones suit fine-tuning.
+    """Begin as the coder of mean colours, beside random weights that learn what it leaves.
 
-    Kaiming's fan-out, of the official code, blows up where channels become few: training from it
-    takes hundreds of steps to come to where this begins.
+    Red, green and blue go straight through: on the way in 2x2 pixels become their mean at every
+    stage, and three channels of a latent hold a block's colour; on the way out the last norm's
+    shift lays it over the block. Residual branches and attention begin at zero. From random
+    weights alone it takes hundreds of steps to come so far, for group norms hide brightness.
     """
     for module in tokenizer.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             module.reset_parameters()
             nn.init.zeros_(module.bias)
     for module in tokenizer.modules():
-        if isinstance(module, SpatialNorm):
-            module.conv_y.weight.mul_(0.3)
-            module.conv_b.weight.mul_(0.3)
-            nn.init.ones_(module.conv_y.bias)
+        if isinstance(module, ResBlock | Attention):
+            last = module.conv2 if isinstance(module, ResBlock) else module.proj_out
+            last.weight.mul_(0.1)
+    _colours_in(tokenizer.encoder)
+    _colours_out(tokenizer.decoder)
     if tokenizer.settings.ema_decay is not None and tokenizer.settings.revive_below > 0:
         # No members yet: the first step moves all codes to latents.
         tokenizer.quantize.members.zero_()
         tokenizer.quantize.sums.zero_()
+
+
+def _colours_in(encoder: Encoder) -> None:
+    _keep(encoder.conv_in, 3)
+    for stage in encoder.down:
+        for block in stage.block:
+            if block.nin_shortcut is not None:
+                _keep(block.nin_shortcut, 3)
+        if hasattr(stage, "downsample"):
+            _keep(stage.downsample.conv, 3)
+            stage.downsample.conv.weight[range(3), range(3), :2, :2] = 1 / 4
+            stage.downsample.conv.weight[range(3), range(3), 1, 1] = 1 / 4
+    # Half of the colours' group is constant and large, so that the norm scales them, no more.
+    norm, size = encoder.norm_out, encoder.norm_out.num_channels // encoder.norm_out.num_groups
+    constant = range(3, 3 + size // 2)
+    signs = torch.tensor([1.0, -1.0]).repeat(size)[: len(constant)]
+    encoder.mid.block_2.conv2.bias[constant] = _CONSTANT * signs
+    level, slope = _silu_at(_LIFT)
+    norm.bias[:3] = _LIFT
+    gain = _CONSTANT * math.sqrt(len(constant) / size) / slope
+    _keep(encoder.conv_out, 3)
+    encoder.conv_out.weight[:3] *= gain
+    encoder.conv_out.bias[:3] = -gain * level
+
+
+def _colours_out(decoder: Decoder) -> None:
+    norm, (level, slope) = decoder.norm_out, _silu_at(_LIFT)
+    for conv, shift in ((norm.conv_y, 0.0), (norm.conv_b, _LIFT)):
+        conv.weight[:3] = 0
+        conv.bias[:3] = shift
+    norm.conv_b.weight[range(3), range(3), 0, 0] = 1.0
+    decoder.conv_out.weight.mul_(0.1)
+    decoder.conv_out.weight[range(3), range(3), 1, 1] = 1 / slope
+    decoder.conv_out.bias -= level / slope
+
+
+def _keep(conv: nn.Conv2d, channels: int) -> None:
+    """Pass the first channels on as they are."""
+    middle = conv.kernel_size[0] // 2
+    conv.weight[:channels] = 0
+    conv.weight[range(channels), range(channels), middle, middle] = 1.0
 
 
 def _of_pictures(tokenizer: VisionTokenizer, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
