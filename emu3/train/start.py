@@ -22,6 +22,7 @@ from emu3.weights import fill, load_vision, read_tensors
 # Places on SiLU where it hardly bends: for colours, and for latents of any size.
 _LIFT, LIFT = 2.0, 6.0
 _CONSTANT = 2.0
+_SMALLEST_GROUP = 4
 _RUNNING_MEANS = ("quantize.members", "quantize.sums")
 _CODES = "quantize.embedding.weight"
 
@@ -93,8 +94,9 @@ def _draw(tokenizer: VisionTokenizer) -> None:
         if isinstance(module, ResBlock | Attention):
             last = module.conv2 if isinstance(module, ResBlock) else module.proj_out
             last.weight.mul_(0.1)
-    _colours_in(tokenizer.encoder)
-    _colours_out(tokenizer.decoder)
+    if tokenizer.settings.widths[-1] // tokenizer.settings.groups >= _SMALLEST_GROUP:
+        _colours_in(tokenizer.encoder)
+        _colours_out(tokenizer.decoder)
     if tokenizer.settings.ema_decay is not None and tokenizer.settings.revive_below > 0:
         # No members yet: the first step moves all codes to latents.
         tokenizer.quantize.members.zero_()
@@ -111,17 +113,17 @@ def _colours_in(encoder: Encoder) -> None:
             _keep(stage.downsample.conv, 3)
             stage.downsample.conv.weight[range(3), range(3), :2, :2] = 1 / 4
             stage.downsample.conv.weight[range(3), range(3), 1, 1] = 1 / 4
-    # Half of the colours' group is constant and large, so that the norm scales them, no more.
-    norm, size = encoder.norm_out, encoder.norm_out.num_channels // encoder.norm_out.num_groups
-    constant = range(3, 3 + size // 2)
-    signs = torch.tensor([1.0, -1.0]).repeat(size)[: len(constant)]
-    encoder.mid.block_2.conv2.bias[constant] = _CONSTANT * signs
+    # The rest of the colours' group is constant and large: the norm scales them, and no more.
+    norm = encoder.norm_out
+    constants = torch.zeros(norm.num_channels // norm.num_groups)
+    constants[3::2], constants[4::2] = _CONSTANT, -_CONSTANT
+    encoder.mid.block_2.conv2.bias[: len(constants)] = constants
+    mean, deviation = constants.mean(), constants.std(correction=0)
     level, slope = _silu_at(_LIFT)
-    norm.bias[:3] = _LIFT
-    gain = _CONSTANT * math.sqrt(len(constant) / size) / slope
+    norm.bias[:3] = _LIFT + mean / deviation
     _keep(encoder.conv_out, 3)
-    encoder.conv_out.weight[:3] *= gain
-    encoder.conv_out.bias[:3] = -gain * level
+    encoder.conv_out.weight[:3] *= deviation / slope
+    encoder.conv_out.bias[:3] = -level * deviation / slope
 
 
 def _colours_out(decoder: Decoder) -> None:

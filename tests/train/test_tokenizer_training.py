@@ -196,6 +196,17 @@ def test_the_averaged_weights_are_what_a_run_leaves(recipe, tmp_path):
     torch.testing.assert_close(saved, 0.75 * first + 0.25 * second)
 
 
+def test_before_training_every_block_is_drawn_in_its_colour(recipe):
+    """Unrounded; what is lost is an eighth of the variance at most, and nearly all at random."""
+    torch.manual_seed(0)
+    tokenizer = begin(recipe).eval()
+    colours = torch.rand(4, 3, 12, 12) * 2 - 1
+    pictures = colours.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    with torch.no_grad():
+        drawn = tokenizer.pixels(tokenizer.latents(pictures[:, None]), still=True)[:, 0]
+    assert (drawn - pictures).square().mean() < pictures.var() / 8
+
+
 def test_a_still_clip_is_drawn_as_its_picture_before_training(recipe):
     torch.manual_seed(0)
     tokenizer = begin(recipe).eval()
@@ -235,7 +246,7 @@ def test_a_run_starts_from_a_tokenizer_of_pictures(recipe, tmp_path):
         plain = pictures.encoder(before)
         assert plain.abs().max() < LIFT - 2
         actual = tokenizer.latents(before[:, None])[:, :, 0]
-        lost = 2 * nn.functional.silu(-torch.tensor(LIFT - plain.abs().max())).abs()
+        lost = 2 * nn.functional.silu(plain.abs().max() - LIFT).abs()
         assert (actual - mix(plain)).abs().max() <= lost * mix.weight.abs().sum(1).max() + 1e-5
 
 
@@ -259,7 +270,7 @@ def test_training_lowers_the_error(recipe, tmp_path):
     recipe = changed(recipe, "train", steps=80, save_every=80)
     train(recipe, tmp_path / "run")
     errors = [line["error"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert sum(errors[-10:]) < 0.75 * sum(errors[:10])
+    assert sum(errors[-10:]) < 0.9 * sum(errors[:10])
 
 
 def test_the_demo_writes_figures_and_pictures_of_what_was_held_out(tmp_path):
