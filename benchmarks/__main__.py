@@ -1,4 +1,4 @@
-"""Front door: ``python -m benchmarks all | ops | model | codegen | report``, from the root."""
+"""Front door: ``python -m benchmarks COMMAND``, from the root."""
 
 import time
 from importlib import import_module
@@ -50,10 +50,14 @@ def model(
     allow_load: Load = False,
 ) -> None:
     """Time a training step (no optimizer) beside Hugging Face's Emu3 and write results."""
-    if find_spec("transformers") is None:
-        run.refuse(["transformers is not installed: pip install 'transformers>=5.23'"])
+    need_transformers()
     listed = steps_of_model(threads, seconds, steps, step_tokens)
     run.refuse(run.time_all(listed, allow_load))
+
+
+def need_transformers() -> None:
+    if find_spec("transformers") is None:
+        run.refuse(["transformers is not installed: pip install 'transformers>=5.23'"])
 
 
 def steps_of_model(
@@ -62,6 +66,22 @@ def steps_of_model(
     counts = threads or [min(2, machine.cores())]
     options = (f"--steps={steps}", f"--step-tokens={step_tokens}")
     return run.runs(["model"], counts, seconds, *options, scale=False)
+
+
+@app.command()
+def vision(
+    threads: Annotated[list[int] | None, typer.Option(help="Thread counts; 2.")] = None,
+    seconds: Annotated[float, typer.Option(help="All rounds of a row may take this long.")] = 60.0,
+    allow_load: Load = False,
+) -> None:
+    """Time a picture encoded and decoded beside Hugging Face's tokenizer and write results."""
+    need_transformers()
+    run.refuse(run.time_all(pictures(threads, seconds), allow_load))
+
+
+def pictures(threads: list[int] | None, seconds: float) -> list[run.Run]:
+    counts = threads or [min(2, machine.cores())]
+    return run.runs(["vision"], counts, seconds, scale=False)
 
 
 @app.command(name="all")
@@ -73,6 +93,7 @@ def everything(allow_load: Load = False) -> None:
     listed = run.runs(list(OPS), None, seconds=0.75)
     if find_spec("transformers"):
         listed += steps_of_model(None, 30.0, steps=50, step_tokens=TOKENS)
+        listed += pictures(None, 30.0)
     failures = run.time_all(listed, allow_load)
     if find_spec("triton"):
         run.progress(len(listed), len(listed), "machine code of the GPU kernels", start)

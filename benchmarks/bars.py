@@ -17,7 +17,7 @@ class Bar:
 
     Of memory it must hold so many times as much beside the results; of a loss, ``at_least`` is the
     share by which the two may differ at most; of a bound, the rate that ``op`` must reach as a
-    share of ``peer``, the rate of the machine.
+    share of ``peer``, the rate of the machine. Without a ``dtype`` it holds for all.
     """
 
     op: str
@@ -27,12 +27,14 @@ class Bar:
     direction: str = "forward"
     threads: tuple[int, ...] = (1, 2)
     of: str = TIME
+    dtype: str | None = None
 
     def covers(self, row: dict) -> bool:
         return (
             (self.op, self.direction) == (row["op"], row["direction"])
             and row.get("device", "cpu") == "cpu"
             and row["threads"] in self.threads
+            and self.dtype in (None, row["dtype"])
             and all(row["size"].get(name) == value for name, value in self.size)
             and (self.of == BOUND or self.peer in row["peers"])
             and (self.of != LOSS or "after_steps" in row)
@@ -72,7 +74,8 @@ HEAD = (("tokens", 2048), ("classes", 184_622))
 STEP, HALF_STEP = (("tokens", 2048), ("counted", 2048)), (("tokens", 2048), ("counted", 1024))
 PICTURE = (("shape", [1, 256, 512, 512]),)
 LONG = (("batch", 1), ("capacity", 131_072))
-BOTH, HF = "forward+backward", "Hugging Face"
+FRAMES = (("shape", [1, 4, 32, 64, 64]),)
+BOTH, REDRAW, HF = "forward+backward", "encode+decode", "Hugging Face"
 
 BARS = (
     Bar("rms_norm", "vLLM", 1.3, NORM),
@@ -98,11 +101,17 @@ BARS = (
     Bar("group_norm_silu", COMPILED, 1.3, PICTURE),
     Bar("spatial_norm_silu", EAGER, 2.0, PICTURE),
     Bar("spatial_norm_silu", COMPILED, 1.3, PICTURE),
+    # Eager PyTorch has no float32 kernel for so few channels; for bfloat16 it has one.
+    Bar("temporal_residual", EAGER, 15.0, FRAMES, threads=(2,), dtype="float32"),
+    Bar("temporal_residual", EAGER, 8.0, FRAMES, BOTH, threads=(2,), dtype="float32"),
     Bar("nearest_code", "faiss", 6.0, (("shape", [8, 4, 64, 64]),), threads=(1,)),
     Bar("model", HF, 2.5, STEP, BOTH),
     Bar("model", HF, 4.0, HALF_STEP, BOTH),
     Bar("model", HF, 4.0, STEP, BOTH, of=MEMORY),
     Bar("model", HF, 0.005, STEP, BOTH, of=LOSS),
+    Bar("vision", HF, 3.0, (), REDRAW, dtype="float32"),
+    Bar("vision", HF, 6.0, (), REDRAW, dtype="bfloat16"),
+    Bar("vision", HF, 2.0, (), REDRAW, of=MEMORY),
 )
 
 

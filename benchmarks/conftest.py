@@ -8,7 +8,7 @@ from emu3_kernels.ops import OPS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--op", action="append", choices=(*OPS, "model"), help="Ops.")
+    parser.addoption("--op", action="append", choices=(*OPS, "model", "vision"), help="Ops.")
     parser.addoption("--threads", type=int, default=1, help="Threads of every contestant.")
     parser.addoption("--seconds", type=float, default=2.0, help="Rounds of one row may take this.")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="Where to time.")

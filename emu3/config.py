@@ -303,8 +303,8 @@ VISION_PRESETS: Mapping[str, VisionSettings] = {
     "8b": VisionSettings(),
     "mini": VisionSettings(
         image_size=48,
-        base_channels=16,
-        multipliers=(1, 1, 2, 4),
+        base_channels=8,
+        multipliers=(1, 2, 4, 8),
         num_res_blocks=1,
         temporal_factor=1,
         groups=8,

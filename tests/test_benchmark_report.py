@@ -138,7 +138,7 @@ def test_one_command_times_counts_and_reports_everything(suite):
     shown = CliRunner().invoke(front.app, ["all"])
     assert shown.exit_code == 0, shown.output
     timed = [f"{op}, {threads} threads" for op in front.OPS for threads in (1, 2)]
-    assert suite == [*timed, "model, 2 threads", "codegen", "report"]
+    assert suite == [*timed, "model, 2 threads", "vision, 2 threads", "codegen", "report"]
 
 
 def test_one_command_does_nothing_on_a_busy_machine(suite, monkeypatch):

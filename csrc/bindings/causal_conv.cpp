@@ -99,10 +99,10 @@ std::vector<float> packed(const Conv& conv, const float* weight) {
 // The results of a batch cut into tiles, about `wanted` of them or more: few enough rows that the
 // staged source of one stays in a cache of the second level. What a tile holds changes no result.
 std::vector<Tile> tiles(const Conv& conv, int64_t batch, int64_t wanted) {
-  constexpr int64_t kFewest = 16, kCache = 96 << 10;  // rows; floats
+  constexpr int64_t kFewest = 32, kCache = 96 << 10;  // rows; floats
   const int64_t rows = conv.rows.results, frames = conv.time.results;
   if (!rows || !frames || !batch || !conv.columns.results) return {};
-  const int64_t fit = std::max(kFewest / 4, rows * kCache / window_size(conv, rows));
+  const int64_t fit = std::max(kFewest / 8, rows * kCache / window_size(conv, rows));
   const int64_t asked = (wanted + batch - 1) / batch;
   const int64_t parts =
       std::max((rows + fit - 1) / fit, std::min(asked, std::max<int64_t>(1, rows / kFewest)));
@@ -154,12 +154,13 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   Conv conv = convolution(x, weight, bias, scale, shift, settings);
   const std::vector<float> weights = packed(conv, floats(weight));
   conv.weight = weights.data();
-  Tensor y = torch::stable::new_empty(x, {x.size(0), conv.out, conv.time.results,
-                                          conv.rows.results, conv.columns.results});
+  Tensor y = torch::stable::new_empty(
+      x, {x.size(0), conv.out, conv.time.results, conv.rows.results, conv.columns.results});
   const std::vector<Tile> all = tiles(conv, x.size(0), 2 * threads());
   over_tiles(all, conv_scratch(conv, most_rows(all)), [&](int64_t i, float* scratch) {
-    causal_conv().forward(conv, all[i], dtype_of(x), x.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr,
-                          y.mutable_data_ptr(), scratch);
+    causal_conv().forward(conv, all[i], dtype_of(x), x.const_data_ptr(),
+                          residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr(),
+                          scratch);
   });
   return y;
 }
@@ -180,7 +181,7 @@ Tensor before_silu(const Conv& conv, const Tensor& dy, const Tensor& x, const Te
 
 // Tiles of which sums are kept: settled by the shape alone, so that the sums do not depend on the
 // threads.
-constexpr int64_t kParts = 16;
+constexpr int64_t kParts = 8;
 
 // dx, and dscale and dshift [2, in].
 std::tuple<Tensor, Tensor> input_gradient(const Conv& conv, const Tensor& dz, const Tensor& x,
@@ -192,15 +193,17 @@ std::tuple<Tensor, Tensor> input_gradient(const Conv& conv, const Tensor& dz, co
   Tensor dnorm = torch::stable::new_empty(x, {2, conv.in}, ScalarType::Float);
   const std::vector<Tile> all = tiles(back, x.size(0), kParts);
   const int64_t size = 2 * conv.in, rows = most_rows(all);
-  std::vector<float> sums(all.size() * size);
+  std::vector<double> sums(all.size() * size);
   const Activated input{dtype_of(x), x.const_data_ptr(), conv.scale, conv.shift, conv.silu};
-  over_tiles(all, conv_scratch(back, rows) + 4 * size, [&](int64_t i, float* scratch) {
+  over_tiles(all, input_scratch(back, rows), [&](int64_t i, float* scratch) {
     causal_conv_gradient().of_input(back, all[i], dtype_of(dz), dz.const_data_ptr(), input,
                                     dx.mutable_data_ptr(), sums.data() + i * size, scratch);
   });
-  float* const to = mutable_floats(dnorm);
-  std::fill_n(to, size, 0.0f);
-  for (size_t i = 0; i < sums.size(); ++i) to[i % size] += sums[i];
+  for (int64_t i = 0; i < size; ++i) {
+    double sum = 0;
+    for (size_t part = 0; part < all.size(); ++part) sum += sums[part * size + i];
+    mutable_floats(dnorm)[i] = static_cast<float>(sum);
+  }
   return {dx, dnorm};
 }
 
@@ -222,8 +225,8 @@ std::tuple<Tensor, Tensor> weight_gradient(const Conv& conv, const Tensor& dz, c
       float sum[4] = {};
       for (int64_t part = 0; part < count; ++part)
         for (int lane = 0; lane < 4; ++lane) sum[lane] += partial[part * size + 4 * i + lane];
-      float* const to = i < num_weights ? mutable_floats(dweight) + i
-                                        : mutable_floats(dbias) + i - num_weights;
+      float* const to =
+          i < num_weights ? mutable_floats(dweight) + i : mutable_floats(dbias) + i - num_weights;
       *to = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
   });
@@ -244,8 +247,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 }
 
 Tensor block(const Tensor& x, const Tensor& scale1, const Tensor& shift1, const Tensor& weight1,
-             const Tensor& bias1, const Tensor& scale2, const Tensor& shift2,
-             const Tensor& weight2, const Tensor& bias2) {
+             const Tensor& bias1, const Tensor& scale2, const Tensor& shift2, const Tensor& weight2,
+             const Tensor& bias2) {
   const Settings settings{{1, 1, 1}, 2, true, false};
   Conv first = convolution(x, weight1, bias1, scale1, shift1, settings);
   Conv second = convolution(x, weight2, bias2, scale2, shift2, settings);

@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                             const Tensor& bias, const Tensor& mean,
-                                            const Tensor& rstd, bool silu) {
-  const Images m = images_of(x, mean.size(1));
+                                            const Tensor& rstd, int64_t groups, bool silu) {
+  const Images m = images_of(x, groups);
   Tensor dx = torch::stable::new_empty(x, x.sizes());
   Tensor dweight = torch::stable::new_empty(weight, {m.channels});
   Tensor dbias = torch::stable::new_empty(bias, {m.channels});
@@ -43,9 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
       group_norm().sums(m.dtype, at(dy, offset), at(x, offset), rows, m.channels,
                         affine.at(image * 3 * m.padded), silu, parts.at(unit * size));
     });
-    std::vector<double> sums(count * size);
+    std::vector<double> sums = sum_parts(parts, count, m.chunks, size);
     over_each(count, [&](int64_t i) {
-      add_parts(parts.at(i * m.chunks * size), m.chunks, size, &sums[i * size]);
       take_slopes(m, &sums[i * size], rstd, weight, first + i, slopes.at(i * size));
     });
     for (int64_t i = 0; i < count * size; ++i) totals[i % size] += sums[i];
@@ -69,7 +68,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "group_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean,"
-      " Tensor rstd, bool silu) -> (Tensor, Tensor, Tensor)");
+      " Tensor rstd, int groups, bool silu) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {

@@ -111,10 +111,19 @@ inline void take_slopes(const Images& m, double* sums, const Tensor& rstd, const
                       m.rows, m.channels, m.groups, slopes);
 }
 
-// Adds `parts` times `size` floats, part by part.
-inline void add_parts(const float* from, int64_t parts, int64_t size, double* sums) {
-  for (int64_t p = 0; p < parts; ++p, from += size)
-    for (int64_t i = 0; i < size; ++i) sums[i] += from[i];
+// Sums of each image over its parts, `size` floats each, in the order of the parts.
+inline std::vector<double> sum_parts(const Floats& from, int64_t count, int64_t parts,
+                                     int64_t size) {
+  std::vector<double> sums(count * size);
+  const int64_t pieces = size / 32;  // size is a multiple of a padded number of channels
+  torch::stable::parallel_for(0, count * pieces, 1 + 1024 / (1 + parts), [&](int64_t b, int64_t e) {
+    for (int64_t piece = b; piece < e; ++piece) {
+      const float* part = from.at(piece / pieces * parts * size + piece % pieces * 32);
+      for (int64_t p = 0; p < parts; ++p, part += size)
+        for (int64_t i = 0; i < 32; ++i) sums[piece * 32 + i] += part[i];
+    }
+  });
+  return sums;
 }
 
 }  // namespace emu3

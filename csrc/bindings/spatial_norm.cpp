@@ -42,20 +42,6 @@ std::vector<Lines> strips_of(const Tensor& x, const Tensor& latent) {
   return strips;
 }
 
-// Where blocks of strips start, and the number of strips. A block has about 262,144 elements, so
-// that its sums are little beside its pixels.
-std::vector<int64_t> blocks_of(const std::vector<Lines>& strips, int64_t line_size) {
-  std::vector<int64_t> blocks;
-  int64_t size = 0;
-  for (size_t s = 0; s < strips.size(); ++s) {
-    if (size == 0) blocks.push_back(s);
-    size += strips[s].count * line_size;
-    if (size >= 262144) size = 0;
-  }
-  blocks.push_back(strips.size());
-  return blocks;
-}
-
 struct Parameters {
   const Tensor &weight, &bias, &y_weight, &y_bias, &b_weight, &b_bias;
 };
@@ -109,19 +95,21 @@ Pictures pictures_of(const Tensor& x, const Tensor& latent, int64_t groups, cons
   return m;
 }
 
-// Calls body(image, strip, offset of its pixels) in parallel, last pixels first: those that a pass
-// before has left in the caches.
+// Calls body(image, unit, strip, offset of its pixels) in parallel, `unit` counting all strips. In
+// reverse, the pixels that a pass before has left in the caches come first.
 template <typename Body>
-void over_strips(const Pictures& m, int64_t first, int64_t count, const Floats& affine, Body body) {
+void over_strips(const Pictures& m, int64_t first, int64_t count, bool reverse,
+                 const Floats& affine, Body body) {
   const int64_t each = m.strips.size(), units = count * each;
   const int64_t size = m.images.rows * m.images.channels / std::max<int64_t>(1, each);
   torch::stable::parallel_for(0, units, row_grain(size), [&](int64_t begin, int64_t end) {
     Floats scratch(strip_scratch(m.images.padded));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t unit = units - 1 - i, image = unit / each;
+      const int64_t unit = reverse ? units - 1 - i : i, image = unit / each;
       const Lines& lines = m.strips[unit % each];
       const float* of_image = affine.at(image * 3 * m.images.padded);
-      body(image, m.strip(first + image, lines, of_image, scratch), m.offset(first + image, lines));
+      body(image, unit, m.strip(first + image, lines, of_image, scratch),
+           m.offset(first + image, lines));
     }
   });
 }
@@ -141,38 +129,32 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& latent
   over_images(images, [&](int64_t first, int64_t count) {
     take_statistics(images, x, first, count, eps, mean, rstd);
     const Floats affine = affine_of(images, first, count, mean, rstd, weight, bias);
-    over_strips(m, first, count, affine, [&](int64_t, const Strip& strip, int64_t offset) {
-      spatial_norm().apply(images.dtype, strip, at(x, offset), mutable_at(y, offset), silu, past);
-    });
+    over_strips(m, first, count, true, affine,
+                [&](int64_t, int64_t, const Strip& strip, int64_t offset) {
+                  spatial_norm().apply(images.dtype, strip, at(x, offset), mutable_at(y, offset),
+                                       silu, past);
+                });
   });
   return {y, mean, rstd};
 }
 
-// Of each block of strips, the sums of spatial_norm.h; what their pixels give back to the latent is
-// added to `dlatent`, strip by strip.
-Floats sums_of(const Pictures& m, int64_t first, int64_t count, const std::vector<int64_t>& blocks,
-               const Floats& affine, const Tensor& dy, bool silu, float* dlatent) {
-  const int64_t each = blocks.size() - 1, strips = m.strips.size(), padded = m.images.padded;
-  const int64_t size = (4 + 2 * m.width) * padded, row = m.row_size();
-  Floats sums(count * each * size), rows(count * strips * row);
-  torch::stable::parallel_for(0, count * each, 1, [&](int64_t begin, int64_t end) {
-    Floats scratch(strip_scratch(padded));
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t image = unit / each;
-      for (int64_t s = blocks[unit % each]; s < blocks[unit % each + 1]; ++s) {
-        const Strip strip =
-            m.strip(first + image, m.strips[s], affine.at(image * 3 * padded), scratch);
-        const int64_t offset = m.offset(first + image, m.strips[s]);
-        spatial_norm().sums(m.images.dtype, strip, at(dy, offset), at(m.x, offset), silu,
-                            sums.at(unit * size), rows.at((image * strips + s) * row));
-      }
-    }
-  });
-  for (int64_t i = 0; i < count * strips; ++i) {
-    float* to = dlatent + ((first + i / strips) * m.latent_rows + m.strips[i % strips].row) * row;
+// Of each image, the sums of spatial_norm.h; what its pixels give back to the latent is added to
+// `dlatent`, strip by strip.
+std::vector<double> sums_of(const Pictures& m, int64_t first, int64_t count, const Floats& affine,
+                            const Tensor& dy, bool silu, float* dlatent) {
+  const int64_t each = m.strips.size(), row = m.row_size();
+  const int64_t size = (4 + 2 * m.width) * m.images.padded;
+  Floats parts(count * each * size), rows(count * each * row);
+  over_strips(m, first, count, false, affine,
+              [&](int64_t, int64_t unit, const Strip& strip, int64_t offset) {
+                spatial_norm().sums(m.images.dtype, strip, at(dy, offset), at(m.x, offset), silu,
+                                    parts.at(unit * size), rows.at(unit * row));
+              });
+  for (int64_t i = 0; i < count * each; ++i) {
+    float* to = dlatent + ((first + i / each) * m.latent_rows + m.strips[i % each].row) * row;
     for (int64_t z = 0; z < row; ++z) to[z] += rows.at(i * row)[z];
   }
-  return sums;
+  return sum_parts(parts, count, each, size);
 }
 
 // `totals` are those of spatial_norm.h, but that the second is the gradient of the weight.
@@ -192,33 +174,31 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& latent, const Tensor& weight,
                    const Tensor& bias, const Tensor& y_weight, const Tensor& y_bias,
                    const Tensor& b_weight, const Tensor& b_bias, const Tensor& mean,
-                   const Tensor& rstd, bool silu) {
+                   const Tensor& rstd, int64_t groups, bool silu) {
   const Pictures m =
-      pictures_of(x, latent, mean.size(1), {weight, bias, y_weight, y_bias, b_weight, b_bias});
+      pictures_of(x, latent, groups, {weight, bias, y_weight, y_bias, b_weight, b_bias});
   const Images& images = m.images;
-  const std::vector<int64_t> blocks = blocks_of(m.strips, m.line_pixels * images.channels);
-  const int64_t each = blocks.size() - 1, size = (4 + 2 * m.width) * images.padded;
+  const int64_t size = (4 + 2 * m.width) * images.padded;
   Tensor dx = torch::stable::new_empty(x, x.sizes());
   Tensor dlatent = torch::stable::new_zeros(latent, latent.sizes(), ScalarType::Float);
   const bool past = past_caches(dx);
   std::vector<double> totals(size);
   over_images(images, [&](int64_t first, int64_t count) {
     const Floats affine = affine_of(images, first, count, mean, rstd, weight, bias);
-    const Floats parts =
-        sums_of(m, first, count, blocks, affine, dy, silu, (float*)mutable_at(dlatent, 0));
+    std::vector<double> sums =
+        sums_of(m, first, count, affine, dy, silu, (float*)mutable_at(dlatent, 0));
     Floats slopes(count * 2 * images.padded);
-    std::vector<double> sums(count * size);
     over_each(count, [&](int64_t i) {
-      add_parts(parts.at(i * each * size), each, size, &sums[i * size]);
       take_slopes(images, &sums[i * size], rstd, weight, first + i,
                   slopes.at(i * 2 * images.padded));
     });
     for (int64_t i = 0; i < count * size; ++i) totals[i % size] += sums[i];
-    over_strips(m, first, count, affine, [&](int64_t image, const Strip& strip, int64_t offset) {
-      spatial_norm().backward(images.dtype, strip, at(dy, offset), at(x, offset),
-                              mutable_at(dx, offset), slopes.at(image * 2 * images.padded), silu,
-                              past);
-    });
+    over_strips(m, first, count, true, affine,
+                [&](int64_t image, int64_t, const Strip& strip, int64_t offset) {
+                  spatial_norm().backward(images.dtype, strip, at(dy, offset), at(x, offset),
+                                          mutable_at(dx, offset),
+                                          slopes.at(image * 2 * images.padded), silu, past);
+                });
   });
   const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
   Tensor dweight = like(weight), dbias = like(bias), dy_weight = like(y_weight);
@@ -238,7 +218,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
   m.def(
       "spatial_norm_backward(Tensor dy, Tensor x, Tensor latent, Tensor weight, Tensor bias,"
       " Tensor y_weight, Tensor y_bias, Tensor b_weight, Tensor b_bias, Tensor mean, Tensor rstd,"
-      " bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " int groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {

@@ -61,15 +61,16 @@ void block_tile(const Conv& first, const Conv& second, const Tile& tile, const T
 template <typename T>
 void activation_gradient_tile(const Conv& conv, const Tile& tile, const T* x, const T* dy,
                               float* dz, float* scratch) {
-  over_rows(conv, tile, x, scratch,
-            [&](const Window& window, const ColumnTaps& columns, int64_t t, int64_t h) {
-    const int64_t row = row_of_results(conv, tile, t, h), channel = channel_of_results(conv);
-    convolve_row(conv, window, columns, t, h, [&](int64_t o, int64_t j, int64_t count, Vec z) {
-      const int64_t at = row + o * channel + j;
-      if (conv.bias) z += conv.bias[o];
-      store(dz + at, load(dy + at, count) * silu_gradient(z, sigmoid(z)), count);
-    });
-  });
+  over_rows(
+      conv, tile, x, scratch,
+      [&](const Window& window, const ColumnTaps& columns, int64_t t, int64_t h) {
+        const int64_t row = row_of_results(conv, tile, t, h), channel = channel_of_results(conv);
+        convolve_row(conv, window, columns, t, h, [&](int64_t o, int64_t j, int64_t count, Vec z) {
+          const int64_t at = row + o * channel + j;
+          if (conv.bias) z += conv.bias[o];
+          store(dz + at, load(dy + at, count) * silu_gradient(z, sigmoid(z)), count);
+        });
+      });
 }
 
 void forward(const Conv& conv, const Tile& tile, Dtype dtype, const void* x, const void* residual,

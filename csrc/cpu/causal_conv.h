@@ -68,8 +68,8 @@ struct RowLayout {
 struct Conv {
   Axis time, rows, columns;
   int64_t in, out;
-  const float* weight;  // packed: [out / kOut, kt, kh, in, kw, kOut]
-  const float* bias;    // [out] or null
+  const float* weight;         // packed: [out / kOut, kt, kh, in, kw, kOut]
+  const float* bias;           // [out] or null
   const float *scale, *shift;  // [in] or null
   bool silu, post_silu;
 
@@ -97,6 +97,9 @@ inline int64_t conv_scratch(const Conv& conv, int64_t rows) {
 }
 inline int64_t block_scratch(const Conv& first, const Conv& second, int64_t rows) {
   return conv_scratch(first, second.rows.span(rows)) + conv_scratch(second, rows);
+}
+inline int64_t input_scratch(const Conv& conv, int64_t rows) {
+  return conv_scratch(conv, rows) + row_size(conv);
 }
 inline int64_t weight_scratch(const Conv& conv, int64_t rows) {
   return conv_scratch(conv, rows) +
@@ -126,9 +129,9 @@ struct Activated {
 };
 
 struct CausalConvGradient {
-  // `conv` is that of the gradient. sums [2, out] gets the tile's shares of dscale and dshift.
+  // `conv` is that of the gradient. Adds dscale and dshift to sums [2, out].
   void (*of_input)(const Conv& conv, const Tile& tile, Dtype dtype, const void* dz,
-                   const Activated& input, void* dx, float* sums, float* scratch);
+                   const Activated& input, void* dx, double* sums, float* scratch);
   // Adds to partial [partial_size]: four sums of each weight, then of each bias.
   void (*of_weight)(const Conv& conv, const Tile& tile, Dtype dtype, const void* x, Dtype dz_dtype,
                     const void* dz, float* partial, float* scratch);

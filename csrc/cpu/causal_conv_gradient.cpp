@@ -21,39 +21,42 @@ inline void add_folded(float* to, Vec x) {
   __builtin_memcpy(to, &sum, sizeof sum);
 }
 
-// The first `count` lanes, and zeros.
-inline Vec only(Vec x, int64_t count) {
-  if (count == kLanes) return x;
-  float lanes[kLanes] = {};
-  __builtin_memcpy(lanes, &x, count * sizeof *lanes);
-  return load(lanes);
+// Pulls a row of gradients of one channel back through SiLU and norm, and adds to the sums of
+// dscale and dshift: in double, since many gradients of either sign leave a small sum.
+template <typename T>
+void through_activation(const float* du, const T* x, const Activation& activate, int64_t width,
+                        T* dx, double* dscale, double* dshift) {
+  Vec scale_sum = {}, shift_sum = {};
+  over_vectors(width, [&](int64_t j, int64_t count) {
+    const Vec from = load(x + j, count), u = activate.normed(from);
+    Vec gradient = load(du + j, count);
+    if (activate.silu) gradient *= silu_gradient(u, sigmoid(u));
+    scale_sum = fma(gradient, from, scale_sum);
+    shift_sum += gradient;
+    store(dx + j, gradient * activate.scale, count);
+  });
+  *dscale += reduce_add(scale_sum);
+  *dshift += reduce_add(shift_sum);
 }
 
 template <typename S, typename T>
 void of_input_tile(const Conv& conv, const Tile& tile, const S* dz, const T* x,
-                   const Activated& input, T* dx, float* sums, float* scratch) {
-  const int64_t channel = channel_of_results(conv);
-  float* const partial = scratch + conv_scratch(conv, tile.row_end - tile.row);
+                   const Activated& input, T* dx, double* sums, float* scratch) {
+  const int64_t channel = channel_of_results(conv), width = conv.columns.results;
+  const int64_t pitch = whole(width, kMostLanes);
+  float* const line = scratch + window_size(conv, tile.row_end - tile.row) + row_size(conv);
   over_rows(conv, tile, dz, scratch,
             [&](const Window& window, const ColumnTaps& columns, int64_t t, int64_t h) {
-    const int64_t row = row_of_results(conv, tile, t, h);
-    convolve_row(conv, window, columns, t, h, [&](int64_t c, int64_t j, int64_t count, Vec du) {
-      const Activation activate(input.scale, input.shift, input.silu, c);
-      const int64_t at = row + c * channel + j;
-      const Vec from = load(x + at, count), u = activate.normed(from);
-      if (activate.silu) du *= silu_gradient(u, sigmoid(u));
-      if (activate.norm) {
-        add_folded(partial + 8 * c, only(du * from, count));
-        add_folded(partial + 8 * c + 4, only(du, count));
-      }
-      store(dx + at, du * activate.scale, count);
-    });
-  });
-  for (int64_t c = 0; c < conv.out; ++c)
-    for (int i = 0; i < 2; ++i) {
-      const float* const p = partial + 8 * c + 4 * i;
-      sums[i * conv.out + c] = (p[0] + p[1]) + (p[2] + p[3]);
-    }
+              convolve_row(conv, window, columns, t, h, [&](int64_t c, int64_t j, int64_t, Vec du) {
+                store(line + c * pitch + j, du);
+              });
+              const int64_t row = row_of_results(conv, tile, t, h);
+              for (int64_t c = 0; c < conv.out; ++c) {
+                const Activation activate(input.scale, input.shift, input.silu, c);
+                through_activation(line + c * pitch, x + row + c * channel, activate, width,
+                                   dx + row + c * channel, sums + c, sums + conv.out + c);
+              }
+            });
 }
 
 // Rows of dz and of the input that meet under one tap of time and rows, and where their products
@@ -111,8 +114,7 @@ struct Gradient {
   void stage(const Conv& conv, const Tile& tile, const S* dz, int64_t t, float* bias) const {
     for (int64_t h = tile.row; h < tile.row_end; ++h)
       for (int64_t o = 0; o < conv.out; ++o) {
-        const S* const from =
-            dz + row_of_results(conv, tile, t, h) + o * channel_of_results(conv);
+        const S* const from = dz + row_of_results(conv, tile, t, h) + o * channel_of_results(conv);
         float* const to = data + (h - tile.row) * row + o * channel;
         Vec sum = {};
         over_vectors(conv.columns.results, [&](int64_t j, int64_t count) {
@@ -177,7 +179,7 @@ void of_weight_tile(const Conv& conv, const Tile& tile, const T* x, const S* dz,
 }
 
 void of_input(const Conv& conv, const Tile& tile, Dtype dtype, const void* dz,
-              const Activated& input, void* dx, float* sums, float* scratch) {
+              const Activated& input, void* dx, double* sums, float* scratch) {
   with_type(dtype, [&](auto of_dz) {
     with_type(input.dtype, [&](auto of_x) {
       using S = decltype(of_dz);

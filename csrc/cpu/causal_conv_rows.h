@@ -66,6 +66,7 @@ struct Activation {
 struct Tap {
   const float* row;
   int64_t weight;  // where those of its place in time and rows are, of a block of channels out
+  bool last;       // of its frame
 };
 
 // The frames of the source that the results at hand read, in float32, normed and activated, in the
@@ -87,7 +88,9 @@ class Window {
   int64_t end_row() const { return first_row_ + num_rows_; }
 
   // Where column tap k of the first result reads.
-  int64_t offset(int64_t k) const { return k % layout_.phases * layout_.phase + k / layout_.phases; }
+  int64_t offset(int64_t k) const {
+    return k % layout_.phases * layout_.phase + k / layout_.phases;
+  }
 
   float* row(int64_t frame, int64_t row) const {
     return memory_ + (frame % conv_.time.kernel * num_rows_ + row - first_row_) * pitch_;
@@ -126,8 +129,10 @@ class Window {
       const int64_t frame = conv_.time.at(t, a);
       for (int64_t b = 0; frame >= 0 && b < conv_.rows.kernel; ++b) {
         const int64_t from = conv_.rows.at(h, b);
-        if (from >= 0) taps[count++] = {row(frame, from), (a * conv_.rows.kernel + b) * size};
+        if (from >= 0)
+          taps[count++] = {row(frame, from), (a * conv_.rows.kernel + b) * size, false};
       }
+      if (count) taps[count - 1].last = true;
     }
     return count;
   }
@@ -153,13 +158,14 @@ struct ColumnTaps {
   }
 };
 
-// Adds up kWide vectors of columns of kOut channels: taps, channels in, column taps, in this order,
-// whatever lies beside.
+// Adds up kWide vectors of columns of kOut channels, whatever lies beside: for each frame its rows,
+// channels in and column taps, in this order, then the frames, since one long sum is less exact.
 template <int kWide>
 __attribute__((always_inline)) inline void sum_columns(const Conv& conv, const ColumnTaps& columns,
                                                        int64_t channel, const Tap* taps,
                                                        int num_taps, const float* weight, int64_t j,
-                                                       Vec (&sum)[kOut][kWide]) {
+                                                       Vec (&total)[kOut][kWide]) {
+  Vec sum[kOut][kWide] = {};
   for (int i = 0; i < num_taps; ++i) {
     const float *x = taps[i].row + j, *w = weight + taps[i].weight;
     for (int64_t c = 0; c < conv.in; ++c, x += channel)
@@ -170,6 +176,11 @@ __attribute__((always_inline)) inline void sum_columns(const Conv& conv, const C
           const Vec factor = splat(w[o]);
           for (int v = 0; v < kWide; ++v) sum[o][v] = fma(factor, column[v], sum[o][v]);
         }
+      }
+    for (int o = 0; taps[i].last && o < kOut; ++o)
+      for (int v = 0; v < kWide; ++v) {
+        total[o][v] += sum[o][v];
+        sum[o][v] = Vec{};
       }
   }
 }

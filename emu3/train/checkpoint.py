@@ -37,15 +37,21 @@ def restore(path: Path, recipe: Recipe, stage: Stage) -> int:
     for part, module in stage.modules.items():
         fill(module, _under(tensors, f"{part}."), path)
     for part, optimizer in stage.optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in _under(tensors, f"{part}.").items():
             number, _, kind = name.partition(".")
-            moments.setdefault(int(number), {})[kind] = value
+            moments.setdefault(int(number), {})[kind] = _laid_out_as(parameters[int(number)], value)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
     stage.stream.restore(_under(tensors, "stream."))
     torch.set_rng_state(tensors["random"])
     return int(metadata["step"])
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A fused optimizer takes parameter and moments for alike in memory, and checks nothing."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

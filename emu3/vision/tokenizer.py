@@ -131,17 +131,20 @@ class VisionTokenizer(nn.Module):
             )
         if not pixels.is_floating_point():
             raise TypeError(f"VisionTokenizer: pixels must be floats, got {pixels.dtype}")
-        if not still and (s.temporal_factor == 1 or pixels.shape[1] % s.temporal_factor):
+        if not still and s.temporal_factor == 1:
+            raise ValueError("VisionTokenizer: temporal_factor 1 takes pictures alone, got a clip")
+        if not still and pixels.shape[1] % s.temporal_factor:
             raise ValueError(
-                f"VisionTokenizer: frames must be a multiple of {s.temporal_factor}, got "
-                f"{pixels.shape[1]}"
-                if s.temporal_factor > 1
-                else "VisionTokenizer: temporal_factor 1 takes pictures alone, got a clip"
+                f"VisionTokenizer: frames must be a multiple of {s.temporal_factor}, "
+                f"got {pixels.shape[1]}"
             )
         return still
 
     def check_codes(self, codes: Tensor) -> bool:
+        """Refuse what cannot be decoded; say whether the rest are of pictures or clips."""
         s = self.settings
+        if codes.is_floating_point():
+            raise TypeError(f"VisionTokenizer: codes must be integers, got {codes.dtype}")
         if codes.ndim not in (3, 4) or 0 in codes.shape:
             raise ValueError(
                 "VisionTokenizer: codes must be [B, h, w] or [B, t, h, w], not empty, got "

@@ -42,9 +42,7 @@ def convolve_backward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     operands = widened(weight, bias, scale, shift)
-    dx, dweight, dbias, dnorm = torch.ops.emu3_kernels.causal_conv_backward(
-        dy, x, *operands, *plan
-    )
+    dx, dweight, dbias, dnorm = torch.ops.emu3_kernels.causal_conv_backward(dy, x, *operands, *plan)
     dweight = dweight.to(weight.dtype)
     dbias = None if bias is None else dbias.to(bias.dtype)
     if scale is None:

@@ -165,6 +165,8 @@ def test_bytes_and_unknown_codes_are_refused_in_one_line():
     tokenizer = random_tokenizer()
     with pytest.raises(TypeError, match=r"must be floats, got torch\.uint8"):
         tokenizer.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"codes must be integers, got torch\.float32"):
+        tokenizer.decode(torch.zeros(1, 2, 2))
     with pytest.raises(ValueError, match=r"codes must be in \[0, 512\), got 3 to 512"):
         tokenizer.decode(torch.tensor([[[3, 512]]]))
     with pytest.raises(ValueError, match=r"\[B, h, w\] or \[B, t, h, w\], not empty, got \(2,\)"):

@@ -15,6 +15,7 @@ from emu3.weights import (
     save_vision,
 )
 from tests.model.tiny import TINY, TINY_VISION, tiny_model
+from tests.model.vision_parts import SMALL, random_tokenizer
 
 
 def test_a_decoder_comes_back_bit_for_bit(tmp_path):
@@ -33,6 +34,74 @@ def test_a_vision_tokenizer_comes_back_bit_for_bit(tmp_path):
     again = load_vision(tmp_path / "vision.safetensors")
     assert again.settings == TINY_VISION
     assert_same_state(tokenizer, again)
+
+
+@pytest.mark.parametrize("layout", ["official", "huggingface"])
+@pytest.mark.parametrize("prefix", ["", "vqmodel.", "model.vqmodel."])
+def test_a_vision_tokenizer_in_any_layout_comes_back_bit_for_bit(layout, prefix, tmp_path):
+    """Without metadata, in two shards, and beside a decoder if it stands behind a prefix."""
+    tokenizer = random_tokenizer(SMALL)
+    save_vision(tmp_path / "own.safetensors", tokenizer, layout=layout)
+    tensors = {prefix + name: v for name, v in load_file(tmp_path / "own.safetensors").items()}
+    if prefix:
+        tensors["lm_head.weight"] = torch.zeros(2, 2)
+    (tmp_path / "own.safetensors").unlink()
+    names = sorted(tensors)
+    for number, part in enumerate((names[:99], names[99:])):
+        save_file({name: tensors[name] for name in part}, tmp_path / f"{number}.safetensors")
+    for source in (tmp_path, str(tmp_path), tensors):
+        again = load_vision(source)
+        assert again.settings == SMALL
+        assert not again.training
+        assert_same_state(tokenizer, again)
+
+
+def test_the_file_has_the_official_names_of_the_vision_tokenizer(tmp_path):
+    save_vision(tmp_path / "vision.safetensors", VisionTokenizer(SMALL))
+    shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "vision.safetensors").items()}
+    assert len(shapes) == 495
+    assert shapes["encoder.down.3.attn.1.proj_out.weight"] == (128, 128, 1, 1)
+    assert shapes["encoder.time_res_stack.1.norm2.num_batches_tracked"] == ()
+    assert shapes["decoder.up.3.attn.2.norm.conv_y.weight"] == (128, 4, 1, 1)
+    assert shapes["quant_conv.conv.weight"] == (4, 4, 3, 1, 1)
+
+
+def test_weights_keep_their_dtype_and_convolutions_their_memory_format(tmp_path):
+    save_vision(tmp_path / "vision.safetensors", VisionTokenizer(SMALL).bfloat16())
+    again = load_vision(tmp_path / "vision.safetensors")
+    weight = again.decoder.up[0].block[1].conv1.weight
+    assert weight.dtype == torch.bfloat16
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+def test_running_means_start_again_at_the_codebook(tmp_path):
+    tokenizer = VisionTokenizer(TINY_VISION)
+    tokenizer.quantize.members.fill_(7.0)
+    save_vision(tmp_path / "vision.safetensors", tokenizer)
+    again = load_vision(tmp_path / "vision.safetensors").quantize
+    assert again.members.eq(1.0).all()
+    assert again.sums.equal(tokenizer.codebook)
+
+
+def test_all_faults_of_a_vision_file_are_named_in_one_line():
+    tensors = dict(VisionTokenizer(SMALL).state_dict())
+    del tensors["encoder.mid.block_1.conv1.bias"], tensors["decoder.conv_out.weight"]
+    tensors["encoder.extra"] = torch.zeros(1)
+    tensors["decoder.conv_in.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="is no such vision tokenizer") as fault:
+        load_vision(tensors)
+    for part in (
+        "missing encoder.mid.block_1.conv1.bias, decoder.conv_out.weight",
+        "unexpected encoder.extra",
+        "of another shape decoder.conv_in.bias (3,) for (128,)",
+    ):
+        assert part in str(fault.value)
+    assert "\n" not in str(fault.value)
+    with pytest.raises(ValueError, match=r"missing encoder\.conv_in\.weight"):
+        load_vision({"lm_head.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="layout must be official or huggingface, got 'mine'"):
+        save_vision("none.safetensors", VisionTokenizer(TINY_VISION), layout="mine")
 
 
 def test_the_file_has_the_official_layout(tmp_path):

@@ -12,7 +12,7 @@ from emu3_kernels._group_norm.checks import check_group_norm
 from emu3_kernels._group_norm.layout import from_channels_last, to_channels_last
 from emu3_kernels.ops.group_norm_silu import reference
 
-BACKENDS = load("group_norm_silu", "native")
+BACKENDS = load("group_norm_silu", "native", "triton")
 
 
 def group_norm_silu(
@@ -69,10 +69,11 @@ class _GroupNormSiLU(torch.autograd.Function):
     def forward(ctx, x, weight, bias, groups, eps, silu, backend):
         y, mean, rstd = BACKENDS[backend].forward(x, weight, bias, groups, eps, silu)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.silu, ctx.backend = silu, backend
+        ctx.settings, ctx.backend = (groups, silu), backend
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        gradients = BACKENDS[ctx.backend].backward(dy.contiguous(), *ctx.saved_tensors, ctx.silu)
+        tensors = dy.contiguous(), *ctx.saved_tensors
+        gradients = BACKENDS[ctx.backend].backward(*tensors, *ctx.settings)
         return *gradients, None, None, None, None

@@ -7,7 +7,7 @@ import torch
 CHECK = [
     {"shape": [0, 8, 4, 4], "groups": 4},
     {"shape": [2, 8, 0, 4], "groups": 4},
-    {"shape": [1, 15, 1, 1], "groups": 3},  # a group is five numbers
+    {"shape": [1, 96, 1, 1], "groups": 3},  # one pixel
     {"shape": [2, 32, 5, 7], "groups": 32},  # one channel a group
     {"shape": [2, 42, 9, 5], "groups": 3},  # channels and groups that fill no vector
     {"shape": [1, 128, 30, 40], "groups": 32, "silu": False},  # several chunks of every kernel

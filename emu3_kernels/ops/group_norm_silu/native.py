@@ -17,9 +17,9 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor | int | bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.emu3_kernels.group_norm_backward(dy, x, weight, bias, mean, rstd, silu)
+    return torch.ops.emu3_kernels.group_norm_backward(dy, x, weight, bias, *rest)
 
 
 if not _native.MISSING:
@@ -30,5 +30,5 @@ if not _native.MISSING:
         return x.new_empty(x.shape), mean, rstd
 
     @torch.library.register_fake("emu3_kernels::group_norm_backward")
-    def _(dy, x, weight, bias, mean, rstd, silu):
+    def _(dy, x, weight, bias, mean, rstd, groups, silu):
         return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, bias))

@@ -14,7 +14,7 @@ from emu3_kernels._group_norm.checks import check_group_norm, check_parameters
 from emu3_kernels._group_norm.layout import from_channels_last, to_channels_last, with_frames
 from emu3_kernels.ops.spatial_norm_silu import reference
 
-BACKENDS = load("spatial_norm_silu", "native")
+BACKENDS = load("spatial_norm_silu", "native", "triton")
 
 
 def spatial_norm_silu(
@@ -91,12 +91,13 @@ class _SpatialNormSiLU(torch.autograd.Function):
         tensors = x, latent, w, b, yw, yb, bw, bb
         y, mean, rstd = BACKENDS[backend].forward(*tensors, groups, eps, silu)
         ctx.save_for_backward(*tensors, mean, rstd)
-        ctx.silu, ctx.backend = silu, backend
+        ctx.settings, ctx.backend = (groups, silu), backend
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        gradients = BACKENDS[ctx.backend].backward(dy.contiguous(), *ctx.saved_tensors, ctx.silu)
+        tensors = dy.contiguous(), *ctx.saved_tensors
+        gradients = BACKENDS[ctx.backend].backward(*tensors, *ctx.settings)
         return *gradients, None, None, None, None
 
 

@@ -7,7 +7,7 @@ import torch
 CHECK = [
     {"shape": [0, 8, 4, 4], "latent": [2, 2], "groups": 4},
     {"shape": [2, 8, 0, 4], "latent": [1, 2], "groups": 4},
-    {"shape": [1, 15, 1, 1], "latent": [1, 1], "groups": 3},  # a group is five numbers
+    {"shape": [3, 96, 1, 1], "latent": [1, 1], "groups": 3, "width": 1},  # one pixel
     {"shape": [2, 32, 6, 8], "latent": [3, 4], "groups": 32},  # one channel a group
     {"shape": [2, 42, 9, 5], "latent": [4, 3], "groups": 3},  # ratios that are no integers
     {"shape": [1, 128, 32, 40], "latent": [4, 5], "groups": 32, "silu": False},  # Emu3's ratio

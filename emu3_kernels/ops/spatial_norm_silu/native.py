@@ -16,7 +16,9 @@ def forward(
     return torch.ops.emu3_kernels.spatial_norm_forward(x, latent, *parameters)
 
 
-def backward(dy: Tensor, x: Tensor, latent: Tensor, *rest: Tensor | bool) -> tuple[Tensor, ...]:
+def backward(
+    dy: Tensor, x: Tensor, latent: Tensor, *rest: Tensor | int | bool
+) -> tuple[Tensor, ...]:
     dx, dlatent, *others = torch.ops.emu3_kernels.spatial_norm_backward(dy, x, latent, *rest)
     return dx, dlatent.to(latent.dtype), *others
 
@@ -29,7 +31,7 @@ if not _native.MISSING:
         return x.new_empty(x.shape), mean, rstd
 
     @torch.library.register_fake("emu3_kernels::spatial_norm_backward")
-    def _(dy, x, latent, w, b, yw, yb, bw, bb, mean, rstd, silu):
+    def _(dy, x, latent, w, b, yw, yb, bw, bb, mean, rstd, groups, silu):
         dlatent = latent.new_empty(latent.shape, dtype=torch.float32)
         others = (tensor.new_empty(tensor.shape) for tensor in (w, b, yw, yb, bw, bb))
         return x.new_empty(x.shape), dlatent, *others

@@ -1,0 +1,24 @@
+"""One test, one row: a picture through our tokenizer and Hugging Face's, in interleaved rounds."""
+
+import pytest
+import torch
+
+from benchmarks import machine, vision
+from benchmarks.contestants import Case
+from benchmarks.duel import interleave
+from benchmarks.test_ops import row
+from emu3.config import VisionSettings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vision(
+    dtype: torch.dtype, threads: int, benchmark, request: pytest.FixtureRequest
+) -> None:
+    asked, before = request.config.getoption, machine.load()
+    device = asked("--device")
+    lineup = vision.lineup(VisionSettings(), vision.PICTURE, dtype, device)
+    taken = interleave(benchmark, lineup.calls, lineup.seconds, asked("--seconds"), lineup.clock)
+    size = {"batch": 1, "height": vision.PICTURE, "width": vision.PICTURE}
+    case = Case("vision", vision.OURS, size, dtype, vision.DIRECTION, device)
+    loads = [before, machine.load()]
+    benchmark.extra_info.update(row(case, threads, loads, lineup, taken, bound=None))

@@ -1,0 +1,42 @@
+"""Activations stay channels-last: nothing between the pixels and the codes is laid out anew."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from emu3_kernels import _native
+from tests.model.vision_parts import pictures, random_tokenizer
+
+SIDE = 128
+"""The smallest activations of many channels have 128 * 16 * 16 elements here."""
+LARGE = 128 * 16 * 16
+
+pytestmark = pytest.mark.skipif(
+    bool(_native.MISSING), reason="needs the native kernels; references lay out as they like"
+)
+
+
+def copied(call: Callable[[], object]) -> list[tuple[int, ...]]:
+    """Shapes of large activations that a call copies as they are, to another layout or dtype."""
+    call()
+    with torch.profiler.profile(record_shapes=True) as profiled:
+        call()
+    copies = [event.input_shapes for event in profiled.events() if event.name == "aten::copy_"]
+    whole = [tuple(to) for to, source, *_ in copies if to == source and len(to) in (4, 5)]
+    return [shape for shape in whole if torch.Size(shape).numel() >= LARGE]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encode_copies_the_pixels_and_what_a_stride_of_two_pads(dtype):
+    """PyTorch's convolutions pad both ends alike, so the pads at one end are written out."""
+    tokenizer, pixels = random_tokenizer().to(dtype), pictures(1, 3, SIDE, SIDE).to(dtype)
+    padded = [(1, 32, 128, 128), (1, 64, 64, 64), (1, 64, 32, 32)]
+    assert copied(lambda: tokenizer.encode(pixels)) == [(1, 3, 128, 128), *padded]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_copies_nothing(dtype):
+    tokenizer = random_tokenizer().to(dtype)
+    codes = torch.zeros(1, SIDE // 8, SIDE // 8, dtype=torch.int64)
+    assert copied(lambda: tokenizer.decode(codes)) == []
