@@ -48,7 +48,7 @@ def find(inputs: Sequence[Path], suffixes: Iterable[str]) -> list[Item]:
     suffixes = sorted(suffixes)
     items: dict[PurePath, Item] = {}
     for given in inputs:
-        for path in sorted(given.rglob("*")) if given.is_dir() else [given]:
+        for path in given.rglob("*") if given.is_dir() else [given]:
             name = path.relative_to(given) if given.is_dir() else PurePath(path.name)
             if given.is_dir() and not _counts(path, name, suffixes):
                 continue
