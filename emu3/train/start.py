@@ -1,4 +1,4 @@
-"""From where a tokenizer's training begins: random weights, Emu3's tokenizer, or MoVQGAN.
+"""From where a tokenizer's training begins: mean colours, Emu3's tokenizer, or MoVQGAN.
 
 MoVQGAN (the pictures' half of Emu3's tokenizer, under the same names) has no temporal layers.
 Where they are new, they begin as the mean over frames on the way in and as copies on the way out,
@@ -23,6 +23,7 @@ from emu3.weights import fill, load_vision, read_tensors
 _LIFT, LIFT = 2.0, 6.0
 _CONSTANT = 2.0
 _SMALLEST_GROUP = 4
+"""Of channels that a norm takes together: three colours, and a constant to hold them against."""
 _RUNNING_MEANS = ("quantize.members", "quantize.sums")
 _CODES = "quantize.embedding.weight"
 
@@ -56,8 +57,7 @@ def pass_through(
     Args:
         mixing: the 1x1 convolutions ``quant_conv`` and ``post_quant_conv`` that stand on either
             side of the codes; None for identities.
-        lift: where on SiLU the latents pass. At 0 it bends them, and layers that begin at random
-            learn with it; far above it leaves them as they are, for layers that were trained.
+        lift: where on SiLU the latents pass: at 0 it bends them, far above it does not.
     """
     if tokenizer.quant_conv is None:
         return
@@ -83,7 +83,7 @@ def _draw(tokenizer: VisionTokenizer) -> None:
 
     Red, green and blue go straight through: on the way in 2x2 pixels become their mean at every
     stage, and three channels of a latent hold a block's colour; on the way out the last norm's
-    shift lays it over the block. Residual branches and attention begin at zero. From random
+    shift lays it over the block. Residual branches and attention begin small. From random
     weights alone it takes hundreds of steps to come so far, for group norms hide brightness.
     """
     for module in tokenizer.modules():
@@ -94,10 +94,11 @@ def _draw(tokenizer: VisionTokenizer) -> None:
         if isinstance(module, ResBlock | Attention):
             last = module.conv2 if isinstance(module, ResBlock) else module.proj_out
             last.weight.mul_(0.1)
-    if tokenizer.settings.widths[-1] // tokenizer.settings.groups >= _SMALLEST_GROUP:
+    s = tokenizer.settings
+    if s.code_width >= 3 and s.widths[-1] // s.groups >= _SMALLEST_GROUP:
         _colours_in(tokenizer.encoder)
         _colours_out(tokenizer.decoder)
-    if tokenizer.settings.ema_decay is not None and tokenizer.settings.revive_below > 0:
+    if s.ema_decay is not None and s.revive_below > 0:
         # No members yet: the first step moves all codes to latents.
         tokenizer.quantize.members.zero_()
         tokenizer.quantize.sums.zero_()
@@ -112,7 +113,6 @@ def _colours_in(encoder: Encoder) -> None:
         if hasattr(stage, "downsample"):
             _keep(stage.downsample.conv, 3)
             stage.downsample.conv.weight[range(3), range(3), :2, :2] = 1 / 4
-            stage.downsample.conv.weight[range(3), range(3), 1, 1] = 1 / 4
     # The rest of the colours' group is constant and large: the norm scales them, and no more.
     norm = encoder.norm_out
     constants = torch.zeros(norm.num_channels // norm.num_groups)
