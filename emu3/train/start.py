@@ -94,6 +94,8 @@ def _draw(tokenizer: VisionTokenizer) -> None:
         if isinstance(module, ResBlock | Attention):
             last = module.conv2 if isinstance(module, ResBlock) else module.proj_out
             last.weight.mul_(0.1)
+        if isinstance(module, SpatialNorm):
+            nn.init.ones_(module.conv_y.bias)
     s = tokenizer.settings
     if s.code_width >= 3 and s.widths[-1] // s.groups >= _SMALLEST_GROUP:
         _colours_in(tokenizer.encoder)
