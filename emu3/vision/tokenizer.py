@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from emu3.config import VisionSettings
 from emu3.vision.decoder import Decoder
@@ -23,6 +24,9 @@ PIXELS_AT_ONCE = 256 * 256
 
 
 class VisionTokenizer(nn.Module):
+    compute_dtype: torch.dtype | None = None
+    """Of encoder and decoder, on copies of the weights rounded to it; None is the weights' own."""
+
     def __init__(self, settings: VisionSettings) -> None:
         super().__init__()
         self.settings = settings
@@ -101,11 +105,19 @@ class VisionTokenizer(nn.Module):
         """
         pictures = [p.contiguous(memory_format=torch.channels_last) for p in pictures]
         if torch.is_grad_enabled():
-            return part(*pictures)
+            return self._rounded(part, *pictures)
         side = self.settings.spatial_factor if part is self.decoder else 1
         together = PIXELS_AT_ONCE // max(1, side * side * math.prod(pictures[0].shape[2:]))
         groups = zip(*(p.split(max(1, together)) for p in pictures), strict=True)
-        return torch.cat([part(*group) for group in groups])
+        return torch.cat([self._rounded(part, *group) for group in groups])
+
+    def _rounded(self, part: nn.Module, *pictures: Tensor) -> Tensor:
+        """Apply ``part`` in ``compute_dtype``; its weights keep their own."""
+        if self.compute_dtype is None:
+            return part(*pictures)
+        weights = {name: p.to(self.compute_dtype) for name, p in part.named_parameters()}
+        pictures = tuple(p.to(self.compute_dtype) for p in pictures)
+        return functional_call(part, weights, pictures).to(self.codebook.dtype)
 
     def check_pixels(self, pixels: Tensor) -> bool:
         """Refuse what cannot be encoded; say whether the rest are pictures or clips."""

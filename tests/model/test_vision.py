@@ -63,6 +63,7 @@ def test_codes_follow_the_mean_of_their_members():
 
 def test_starved_codes_move_to_latents_of_the_batch():
     latent, quantizer = latent_and_quantizer(ema_decay=0.5, revive_below=0.6)
+    quantizer.members.zero_()
     _, codes, _ = quantizer.train()(latent)
     used = codes.unique()
     starved = torch.ones(len(quantizer.embedding.weight), dtype=torch.bool)

@@ -17,20 +17,21 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from emu3.train import loop
+from emu3.train.metrics import Metrics
 from emu3 import files
 from tests.train.recipes import tiny_recipe
 
 stage, folder, where, count = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-module, name = (loop, "take_step") if where == "step" else (files, "_flush")
+module, name = (Metrics, "log") if where == "step" else (files, "_flush")
 real = getattr(module, name)
 calls = 0
 
-def count_down(*args):
+def count_down(*args, **named):
     global calls
     calls += 1
     if calls == count:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
+    return real(*args, **named)
 
 setattr(module, name, count_down)
 loop.train(tiny_recipe(stage, folder), folder / "killed", resume=True)
@@ -43,7 +44,7 @@ def run_until_killed(stage, folder, where, count):
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize("stage", ["vision", "decoder"])
+@pytest.mark.parametrize("stage", ["vision", "tokenizer", "decoder"])
 def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
     """Killed at a random step past the first checkpoint, then inside a save, then left alone."""
     recipe = tiny_recipe(stage, tmp_path)

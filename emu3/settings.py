@@ -1,0 +1,84 @@
+"""Groups of settings: frozen, checked, read from TOML, and their faults told in one line."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SettingsError(ValueError):
+    """A setting that is unknown, missing or out of range, told in one line."""
+
+
+def parse(kind: type[Settings], tree: Mapping[str, Any]) -> Any:
+    """Validate ``tree`` as ``kind``, with the first fault told in one line."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as fault:
+        raise SettingsError(_one_line(kind, fault)) from None
+
+
+def read_toml(name: str | Path, folder: Path) -> dict[str, Any]:
+    """The tables of a TOML file, or of the one in ``folder`` that is called ``name``."""
+    path = Path(name)
+    if not path.suffix:
+        path = folder / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise SettingsError(f"recipe: no file {str(name)!r}; those that ship are {known}")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as fault:
+        raise SettingsError(f"{path}: not valid TOML: {fault}") from None
+
+
+def override(tree: dict[str, Any], word: str) -> None:
+    """Set what ``word``, such as ``optim.lr=1e-4``, says; the value is TOML, or a plain string."""
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"{word}: an override must read key=value")
+    *tables, leaf = key.split(".")
+    for table in tables:
+        tree = tree.setdefault(table, {})
+        if not isinstance(tree, dict):
+            raise SettingsError(f"{key}: {table} is a value, not a table")
+    try:
+        tree[leaf] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        tree[leaf] = value
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``over``, table by table."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _one_line(kind: type[Settings], fault: ValidationError) -> str:
+    first = fault.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        group: Any = kind
+        for part in path[:-1]:
+            group = group.model_fields[part].annotation
+        name = path[-2] if len(path) > 1 else kind.__name__.lower()
+        return f"{where}: unknown setting; {name} has {', '.join(sorted(group.model_fields))}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, got {first['input']!r}" if where else message

@@ -1,0 +1,32 @@
+"""How much of a codebook is in use."""
+
+import torch
+from torch import Tensor, nn
+
+WINDOW = 100
+"""Steps that are looked back on."""
+
+
+class CodeUsage(nn.Module):
+    """Follows which of N codes were drawn in the last steps, and how evenly."""
+
+    def __init__(self, num_codes: int) -> None:
+        super().__init__()
+        self.register_buffer("age", torch.full((num_codes,), WINDOW))
+        self.register_buffer("frequency", torch.zeros(num_codes, dtype=torch.float64))
+
+    def update(self, codes: Tensor) -> dict[str, float]:
+        """Take in the codes of a step.
+
+        Returns:
+            ``usage``, the share of codes drawn in the last ``WINDOW`` steps, and ``perplexity``,
+            ``exp(-sum p log p)`` of their running frequencies ``p``: N if all come equally often.
+        """
+        counts = torch.bincount(codes.flatten(), minlength=len(self.age))
+        self.age.add_(1)[counts > 0] = 0
+        self.frequency.mul_(1 - 1 / WINDOW).add_(counts)
+        share = self.frequency / self.frequency.sum()
+        return {
+            "usage": float((self.age < WINDOW).double().mean()),
+            "perplexity": float(torch.special.entr(share).sum().exp()),
+        }
