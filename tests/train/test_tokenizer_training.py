@@ -134,12 +134,12 @@ def test_nothing_as_large_as_a_crop_is_refused(recipe):
 
 def test_the_discriminator_learns_from_its_first_step_on_and_only_then(recipe):
     stage = make_stage(recipe)
-    before = copied(stage.discriminator)
+    before = copied(stage.discriminator.body[0])
     figures = stage.step(2, *stage.stream.next_batch())
-    assert not moved(stage.discriminator, before)
+    assert not moved(stage.discriminator.body[0], before)
     assert "adversarial" not in figures
     figures = stage.step(3, *stage.stream.next_batch())
-    assert moved(stage.discriminator, before)
+    assert moved(stage.discriminator.body[0], before)
     assert {"adversarial", "discriminator"} <= figures.keys()
 
 
