@@ -46,7 +46,8 @@ def causal_conv3d(
     with ``p = k - stride`` of an axis, ``p//2 + p%2`` before and ``p//2`` after. The residual is
     added last, after ``post_activation``.
 
-    Computed in float32 (float64 for float64 inputs) and rounded once, to the dtype of ``x``.
+    Computed in float32 (float64 for float64 inputs) and rounded once, to the dtype of ``x``; Triton
+    rounds what it multiplies to that dtype too, act(u) and the weights, for the tensor cores.
     Differentiable in all tensors; the backward pass recomputes norm and activations, so only the
     inputs are kept.
 
