@@ -36,7 +36,7 @@ def test_a_table_of_the_recipe_refines_the_preset(tmp_path):
     ("word", "line"),
     [
         ("optim.lrr=1", "optim.lrr: unknown setting; optim has betas, clip, eps, lr, min_lr, "),
-        ("optimm.lr=1", "optimm: unknown setting; recipe has data, model, optim, train, vision"),
+        ("optimm.lr=1", "optimm: unknown setting; recipe has data, media, model, objective"),
         (
             "model.vocabulary.bow=1",
             "model.vocabulary.bow: unknown setting; vocabulary has boi, bos, ",
@@ -57,7 +57,7 @@ def test_a_wrong_setting_gives_one_line_that_helps(word, line):
 
 
 def test_a_missing_recipe_names_those_that_ship():
-    with pytest.raises(SettingsError, match="no file 'digit'; those that ship are digits, vision"):
+    with pytest.raises(SettingsError, match="no file 'digit'; those that ship are digits"):
         load_recipe("digit")
 
 
