@@ -33,9 +33,9 @@ def temporal_residual(
     pass over ``x``: ``hidden`` stays in the caches of the processor.
 
     Computed in float32 (float64 for float64 inputs; see :func:`causal_conv3d` for Triton);
-    ``hidden`` and ``y`` are each rounded once, to the dtype of ``x``, so that the result is, bit for
-    bit on every backend but the reference, that of two calls of :func:`causal_conv3d`, the second
-    with ``residual=x``, which can be streamed.
+    ``hidden`` and ``y`` are each rounded once, to the dtype of ``x``, so that the result is, bit
+    for bit on every backend but the reference, that of two calls of :func:`causal_conv3d`, the
+    second with ``residual=x``, which can be streamed.
     Differentiable in all tensors, in two passes that keep ``x`` and ``hidden``.
 
     From Emu3's vision tokenizer, ``Emu3VisionVQResnetTemporalBlock`` (arXiv 2409.18869).
