@@ -303,7 +303,7 @@ VISION_PRESETS: Mapping[str, VisionSettings] = {
     "8b": VisionSettings(),
     "mini": VisionSettings(
         image_size=48,
-        base_channels=16,
+        base_channels=8,
         multipliers=(1, 1, 2, 4),
         num_res_blocks=1,
         temporal_factor=1,

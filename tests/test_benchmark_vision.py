@@ -49,4 +49,4 @@ def test_the_front_door_asks_for_one_run(monkeypatch):
     monkeypatch.setattr(run, "time_all", lambda listed, allow_load: asked.extend(listed) or [])
     monkeypatch.setattr(machine, "cores", lambda: 2)
     assert CliRunner().invoke(front.app, ["vision", "--seconds", "3"]).exit_code == 0
-    assert [(r.op, r.threads, r.seconds) for r in asked] == [("vision", 2, 3.0)]
+    assert [(r.op, r.threads, r.seconds) for r in asked] == [("vision", (2,), 3.0)]

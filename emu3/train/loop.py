@@ -25,7 +25,6 @@ from emu3.train.perceptual import load_lpips
 from emu3.train.stage import SingleLossStage, Stage
 from emu3.train.start import begin
 from emu3.train.tokenizer import TokenizerStage
-from emu3.vision import VisionTokenizer
 from emu3.weights import load_vision, save_decoder, save_vision
 
 
@@ -62,7 +61,7 @@ def _vision_stage(recipe: Recipe) -> Stage:
     digits = digits_to_learn(recipe.data)
     size = recipe.vision.image_size
     stream = PictureStream(digits, recipe.data, size, recipe.train.seed)
-    tokenizer = VisionTokenizer(recipe.vision)
+    tokenizer = begin(recipe)
     return SingleLossStage(recipe, tokenizer, stream, objective.reconstruction, save_vision)
 
 

@@ -13,7 +13,7 @@ CHECK = [
     {"shape": [1, 16, 3, 6, 33]},
     {"shape": [1, 5, 2, 7, 20]},  # channels that fill no register block
     {"shape": [1, 8, 3, 35, 70]},  # rows beyond one tile of a thread, ragged
-    {"shape": [2, 4, 5, 7, 19]},
+    {"shape": [2, 4, 5, 7, 35]},
 ]
 TIME = [
     {"shape": [1, 4, 32, 64, 64]},  # Emu3: 32 latent frames of 512 x 512
