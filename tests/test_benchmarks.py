@@ -14,9 +14,10 @@ from pytest_benchmark.utils import load_timer
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as front
-from benchmarks import bounds, clock, contestants, duel, gpu_peers, machine, peers, run, test_ops
+from benchmarks import bounds, clock, contestants, duel, eager, gpu_peers, machine, peers, run
 from benchmarks.bounds import COPY, READ
 from benchmarks.contestants import Case, Lineup
+from benchmarks.test_ops import row as row_of
 from emu3_kernels.ops import OPS
 from emu3_kernels.ops.swiglu import native
 from tests.kernels.suite import part
@@ -115,7 +116,7 @@ def row() -> dict:
     lineup = Lineup(peak_mib={"native": 1.5, "eager": 2.5, READ: 0.0, COPY: 0.0})
     lineup.missing["vLLM"] = "not installed"
     taken = {"native": [2.0, 4.0], "eager": [6.0, 8.0], READ: [1.0, 3.0], COPY: [4.0, 4.0]}
-    return test_ops.row(CASE, 1, [0.5, 1.0], lineup, taken, bounds.bound(CASE, taken))
+    return row_of(CASE, 1, [0.5, 1.0], lineup, taken, bounds.bound(CASE, taken))
 
 
 def test_a_row_holds_everything_that_was_measured():
@@ -153,7 +154,7 @@ def test_a_decoded_token_is_timed_beside_a_native_call_on_no_rows():
     assert bounds.EMPTY not in bounds.calls(replace(CASE, size=one, direction="backward"))
     taken = {"native": [9e-6, 7e-6, 8e-6], "eager": [1e-5] * 3, bounds.EMPTY: [2e-6, 3e-6, 4e-6]}
     lineup = Lineup(peak_mib=dict.fromkeys(taken, 0.0))
-    written = test_ops.row(CASE, 1, [0.5, 1.0], lineup, taken, None)
+    written = row_of(CASE, 1, [0.5, 1.0], lineup, taken, None)
     assert written["above_empty_us"] == pytest.approx(4.0)
     assert set(written["peers"]) == {"eager"}
 
@@ -203,12 +204,11 @@ def test_a_decoded_token_is_timed_forward_alone():
 
 
 def test_a_peer_that_the_compiler_leaves_as_it_is_is_not_timed_twice(monkeypatch):
-    entry = peers.Field(peers.swiglu, uncompiled="the same")
-    monkeypatch.setitem(peers.FIELDS, "swiglu", entry)
+    monkeypatch.setitem(peers.FIELDS, "swiglu", peers.Field(eager.swiglu, uncompiled="same"))
     monkeypatch.setattr(contestants, "LARGE_RESULT", 0)
     lineup = contestants.lineup(CASE)
     assert set(lineup.calls) == {"native", "eager", READ, COPY, bounds.EMPTY}
-    assert lineup.missing == {peers.COMPILED: "the same"}
+    assert lineup.missing == {peers.COMPILED: "same"}
 
 
 def test_a_loss_is_computed_and_differentiated_in_every_call():
@@ -217,7 +217,7 @@ def test_a_loss_is_computed_and_differentiated_in_every_call():
     losses = []
 
     def loss(logits, targets):
-        losses.append(peers.cross_entropy(logits, targets))
+        losses.append(eager.cross_entropy(logits, targets))
         return losses[-1]
 
     call = contestants.caller(case, loss, inputs)
@@ -311,10 +311,8 @@ def test_a_backend_that_fails_its_check_is_not_timed(monkeypatch):
 def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch):
     peers.vllm.cache_clear()
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    entry = peers.Field(peers.swiglu, peers.FIELDS["swiglu"].peers)
-    monkeypatch.setattr(
-        contestants, "rivals", lambda case, inputs, results: uncompiled(entry, inputs)
-    )
+    entry = peers.Field(eager.swiglu, peers.FIELDS["swiglu"].peers)
+    monkeypatch.setattr(contestants, "rivals", lambda _, inputs, __: uncompiled(entry, inputs))
     lineup = contestants.lineup(CASE)
     assert set(lineup.calls) == {"native", "eager", READ, COPY, bounds.EMPTY}
     assert lineup.missing["vLLM"].endswith(peers.VLLM)
@@ -323,9 +321,7 @@ def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch):
 
 def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
     entry = peers.Field(lambda gate, up: gate * up)
-    monkeypatch.setattr(
-        contestants, "rivals", lambda case, inputs, results: uncompiled(entry, inputs)
-    )
+    monkeypatch.setattr(contestants, "rivals", lambda _, inputs, __: uncompiled(entry, inputs))
     lineup = contestants.lineup(CASE)
     assert "eager" not in lineup.calls
     assert "exceeds its budget" in lineup.missing["eager"]

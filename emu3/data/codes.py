@@ -18,13 +18,14 @@ from emu3.config import Settings
 from emu3.files import replacing
 from emu3.vision import VisionTokenizer
 from emu3.vision.images import MAX_PIXELS, MIN_PIXELS
+from emu3.vision.quantizer import RUNNING_MEANS
 from emu3.weights import read_tensors
 from emu3.weights.files import read_settings
 
 _KEY = "emu3_codes"
 _RATE = r"^[1-9]\d*(/[1-9]\d*)?$"
 # Buffers of training that neither codes nor pixels depend on.
-_NEEDLESS = ("num_batches_tracked", "quantize.members", "quantize.sums")
+_NEEDLESS = ("num_batches_tracked", *RUNNING_MEANS)
 
 
 class Making(Settings):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emu3.data.digits import BACKGROUND, COLORS, DIGITS, PALETTE
 from emu3.files import replacing
+from emu3.vision.images import to_levels
 
 _PAGE = "#%02x%02x%02x" % BACKGROUND  # noqa: UP031 (the shortest way to write hex)
 _WORDS = "#d8dbe6"
@@ -89,8 +90,7 @@ def _page(width: float, height: float, title: str) -> Figure:
 
 
 def _picture(axis, picture: Tensor) -> None:
-    pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    axis.imshow(pixels, interpolation="bicubic")
+    axis.imshow(to_levels(picture).permute(1, 2, 0).numpy(), interpolation="bicubic")
     axis.set_xticks([])
     axis.set_yticks([])
     for edge in axis.spines.values():

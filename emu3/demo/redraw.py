@@ -21,7 +21,9 @@ from emu3.data.media import write_image, write_video
 from emu3.demo.run import machine
 from emu3.files import replacing
 from emu3.train.loop import train
+from emu3.train.usage import perplexity
 from emu3.vision import VisionTokenizer
+from emu3.vision.images import to_levels
 from emu3.weights import load_vision
 
 _FPS = Fraction(25)
@@ -120,8 +122,7 @@ def redraw(tokenizer: VisionTokenizer, frames: Tensor) -> Redrawn:
     for piece in whole.split(1 if still else span):
         pixels = piece / 127.5 - 1
         codes.append(tokenizer.encode(pixels if still else pixels[None]))
-        levels = (tokenizer.decode(codes[-1]).clamp(-1, 1) + 1) * 127.5
-        drawn.append(levels.round().to(torch.uint8).view(piece.shape))
+        drawn.append(to_levels(tokenizer.decode(codes[-1])).view(piece.shape))
     return Redrawn(whole, torch.cat(drawn), torch.cat(codes))
 
 
@@ -152,10 +153,9 @@ def _learned_counts(
 
 
 def _usage(counts: Tensor) -> dict:
-    share = counts / counts.sum()
     return {
         "usage": round(float((counts > 0).double().mean()), 4),
-        "perplexity": round(float(torch.special.entr(share.double()).sum().exp()), 1),
+        "perplexity": round(perplexity(counts), 1),
         "of": len(counts),
         "drawn": int(counts.sum()),
     }

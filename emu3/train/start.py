@@ -17,6 +17,7 @@ from emu3.vision import VisionTokenizer
 from emu3.vision.blocks import Attention, ResBlock, SpatialNorm
 from emu3.vision.decoder import Decoder
 from emu3.vision.encoder import Encoder
+from emu3.vision.quantizer import RUNNING_MEANS
 from emu3.weights import fill, load_vision, read_tensors
 
 # Places on SiLU where it hardly bends: for colours, and for latents of any size.
@@ -24,7 +25,6 @@ _LIFT, LIFT = 2.0, 6.0
 _CONSTANT = 2.0
 _SMALLEST_GROUP = 4
 """Of channels that a norm takes together: three colours, and a constant to hold them against."""
-_RUNNING_MEANS = ("quantize.members", "quantize.sums")
 _CODES = "quantize.embedding.weight"
 
 
@@ -159,8 +159,8 @@ def _of_pictures(tokenizer: VisionTokenizer, found: Mapping[str, Tensor]) -> dic
 
 def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = tokenizer.state_dict()
-    means = {name: own[name] for name in _RUNNING_MEANS if name in own}
-    others = {name: value for name, value in tensors.items() if name not in _RUNNING_MEANS}
+    means = {name: own[name] for name in RUNNING_MEANS if name in own}
+    others = {name: value for name, value in tensors.items() if name not in RUNNING_MEANS}
     fill(tokenizer, {**others, **means}, path)
     tokenizer.quantize.restart()
 

@@ -25,8 +25,13 @@ class CodeUsage(nn.Module):
         counts = torch.bincount(codes.flatten(), minlength=len(self.age))
         self.age.add_(1)[counts > 0] = 0
         self.frequency.mul_(1 - 1 / WINDOW).add_(counts)
-        share = self.frequency / self.frequency.sum()
         return {
             "usage": float((self.age < WINDOW).double().mean()),
-            "perplexity": float(torch.special.entr(share).sum().exp()),
+            "perplexity": perplexity(self.frequency),
         }
+
+
+def perplexity(counts: Tensor) -> float:
+    """``exp(-sum p log p)`` of the shares ``p`` of ``counts``, in float64."""
+    share = counts.double() / counts.sum()
+    return float(torch.special.entr(share).sum().exp())

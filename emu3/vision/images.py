@@ -68,9 +68,13 @@ def postprocess(pixels: Tensor) -> list[Image.Image]:
     """Pictures of ``[..., 3, H, W]`` in [-1, 1], all leading dimensions in one list."""
     if pixels.ndim < 3 or pixels.shape[-3] != 3:
         raise ValueError(f"postprocess: pixels must be [..., 3, H, W], got {tuple(pixels.shape)}")
-    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    levels = levels.movedim(-3, -1).reshape(-1, *pixels.shape[-2:], 3)
+    levels = to_levels(pixels).cpu().movedim(-3, -1).reshape(-1, *pixels.shape[-2:], 3)
     return [Image.fromarray(p.numpy()) for p in levels]
+
+
+def to_levels(pixels: Tensor) -> Tensor:
+    """8-bit levels of pixels in [-1, 1], those beyond clamped."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _image(picture: Image.Image | np.ndarray | Tensor) -> Image.Image:

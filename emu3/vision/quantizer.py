@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from emu3.config import VisionSettings
 from emu3_kernels import nearest_code
 
+RUNNING_MEANS = ("quantize.members", "quantize.sums")
+"""Names in a tokenizer of the buffers that only training needs."""
+
 
 class Quantizer(nn.Module):
     """Nearest code of every latent, with straight-through gradients.

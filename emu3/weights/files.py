@@ -14,9 +14,16 @@ from emu3.files import replacing
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that is there whole or not at all."""
+    """Write a safetensors file that is there whole or not at all.
+
+    Raises:
+        OSError: one line, if the disk does not take it.
+    """
     with replacing(path) as draft:
-        save_file(dict(tensors), draft, metadata=dict(metadata))
+        try:
+            save_file(dict(tensors), draft, metadata=dict(metadata))
+        except SafetensorError as fault:
+            raise OSError(f"weights: cannot write {path}: {fault}") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

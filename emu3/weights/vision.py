@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emu3.config import VisionSettings
 from emu3.vision import VisionTokenizer
+from emu3.vision.quantizer import RUNNING_MEANS
 from emu3.weights.files import opened, read_settings, save_tensors, shards_of
 
 _TO_HUGGING_FACE = (
@@ -39,7 +40,6 @@ _TO_OFFICIAL = (
 _PREFIX = re.compile(r"^(model\.)?vqmodel\.")
 _PROJECTION = re.compile(r"\.attn\S*\.(q|k|v|proj_out)\.weight$")
 _NEEDLESS = re.compile(r"num_batches_tracked$")
-_RUNNING_MEANS = ("quantize.members", "quantize.sums")
 _NAMED = 3
 
 Layout = Literal["official", "huggingface"]
@@ -53,7 +53,7 @@ def save_vision(path: Path, tokenizer: VisionTokenizer, layout: Layout = "offici
     if layout not in ("official", "huggingface"):
         raise ValueError(f"weights: layout must be official or huggingface, got {layout!r}")
     tensors = {
-        name: value for name, value in tokenizer.state_dict().items() if name not in _RUNNING_MEANS
+        name: value for name, value in tokenizer.state_dict().items() if name not in RUNNING_MEANS
     }
     if layout == "huggingface":
         tensors = {
@@ -143,7 +143,7 @@ def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], where: str)
     missing = [
         name
         for name in own
-        if name not in tensors and name not in _RUNNING_MEANS and not _NEEDLESS.search(name)
+        if name not in tensors and name not in RUNNING_MEANS and not _NEEDLESS.search(name)
     ]
     misshapen = [
         f"{name} {tuple(value.shape)} for {tuple(own[name].shape)}"
@@ -159,7 +159,7 @@ def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], where: str)
             view.copy_(tensors[name])
         elif _NEEDLESS.search(name):
             view.zero_()
-    if any(name not in tensors for name in _RUNNING_MEANS):
+    if any(name not in tensors for name in RUNNING_MEANS):
         tokenizer.quantize.restart()
 
 

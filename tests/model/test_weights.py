@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from emu3.files import replacing
 from emu3.vision import VisionTokenizer
 from emu3.weights import (
+    files,
     load_decoder,
     load_decoder_into,
     load_vision,
@@ -25,6 +27,19 @@ def test_a_decoder_comes_back_bit_for_bit(tmp_path):
     assert again.settings == TINY
     assert not again.training
     assert_same_state(model, again)
+
+
+def test_a_disk_that_takes_no_more_is_told_in_one_line(tmp_path, monkeypatch):
+    """safetensors has an exception of its own for it, which the command line does not know."""
+
+    def refuse(tensors, path, metadata):
+        raise SafetensorError("Error while serializing: I/O error: File too large")
+
+    monkeypatch.setattr(files, "save_file", refuse)
+    path = tmp_path / "vision.safetensors"
+    with pytest.raises(OSError, match=f"weights: cannot write {path}: .*too large"):
+        save_vision(path, VisionTokenizer(TINY_VISION))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_vision_tokenizer_comes_back_bit_for_bit(tmp_path):

@@ -20,11 +20,13 @@ from emu3.cli import app
 from emu3.data.codes import load_codes
 from emu3.data.media import open_video, read_image, write_image, write_video
 from emu3.vision import VisionTokenizer, postprocess, preprocess
+from emu3.vision.images import to_levels
 from emu3.weights import load_vision, save_vision
 from tests.model.tiny import TINY_VISION
 from tests.train.clips import BIKES, clip
 
 SMALL = ["--min-pixels", "256", "--max-pixels", "4096"]
+PLACES = {"tokenize": ("in", "codes", SMALL), "detokenize": ("codes", "back", [])}
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 BOUNDS = {"min_pixels": 256, "max_pixels": 4096}
 
@@ -63,8 +65,7 @@ def folder(tmp_path) -> Path:
 
 
 def words(command: str, folder: Path, weights: Path, *more) -> list[str]:
-    source, out = ("in", "codes") if command == "tokenize" else ("codes", "back")
-    small = SMALL if command == "tokenize" else []
+    source, out, small = PLACES[command]
     paths = [folder / source, "--out", folder / out, "--vision", weights]
     return [command, *map(str, [*paths, *small, *more])]
 
@@ -74,12 +75,7 @@ def emu3_(*given) -> object:
 
 
 def files(folder: Path) -> list[str]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in paths)
-
-
-def as_tensor(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
 def state(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -138,7 +134,7 @@ def test_codes_come_back_as_png_and_mp4(clips, folder, weights):
     assert (video.height, video.width, video.fps) == (32, 48, Fraction(30000, 1001))
     stream = tokenizer.decode(codes[None])[0]
     pieces = tokenizer.decode(codes[:, None]).flatten(0, 1)
-    exact = torch.stack([as_tensor(p) for p in postprocess(torch.cat((pieces[:10], stream[:10])))])
+    exact = to_levels(torch.cat((pieces[:10], stream[:10])))
     shown = torch.stack(list(video))
     # H.264 loses much of untrained noise; still every frame is nearest to its own
     nearest = torch.cdist(shown.flatten(1).float(), exact.flatten(1).float()).argmin(1)
