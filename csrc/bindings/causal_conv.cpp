@@ -20,7 +20,6 @@ const T* data(const std::optional<Tensor>& x) {
   return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
-const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 float* mutable_floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 struct Settings {
@@ -46,6 +45,7 @@ Conv convolution(const Tensor& x, const Tensor& weight, const std::optional<Tens
       .columns = axis(x, weight, settings, 2),
       .in = x.size(1),
       .out = weight.size(0),
+      .together = 1,
       .weight = nullptr,
       .bias = data<float>(bias),
       .scale = data<float>(scale),
@@ -69,6 +69,7 @@ Conv gradient(const Conv& conv) {
       .columns = turned(conv.columns),
       .in = conv.out,
       .out = conv.in,
+      .together = 1,
       .weight = nullptr,
       .bias = nullptr,
       .scale = nullptr,
@@ -78,21 +79,33 @@ Conv gradient(const Conv& conv) {
   };
 }
 
-// The weights of `conv` in the order in which its kernel reads them, zeros for missing channels.
-std::vector<float> packed(const Conv& conv, const float* weight) {
+// Gives `conv` its weights, float32 or bfloat16, in the order in which its kernel reads them, zeros
+// for missing channels. Pairs of channels are multiplied where both they and the source are
+// bfloat16.
+std::vector<uint32_t> pack(Conv& conv, Dtype source, const Tensor& weight) {
+  const bool halves = dtype_of(weight) == Dtype::bfloat16;
+  if (halves && source == Dtype::bfloat16) conv.together = causal_conv().halves_together;
+  const auto* const words = static_cast<const uint32_t*>(weight.const_data_ptr());
+  const auto* const half = static_cast<const uint16_t*>(weight.const_data_ptr());
   const int64_t planes = conv.time.kernel * conv.rows.kernel, columns = conv.columns.kernel;
   const bool turned = conv.columns.gradient;
   const int64_t by_out = turned ? conv.taps() : conv.in * conv.taps();
   const int64_t by_in = turned ? conv.out * conv.taps() : conv.taps();
-  std::vector<float> to(whole(conv.out, kOut) * conv.in * conv.taps());
-  for (int64_t o = 0; o < conv.out; ++o) {
-    float* const block = to.data() + o / kOut * kOut * conv.in * conv.taps() + o % kOut;
+  const int64_t block = conv.words() * conv.taps() * kOut;
+  std::vector<uint32_t> to(whole(conv.out, kOut) / kOut * block);
+  for (int64_t o = 0; o < conv.out; ++o)
     for (int64_t plane = 0; plane < planes; ++plane)
       for (int64_t c = 0; c < conv.in; ++c)
-        for (int64_t k = 0; k < columns; ++k)
-          block[((plane * conv.in + c) * columns + k) * kOut] =
-              weight[o * by_out + c * by_in + plane * columns + (turned ? columns - 1 - k : k)];
-  }
+        for (int64_t k = 0; k < columns; ++k) {
+          const int64_t from =
+              o * by_out + c * by_in + plane * columns + (turned ? columns - 1 - k : k);
+          const int64_t word = (plane * conv.words() + c / conv.together) * columns + k;
+          // The second of a pair is the upper half, as is a bfloat16 of its float.
+          const int shift = halves && (conv.together == 1 || c % 2) ? 16 : 0;
+          to[o / kOut * block + word * kOut + o % kOut] |=
+              halves ? uint32_t{half[from]} << shift : words[from];
+        }
+  conv.weight = to.data();
   return to;
 }
 
@@ -158,8 +171,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
                bool silu, bool post_silu) {
   const Settings settings{std::move(stride), front, silu, post_silu};
   Conv conv = convolution(x, weight, bias, scale, shift, settings);
-  const std::vector<float> weights = packed(conv, floats(weight));
-  conv.weight = weights.data();
+  const auto weights = pack(conv, dtype_of(x), weight);
   Tensor y = torch::stable::new_empty(
       x, {x.size(0), conv.out, conv.time.results, conv.rows.results, conv.columns.results});
   const std::vector<Tile> all = tiles(conv, x.size(0), 2 * threads());
@@ -175,8 +187,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
 // dy * silu'(z), where z is what SiLU was applied to.
 Tensor before_silu(const Conv& conv, const Tensor& dy, const Tensor& x, const Tensor& weight) {
   Conv again = conv;
-  const std::vector<float> weights = packed(conv, floats(weight));
-  again.weight = weights.data();
+  const auto weights = pack(again, dtype_of(x), weight);
   Tensor dz = torch::stable::new_empty(dy, dy.sizes(), ScalarType::Float);
   const std::vector<Tile> all = tiles(conv, x.size(0), 2 * threads());
   over_tiles(all, conv_scratch(conv, most_rows(all)),
@@ -199,8 +210,7 @@ int64_t num_parts(const std::vector<Tile>& all) {
 std::tuple<Tensor, Tensor> input_gradient(const Conv& conv, const Tensor& dz, const Tensor& x,
                                           const Tensor& weight) {
   Conv back = gradient(conv);
-  const std::vector<float> weights = packed(back, floats(weight));
-  back.weight = weights.data();
+  const auto weights = pack(back, dtype_of(dz), weight);
   Tensor dx = torch::stable::new_empty(x, x.sizes());
   Tensor dnorm = torch::stable::new_empty(x, {2, conv.in}, ScalarType::Float);
   const std::vector<Tile> all = tiles(back, x.size(0), kParts);
@@ -267,9 +277,8 @@ Tensor block(const Tensor& x, const Tensor& scale1, const Tensor& shift1, const 
   const Settings settings{{1, 1, 1}, 2, true, false};
   Conv first = convolution(x, weight1, bias1, scale1, shift1, settings);
   Conv second = convolution(x, weight2, bias2, scale2, shift2, settings);
-  const std::vector<float> weights1 = packed(first, floats(weight1));
-  const std::vector<float> weights2 = packed(second, floats(weight2));
-  first.weight = weights1.data(), second.weight = weights2.data();
+  const auto weights1 = pack(first, dtype_of(x), weight1);
+  const auto weights2 = pack(second, dtype_of(x), weight2);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   const std::vector<Tile> all = tiles(second, x.size(0), threads());
   const int64_t size = block_scratch(first, second, most_rows(all));

@@ -12,9 +12,9 @@ inline Vec finished(const Conv& conv, int64_t o, Vec sum) {
   return conv.post_silu ? sum * sigmoid(sum) : sum;
 }
 
-template <typename T>
-void write_row(const Conv& conv, const Window& window, const ColumnTaps& columns, int64_t t,
-               int64_t h, const T* residual, T* y, int64_t channel) {
+template <typename T, typename Element>
+void write_row(const Conv& conv, const Window<Element>& window, const ColumnTaps& columns,
+               int64_t t, int64_t h, const T* residual, T* y, int64_t channel) {
   convolve_row(conv, window, columns, t, h, [&](int64_t o, int64_t j, int64_t count, Vec sum) {
     Vec result = finished(conv, o, sum);
     if (residual) result += load(residual + o * channel + j, count);
@@ -22,28 +22,28 @@ void write_row(const Conv& conv, const Window& window, const ColumnTaps& columns
   });
 }
 
-template <typename T>
+template <typename Element, typename T>
 void forward_tile(const Conv& conv, const Tile& tile, const T* x, const T* residual, T* y,
                   float* scratch) {
-  over_rows(conv, tile, x, scratch,
-            [&](const Window& window, const ColumnTaps& columns, int64_t t, int64_t h) {
-              const int64_t at = row_of_results(conv, tile, t, h);
-              write_row(conv, window, columns, t, h, residual ? residual + at : nullptr, y + at,
-                        channel_of_results(conv));
-            });
+  over_rows<Element>(conv, tile, x, scratch,
+                     [&](const auto& window, const ColumnTaps& columns, int64_t t, int64_t h) {
+                       const int64_t at = row_of_results(conv, tile, t, h);
+                       write_row(conv, window, columns, t, h, residual ? residual + at : nullptr,
+                                 y + at, channel_of_results(conv));
+                     });
 }
 
 // The first convolution writes row after row to one line, from which the second's window is fed.
-template <typename T>
+template <typename Element, typename T>
 void block_tile(const Conv& first, const Conv& second, const Tile& tile, const T* x, T* y,
                 float* scratch) {
-  Window outer(second, tile.row, tile.row_end, scratch);
+  Window<Element> outer(second, tile.row, tile.row_end, scratch);
   scratch += conv_scratch(second, tile.row_end - tile.row);
   const int64_t row = outer.first_row(), row_end = outer.end_row();
-  Window inner(first, row, row_end, scratch);
+  Window<Element> inner(first, row, row_end, scratch);
   T* const line = (T*)(scratch + window_size(first, row_end - row));
   const ColumnTaps inner_columns(first, inner), outer_columns(second, outer);
-  const int64_t line_pitch = whole(first.columns.results, kMostLanes);
+  const int64_t line_pitch = whole(first.columns.results, kMostColumns);
   const T* const element = x + tile.batch * first.source_size();
   for (int64_t t = second.time.first(tile.frame); t < tile.frame_end; ++t) {
     inner.reach(element, t);
@@ -58,12 +58,12 @@ void block_tile(const Conv& first, const Conv& second, const Tile& tile, const T
   }
 }
 
-template <typename T>
+template <typename Element, typename T>
 void activation_gradient_tile(const Conv& conv, const Tile& tile, const T* x, const T* dy,
                               float* dz, float* scratch) {
-  over_rows(
+  over_rows<Element>(
       conv, tile, x, scratch,
-      [&](const Window& window, const ColumnTaps& columns, int64_t t, int64_t h) {
+      [&](const auto& window, const ColumnTaps& columns, int64_t t, int64_t h) {
         const int64_t row = row_of_results(conv, tile, t, h), channel = channel_of_results(conv);
         convolve_row(conv, window, columns, t, h, [&](int64_t o, int64_t j, int64_t count, Vec z) {
           const int64_t at = row + o * channel + j;
@@ -73,32 +73,37 @@ void activation_gradient_tile(const Conv& conv, const Tile& tile, const T* x, co
       });
 }
 
+// Calls body with values of the types of the source and of the elements of a window.
+template <typename Body>
+void with_types(Dtype dtype, const Conv& conv, Body body) {
+  with_type(dtype, [&](auto source) {
+    with_elements(conv, [&](auto element) { body(source, element); });
+  });
+}
+
 void forward(const Conv& conv, const Tile& tile, Dtype dtype, const void* x, const void* residual,
              void* y, float* scratch) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    forward_tile(conv, tile, (const T*)x, (const T*)residual, (T*)y, scratch);
+  with_types(dtype, conv, [&]<typename T, typename Element>(T, Element) {
+    forward_tile<Element>(conv, tile, (const T*)x, (const T*)residual, (T*)y, scratch);
   });
 }
 
 void block(const Conv& first, const Conv& second, const Tile& tile, Dtype dtype, const void* x,
            void* y, float* scratch) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    block_tile(first, second, tile, (const T*)x, (T*)y, scratch);
+  with_types(dtype, second, [&]<typename T, typename Element>(T, Element) {
+    block_tile<Element>(first, second, tile, (const T*)x, (T*)y, scratch);
   });
 }
 
 void activation_gradient(const Conv& conv, const Tile& tile, Dtype dtype, const void* x,
                          const void* dy, float* dz, float* scratch) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    activation_gradient_tile(conv, tile, (const T*)x, (const T*)dy, dz, scratch);
+  with_types(dtype, conv, [&]<typename T, typename Element>(T, Element) {
+    activation_gradient_tile<Element>(conv, tile, (const T*)x, (const T*)dy, dz, scratch);
   });
 }
 
 }  // namespace
 
-extern const CausalConv causal_conv{forward, block, activation_gradient};
+extern const CausalConv causal_conv{kHalvesTogether, forward, block, activation_gradient};
 
 }  // namespace emu3::EMU3_LEVEL

@@ -41,8 +41,8 @@ struct Axis {
   }
 };
 
-constexpr int64_t kMostLanes = 16;  // of any level
-constexpr int64_t kOut = 4;         // channels out whose sums are in registers at once
+constexpr int64_t kMostColumns = 32;  // of a vector of any level
+constexpr int64_t kOut = 4;           // channels out whose sums are in registers at once
 constexpr int64_t kMostColumnTaps = 16, kMostRowTaps = 64;
 
 constexpr int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
@@ -58,8 +58,8 @@ struct RowLayout {
         base(columns.gradient ? columns.kernel - 1 - columns.before : columns.before),
         phases(columns.gradient ? 1 : columns.stride) {
     const int64_t written = ((columns.source - 1) * spread + base) / phases + 1;
-    const int64_t read = whole(columns.results, kMostLanes) + (columns.kernel - 1) / phases;
-    phase = whole(written > read ? written : read, kMostLanes);
+    const int64_t read = whole(columns.results, kMostColumns) + (columns.kernel - 1) / phases;
+    phase = whole(written > read ? written : read, kMostColumns);
   }
   int64_t channel() const { return phases * phase; }
 };
@@ -68,13 +68,15 @@ struct RowLayout {
 struct Conv {
   Axis time, rows, columns;
   int64_t in, out;
-  const float* weight;         // packed: [out / kOut, kt, kh, in, kw, kOut]
+  int64_t together;            // channels in of a word
+  const uint32_t* weight;      // words: [out / kOut, kt, kh, in / together, kw, kOut]
   const float* bias;           // [out] or null
   const float *scale, *shift;  // [in] or null
   bool silu, post_silu;
 
   int64_t source_size() const { return in * time.source * rows.source * columns.source; }
   int64_t result_size() const { return out * time.results * rows.results * columns.results; }
+  int64_t words() const { return whole(in, together) / together; }
   int64_t taps() const { return time.kernel * rows.kernel * columns.kernel; }
 };
 
@@ -85,11 +87,11 @@ struct Tile {
 
 // Floats of scratch memory, zero at first, for tiles of at most `rows` rows.
 inline int64_t window_size(const Conv& conv, int64_t rows) {
-  return conv.time.kernel * conv.rows.span(rows) * conv.in * RowLayout(conv.columns).channel();
+  return conv.time.kernel * conv.rows.span(rows) * conv.words() * RowLayout(conv.columns).channel();
 }
 inline int64_t row_size(const Conv& conv) {  // a row of the source or of the results
-  const int64_t source = whole(conv.columns.source, kMostLanes);
-  const int64_t results = conv.out * whole(conv.columns.results, kMostLanes);
+  const int64_t source = whole(conv.columns.source, kMostColumns);
+  const int64_t results = conv.out * whole(conv.columns.results, kMostColumns);
   return source > results ? source : results;
 }
 inline int64_t conv_scratch(const Conv& conv, int64_t rows) {
@@ -103,13 +105,15 @@ inline int64_t input_scratch(const Conv& conv, int64_t rows) {
 }
 inline int64_t weight_scratch(const Conv& conv, int64_t rows) {
   return conv_scratch(conv, rows) +
-         rows * whole(conv.out, kOut) * whole(conv.columns.results, kMostLanes);
+         rows * whole(conv.out, kOut) * whole(conv.columns.results, kMostColumns);
 }
 
 // Floats of a part of the weights' gradient: four partial sums of each weight and of each bias.
 inline int64_t partial_size(const Conv& conv) { return 4 * conv.out * (conv.in * conv.taps() + 1); }
 
 struct CausalConv {
+  // How many channels in go into a word where source and weights are bfloat16; one float elsewhere.
+  int64_t halves_together;
   void (*forward)(const Conv& conv, const Tile& tile, Dtype dtype, const void* x,
                   const void* residual, void* y, float* scratch);
   // y = x + second(first(x)), the results of the first rounded to the dtype.

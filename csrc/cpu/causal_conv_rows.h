@@ -4,6 +4,7 @@
 
 #include "causal_conv.h"
 #include "simd.h"
+#include "words.h"
 
 namespace emu3::EMU3_LEVEL {
 
@@ -63,14 +64,62 @@ struct Activation {
   }
 };
 
+// Elements of a window: float; uint32_t, two channels of a column in bfloat16; bfloat16, of which
+// two columns side by side are a word.
+template <typename Element>
+constexpr int64_t kTogether = 1;  // channels
+template <>
+constexpr int64_t kTogether<uint32_t> = 2;
+
+template <typename Element>
+struct WordOf {
+  typedef Singles type;
+};
+#if defined(__AVX512BF16__)
+constexpr int64_t kHalvesTogether = 2;
+template <>
+struct WordOf<uint32_t> {
+  typedef Pairs type;
+};
+template <>
+struct WordOf<bfloat16> {
+  typedef Pairs type;
+};
+#else
+constexpr int64_t kHalvesTogether = 1;
+#endif
+template <typename Element>
+using Word = typename WordOf<Element>::type;
+
+// Calls body with a value whose type is that of the elements that the weights of `conv` meet.
+template <typename Body>
+inline void with_elements(const Conv& conv, Body body) {
+#if defined(__AVX512BF16__)
+  if (conv.together == 2) return body(uint32_t{});
+#endif
+  body(float{});
+}
+
+template <typename Element>
+inline void put(Element* to, Vec x, Vec, int64_t count) {
+  store(to, x, count);
+}
+
+inline void put(uint32_t* to, Vec x, Vec next, int64_t count) {
+  const BitVec both = narrow_pair({x, next});
+  __builtin_memcpy(to, &both, count * sizeof *to);
+}
+
+template <typename Element>
 struct Tap {
-  const float* row;
+  const Element* row;
   int64_t weight;  // where those of its place in time and rows are, of a block of channels out
   bool last;       // of its frame
 };
 
-// The frames of the source that the results at hand read, in float32, normed and activated, in the
+// The frames of the source that the results at hand read, normed and activated in float32, in the
 // rows of a tile. Zeros around a row are there from the start and stay.
+template <typename Element>
 class Window {
  public:
   Window(const Conv& conv, int64_t row, int64_t row_end, float* memory)
@@ -78,9 +127,9 @@ class Window {
         layout_(conv.columns),
         first_row_(conv.rows.first(row)),
         num_rows_(conv.rows.last(row_end - 1) + 1 - first_row_),
-        pitch_(conv.in * layout_.channel()),
-        memory_(memory),
-        line_(memory + window_size(conv, row_end - row)) {}
+        pitch_(conv.words() * layout_.channel()),
+        memory_((Element*)memory),
+        line_((Element*)(memory + window_size(conv, row_end - row))) {}
 
   int64_t channel() const { return layout_.channel(); }
   int64_t pitch() const { return pitch_; }
@@ -92,7 +141,7 @@ class Window {
     return k % layout_.phases * layout_.phase + k / layout_.phases;
   }
 
-  float* row(int64_t frame, int64_t row) const {
+  Element* row(int64_t frame, int64_t row) const {
     return memory_ + (frame % conv_.time.kernel * num_rows_ + row - first_row_) * pitch_;
   }
 
@@ -109,21 +158,18 @@ class Window {
 
   // Stages one row of all channels, `stride` elements apart.
   template <typename T>
-  void stage(const T* x, int64_t stride, float* to) {
+  void stage(const T* x, int64_t stride, Element* to) {
     const bool adjacent = layout_.spread == 1 && layout_.phases == 1;
-    for (int64_t c = 0; c < conv_.in; ++c, x += stride, to += channel()) {
-      const Activation activate(conv_.scale, conv_.shift, conv_.silu, c);
-      float* const line = adjacent ? to + layout_.base : line_;
-      over_vectors(conv_.columns.source, [&](int64_t w, int64_t count) {
-        emu3::EMU3_LEVEL::store(line + w, activate(load(x + w, count)), count);
-      });
+    for (int64_t c = 0; c < conv_.in; c += kTogether<Element>, to += channel()) {
+      Element* const line = adjacent ? to + layout_.base : line_;
+      stage_words(x + c * stride, stride, c, line);
       if (!adjacent) scatter(line, to);
     }
   }
 
   // Lists the taps of a row of results whose source is there.
-  int taps(int64_t t, int64_t h, Tap* taps) const {
-    const int64_t size = conv_.in * conv_.columns.kernel * kOut;
+  int taps(int64_t t, int64_t h, Tap<Element>* taps) const {
+    const int64_t size = conv_.words() * conv_.columns.kernel * kOut;
     int count = 0;
     for (int64_t a = 0; a < conv_.time.kernel; ++a) {
       const int64_t frame = conv_.time.at(t, a);
@@ -138,7 +184,24 @@ class Window {
   }
 
  private:
-  void scatter(const float* line, float* to) const {
+  // Channel c and those in its words; zeros for one that is not there.
+  template <typename T>
+  void stage_words(const T* x, int64_t stride, int64_t c, Element* line) {
+    const Activation activate(conv_.scale, conv_.shift, conv_.silu, c);
+    const auto each = [&](auto next) {
+      over_vectors(conv_.columns.source, [&](int64_t w, int64_t count) {
+        put(line + w, activate(load(x + w, count)), next(w, count), count);
+      });
+    };
+    if (kTogether<Element> == 2 && c + 1 < conv_.in) {
+      const Activation activate_next(conv_.scale, conv_.shift, conv_.silu, c + 1);
+      each([&](int64_t w, int64_t count) { return activate_next(load(x + stride + w, count)); });
+    } else {
+      each([](int64_t, int64_t) { return Vec{}; });
+    }
+  }
+
+  void scatter(const Element* line, Element* to) const {
     for (int64_t w = 0, q = layout_.base; w < conv_.columns.source; ++w, q += layout_.spread)
       to[q % layout_.phases * layout_.phase + q / layout_.phases] = line[w];
   }
@@ -146,35 +209,39 @@ class Window {
   const Conv& conv_;
   const RowLayout layout_;
   const int64_t first_row_, num_rows_, pitch_;
-  float *const memory_, *const line_;
+  Element *const memory_, *const line_;
   int64_t next_ = 0;
 };
 
 struct ColumnTaps {
   int64_t offset[kMostColumnTaps];
 
-  ColumnTaps(const Conv& conv, const Window& window) {
+  template <typename Element>
+  ColumnTaps(const Conv& conv, const Window<Element>& window) {
     for (int64_t k = 0; k < conv.columns.kernel; ++k) offset[k] = window.offset(k);
   }
 };
 
 // Adds up kWide vectors of columns of kOut channels, whatever lies beside: for each frame its rows,
 // channels in and column taps, in this order, then the frames, since one long sum is less exact.
-template <int kWide>
+template <int kWide, typename Element>
 __attribute__((always_inline)) inline void sum_columns(const Conv& conv, const ColumnTaps& columns,
-                                                       int64_t channel, const Tap* taps,
-                                                       int num_taps, const float* weight, int64_t j,
-                                                       Vec (&total)[kOut][kWide]) {
+                                                       int64_t channel, const Tap<Element>* taps,
+                                                       int num_taps, const uint32_t* weight,
+                                                       int64_t j, Vec (&total)[kOut][kWide]) {
   Vec sum[kOut][kWide] = {};
   for (int i = 0; i < num_taps; ++i) {
-    const float *x = taps[i].row + j, *w = weight + taps[i].weight;
-    for (int64_t c = 0; c < conv.in; ++c, x += channel)
+    const Element* x = taps[i].row + j;
+    const uint32_t* w = weight + taps[i].weight;
+    for (int64_t c = 0; c < conv.words(); ++c, x += channel)
       for (int64_t k = 0; k < conv.columns.kernel; ++k, w += kOut) {
-        Vec column[kWide];
-        for (int v = 0; v < kWide; ++v) column[v] = load(x + columns.offset[k] + v * kLanes);
+        BitVec column[kWide];
+        for (int v = 0; v < kWide; ++v)
+          column[v] = load_words((const uint32_t*)(x + columns.offset[k] + v * kLanes));
         for (int o = 0; o < kOut; ++o) {
-          const Vec factor = splat(w[o]);
-          for (int v = 0; v < kWide; ++v) sum[o][v] = fma(factor, column[v], sum[o][v]);
+          const BitVec factor = w[o] - BitVec{};
+          for (int v = 0; v < kWide; ++v)
+            sum[o][v] = Word<Element>::dot(factor, column[v], sum[o][v]);
         }
       }
     for (int o = 0; taps[i].last && o < kOut; ++o)
@@ -187,14 +254,14 @@ __attribute__((always_inline)) inline void sum_columns(const Conv& conv, const C
 
 // Calls emit(o, j, lanes, sums) for every vector of columns j of every channel o of a row of
 // results.
-template <typename Emit>
-inline void convolve_row(const Conv& conv, const Window& window, const ColumnTaps& columns,
+template <typename Element, typename Emit>
+inline void convolve_row(const Conv& conv, const Window<Element>& window, const ColumnTaps& columns,
                          int64_t t, int64_t h, Emit emit) {
-  Tap taps[kMostRowTaps];
+  Tap<Element> taps[kMostRowTaps];
   const int num_taps = window.taps(t, h, taps);
-  const int64_t width = conv.columns.results, block = conv.in * conv.taps() * kOut;
+  const int64_t width = conv.columns.results, block = conv.words() * conv.taps() * kOut;
   for (int64_t first = 0; first < conv.out; first += kOut) {
-    const float* const weight = conv.weight + first / kOut * block;
+    const uint32_t* const weight = conv.weight + first / kOut * block;
     const int num_out = conv.out - first < kOut ? conv.out - first : kOut;
     const auto columns_from = [&]<int kWide>(int64_t j) __attribute__((always_inline)) {
       Vec sum[kOut][kWide] = {};
@@ -226,9 +293,9 @@ inline int64_t channel_of_results(const Conv& conv) {
 }
 
 // Calls row(window, columns, t, h) for every row of results of the tile, its source staged.
-template <typename T, typename Row>
+template <typename Element, typename T, typename Row>
 inline void over_rows(const Conv& conv, const Tile& tile, const T* x, float* scratch, Row row) {
-  Window window(conv, tile.row, tile.row_end, scratch);
+  Window<Element> window(conv, tile.row, tile.row_end, scratch);
   const ColumnTaps columns(conv, window);
   for (int64_t t = tile.frame; t < tile.frame_end; ++t) {
     window.reach(x + tile.batch * conv.source_size(), t);

@@ -126,14 +126,20 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double both sides by repetition, then convolve."""
+    """Double both sides by repetition, then convolve by 3x3, with 4/9 of the products.
+
+    A result sees each pixel up to four times: weights that meet the same one are added up first,
+    in a transposed convolution of 4x4 and stride 2.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        weight = self.conv.weight.flip(2, 3).transpose(0, 1)
+        sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)
+        return F.conv_transpose2d(x, sums, self.conv.bias, stride=2, padding=1)
 
 
 def _per_place(conv: nn.Conv2d, places: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def four_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [[2, 3, 5, 37, 21], [1, 4, 8, 9, 21], [1, 16, 3, 130, 18]])
 @pytest.mark.usefixtures("four_threads")
@@ -88,9 +88,10 @@ def test_the_block_is_two_convolutions_bit_for_bit(backend, dtype, shape):
 
     The generic suite asks for gradients, and so for two passes: this is the test of the one. Four
     threads cut its shapes into tiles of frames and of rows, which have to compute what lies around.
+    Triton's, which is two launches, has a test in bfloat16.
     """
     name, level = at_level(backend)
-    i = block_inputs(shape, runnable(backend, dtype))
+    i = block_inputs(shape, dtype)
     first = {"scale": i["scale1"], "shift": i["shift1"], "activation": "silu", "backend": name}
     second = {"scale": i["scale2"], "shift": i["shift2"], "activation": "silu", "backend": name}
     with level:

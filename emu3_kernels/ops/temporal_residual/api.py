@@ -32,7 +32,7 @@ def temporal_residual(
     both convolutions are :func:`causal_conv3d` with a kernel of 3 x 3 x 3, a bias and stride 1. One
     pass over ``x``: ``hidden`` stays in the caches of the processor.
 
-    Computed in float32 (float64 for float64 inputs; see :func:`causal_conv3d` for Triton);
+    Computed in float32 (float64 for float64 inputs; see :func:`causal_conv3d` for bfloat16);
     ``hidden`` and ``y`` are each rounded once, to the dtype of ``x``, so that the result is, bit
     for bit on every backend but the reference, that of two calls of :func:`causal_conv3d`, the
     second with ``residual=x``, which can be streamed.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from emu3_kernels import _native
 from emu3_kernels._causal_conv import native
-from emu3_kernels._causal_conv.native import convolve, convolve_backward, widened
+from emu3_kernels._causal_conv.native import convolve, convolve_backward, factors
 from emu3_kernels._causal_conv.plan import Plan
 
 __all__ = ["convolve", "convolve_backward", "forward", "why_not"]
@@ -17,9 +17,10 @@ def why_not(
     return native.why_not(x, weight1, Plan(), scale1, shift1, *others)
 
 
-def forward(x: Tensor, *weights: Tensor) -> Tensor:
+def forward(x: Tensor, *operands: Tensor) -> Tensor:
     """Run the block on ``x`` and what follows it in the op's arguments."""
-    return torch.ops.emu3_kernels.temporal_residual(x, *widened(*weights))
+    wide = [factors(x, t) if t.dim() > 1 else t.float() for t in operands]
+    return torch.ops.emu3_kernels.temporal_residual(x, *wide)
 
 
 if not _native.MISSING:
