@@ -6,6 +6,7 @@ the ``latent [B, D, h, w]`` that it draws. Names are those of the official weigh
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -137,9 +138,15 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.conv.weight.flip(2, 3).transpose(0, 1)
-        sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)
-        return F.conv_transpose2d(x, sums, self.conv.bias, stride=2, padding=1)
+        taps = self.conv.weight.permute(1, 2, 3, 0).contiguous()  # [in, 3, 3, out]
+        weight = _pair_sums(_pair_sums(taps, dim=1), dim=2).permute(0, 3, 1, 2)
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+
+
+def _pair_sums(weight: Tensor, dim: int) -> Tensor:
+    """Three taps, last first, to four: each meets the two copies of a pixel at two offsets."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack((last, middle + last, first + middle, first), dim)
 
 
 def _per_place(conv: nn.Conv2d, places: Tensor) -> Tensor:

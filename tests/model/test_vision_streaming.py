@@ -50,9 +50,7 @@ def test_a_filmed_clip_in_pieces_is_one_pass_bit_for_bit():
 
 def test_the_memory_of_a_stream_does_not_grow_with_a_filmed_clip():
     """The most that a process held after 48 frames, above that after 8; a frame has 0.4 MiB."""
-    script = (
-        "from tests.model.test_vision_streaming import peak_growth; print(peak_growth(8, 48))"
-    )
+    script = "from tests.model.test_vision_streaming import peak_growth; print(peak_growth(8, 48))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 4
