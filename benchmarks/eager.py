@@ -127,3 +127,8 @@ def spatial_norm_silu(
     y = F.conv2d(resized, y_weight[:, :, None, None], y_bias)
     modulated = normed * y + F.conv2d(resized, b_weight[:, :, None, None], b_bias)
     return modulated * torch.sigmoid(modulated)
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    y = F.conv2d(x, weight, bias, padding=1)
+    return y if residual is None else y + residual

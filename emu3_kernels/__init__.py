@@ -5,6 +5,7 @@ from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.attention.api import attention
 from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
 from emu3_kernels.ops.causal_conv3d.cache import FrameCache
+from emu3_kernels.ops.conv3x3.api import conv3x3
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.decode_attention.api import decode_attention
 from emu3_kernels.ops.group_norm_silu.api import group_norm_silu
@@ -25,6 +26,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "causal_conv3d",
+    "conv3x3",
     "cross_entropy",
     "decode_attention",
     "group_norm_silu",

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -135,10 +133,6 @@ int64_t most_rows(const std::vector<Tile>& all) {
   return rows;
 }
 
-struct Free {
-  void operator()(float* memory) const { std::free(memory); }
-};
-
 // Runs body(tile, part, scratch) for every tile, `size` floats of zeros each. Tiles i, i + parts, …
 // are part i, and run in this order; a thread takes the next part when it is free.
 template <typename Body>
@@ -147,8 +141,7 @@ void over_tiles(const std::vector<Tile>& all, int64_t parts, int64_t size, Body 
   const int64_t workers = std::min<int64_t>(parts, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t end) {
-    const int64_t bytes = whole(size * sizeof(float), 64);
-    std::unique_ptr<float, Free> scratch(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    const std::unique_ptr<float, Free> scratch = uninitialised(size);
     for (; worker < end; ++worker)
       for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;)
         for (int64_t i = part; i < count; i += parts) {

@@ -6,6 +6,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -58,6 +65,24 @@ inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
                                                           static_cast<int64_t>(sizes.size()), &type,
                                                           &layout, &device, index, nullptr, &made));
   return Tensor(made);
+}
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+// Scratch memory, aligned to a cache line. In large pages where it is large: the small ones of
+// fresh memory cost 0.4 ns a byte when they are first touched, these a quarter.
+inline std::unique_ptr<float, Free> uninitialised(int64_t count) {
+  constexpr size_t kLine = 64, kLargePage = 2 << 20;
+  const size_t bytes = count * sizeof(float), unit = bytes < kLargePage ? kLine : kLargePage;
+  const size_t whole = (bytes + unit - 1) / unit * unit;
+  void* const memory = std::aligned_alloc(unit, whole);
+  if (!memory) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (unit == kLargePage) madvise(memory, whole, MADV_HUGEPAGE);
+#endif
+  return std::unique_ptr<float, Free>(static_cast<float*>(memory));
 }
 
 // drop_below() and keep_scale() of _dropout.py; the seed is 0-d int64.

@@ -11,12 +11,6 @@ namespace emu3::EMU3_LEVEL {
 // Vectors of columns whose sums are in registers at once, for each of kOut channels.
 constexpr int kWidest = kLanes == 16 ? 4 : 2;
 
-inline Vec load(const bfloat16* from) {
-  HalfVec half;
-  __builtin_memcpy(&half, from, sizeof half);
-  return widen(half);
-}
-
 // The first `count` <= kLanes elements, and zeros.
 template <typename T>
 inline Vec load(const T* from, int64_t count) {
@@ -24,11 +18,6 @@ inline Vec load(const T* from, int64_t count) {
   T block[kLanes] = {};
   __builtin_memcpy(block, from, count * sizeof *from);
   return load(block);
-}
-
-inline void store(bfloat16* to, Vec x) {
-  const HalfVec half = narrow(x);
-  __builtin_memcpy(to, &half, sizeof half);
 }
 
 template <typename T>

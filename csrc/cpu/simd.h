@@ -85,7 +85,18 @@ inline Vec load(const float* from) {
   return x;
 }
 
+inline Vec load(const bfloat16* from) {
+  HalfVec half;
+  __builtin_memcpy(&half, from, sizeof half);
+  return widen(half);
+}
+
 inline void store(float* to, Vec x) { __builtin_memcpy(to, &x, sizeof x); }
+
+inline void store(bfloat16* to, Vec x) {
+  const HalfVec half = narrow(x);
+  __builtin_memcpy(to, &half, sizeof half);
+}
 
 // The first `count` < kLanes elements alone.
 inline void store_tail(float* to, Vec x, int64_t count) {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels import attention, group_norm_silu, spatial_norm_silu
+from emu3_kernels import attention, conv3x3, group_norm_silu, spatial_norm_silu
 
 EPS = 1e-6
 MakeNorm = Callable[[int], nn.Module]
@@ -63,9 +63,11 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(narrow, wide, 1) if narrow != wide else None
 
     def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
-        change = self.conv1(self.norm1(x, latent))
-        change = self.conv2(self.norm2(change, latent))
-        return change.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
+        first, second = self.conv1, self.conv2
+        change = conv3x3(self.norm1(x, latent), first.weight, first.bias)
+        change = self.norm2(change, latent)
+        shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
+        return conv3x3(change, second.weight, second.bias, shortcut)
 
 
 class Attention(nn.Module):

@@ -1,8 +1,8 @@
 """A causal convolution natively: csrc/cpu/causal_conv.cpp, causal_conv_gradient.cpp, and forward in
 csrc/cuda/causal_conv.cuh, temporal_residual.cuh.
 
-The kernels take vectors in float32 and weights in float32 or, on the CPU, bfloat16; the gradients of
-both are float32.
+The kernels take vectors in float32, weights in float32 or, on the CPU, bfloat16; gradients of both
+are float32.
 """
 
 import torch

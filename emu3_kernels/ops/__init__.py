@@ -15,4 +15,5 @@ OPS = (
     "spatial_norm_silu",
     "causal_conv3d",
     "temporal_residual",
+    "conv3x3",
 )

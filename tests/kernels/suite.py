@@ -12,9 +12,13 @@ import emu3_kernels
 from emu3_kernels import _native
 from emu3_kernels.ops import OPS
 
-LIBRARIES = ("flash_attn", "xformers", "sdpa")
+LIBRARIES = ("flash_attn", "xformers", "sdpa", "aten")
 """Backends that are the ops of other libraries, for ``test_attention_adapters`` alone."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+WIDE_AND_NARROW = (torch.float32, torch.bfloat16)
+INTERPRETED = (torch.float32, torch.float16)
 
 
 def part(op: str, name: str) -> ModuleType:
@@ -46,6 +50,15 @@ def runnable(backend: str, dtype: torch.dtype) -> torch.dtype:
     """Return float16 for bfloat16 where Triton interprets: ttsem tests its bfloat16."""
     interpreted = backend == "triton" and not torch.cuda.is_available()
     return torch.float16 if interpreted and dtype == torch.bfloat16 else dtype
+
+
+def must_run(op: str, backend: str) -> tuple[torch.dtype, ...]:
+    """List the dtypes that a backend may not refuse; ttsem tests Triton in bfloat16."""
+    if backend == "native":
+        return getattr(part(op, "cases"), "NATIVE_DTYPES", WIDE_AND_NARROW)
+    if backend == "triton" and not torch.cuda.is_available():
+        return INTERPRETED
+    return DTYPES
 
 
 def calls() -> Iterator[tuple[str, str, dict, torch.dtype]]:

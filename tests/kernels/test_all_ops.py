@@ -12,22 +12,17 @@ import emu3_kernels
 from emu3_kernels.ops import OPS
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import (
-    DTYPES,
     at_level,
     backends,
     calls,
     differentiable,
     double,
+    must_run,
     part,
     public,
     value_and_gradients,
 )
 
-MUST_RUN = {
-    "native": (torch.float32, torch.bfloat16),
-    "triton": DTYPES if torch.cuda.is_available() else (torch.float32, torch.float16),
-}
-"""A backend may refuse other dtypes, by name and with a reason; ttsem tests Triton in bfloat16."""
 REQUIRED = os.environ.get("EMU3_REQUIRE", "").split(",")
 
 
@@ -51,7 +46,7 @@ def test_value_and_gradients(op, backend, size, dtype, device):
     except NotImplementedError as error:
         refusal = str(error)
     if refusal:
-        assert dtype not in MUST_RUN[name], refusal
+        assert dtype not in must_run(op, name), refusal
         assert refusal.startswith(f"{op}: backend '{name}' cannot run this call: ")
         return
     low = value_and_gradients(op, oracle, inputs)
@@ -75,9 +70,9 @@ def transposed(tensor):
 @pytest.mark.parametrize("layout", [strided, transposed])
 @pytest.mark.parametrize(("op", "backend"), [(op, b) for op in OPS for b in backends(op)])
 def test_the_layout_of_the_inputs_changes_nothing(op, backend, layout, device):
-    size = part(op, "cases").CHECK[-1]
-    inputs = part(op, "cases").make(**size, dtype=torch.float32, device=device)
     name, level = at_level(backend)
+    size, dtype = part(op, "cases").CHECK[-1], must_run(op, name)[0]
+    inputs = part(op, "cases").make(**size, dtype=dtype, device=device)
     call = partial(public(op), backend=name)
     relaid = inputs | {key: layout(inputs[key]) for key in differentiable(op, inputs)}
     with level:
@@ -93,8 +88,8 @@ def test_the_layout_of_the_inputs_changes_nothing(op, backend, layout, device):
 def test_compiles_as_one_graph(op, backend):
     """Triton's own launches are traced on a GPU only: its interpreter is plain Python."""
     torch.compiler.reset()
-    size = part(op, "cases").CHECK[-1]
-    inputs = part(op, "cases").make(**size, dtype=torch.float32, device="cpu")
+    size, dtype = part(op, "cases").CHECK[-1], must_run(op, backend)[0]
+    inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
     call = partial(public(op), backend=backend)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     actual = value_and_gradients(op, compiled, inputs)
@@ -117,9 +112,8 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", OPS)
 def test_native_ops_are_registered_right(op):
-    inputs = part(op, "cases").make(
-        **part(op, "cases").CHECK[-1], dtype=torch.float32, device="cpu"
-    )
+    size, dtype = part(op, "cases").CHECK[-1], must_run(op, "native")[0]
+    inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
     with Recorder() as recorder:
         value_and_gradients(op, partial(public(op), backend="native"), inputs)
     assert recorder.calls

@@ -39,5 +39,5 @@ def test_encode_copies_the_pixels_and_what_a_stride_of_two_pads(dtype):
 def test_decode_copies_weights_of_its_doublings_alone(dtype):
     tokenizer = random_tokenizer().to(dtype)
     codes = torch.zeros(1, SIDE // 8, SIDE // 8, dtype=torch.int64)
-    turned = [(128, 3, 3, 128), (128, 3, 3, 128), (64, 3, 3, 64)]
+    turned = [(width, 3, 3, width) for width in (128, 64, 64)]
     assert copied(lambda: tokenizer.decode(codes)) == turned

@@ -1,0 +1,45 @@
+"""conv3x3 on the CPU: csrc/cpu/conv3x3.cpp; its gradients are PyTorch's own.
+
+Tensors are channels-last: ``x [B, H, W, C]``, ``weight [O, 3, 3, C]``.
+"""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels import _native
+
+FEWEST_TILES = 128
+"""Of a picture, 4x4 pixels each: the transformed weights are four times the weights."""
+BLOCK_IN, BLOCK_OUT = 16, 64
+
+
+def why_not(x: Tensor, weight: Tensor) -> str | None:
+    if (reason := _native.why_not_cpu(x)) is not None:
+        return reason
+    out, channels, height, width = len(weight), *x.shape[1:]
+    if x.dtype != torch.bfloat16:
+        return f"{x.dtype} would lose digits to the transforms"
+    if channels % BLOCK_IN or out % BLOCK_OUT:
+        return f"{channels} to {out} channels are not multiples of {BLOCK_IN} and {BLOCK_OUT}"
+    if (tiles := -(-height // 4) * -(-width // 4)) < FEWEST_TILES:
+        return f"{tiles} tiles of 4x4 pixels are fewer than {FEWEST_TILES}"
+    return None
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    return torch.ops.emu3_kernels.conv3x3(x, weight, bias.float(), residual)
+
+
+def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dy, x, weight = (t.movedim(-1, 1) for t in (dy, x, weight))
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        dy, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True] * 3
+    )
+    return dx.movedim(1, -1), dweight.movedim(1, -1), dbias
+
+
+if not _native.MISSING:
+
+    @torch.library.register_fake("emu3_kernels::conv3x3")
+    def _(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        return x.new_empty((*x.shape[:3], len(weight)))
