@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/emu3 demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 bench: $(VENV)/peers
 	$(BIN)/python -m benchmarks ops

@@ -84,9 +84,13 @@ def load() -> float:
 
 
 def why_not_publish(*loads: float) -> str | None:
-    """Say why what is timed under these load averages may not be published; None if it may."""
-    if max(loads) > cores():
-        return f"the load average must be at most {cores()}, one a core, got {max(loads):.2f}"
+    """Say why what is timed under these load averages may not be published; None if it may.
+
+    In a row of minutes our own threads bring it to one a core: a tenth more is let through.
+    """
+    most = 1.1 * cores()
+    if max(loads) > most:
+        return f"the load average must be at most {most:.1f}, 1.1 a core, got {max(loads):.2f}"
     return None
 
 

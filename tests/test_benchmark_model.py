@@ -137,7 +137,7 @@ def bars_of(written: dict) -> dict[str, str]:
 
 
 def test_a_busy_machine_times_no_model(monkeypatch):
-    monkeypatch.setattr(machine, "load", lambda: machine.cores() + 0.1)
+    monkeypatch.setattr(machine, "load", lambda: 1.2 * machine.cores())
     monkeypatch.setattr(run, "run_pytest", lambda *args: pytest.fail("timed under load"))
     refused = CliRunner().invoke(front.app, ["model"])
     assert refused.exit_code == 1
