@@ -181,7 +181,7 @@ def rivals(case: Case, inputs: Mapping, results: object) -> dict[str, Callable[[
 def caller(case: Case, function: Callable, inputs: Mapping) -> Call:
     """Bind ``function`` to the inputs and, for a backward pass alone, to random gradients.
 
-    Forward and backward in one are those of a loss, which needs none.
+    Forward and backward in one are those of a loss, or of half the sum of squares of a tensor.
     """
     if case.direction == "forward":
         return partial(function, **inputs)
@@ -190,7 +190,7 @@ def caller(case: Case, function: Callable, inputs: Mapping) -> Call:
     leaves = {name: inputs[name].detach().requires_grad_() for name in _leaves(case, inputs)}
     bound, wrt = partial(function, **{**inputs, **leaves}), list(leaves.values())
     if case.direction == "forward+backward":
-        return lambda: torch.autograd.grad(bound(), wrt)
+        return lambda: _gradients(bound(), wrt)
     results = _with_gradient(bound())
     random = torch.Generator().manual_seed(1)
     douts = [torch.randn(r.shape, generator=random).to(r) for r in results]
@@ -245,6 +245,11 @@ def as_tuple(result: object) -> tuple[Tensor, ...]:
 
 def _leaves(case: Case, inputs: Mapping) -> list[str]:
     return differentiable(case.op, dict(inputs))
+
+
+def _gradients(results: object, wrt: list[Tensor]) -> tuple[Tensor, ...]:
+    results = _with_gradient(results)
+    return torch.autograd.grad(results, wrt, [r.detach() if r.dim() else None for r in results])
 
 
 def _with_gradient(results: object) -> list[Tensor]:

@@ -228,6 +228,15 @@ def test_a_loss_is_computed_and_differentiated_in_every_call():
     assert once.ne(0).any()
 
 
+def test_a_tensor_is_differentiated_as_half_the_sum_of_its_squares():
+    case = replace(CASE, direction="forward+backward")
+    call = contestants.caller(
+        case, lambda x, y: x * y, {"x": torch.tensor([3.0]), "y": torch.tensor([5.0])}
+    )
+    dx, dy = call()
+    assert (dx.item(), dy.item()) == (15 * 5, 15 * 3)
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder for results, and a suite that has always timed one row already."""
