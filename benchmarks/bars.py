@@ -115,7 +115,7 @@ BARS = (
     *(Bar("temporal_residual", EAGER, 15.0, size, threads=(2,)) for size in FRAMES),
     *(Bar("temporal_residual", EAGER, 8.0, size, BOTH, threads=(2,)) for size in FRAMES),
     Bar("conv3x3", EAGER, 1.3, ()),
-    Bar("nearest_code", "faiss", 6.0, (("shape", [8, 4, 64, 64]),), threads=(1,)),
+    Bar("nearest_code", "faiss", 20.0, (("shape", [8, 4, 64, 64]),), threads=(1,)),
     Bar("model", HF, 2.5, STEP, BOTH),
     Bar("model", HF, 4.0, HALF_STEP, BOTH),
     Bar("model", HF, 4.0, STEP, BOTH, of=MEMORY),
