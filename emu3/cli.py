@@ -111,11 +111,12 @@ def generate(
     ),
     guidance: Annotated[float, typer.Option(help="weight of the caption")] = 3.0,
     top_k: Annotated[int, typer.Option(help="codes to draw from")] = 2048,
+    temperature: Annotated[float, typer.Option(help="below 1, unlikely codes are rarer")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the draw")] = 0,
 ) -> None:
     """Draw pictures from captions."""
     model, tokenizer, text = _load(decoder, vision)
-    how = Sampling(guidance=guidance, top_k=top_k)
+    how = Sampling(guidance=guidance, top_k=top_k, temperature=temperature)
     generator = torch.Generator().manual_seed(seed)
     codes = generate_images(model, text, captions, tokenizer.settings.grid, how, generator)
     strip = torch.cat(list(tokenizer.decode(codes)), dim=2)
