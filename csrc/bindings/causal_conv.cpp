@@ -231,10 +231,11 @@ std::tuple<Tensor, Tensor> weight_gradient(const Conv& conv, const Tensor& dz, c
   const std::vector<Tile> all = tiles(conv, x.size(0), kParts);
   const int64_t size = partial_size(conv), rows = most_rows(all), parts = num_parts(all);
   std::vector<float> partial(parts * size);
+  const bool halves = dtype_of(weight) == Dtype::bfloat16;
   over_tiles(all, parts, weight_scratch(conv, rows),
              [&](const Tile& tile, int64_t part, float* scratch) {
                causal_conv_gradient().of_weight(conv, tile, dtype_of(x), x.const_data_ptr(),
-                                                dtype_of(dz), dz.const_data_ptr(),
+                                                dtype_of(dz), dz.const_data_ptr(), halves,
                                                 partial.data() + part * size, scratch);
              });
   const int64_t num_weights = size / 4 - conv.out;

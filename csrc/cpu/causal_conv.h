@@ -136,9 +136,10 @@ struct CausalConvGradient {
   // `conv` is that of the gradient. Adds dscale and dshift to sums [2, out].
   void (*of_input)(const Conv& conv, const Tile& tile, Dtype dtype, const void* dz,
                    const Activated& input, void* dx, double* sums, float* scratch);
-  // Adds to partial [partial_size]: four sums of each weight, then of each bias.
+  // Adds to partial [partial_size]: four sums of each weight, then of each bias. `halves` allows to
+  // round the activated x to bfloat16 where x and dz are.
   void (*of_weight)(const Conv& conv, const Tile& tile, Dtype dtype, const void* x, Dtype dz_dtype,
-                    const void* dz, float* partial, float* scratch);
+                    const void* dz, bool halves, float* partial, float* scratch);
 };
 
 EMU3_KERNELS(CausalConv, causal_conv)

@@ -205,9 +205,9 @@ void of_input(const Conv& conv, const Tile& tile, Dtype dtype, const void* dz,
 }
 
 void of_weight(const Conv& conv, const Tile& tile, Dtype dtype, const void* x, Dtype dz_dtype,
-               const void* dz, float* partial, float* scratch) {
+               const void* dz, bool halves, float* partial, float* scratch) {
 #if defined(__AVX512BF16__)
-  if (dtype == Dtype::bfloat16 && dz_dtype == Dtype::bfloat16)
+  if (halves && dtype == Dtype::bfloat16 && dz_dtype == Dtype::bfloat16)
     return of_weight_tile<bfloat16>(conv, tile, (const bfloat16*)x, (const bfloat16*)dz, partial,
                                     scratch);
 #endif

@@ -185,6 +185,16 @@ def test_norms_may_be_wider_than_the_video():
     assert grads["dweight"].dtype == grads["output 0"].dtype == torch.bfloat16
 
 
+def test_float32_weights_of_a_bfloat16_video_round_nothing():
+    """Neither the weights nor, for their gradient, the normed video."""
+    x, bias = torch.ones(1, 1, 1, 1, 1, dtype=torch.bfloat16), torch.full((1,), -1.0)
+    weight = torch.full((1, 1, 1, 1, 1), 1 + 2**-12, requires_grad=True)
+    assert causal_conv3d(x, weight, bias, backend="native").item() == 2**-12
+    norm = {"scale": torch.full((1,), 1 + 2**-10), "shift": torch.zeros(1)}
+    (dweight,) = torch.autograd.grad(causal_conv3d(x, weight, bias, **norm), weight)
+    assert dweight.item() == 1 + 2**-10
+
+
 X, WEIGHT = torch.zeros(1, 4, 3, 5, 6), torch.zeros(4, 4, 3, 3, 3)
 FRAMES = torch.zeros(1, 4, 2, 5, 6)
 
