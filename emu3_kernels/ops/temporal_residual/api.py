@@ -103,4 +103,4 @@ class _TemporalResidual(torch.autograd.Function):
             (dscale1, dshift1, dweight1, dbias1),
             (dscale2, dshift2, dweight2, dbias2),
         )
-        return dx + dy, *of_first, *of_second, None
+        return dx.add_(dy), *of_first, *of_second, None
