@@ -58,6 +58,15 @@ def failing_build(tree: Path) -> None:
     raise RuntimeError("no compiler")
 
 
+@pytest.fixture
+def interruptible():
+    """A process of pytest-xdist ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("happens", "seen"),
     [
