@@ -40,9 +40,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
   const int64_t rounds = (tiles + kMostTiles * threads - 1) / (kMostTiles * threads);
   const int64_t blocks = std::min(tiles, rounds * threads);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t block, int64_t end) {
-    const int64_t size = conv3x3_scratch(call);
-    const std::unique_ptr<float, Free> scratch = uninitialised(size);
-    std::fill_n(scratch.get(), size, 0.0f);  // rows of a register tile beyond the last are read
+    const std::unique_ptr<float, Free> scratch = uninitialised(conv3x3_scratch(call));
     for (; block < end; ++block) {
       const int64_t first = tiles * block / blocks, last = tiles * (block + 1) / blocks;
       conv3x3().results(call, first, last - first, scratch.get());

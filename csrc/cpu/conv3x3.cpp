@@ -82,6 +82,11 @@ struct Place {
 
 // Channels of kFlat tiles that lie together at a point, in the order in which products read them.
 constexpr int64_t kTogether = 16;
+// Channels whose weights in a panel stay in the first cache.
+constexpr int64_t kStretch = 128;
+// Weights that kTogether channels of kFlat tiles ask for: a whole block of tiles, for a stretch.
+constexpr int64_t kAhead = kPanelOut * kFlat * kTogether / kMostTiles;
+static_assert(kMostTiles % kFlat == 0 && kStretch % kTogether == 0);
 
 // The 6x6 pixels of a tile to points, `pitch` floats apart.
 void take_pixels(const Conv3x3Call& call, const Place& place, float* to, int64_t pitch) {
@@ -109,13 +114,14 @@ void take_pixels(const Conv3x3Call& call, const Place& place, float* to, int64_t
   }
 }
 
-// Adds the products of `count` channels in of kFlat tiles with kWide vectors of channels out.
+// Adds the products of `count` channels in of kFlat tiles with kWide vectors of channels out, and
+// asks for the pixels `next_pixels` further on and for weights of the next stretch.
 inline void add_products(const float* pixels, const float* weights, int64_t count, float* to,
                          bool from_zero, int64_t next_pixels, const float* next_weights) {
   Vec sum[kFlat][kWide] = {};
-  for (int64_t c = 0; c < count; c += kTogether, pixels += kFlat * kTogether, next_weights += 64) {
+  for (int64_t c = 0; c < count; c += kTogether, pixels += kFlat * kTogether) {
     for (int i = 0; i < kFlat; ++i) __builtin_prefetch(pixels + next_pixels + i * kTogether);
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(next_weights + i * 16, 0, 2);
+    for (int i = 0; i < kAhead; i += 16, next_weights += 16) __builtin_prefetch(next_weights, 0, 2);
     for (int64_t k = 0; k < kTogether; ++k, weights += kPanelOut) {
       Vec w[kWide];
       for (int v = 0; v < kWide; ++v) w[v] = load(weights + v * kLanes);
@@ -136,19 +142,18 @@ inline void add_products(const float* pixels, const float* weights, int64_t coun
     }
 }
 
-// Products at every point: [tiles, in] with [in, kPanelOut] of the panel, in stretches of channels
-// that stay in the first cache.
+// Products at every point: [tiles, in] with [in, kPanelOut] of the panel, stretch by stretch.
 void multiply(const Conv3x3Call& call, const float* pixels, int64_t tiles, const float* panel,
               float* products) {
-  constexpr int64_t kStretch = 128;
   for (int64_t point = 0; point < kPoints; ++point) {
     for (int64_t c = 0; c < call.in; c += kStretch)
       for (int64_t o = 0; o < kPanelOut; o += kWide * kLanes)
         for (int64_t tile = 0; tile < tiles; tile += kFlat)
-          add_products(pixels + tile * call.in + c * kFlat, panel + c * kPanelOut + o,
-                       call.in - c < kStretch ? call.in - c : kStretch,
-                       products + tile * kPanelOut + o, c == 0, call.in * kFlat,
-                       panel + (c + kStretch) * kPanelOut + tile * kTogether * 4);
+          add_products(
+              pixels + tile * call.in + c * kFlat, panel + c * kPanelOut + o,
+              call.in - c < kStretch ? call.in - c : kStretch, products + tile * kPanelOut + o,
+              c == 0, call.in * kFlat,
+              panel + (c + kStretch) * kPanelOut + tile / kFlat * kStretch / kTogether * kAhead);
     pixels += kMostTiles * call.in;
     panel += call.in * kPanelOut;
     products += kMostTiles * kPanelOut;
@@ -185,8 +190,9 @@ void write_results(const Conv3x3Call& call, const Place& place, const float* pro
 
 void results(const Conv3x3Call& call, int64_t first, int64_t count, float* scratch) {
   float *const pixels = scratch, *const products = scratch + kPoints * kMostTiles * call.in;
-  for (int64_t i = 0; i < count; ++i)
-    take_pixels(call, Place(call, first + i),
+  // Rows of a register tile beyond the last repeat it.
+  for (int64_t i = 0; i < count || i % kFlat; ++i)
+    take_pixels(call, Place(call, first + (i < count ? i : count - 1)),
                 pixels + i / kFlat * kFlat * call.in + i % kFlat * kTogether, kMostTiles * call.in);
   for (int64_t o = 0; o < call.out; o += kPanelOut) {
     multiply(call, pixels, count, call.panels + o * kPoints * call.in, products);

@@ -17,7 +17,6 @@ LIBRARIES = ("flash_attn", "xformers", "sdpa", "aten")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-WIDE_AND_NARROW = (torch.float32, torch.bfloat16)
 INTERPRETED = (torch.float32, torch.float16)
 
 
@@ -55,7 +54,7 @@ def runnable(backend: str, dtype: torch.dtype) -> torch.dtype:
 def must_run(op: str, backend: str) -> tuple[torch.dtype, ...]:
     """List the dtypes that a backend may not refuse; ttsem tests Triton in bfloat16."""
     if backend == "native":
-        return getattr(part(op, "cases"), "NATIVE_DTYPES", WIDE_AND_NARROW)
+        return getattr(part(op, "cases"), "NATIVE_DTYPES", _native.DTYPES)
     if backend == "triton" and not torch.cuda.is_available():
         return INTERPRETED
     return DTYPES

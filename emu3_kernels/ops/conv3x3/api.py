@@ -10,7 +10,7 @@ from emu3_kernels import _native
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_floating, describe
 from emu3_kernels._dispatch import choose, load
-from emu3_kernels._group_norm.layout import from_channels_last, to_channels_last
+from emu3_kernels._layout import from_channels_last, to_channels_last
 from emu3_kernels.ops.conv3x3 import reference
 
 HAS_TILES = _native.cpu_levels()[-1:] == ("amx",)
@@ -36,7 +36,7 @@ def conv3x3(
     processors with AMX. It rounds before it adds the residual. Differentiable in all tensors.
 
     Channels-last memory is read as it is, any other layout copied to it; native results are
-    channels-last. The result of a picture does not depend on the batch.
+    channels-last, and that of a picture does not depend on its batch.
 
     From "Fast Algorithms for Convolutional Neural Networks" (Lavin and Gray, arXiv 1509.09308).
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels._group_norm.checks import check_group_norm
-from emu3_kernels._group_norm.layout import from_channels_last, to_channels_last
+from emu3_kernels._layout import from_channels_last, to_channels_last
 from emu3_kernels.ops.group_norm_silu import reference
 
 BACKENDS = load("group_norm_silu", "native", "triton")

@@ -11,7 +11,7 @@ from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_floating, describe
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels._group_norm.checks import check_group_norm, check_parameters
-from emu3_kernels._group_norm.layout import from_channels_last, to_channels_last, with_frames
+from emu3_kernels._layout import from_channels_last, to_channels_last, with_frames
 from emu3_kernels.ops.spatial_norm_silu import reference
 
 BACKENDS = load("spatial_norm_silu", "native", "triton")
