@@ -28,7 +28,15 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ["-march=x86-64-v3"],
         "avx512": ["-march=x86-64-v4"],
         "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+        "amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     }
+
+
+def levels_of(source: str) -> dict[str, list[str]]:
+    """The levels that a CPU source is compiled for, AMX where it multiplies tiles."""
+    if "EMU3_LEVEL" not in source:
+        return {"any": []}
+    return {name: LEVELS[name] for name in LEVELS if name != "amx" or "TileUse" in source}
 
 
 def nvcc() -> str | None:
@@ -58,8 +66,7 @@ class BuildNative(build_ext):
             target = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#x}ULL"]
             jobs.append((source, source.stem, [*includes, *target]))
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            levels = LEVELS if "EMU3_LEVEL" in source.read_text() else {"any": []}
-            for level, flags in levels.items():
+            for level, flags in levels_of(source.read_text()).items():
                 jobs.append((source, f"{source.stem}.{level}", [f"-DEMU3_LEVEL={level}", *flags]))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda job: self.compile_one(*job), jobs))

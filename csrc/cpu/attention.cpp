@@ -155,6 +155,7 @@ void attend_block(const AttentionCall& call, int64_t sequence, int64_t block, co
   const Extents<T> extents(call);
   const Scratch<T> scratch(extents, memory);
   const QueryRows<T> rows(call, call.q, sequence, block);
+  const TileUse tiles;
   scratch.lanes.fill(call, rows, extents.rows);
   pack_panels(extents, rows, scratch.queries, scratch.lines);
   __builtin_memset(scratch.sums, 0, extents.rows * extents.columns * sizeof(float));

@@ -80,7 +80,7 @@ struct AttentionBackward {
                 const char* packed);
 };
 
-EMU3_KERNELS(Attention, attention)
-EMU3_KERNELS(AttentionBackward, attention_backward)
+EMU3_KERNELS_WITH_AMX(Attention, attention)
+EMU3_KERNELS_WITH_AMX(AttentionBackward, attention_backward)
 
 }  // namespace emu3

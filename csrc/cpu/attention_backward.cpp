@@ -188,6 +188,7 @@ void step_block(const AttentionCall& call, int64_t sequence, int64_t key_block, 
   const int64_t first_key = key_block * extents.keys;
   const int64_t keys = least(extents.keys, call.keys - first_key);
   const bool from_zero = call.met(sequence, query_block).first == key_block;
+  const TileUse tiles;
   Seen seen[kMostPanels];
   for (int64_t panel = 0; panel < extents.panels; ++panel) {
     seen[panel] = Seen(packed.lanes, panel, first_key, keys);

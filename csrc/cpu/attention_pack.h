@@ -28,8 +28,8 @@ struct Pieces {
   }
 };
 
-// The extents of a call's blocks. Columns and words of a row are padded to whole vectors, query
-// rows to whole panels.
+// The extents of a call's blocks. Columns and words of a row are padded to whole vectors and tiles,
+// query rows to whole panels.
 template <typename T>
 struct Extents {
   typedef typename WordsOf<T>::type Word;
@@ -37,8 +37,8 @@ struct Extents {
 
   explicit Extents(const AttentionCall& call)
       : width(call.width),
-        columns(round_up(width, kLanes)),
-        depth((width + Word::kPer - 1) / Word::kPer),
+        columns(round_up(width, kBroad)),
+        depth(round_up((width + Word::kPer - 1) / Word::kPer, kDeep)),
         words(round_up(depth, kLanes)),
         rows(round_up(call.query_block * call.shared(), kPanel)),
         panels(rows / kPanel),

@@ -1,6 +1,7 @@
 // Which instruction set the kernels run with. Each cpu/<op>.cpp is compiled once per level and
 // defines one table of functions in the namespace of that level; EMU3_KERNELS declares the tables
-// and a function that picks one.
+// and a function that picks one. A kernel that multiplies tiles has one for AMX too; the others run
+// the table below it there.
 #pragma once
 
 namespace emu3 {
@@ -8,16 +9,15 @@ namespace emu3 {
 enum Level { kBase, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // kAvx2 is x86-64-v3, kAvx512 x86-64-v4, kAvx512Bf16 that and bfloat16 conversions, kAmx bfloat16
-// tiles that the operating system has granted. No kernel holds AMX code yet: kAmx runs the tables
-// below it.
+// tiles that the operating system has granted.
 int cpu_level();
 int highest_cpu_level();
 void set_cpu_level(int level);
 
 }  // namespace emu3
 
-#if defined(__x86_64__)
-#define EMU3_KERNELS(Table, name)                                                       \
+// `last` is the level whose table kAmx runs.
+#define EMU3_TABLES(Table, name, last)                                                  \
   namespace base {                                                                      \
   extern const Table name;                                                              \
   }                                                                                     \
@@ -30,15 +30,22 @@ void set_cpu_level(int level);
   namespace avx512_bf16 {                                                               \
   extern const Table name;                                                              \
   }                                                                                     \
+  namespace last {                                                                      \
+  extern const Table name;                                                              \
+  }                                                                                     \
   inline const Table& name() {                                                          \
     static constexpr const Table* kTables[] = {&base::name, &avx2::name, &avx512::name, \
-                                               &avx512_bf16::name, &avx512_bf16::name}; \
+                                               &avx512_bf16::name, &last::name};        \
     return *kTables[cpu_level()];                                                       \
   }
+#if defined(__x86_64__)
+#define EMU3_KERNELS(Table, name) EMU3_TABLES(Table, name, avx512_bf16)
+#define EMU3_KERNELS_WITH_AMX(Table, name) EMU3_TABLES(Table, name, amx)
 #else
 #define EMU3_KERNELS(Table, name) \
   namespace base {                \
   extern const Table name;        \
   }                               \
   inline const Table& name() { return base::name; }
+#define EMU3_KERNELS_WITH_AMX EMU3_KERNELS
 #endif

@@ -15,6 +15,17 @@ inline BitVec load_words(const uint32_t* from) {
 
 inline void store_words(uint32_t* to, BitVec x) { __builtin_memcpy(to, &x, sizeof x); }
 
+// Rows of words, or of floats.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+
+  Matrix at(int64_t row, int64_t column) const { return {data + row * stride + column, stride}; }
+};
+typedef Matrix<const uint32_t> Words;
+typedef Matrix<float> Sums;
+
 struct Singles {
   static constexpr int64_t kPer = 1;  // numbers in a word
 

@@ -1,0 +1,18 @@
+// What the bindings of attention are linked with where there is no level but AMX.
+#include "../../csrc/cpu/attention.h"
+
+namespace emu3 {
+
+#define EMU3_NO_KERNELS(level)                         \
+  namespace level {                                    \
+  extern const Attention attention{};                  \
+  extern const AttentionBackward attention_backward{}; \
+  }
+EMU3_NO_KERNELS(base)
+EMU3_NO_KERNELS(avx2)
+EMU3_NO_KERNELS(avx512)
+EMU3_NO_KERNELS(avx512_bf16)
+
+int cpu_level() { return kAmx; }
+
+}  // namespace emu3
