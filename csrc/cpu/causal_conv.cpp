@@ -9,7 +9,7 @@ namespace {
 // The end of a result: bias, activation, residual.
 inline Vec finished(const Conv& conv, int64_t o, Vec sum) {
   if (conv.bias) sum += conv.bias[o];
-  return conv.post_silu ? sum * sigmoid(sum) : sum;
+  return conv.post_silu ? silu(sum) : sum;
 }
 
 template <typename T, typename Element>
@@ -68,7 +68,7 @@ void activation_gradient_tile(const Conv& conv, const Tile& tile, const T* x, co
         convolve_row(conv, window, columns, t, h, [&](int64_t o, int64_t j, int64_t count, Vec z) {
           const int64_t at = row + o * channel + j;
           if (conv.bias) z += conv.bias[o];
-          store(dz + at, load(dy + at, count) * silu_gradient(z, sigmoid(z)), count);
+          store(dz + at, load(dy + at, count) * silu_gradient(z), count);
         });
       });
 }

@@ -30,7 +30,7 @@ void through_activation(const float* du, const T* x, const Activation& activate,
   over_vectors(width, [&](int64_t j, int64_t count) {
     const Vec from = load(x + j, count), u = activate.normed(from);
     Vec gradient = load(du + j, count);
-    if (activate.silu) gradient *= silu_gradient(u, sigmoid(u));
+    if (activate.with_silu) gradient *= silu_gradient(u);
     scale_sum = fma(gradient, from, scale_sum);
     shift_sum += gradient;
     store(dx + j, gradient * activate.scale, count);

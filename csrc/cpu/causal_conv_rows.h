@@ -3,7 +3,7 @@
 #pragma once
 
 #include "causal_conv.h"
-#include "simd.h"
+#include "silu.h"
 #include "words.h"
 
 namespace emu3::EMU3_LEVEL {
@@ -33,23 +33,20 @@ inline void over_vectors(int64_t count, Block block) {
   if (i < count) block(i, count - i);
 }
 
-// silu'(u), given sigmoid(u).
-inline Vec silu_gradient(Vec u, Vec s) { return s * fma(u, 1.0f - s, splat(1)); }
-
 // What happens to channel c before a convolution.
 struct Activation {
   Vec scale, shift;
-  bool norm, silu;
+  bool with_norm, with_silu;
 
   Activation(const float* scales, const float* shifts, bool silu, int64_t c)
       : scale(splat(scales ? scales[c] : 1)),
         shift(splat(shifts ? shifts[c] : 0)),
-        norm(scales),
-        silu(silu) {}
-  Vec normed(Vec x) const { return norm ? fma(scale, x, shift) : x; }
+        with_norm(scales),
+        with_silu(silu) {}
+  Vec normed(Vec x) const { return with_norm ? fma(scale, x, shift) : x; }
   Vec operator()(Vec x) const {
     x = normed(x);
-    return silu ? x * sigmoid(x) : x;
+    return with_silu ? silu(x) : x;
   }
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "group_norm.h"
-#include "simd.h"
+#include "silu.h"
 
 namespace emu3::EMU3_LEVEL {
 
@@ -31,15 +31,6 @@ inline float to_float(bfloat16 x) {
 
 inline void from_float(float x, float* to) { *to = x; }
 inline void from_float(float x, bfloat16* to) { store_tail(to, splat(x), 1); }
-
-inline Pair silu(Pair x) { return x * Pair{sigmoid(x.a), sigmoid(x.b)}; }
-
-inline Vec silu_gradient(Vec x) {
-  const Vec s = sigmoid(x);
-  return s * fma(x, 1.0f - s, splat(1));
-}
-
-inline Pair silu_gradient(Pair x) { return {silu_gradient(x.a), silu_gradient(x.b)}; }
 
 // Rows that share a load of the coefficients. The next ones are asked for in the order of memory,
 // in which the channels of several rows do not come.

@@ -207,16 +207,6 @@ inline void stream_fence() {
 #endif
 }
 
-// 1 / x to within one unit in the last place, for |x| in [2^-126, 2^126].
-inline Vec reciprocal(Vec x) {
-#if defined(__AVX512F__)
-  const Vec guess = _mm512_rcp14_ps(x);
-  return fma(guess, fma(-x, guess, splat(1)), guess);
-#else
-  return 1.0f / x;
-#endif
-}
-
 // 2^t to within two units in the last place; 0 below -150, infinity from 128.
 inline Vec exp2(Vec t) {
 #if defined(__AVX512F__)
@@ -241,10 +231,6 @@ inline Vec exp2(Vec t) {
   return p * (Vec)((half + 127) << 23) * (Vec)((n - half + 127) << 23);
 #endif
 }
-
-// Off by one part in 1e6 at most where it is below 1e-4; never below 2^-126, which keeps 1 + e^-x
-// normal.
-inline Vec sigmoid(Vec x) { return reciprocal(exp2(min(splat(126), x * -1.44269504f)) + 1.0f); }
 
 inline float reduce_add(Vec x) {
   float lane[kLanes];

@@ -1,21 +1,16 @@
 #include "swiglu.h"
 
-#include "simd.h"
+#include "silu.h"
 
 namespace emu3::EMU3_LEVEL {
 namespace {
-
-// out = gate * sigmoid(gate) * up.
-inline Pair forward_pair(Pair gate, Pair up) {
-  return {gate.a * sigmoid(gate.a) * up.a, gate.b * sigmoid(gate.b) * up.b};
-}
 
 template <typename T>
 void forward_rows(const T* gate, const T* up, T* out, int64_t rows, int64_t width,
                   int64_t gate_stride, int64_t up_stride, bool past_caches) {
   for (int64_t r = 0; r < rows; ++r, gate += gate_stride, up += up_stride, out += width)
     over_pairs(width, [&](int64_t c, int64_t count) {
-      const Pair y = forward_pair(load_pair(gate + c, count), load_pair(up + c, count));
+      const Pair y = silu(load_pair(gate + c, count)) * load_pair(up + c, count);
       store_pair(out + c, y, count, past_caches);
     });
 }

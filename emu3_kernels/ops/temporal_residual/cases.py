@@ -9,11 +9,11 @@ CHECK = [
     {"shape": [0, 4, 3, 5, 8]},
     {"shape": [1, 4, 0, 5, 8]},
     {"shape": [1, 1, 1, 1, 1]},
-    {"shape": [1, 3, 2, 1, 9]},
+    {"shape": [1, 3, 3, 1, 9]},
     {"shape": [1, 16, 3, 6, 33]},
     {"shape": [1, 5, 2, 7, 20]},  # channels that fill no register block
     {"shape": [1, 8, 3, 35, 37]},  # rows beyond one tile of a thread, ragged
-    {"shape": [2, 4, 5, 7, 35]},
+    {"shape": [2, 4, 5, 7, 39]},
 ]
 TIME = [
     {"shape": [1, 4, 32, 64, 64]},  # Emu3: 32 latent frames of 512 x 512
