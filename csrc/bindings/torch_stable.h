@@ -49,6 +49,17 @@ inline char* mutable_at(const Tensor& tensor, int64_t element) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + element * tensor.element_size();
 }
 
+// Asks for large pages where as many as two fit: the small ones of fresh memory cost 0.4 ns a byte
+// when they are first touched, these a quarter, and memory is read faster through fewer of them.
+inline void use_large_pages(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (begin + kPage < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Uninitialised, of the dtype of `like` by default. By the allocator's own entry:
 // torch::stable::new_empty looks the operator up by its name, which takes as long as the norm of a
 // decoded token.
@@ -64,24 +75,24 @@ inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
                                                           static_cast<int64_t>(sizes.size()), &type,
                                                           &layout, &device, index, nullptr, &made));
-  return Tensor(made);
+  const Tensor result(made);
+  if (device == aoti_torch_device_type_cpu())
+    use_large_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+  return result;
 }
 
 struct Free {
   void operator()(float* memory) const { std::free(memory); }
 };
 
-// Scratch memory, aligned to a cache line. In large pages where it is large: the small ones of
-// fresh memory cost 0.4 ns a byte when they are first touched, these a quarter.
+// Scratch memory, aligned to a cache line, and to a page where it is large.
 inline std::unique_ptr<float, Free> uninitialised(int64_t count) {
   constexpr size_t kLine = 64, kLargePage = 2 << 20;
   const size_t bytes = count * sizeof(float), unit = bytes < kLargePage ? kLine : kLargePage;
   const size_t whole = (bytes + unit - 1) / unit * unit;
   void* const memory = std::aligned_alloc(unit, whole);
   if (!memory) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (unit == kLargePage) madvise(memory, whole, MADV_HUGEPAGE);
-#endif
+  use_large_pages(memory, whole);
   return std::unique_ptr<float, Free>(static_cast<float*>(memory));
 }
 
