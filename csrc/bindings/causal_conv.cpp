@@ -252,16 +252,21 @@ std::tuple<Tensor, Tensor> weight_gradient(const Conv& conv, const Tensor& dz, c
   return {dweight, dbias};
 }
 
-// dx in the dtype of x; dweight, dbias [O] and [dscale, dshift] in float32.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-    std::vector<int64_t> stride, int64_t front, bool silu, bool post_silu) {
+using Gradients = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+                             std::optional<Tensor>>;
+
+// dx in the dtype of x; dweight, dbias [O] and [dscale, dshift] in float32. dx comes with the norm,
+// if `of_input`, and dweight with the bias, if `of_weight`.
+Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& shift, std::vector<int64_t> stride, int64_t front,
+                   bool silu, bool post_silu, bool of_input, bool of_weight) {
   const Settings settings{std::move(stride), front, silu, post_silu};
   const Conv conv = convolution(x, weight, bias, scale, shift, settings);
   const Tensor dz = post_silu ? before_silu(conv, dy, x, weight) : dy;
-  const auto [dx, dnorm] = input_gradient(conv, dz, x, weight);
-  const auto [dweight, dbias] = weight_gradient(conv, dz, x, weight);
+  std::optional<Tensor> dx, dweight, dbias, dnorm;
+  if (of_input) std::tie(dx, dnorm) = input_gradient(conv, dz, x, weight);
+  if (of_weight) std::tie(dweight, dbias) = weight_gradient(conv, dz, x, weight);
   return {dx, dweight, dbias, dnorm};
 }
 
@@ -291,8 +296,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
       " Tensor? residual, int[] stride, int front, bool silu, bool post_silu) -> Tensor");
   m.def(
       "causal_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? scale,"
-      " Tensor? shift, int[] stride, int front, bool silu, bool post_silu)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? shift, int[] stride, int front, bool silu, bool post_silu, bool of_input,"
+      " bool of_weight) -> (Tensor?, Tensor?, Tensor?, Tensor?)");
   m.def(
       "temporal_residual(Tensor x, Tensor scale1, Tensor shift1, Tensor weight1, Tensor bias1,"
       " Tensor scale2, Tensor shift2, Tensor weight2, Tensor bias2) -> Tensor");

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from emu3.config import Recipe
 from emu3.vision import VisionTokenizer
-from emu3.vision.blocks import Attention, ResBlock, SpatialNorm
+from emu3.vision.blocks import Attention, ResBlock
 from emu3.vision.decoder import Decoder
 from emu3.vision.encoder import Encoder
 from emu3.vision.quantizer import RUNNING_MEANS
 from emu3.weights import fill, load_vision, read_tensors
+from emu3_kernels.modules import SpatialNormSiLU
 
 # Places on SiLU where it hardly bends: for colours, and for latents of any size.
 _LIFT, LIFT = 2.0, 6.0
@@ -72,7 +73,7 @@ def pass_through(
     _mix(tokenizer.post_quant_conv.conv, mixing, "post_quant_conv", 0.0)
     _lower(tokenizer.decoder.conv_in, level)
     for module in tokenizer.decoder.modules():
-        if isinstance(module, SpatialNorm):
+        if isinstance(module, SpatialNormSiLU):
             _lower(module.conv_y, level)
             _lower(module.conv_b, level)
 
@@ -94,7 +95,7 @@ def _draw(tokenizer: VisionTokenizer) -> None:
         if isinstance(module, ResBlock | Attention):
             last = module.conv2 if isinstance(module, ResBlock) else module.proj_out
             last.weight.mul_(0.1)
-        if isinstance(module, SpatialNorm):
+        if isinstance(module, SpatialNormSiLU):
             nn.init.ones_(module.conv_y.bias)
     s = tokenizer.settings
     if s.code_width >= 3 and s.widths[-1] // s.groups >= _SMALLEST_GROUP:

@@ -1,7 +1,8 @@
 """What encoder and decoder are made of, on single pictures ``x [B, C, H, W]`` in channels-last.
 
 The encoder normalises by groups; the decoder's norm is scaled and shifted, place by place, by
-the ``latent [B, D, h, w]`` that it draws. Names are those of the official weights.
+the ``latent [B, D, h, w]`` that it draws, which the encoder's blocks are called without. Names are
+those of the official weights.
 """
 
 from collections.abc import Callable
@@ -10,46 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels import attention, conv3x3, group_norm_silu, spatial_norm_silu
+from emu3_kernels import attention
+from emu3_kernels.modules import Conv3x3
 
-EPS = 1e-6
-MakeNorm = Callable[[int], nn.Module]
-
-
-class GroupNorm(nn.GroupNorm):
-    """The encoder's norm, and the SiLU behind it; it has no latent to look at."""
-
-    def __init__(self, channels: int, *, groups: int) -> None:
-        super().__init__(groups, channels, eps=EPS)
-
-    def forward(self, x: Tensor, latent: Tensor | None = None, *, silu: bool = True) -> Tensor:
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu)
-
-
-class SpatialNorm(nn.Module):
-    """The decoder's norm, ``GroupNorm(x) * conv_y(latent) + conv_b(latent)``, and the SiLU."""
-
-    def __init__(self, channels: int, *, groups: int, latent_width: int) -> None:
-        super().__init__()
-        self.norm_layer = nn.GroupNorm(groups, channels, eps=EPS)
-        self.conv_y = nn.Conv2d(latent_width, channels, 1)
-        self.conv_b = nn.Conv2d(latent_width, channels, 1)
-
-    def forward(self, x: Tensor, latent: Tensor, *, silu: bool = True) -> Tensor:
-        norm, y, b = self.norm_layer, self.conv_y, self.conv_b
-        return spatial_norm_silu(
-            x,
-            latent,
-            norm.weight,
-            norm.bias,
-            y.weight.flatten(1),
-            y.bias,
-            b.weight.flatten(1),
-            b.bias,
-            groups=norm.num_groups,
-            eps=norm.eps,
-            silu=silu,
-        )
+MakeNorm = Callable[..., nn.Module]
+"""Of a number of channels, and ``silu`` as in the norm itself."""
 
 
 class ResBlock(nn.Module):
@@ -58,16 +24,12 @@ class ResBlock(nn.Module):
     def __init__(self, narrow: int, wide: int, norm: MakeNorm) -> None:
         super().__init__()
         self.norm1, self.norm2 = norm(narrow), norm(wide)
-        self.conv1 = nn.Conv2d(narrow, wide, 3, padding=1)
-        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1)
+        self.conv1, self.conv2 = Conv3x3(narrow, wide), Conv3x3(wide, wide)
         self.nin_shortcut = nn.Conv2d(narrow, wide, 1) if narrow != wide else None
 
-    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
-        first, second = self.conv1, self.conv2
-        change = conv3x3(self.norm1(x, latent), first.weight, first.bias)
-        change = self.norm2(change, latent)
-        shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
-        return conv3x3(change, second.weight, second.bias, shortcut)
+    def forward(self, x: Tensor, *latent: Tensor) -> Tensor:
+        change = self.norm2(self.conv1(self.norm1(x, *latent)), *latent)
+        return self.conv2(change, x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -75,11 +37,11 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, norm: MakeNorm) -> None:
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = norm(channels, silu=False)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
-        places = self.norm(x, latent, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
+    def forward(self, x: Tensor, *latent: Tensor) -> Tensor:
+        places = self.norm(x, *latent).permute(0, 2, 3, 1).flatten(1, 2)
         q, k, v = (_per_place(conv, places).unsqueeze(2) for conv in (self.q, self.k, self.v))
         out = _per_place(self.proj_out, attention(q, k, v, causal=False).squeeze(2))
         return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2).add_(x)
@@ -96,11 +58,11 @@ class Stage(nn.Module):
         self.block = nn.ModuleList(ResBlock(channels, wide, norm) for channels in inputs)
         self.attn = nn.ModuleList(Attention(wide, norm) for _ in inputs if attend)
 
-    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *latent: Tensor) -> Tensor:
         for number, block in enumerate(self.block):
-            x = block(x, latent)
+            x = block(x, *latent)
             if self.attn:
-                x = self.attn[number](x, latent)
+                x = self.attn[number](x, *latent)
         return x
 
 
@@ -113,8 +75,8 @@ class Middle(nn.Module):
         self.attn_1 = Attention(channels, norm)
         self.block_2 = ResBlock(channels, channels, norm)
 
-    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x, latent), latent), latent)
+    def forward(self, x: Tensor, *latent: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x, *latent), *latent), *latent)
 
 
 class Downsample(nn.Module):

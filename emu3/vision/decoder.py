@@ -7,18 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from emu3.config import VisionSettings
-from emu3.vision.blocks import Middle, SpatialNorm, Stage, Upsample
-from emu3.vision.temporal import Memory, TemporalConv, TemporalResBlock, num_doublings
+from emu3.vision.blocks import Middle, Stage, Upsample
+from emu3.vision.temporal import TemporalConv, num_doublings
+from emu3_kernels.modules import Memory, SpatialNormSiLU, TemporalResidual
 
 
 class Decoder(nn.Module):
     def __init__(self, settings: VisionSettings) -> None:
         super().__init__()
         latent_width, widths = settings.code_width, settings.widths
-        norm = partial(SpatialNorm, groups=settings.groups, latent_width=latent_width)
+        norm = partial(SpatialNormSiLU, settings.groups, latent_width=latent_width)
         doublings = num_doublings(settings)
         self.time_res_stack = nn.ModuleList(
-            TemporalResBlock(latent_width)
+            TemporalResidual(latent_width)
             for _ in range(settings.num_res_blocks if doublings else 0)
         )
         self.time_conv = nn.ModuleList(

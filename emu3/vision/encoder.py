@@ -6,14 +6,15 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from emu3.config import VisionSettings
-from emu3.vision.blocks import Downsample, GroupNorm, Middle, Stage
-from emu3.vision.temporal import Memory, TemporalConv, TemporalResBlock, num_doublings
+from emu3.vision.blocks import Downsample, Middle, Stage
+from emu3.vision.temporal import TemporalConv, num_doublings
+from emu3_kernels.modules import GroupNormSiLU, Memory, TemporalResidual
 
 
 class Encoder(nn.Module):
     def __init__(self, settings: VisionSettings) -> None:
         super().__init__()
-        widths, norm = settings.widths, partial(GroupNorm, groups=settings.groups)
+        widths, norm = settings.widths, partial(GroupNormSiLU, settings.groups)
         self.conv_in = nn.Conv2d(3, settings.base_channels, 3, padding=1)
         self.down = nn.ModuleList(
             Stage(
@@ -35,7 +36,7 @@ class Encoder(nn.Module):
             TemporalConv(settings.code_width, (4, 3, 3), stride=2) for _ in range(doublings)
         )
         self.time_res_stack = nn.ModuleList(
-            TemporalResBlock(settings.code_width)
+            TemporalResidual(settings.code_width)
             for _ in range(settings.num_res_blocks if doublings else 0)
         )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from emu3.vision.temporal import Memory
+from emu3_kernels.modules import Memory
 
 if TYPE_CHECKING:
     from emu3.vision.tokenizer import VisionTokenizer

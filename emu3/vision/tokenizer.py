@@ -17,7 +17,8 @@ from emu3.vision.decoder import Decoder
 from emu3.vision.encoder import Encoder
 from emu3.vision.quantizer import Quantizer
 from emu3.vision.streaming import decode_stream, encode_stream
-from emu3.vision.temporal import CausalConv, Memory
+from emu3.vision.temporal import CausalConv
+from emu3_kernels.modules import Memory
 
 PIXELS_AT_ONCE = 256 * 256
 """Pictures larger than this go through the convolutions one by one, smaller ones together."""

@@ -30,7 +30,7 @@ from emu3_kernels._causal_conv.blocks_triton import (
     taps,
     tile_of,
 )
-from emu3_kernels._causal_conv.plan import Plan
+from emu3_kernels._causal_conv.plan import EVERY, Plan, Wanted
 from emu3_kernels._triton import NUM_MULTIPROCESSORS
 
 
@@ -56,6 +56,7 @@ def backward(
     scale: Tensor | None,
     shift: Tensor | None,
     plan: Plan,
+    wanted: Wanted = EVERY,
 ) -> tuple[Tensor | None, ...]:
     if not dy.numel():
         given = (x, weight, bias, scale, shift)
@@ -66,9 +67,12 @@ def backward(
         dz = _unactivated(dy, terms, x, weight, bias, plan)
     else:
         dz = operand(dy, None, None, False, dtype)
-    dx, dscale, dshift = _of_input(dz, x, weight, scale, shift, dy.shape, plan)
-    dweight = _of_weight(dz, terms, x, weight, dy.shape, plan)
-    dbias = None if bias is None else column_sums(dz.flatten(0, 1))[: len(bias)].to(bias.dtype)
+    dx = dweight = dbias = dscale = dshift = None
+    if wanted.input:
+        dx, dscale, dshift = _of_input(dz, x, weight, scale, shift, dy.shape, plan)
+    if wanted.weight:
+        dweight = _of_weight(dz, terms, x, weight, dy.shape, plan)
+        dbias = None if bias is None else column_sums(dz.flatten(0, 1))[: len(bias)].to(bias.dtype)
     return dx, dweight, dbias, dscale, dshift
 
 

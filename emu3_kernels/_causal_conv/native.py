@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emu3_kernels import _native
 from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._causal_conv.plan import Plan, out_shape
+from emu3_kernels._causal_conv.plan import EVERY, Plan, Wanted, out_shape
 
 MOST_ROW_TAPS, MOST_COLUMN_TAPS = 64, 16
 MOST_CHANNELS = 64
@@ -69,12 +69,16 @@ def convolve_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    wanted: Wanted = EVERY,
+) -> tuple[Tensor | None, ...]:
     operands = factors(x, weight), *widened(bias, scale, shift)
-    dx, dweight, dbias, dnorm = torch.ops.emu3_kernels.causal_conv_backward(dy, x, *operands, *plan)
-    dweight = dweight.to(weight.dtype)
-    dbias = None if bias is None else dbias.to(bias.dtype)
-    if scale is None:
+    dx, dweight, dbias, dnorm = torch.ops.emu3_kernels.causal_conv_backward(
+        dy, x, *operands, *plan, *wanted
+    )
+    if wanted.weight:
+        dweight = dweight.to(weight.dtype)
+        dbias = None if bias is None else dbias.to(bias.dtype)
+    if not wanted.input or scale is None:
         return dx, dweight, dbias, None, None
     return dx, dweight, dbias, dnorm[0].to(scale.dtype), dnorm[1].to(shift.dtype)
 
@@ -106,13 +110,12 @@ if not _native.MISSING:
         return x.new_empty(out_shape(x, weight, Plan(tuple(stride), front)))
 
     @torch.library.register_fake("emu3_kernels::causal_conv_backward")
-    def _(
-        dy: Tensor, x: Tensor, weight: Tensor, *_settings: object
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _(dy: Tensor, x: Tensor, weight: Tensor, *settings: object) -> tuple[Tensor | None, ...]:
+        *_, of_input, of_weight = settings
         wide = {"dtype": torch.float32}
         return (
-            x.new_empty(x.shape),
-            weight.new_empty(weight.shape, **wide),
-            weight.new_empty(weight.shape[0], **wide),
-            x.new_empty(2, x.shape[1], **wide),
+            x.new_empty(x.shape) if of_input else None,
+            weight.new_empty(weight.shape, **wide) if of_weight else None,
+            weight.new_empty(weight.shape[0], **wide) if of_weight else None,
+            x.new_empty(2, x.shape[1], **wide) if of_input else None,
         )

@@ -33,6 +33,18 @@ class Operands(NamedTuple):
     residual: Tensor | None
 
 
+class Wanted(NamedTuple):
+    """The gradients that a backward pass is asked for."""
+
+    input: bool
+    """Of x, and of scale and shift, which are sums of its terms."""
+    weight: bool
+    """And of the bias."""
+
+
+EVERY = Wanted(input=True, weight=True)
+
+
 def num_frames(total: int, kernel: int, stride: int) -> int:
     """Count the results of ``total`` frames, the zeros ahead included."""
     return max(0, (total - kernel) // stride + 1)

@@ -15,7 +15,7 @@ from emu3_kernels import FrameCache, _native, causal_conv3d, temporal_residual
 from emu3_kernels.ops.causal_conv3d import api, reference
 from emu3_kernels.ops.temporal_residual import cases
 from tests.budget import assert_as_accurate
-from tests.kernels.suite import at_level, backends, double, runnable, value_and_gradients
+from tests.kernels.suite import at_level, backends, double, part, runnable, value_and_gradients
 
 BACKENDS = list(backends("causal_conv3d"))
 EMU3_KERNELS = [((3, 3, 3), (1, 1, 1)), ((4, 3, 3), (2, 1, 1)), ((3, 1, 1), (1, 1, 1))]
@@ -117,6 +117,76 @@ def test_the_number_of_threads_changes_no_bit(op):
         torch.set_num_threads(before)
     for name, value in results[0].items():
         assert all(torch.equal(other[name], value) for other in results[1:]), name
+
+
+def gradients(op: str, inputs: dict, asked: tuple[str, ...]) -> dict[str, Tensor]:
+    """Of the inputs that are ``asked`` for, while the others require none."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in asked}
+    y = getattr(emu3_kernels, op)(**inputs | leaves)
+    dy = draw(*y.shape, seed=7, dtype=y.dtype)
+    return dict(zip(asked, torch.autograd.grad(y, tuple(leaves.values()), dy), strict=True))
+
+
+def results_of(monkeypatch: pytest.MonkeyPatch, backend: object, name: str) -> list:
+    """Keep what the function of this name returns."""
+    function, results = getattr(backend, name), []
+
+    def kept(*args):
+        results.append(function(*args))
+        return results[-1]
+
+    monkeypatch.setattr(backend, name, kept)
+    return results
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    "asked",
+    [("x",), ("scale",), ("shift",), ("weight",), ("bias",), ("residual",), ("x", "weight")],
+)
+def test_no_gradient_is_computed_that_nobody_asked_for(backend, asked, monkeypatch):
+    """Norms come with the video, biases with the weights: they are sums of the same terms."""
+    inputs = {"x": draw(1, 3, 3, 4, 5), "weight": draw(2, 3, 3, 3, 3, seed=1), "bias": draw(2)}
+    inputs |= {"scale": draw(3, seed=2), "shift": draw(3, seed=3), "residual": draw(1, 2, 3, 4, 5)}
+    how = {"activation": "silu", "post_activation": "silu", "backend": backend}
+    every = gradients("causal_conv3d", inputs | how, tuple(inputs))
+    results = results_of(monkeypatch, api.BACKENDS[backend], "backward")
+    for name, gradient in gradients("causal_conv3d", inputs | how, asked).items():
+        assert torch.equal(gradient, every[name])
+    [(dx, dweight, dbias, dscale, dshift)] = results
+    for together, names in (
+        ((dx, dscale, dshift), {"x", "scale", "shift"}),
+        ((dweight, dbias), {"weight", "bias"}),
+    ):
+        assert all((gradient is not None) == bool(names & set(asked)) for gradient in together)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    ("asked", "passes"),
+    [
+        (("weight2",), [(False, True)]),
+        (("bias2",), [(False, True)]),
+        (("scale2",), [(True, False)]),
+        (("shift2", "weight2"), [(True, True)]),
+        (("weight1",), [(True, False), (False, True)]),
+        (("bias1", "bias2"), [(True, True), (False, True)]),
+        (("scale1",), [(True, False), (True, False)]),
+        (("shift1",), [(True, False), (True, False)]),
+        (("x",), [(True, False), (True, False)]),
+    ],
+)
+def test_a_block_goes_back_no_further_than_it_has_to(backend, asked, passes, monkeypatch):
+    """Of the second convolution, and then of the first: the input's gradient, the weight's."""
+    inputs = block_inputs([1, 3, 3, 4, 5], torch.float32)
+    every = gradients("temporal_residual", inputs | {"backend": backend}, tuple(inputs))
+    module = part("temporal_residual", "api").BACKENDS[backend]
+    results = results_of(monkeypatch, module, "convolve_backward")
+    asked_for = gradients("temporal_residual", inputs | {"backend": backend}, asked)
+    for name, gradient in asked_for.items():
+        assert torch.equal(gradient, every[name])
+    made = [(dx is not None, dweight is not None) for dx, dweight, *_ in results]
+    assert made == passes
 
 
 @pytest.mark.parametrize(("kernel", "stride"), EMU3_KERNELS)

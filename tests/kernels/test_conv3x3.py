@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from emu3_kernels import conv3x3, record_backends
-from emu3_kernels.ops.conv3x3 import api, cases
+from emu3_kernels.ops.conv3x3 import api, cases, native
 from emu3_kernels.ops.conv3x3.reference import conv3x3 as reference
 from tests.kernels.suite import double
 
@@ -64,6 +64,27 @@ def test_a_picture_does_not_depend_on_its_batch_nor_on_the_threads():
             assert torch.cat(alone).equal(whole)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("asked", [("x",), ("weight",), ("weight", "bias"), ("residual",)])
+def test_no_gradient_is_computed_that_nobody_asked_for(asked, monkeypatch):
+    inputs, computed = operands(), []
+    y = conv3x3(**{name: t.requires_grad_() for name, t in inputs.items()}, backend="native")
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    every = dict(zip(inputs, torch.autograd.grad(y, inputs.values(), dy), strict=True))
+
+    def kept(*args):
+        computed.extend(backward(*args))
+        return computed
+
+    backward = native.backward
+    monkeypatch.setattr(native, "backward", kept)
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in asked)
+    conv3x3(**inputs, backend="native").backward(dy)
+    names = ("x", "weight", "bias")
+    assert [gradient is not None for gradient in computed] == [name in asked for name in names]
+    assert all(inputs[name].grad.equal(every[name]) for name in asked)
 
 
 def test_pytorch_s_own_is_called_as_it_is():

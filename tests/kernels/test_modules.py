@@ -1,4 +1,4 @@
-"""The ops as modules: the op's own result, and parameters where everybody expects them."""
+"""A language model's ops as modules: the op's own result, and parameters under the usual names."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import nn
 
 import emu3_kernels
 from emu3_kernels import modules
+from emu3_kernels.modules import language
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -19,7 +20,6 @@ def draw(*shape: int) -> torch.Tensor:
         (modules.RMSNorm(8), nn.RMSNorm(8)),
         (modules.AddRMSNorm(8), nn.RMSNorm(8)),
         (modules.LinearCrossEntropy(8, 40), nn.Linear(8, 40, bias=False)),
-        (modules.VectorQuantizer(40, 4), nn.Embedding(40, 4)),
         (modules.SwiGLU(), nn.SiLU()),
         (modules.RotaryEmbedding(16, 8), nn.Identity()),
         (modules.CrossEntropy(), nn.CrossEntropyLoss()),
@@ -89,7 +89,7 @@ def test_losses_pass_every_setting_on(reduction):
 def test_a_head_obeys_its_memory(monkeypatch):
     asked = {}
     monkeypatch.setattr(
-        modules, "linear_cross_entropy", lambda *args, **settings: asked.update(settings)
+        language, "linear_cross_entropy", lambda *args, **settings: asked.update(settings)
     )
     modules.LinearCrossEntropy(8, 40, memory=123)(draw(6, 8), torch.zeros(6, dtype=torch.int64))
     assert asked["memory"] == 123
@@ -98,25 +98,6 @@ def test_a_head_obeys_its_memory(monkeypatch):
 def test_an_unknown_setting_of_a_head_is_refused():
     with pytest.raises(TypeError, match="zloss"):
         modules.LinearCrossEntropy(8, 40, zloss=0.1)
-
-
-@pytest.mark.parametrize("places", [(), (3,), (2, 3, 5)])
-def test_a_quantizer_rounds_to_its_codes_and_passes_gradients_straight(places):
-    quantizer = modules.VectorQuantizer(40, 4)
-    z = draw(2, 4, *places).requires_grad_()
-    rounded, codes = quantizer(z)
-    assert codes.equal(emu3_kernels.nearest_code(z, quantizer.weight))
-    torch.testing.assert_close(rounded, quantizer.lookup(codes))
-    slopes = draw(*z.shape)
-    dz, dweight = torch.autograd.grad(
-        (rounded * slopes).sum(), (z, quantizer.weight), allow_unused=True
-    )
-    assert dz.equal(slopes)
-    assert dweight is None
-    quantizer.lookup(codes).sum().backward()
-    assert quantizer.weight.grad.sum(1).equal(
-        4.0 * torch.bincount(codes.flatten(), minlength=40).float()
-    )
 
 
 def test_modules_go_through_the_compiler_in_one_piece():

@@ -10,6 +10,7 @@ from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._causal_conv.plan import (
     Operands,
     Plan,
+    Wanted,
     check_residual,
     check_vectors,
     check_weight,
@@ -136,6 +137,8 @@ class _CausalConv3d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        x, weight, bias, scale, shift, *_ = ctx.needs_input_grad
+        wanted = Wanted(input=x or scale or shift, weight=weight or bias)
         backward = BACKENDS[ctx.backend].backward
-        grads = backward(dy.contiguous(), *ctx.saved_tensors, ctx.plan)
+        grads = backward(dy.contiguous(), *ctx.saved_tensors, ctx.plan, wanted)
         return *grads, dy if ctx.has_residual else None, None, None

@@ -96,5 +96,6 @@ class _Conv3x3(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        dx, dweight, dbias = BACKENDS[ctx.backend].backward(dy, *ctx.saved_tensors)
-        return dx, dweight, dbias, dy if ctx.has_residual else None, None
+        wanted = ctx.needs_input_grad[:3]
+        gradients = BACKENDS[ctx.backend].backward(dy, *ctx.saved_tensors, wanted)
+        return *gradients, dy if ctx.has_residual else None, None

@@ -30,12 +30,16 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) ->
     return torch.ops.emu3_kernels.conv3x3(x, weight, bias.float(), residual)
 
 
-def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dweight and dbias, None for what is not ``wanted``."""
     dy, x, weight = (t.movedim(-1, 1) for t in (dy, x, weight))
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True] * 3
+    *gradients, dbias = torch.ops.aten.convolution_backward(
+        dy, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
     )
-    return dx.movedim(1, -1), dweight.movedim(1, -1), dbias
+    dx, dweight = (None if gradient is None else gradient.movedim(1, -1) for gradient in gradients)
+    return dx, dweight, dbias
 
 
 if not _native.MISSING:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._causal_conv.plan import Plan, check_vectors, check_weight, check_x
+from emu3_kernels._causal_conv.plan import Plan, Wanted, check_vectors, check_weight, check_x
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.temporal_residual import reference
 
@@ -96,11 +96,15 @@ class _TemporalResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         first, second = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        pull_back = BACKENDS[ctx.backend].convolve_backward
-        dhidden, dweight2, dbias2, dscale2, dshift2 = pull_back(dy.contiguous(), *second, PLAN)
-        dx, dweight1, dbias1, dscale1, dshift1 = pull_back(dhidden, *first, PLAN)
-        of_first, of_second = (
-            (dscale1, dshift1, dweight1, dbias1),
-            (dscale2, dshift2, dweight2, dbias2),
-        )
-        return dx.add_(dy), *of_first, *of_second, None
+        pull_back, needs = BACKENDS[ctx.backend].convolve_backward, ctx.needs_input_grad
+        # In the order of forward: of the first convolution needs[:5], of the second needs[5:9].
+        wanted = Wanted(input=any(needs[:7]), weight=any(needs[7:9]))
+        dhidden, dw2, db2, *dnorm2 = pull_back(dy.contiguous(), *second, PLAN, wanted)
+        dx = dw1 = db1 = None
+        dnorm1 = None, None
+        if any(needs[:5]):
+            wanted = Wanted(input=any(needs[:3]), weight=any(needs[3:5]))
+            dx, dw1, db1, *dnorm1 = pull_back(dhidden, *first, PLAN, wanted)
+        if needs[0]:
+            dx.add_(dy)
+        return dx, *dnorm1, dw1, db1, *dnorm2, dw2, db2, None

@@ -1,17 +1,14 @@
-"""The ops as ``nn.Module``: the same mathematics, with parameters under the names everybody uses.
+"""The ops of a language model as modules.
 
-D model width, V classes, N codes, H query heads, G key heads, K head width. Every module calls the
-op of its name, whose docstring states formula and precision; ``use_backend`` chooses for them.
+D model width, V classes, H query heads, G key heads, K head width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.linear_cross_entropy.api import MEMORY, linear_cross_entropy
-from emu3_kernels.ops.nearest_code.api import nearest_code
 from emu3_kernels.ops.rms_norm.api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
 from emu3_kernels.ops.rope_append.api import rope_append
@@ -223,42 +220,3 @@ class LinearCrossEntropy(CrossEntropy):
     def extra_repr(self) -> str:
         num_classes, width = self.weight.shape
         return f"{width}, {num_classes}, {super().extra_repr()}"
-
-
-class VectorQuantizer(nn.Module):
-    """The nearest code of every latent, with a codebook ``weight [N, D]``, as ``nn.Embedding``.
-
-    Codes come from :func:`emu3_kernels.nearest_code`. Gradients pass the rounding unchanged to the
-    latents (straight through); the codebook gets them from :meth:`lookup` alone.
-
-    Args:
-        num_codes: N.
-        width: D, at most 32.
-        device: where the codebook lies.
-        dtype: of the codebook.
-    """
-
-    def __init__(
-        self,
-        num_codes: int,
-        width: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        weight = torch.empty(num_codes, width, device=device, dtype=dtype)
-        self.weight = nn.Parameter(nn.init.uniform_(weight, -1 / num_codes, 1 / num_codes))
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Round ``z [B, D, ...]``: the codes' vectors in its shape, and the codes ``[B, ...]``."""
-        codes = nearest_code(z, self.weight)
-        rounded = self.lookup(codes).detach().to(z.dtype)
-        return z + (rounded - z).detach(), codes
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Return the vectors ``[B, D, ...]`` of ``codes [B, ...]``."""
-        return F.embedding(codes, self.weight).movedim(-1, 1)
-
-    def extra_repr(self) -> str:
-        return "{}, {}".format(*self.weight.shape)
