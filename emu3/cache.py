@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emu3.config import ModelSettings
-from emu3_kernels import attention, decode_attention
+from emu3_kernels import attention, decode_attention, in_large_pages
 
 MOST_NEW = 16
 """Tokens that ``decode_attention`` takes at once."""
@@ -35,8 +35,9 @@ class KeyValueCache:
         device: torch.device | str | None = None,
     ) -> None:
         shape = settings.layers, batch, capacity, settings.kv_heads, settings.head_width
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self.keys, self.values = (
+            in_large_pages(torch.empty(shape, dtype=dtype, device=device)).zero_() for _ in range(2)
+        )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.longest, self.ragged = 0, False
         """The largest length, and whether others are shorter, known without asking the device."""

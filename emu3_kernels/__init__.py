@@ -1,6 +1,7 @@
 """Fused, differentiable ops for Emu3-type models: Triton, CUDA C++ and native CPU code."""
 
 from emu3_kernels._dispatch import record_backends, use_backend
+from emu3_kernels._native import in_large_pages
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.attention.api import attention
 from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
@@ -30,6 +31,7 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "group_norm_silu",
+    "in_large_pages",
     "linear_cross_entropy",
     "nearest_code",
     "record_backends",

@@ -10,6 +10,7 @@ namespace {
 int64_t level() { return cpu_level(); }
 int64_t highest_level() { return highest_cpu_level(); }
 void set_level(int64_t level) { set_cpu_level(static_cast<int>(level)); }
+void large_pages(const Tensor& memory) { use_large_pages(memory); }
 
 }  // namespace
 
@@ -17,12 +18,17 @@ STABLE_TORCH_LIBRARY(emu3_kernels, m) {
   m.def("cpu_level() -> int");
   m.def("highest_cpu_level() -> int");
   m.def("set_cpu_level(int level) -> ()");
+  m.def("use_large_pages(Tensor memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&level));
   m.impl("highest_cpu_level", TORCH_BOX(&highest_level));
   m.impl("set_cpu_level", TORCH_BOX(&set_level));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
+  m.impl("use_large_pages", TORCH_BOX(&large_pages));
 }
 
 }  // namespace emu3

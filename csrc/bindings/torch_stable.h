@@ -60,6 +60,10 @@ inline void use_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+inline void use_large_pages(const Tensor& memory) {
+  use_large_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
+}
+
 // Uninitialised, of the dtype of `like` by default. By the allocator's own entry:
 // torch::stable::new_empty looks the operator up by its name, which takes as long as the norm of a
 // decoded token.
@@ -76,8 +80,7 @@ inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
                                                           static_cast<int64_t>(sizes.size()), &type,
                                                           &layout, &device, index, nullptr, &made));
   const Tensor result(made);
-  if (device == aoti_torch_device_type_cpu())
-    use_large_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+  if (device == aoti_torch_device_type_cpu()) use_large_pages(result);
   return result;
 }
 
