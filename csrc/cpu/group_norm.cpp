@@ -22,7 +22,7 @@ inline void merge_moments(const T* x, int64_t channels, int64_t before, float* m
     Pair pixel[kCount], sum{}, squares{};
     for (int i = 0; i < kCount; ++i) {
       pixel[i] = load_pair(x + i * channels + c, count);
-      prefetch_pair(next + c * kCount + i * kPair);
+      prefetch_pair<kFirstCache>(next + c * kCount + i * kPair);
       sum = sum + pixel[i];
     }
     const Pair centre = sum * (1.0f / kCount);

@@ -61,7 +61,7 @@ inline void apply_rows(const T* x, T* y, int64_t rows, int64_t channels, Affine 
       for (int i = 0; i < number.value; ++i) {
         const int64_t at = (r + i) * channels + c;
         const Pair normed = fma(load_pair(x + at, count) - mean, scale, shift);
-        prefetch_pair(x + next + i * kPair);
+        prefetch_pair<kFirstCache>(x + next + i * kPair);
         store_pair(y + at, kSilu ? silu(normed) : normed, count, past_caches);
       }
     });
@@ -81,8 +81,8 @@ inline void add_gradients(const T* dy, const T* x, int64_t rows, int64_t channel
       for (int i = 0; i < number.value; ++i) {
         const int64_t at = (r + i) * channels + c;
         const Pair centred = load_pair(x + at, count) - mean;
-        prefetch_pair(x + next + i * kPair);
-        prefetch_pair(dy + next + i * kPair);
+        prefetch_pair<kFirstCache>(x + next + i * kPair);
+        prefetch_pair<kFirstCache>(dy + next + i * kPair);
         Pair d = load_pair(dy + at, count);
         if (kSilu) d = d * silu_gradient(fma(centred, scale, shift));
         plain = plain + d;
@@ -108,8 +108,8 @@ inline void backward_rows(const T* dy, const T* x, T* dx, int64_t rows, int64_t 
       for (int i = 0; i < number.value; ++i) {
         const int64_t at = (r + i) * channels + c;
         const Pair centred = load_pair(x + at, count) - mean;
-        prefetch_pair(x + next + i * kPair);
-        prefetch_pair(dy + next + i * kPair);
+        prefetch_pair<kFirstCache>(x + next + i * kPair);
+        prefetch_pair<kFirstCache>(dy + next + i * kPair);
         Pair d = load_pair(dy + at, count);
         if (kSilu) d = d * silu_gradient(fma(centred, scale, shift));
         store_pair(dx + at, d * scale - fma(centred, rise, level), count, past_caches);

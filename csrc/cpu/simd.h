@@ -173,10 +173,13 @@ inline Pair load_pair(const T* from, int64_t count) {
   return load_pair(block);
 }
 
+enum Cache { kFirstCache = 3, kSecondCache = 2 };
+
 // Asks for the pair of elements that stands at `from`, which may lie outside of memory.
-template <typename T>
+template <Cache kTo, typename T>
 inline void prefetch_pair(const T* from) {
-  for (uint64_t i = 0; i < kPair * sizeof(T); i += 64) __builtin_prefetch((const char*)from + i);
+  for (uint64_t i = 0; i < kPair * sizeof(T); i += 64)
+    __builtin_prefetch((const char*)from + i, 0, kTo);
 }
 
 template <typename T>
