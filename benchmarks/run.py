@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,9 @@ PYTEST = (
 
 WHOLE = ("model", "vision")
 """What is timed as a whole, by a suite of its own."""
+
+IMPORTED = ["benchmarks.contestants", "torch._inductor.compile_fx"]
+"""What every run would import anew: torch and its compiler, some five seconds."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,22 @@ def time_one(run: Run, write: bool) -> str | None:
 def run_pytest(run: Run, stored: Path) -> int:
     """Let pytest-benchmark time ``run`` and store the figures at ``stored``.
 
-    In a process of its own, whose memory is gone with it: the allocator gives none back.
+    In a process of its own, whose memory is gone with it: the allocator gives none back. It is a
+    copy of one that has done nothing but the imports.
     """
     suite = Path(__file__).with_name(f"test_{run.op if run.op in WHOLE else 'ops'}.py")
     arguments = [str(suite), *run.arguments(), f"--benchmark-json={stored}", *PYTEST]
-    return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
+    copies = get_context("forkserver")
+    # CUDA does not work in the copy of a process that has asked for a GPU, as our imports do.
+    copies.set_forkserver_preload(IMPORTED if run.device == "cpu" else [])
+    process = copies.Process(target=session, args=(arguments,))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def session(arguments: list[str]) -> None:
+    sys.exit(pytest.main(arguments))
 
 
 def refuse(reasons: list[str]) -> None:

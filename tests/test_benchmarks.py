@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as front
-from benchmarks import bounds, contestants, eager, gpu_peers, machine, peers, run
+from benchmarks import bounds, clock, contestants, eager, gpu_peers, machine, peers, run
 from benchmarks.bounds import COPY, READ
+from benchmarks.conftest import pytest_generate_tests as generate
 from benchmarks.contestants import Case, Lineup
 from benchmarks.test_ops import row as row_of
 from emu3_kernels.ops import OPS
@@ -110,6 +111,62 @@ def test_a_decoded_token_is_timed_forward_alone():
     ways = [(case.size, case.direction) for case in contestants.cases("rms_norm")]
     assert {way for size, way in ways if size in stated.DECODE} == {"forward"}
     assert {way for size, way in ways if size in stated.TIME} == {"forward", "backward"}
+
+
+def test_rows_in_succession_share_their_inputs_and_what_the_reference_gives(monkeypatch):
+    made, referred = [], []
+    stated = {
+        "cases": SimpleNamespace(make=lambda **size: made.append(size) or {"x": 2}),
+        "reference": SimpleNamespace(swiglu=lambda x: referred.append(x) or 2 * x),
+    }
+    monkeypatch.setattr(contestants, "part", lambda op, name: stated[name])
+    alike = replace(CASE, backend="triton", direction="forward in place")
+    other = replace(CASE, size={"num_rows": 3, "width": 41})
+    given = [contestants.inputs_of(case) for case in (CASE, alike, other)]
+    assert given[0] is given[1]
+    assert [size["width"] for size in made] == [40, 41]
+    assert [contestants.plain_results(case) for case in (other, replace(other))] == [4, 4]
+    assert referred == [2]
+    contestants._made.cache_clear()
+    contestants._referred.cache_clear()
+
+
+def test_thread_counts_of_a_case_stand_in_succession_and_scale_is_for_most_threads():
+    asked = {"--threads": [1, 2], "--op": ["cross_entropy"], "--device": "cpu", "--scale": True}
+    metafunc = SimpleNamespace(
+        fixturenames=["case", "threads"],
+        config=SimpleNamespace(getoption=asked.get),
+        parametrize=lambda names, found, **rest: listed.extend(found),
+    )
+    listed = []
+    generate(metafunc)
+    native = [(case, count) for case, count in listed if case.backend == "native"]
+    (first, two), (second, one) = native[:2]
+    assert first == second
+    assert (two, one) == (2, 1)
+    scaled = [count for case, count in native if contestants.scaled(case)]
+    assert scaled == [2] * len(part("cross_entropy", "cases").SCALE)
+
+
+def test_a_long_call_warmed_by_a_part_is_first_made_in_the_rounds_and_watched_once(monkeypatch):
+    called, watched = [], []
+
+    def peak(call):
+        watched.append(call)
+        return call(), 3 << 20
+
+    lineup = Lineup(clock=replace(clock.WALL, peak=peak))
+    whole, fraction = (lambda n=n: called.append(n) or n for n in ("whole", "part"))
+    monkeypatch.setattr(contestants, "LONG", 0.0)
+    assert lineup.enter_by_part("ours", whole, fraction, 16) == "part"
+    assert called == ["part"]
+    assert [lineup.calls["ours"]() for _ in range(2)] == ["whole", "whole"]
+    assert len(watched) == 1
+    assert (lineup.peak_mib, lineup.results) == ({"ours": 3.0}, {"ours": "whole"})
+    monkeypatch.setattr(contestants, "LONG", 1e9)
+    lineup.enter_by_part("peer", whole, fraction, 16)
+    assert lineup.calls["peer"] is whole
+    assert lineup.peak_mib["peer"] == 3.0
 
 
 def test_a_peer_that_the_compiler_leaves_as_it_is_is_not_timed_twice(monkeypatch):
@@ -212,6 +269,11 @@ def test_an_op_whose_suite_failed_is_not_published(results, monkeypatch):
     assert refused.exit_code == 1
     assert "swiglu, 1 threads: no backend could be timed" in refused.output
     assert not list(results.iterdir())
+
+
+def test_a_run_tells_how_its_process_ended(tmp_path):
+    unknown = run.Run("unknown", (1,), 0.0)
+    assert run.run_pytest(unknown, tmp_path / "run.json") == pytest.ExitCode.USAGE_ERROR
 
 
 def test_a_backend_that_fails_its_check_is_not_timed(monkeypatch):
