@@ -19,7 +19,7 @@ Threads = Annotated[list[int] | None, typer.Option(help="Thread counts; 1 and 2.
 TOKENS = 256
 """Of a step of training: 50 steps of 2048 tokens take nine minutes on two cores, of 256 two."""
 
-SECONDS = 0.5
+SECONDS = 0.4
 """Of all rounds of a row when everything is timed; at least ``duel.MIN_ROUNDS`` are made."""
 
 

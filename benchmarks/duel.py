@@ -12,7 +12,7 @@ from statistics import median
 
 from benchmarks.clock import PAUSE, WALL, Call, Clock
 
-MIN_ROUNDS = {0.5: 5, 15.0: 3, inf: 2}
+MIN_ROUNDS = {0.5: 5, 10.0: 3, inf: 2}
 """Fewest rounds, by the seconds that one takes at most."""
 MAX_ROUNDS = 60
 
