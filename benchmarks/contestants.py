@@ -214,8 +214,8 @@ def rivals(case: Case, inputs: Mapping, results: object) -> dict[str, Callable[[
         EAGER: lambda: caller(case, eager, inputs),
         COMPILED: lambda: caller(case, compiled, inputs),
     }
-    if entry.uncompiled:
-        found[COMPILED] = partial(peers.unavailable, entry.uncompiled)
+    if uncompiled := entry.uncompiled or (scaled(case) and peers.SCALED):
+        found[COMPILED] = partial(peers.unavailable, uncompiled)
     if case.device == "cuda":
         own = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
         return found | {

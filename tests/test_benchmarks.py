@@ -106,6 +106,13 @@ def test_sizes_of_scale_are_timed_in_the_last_direction_when_asked_for():
     assert {case.direction for case in more} == {"forward+backward"}
 
 
+def test_nothing_is_compiled_for_a_size_of_scale(monkeypatch):
+    monkeypatch.setattr(contestants, "scaled", lambda case: True)
+    found = contestants.rivals(replace(CASE, direction="backward"), {}, ())
+    with pytest.raises(peers.UnavailableError, match="only show how time and memory grow"):
+        found[peers.COMPILED]()
+
+
 def test_a_decoded_token_is_timed_forward_alone():
     stated = part("rms_norm", "cases")
     ways = [(case.size, case.direction) for case in contestants.cases("rms_norm")]
