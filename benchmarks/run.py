@@ -141,9 +141,12 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
 }
 """Freed memory stays with the process: without it a fresh result costs page faults, up to three
-times the op. glibc reads the settings at start only, so the process starts itself again."""
+times the op. The cache of small blocks is off: it keeps what aligning cuts off a large one, which
+then is too short when it is freed for the next of its size, and that is fresh again. glibc reads
+the settings at start only, so the process starts itself again."""
 
 QUIET = {"KINETO_LOG_LEVEL": "6"}
 

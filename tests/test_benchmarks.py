@@ -1,7 +1,6 @@
 """The benchmark of the ops: what it times, what it refuses, and its arithmetic."""
 
 import json
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -278,11 +277,6 @@ def test_an_op_whose_suite_failed_is_not_published(results, monkeypatch):
     assert not list(results.iterdir())
 
 
-def test_a_run_tells_how_its_process_ended(tmp_path):
-    unknown = run.Run("unknown", (1,), 0.0)
-    assert run.run_pytest(unknown, tmp_path / "run.json") == pytest.ExitCode.USAGE_ERROR
-
-
 def test_a_backend_that_fails_its_check_is_not_timed(monkeypatch):
     right = native.forward
     monkeypatch.setattr(native, "forward", lambda gate, up: 1.1 * right(gate, up))
@@ -364,18 +358,3 @@ def uncompiled(entry: peers.Field, inputs: dict) -> dict:
     """The rivals of ``entry`` without the compiler, which takes seconds."""
     found = {"eager": lambda: lambda: entry.eager(**inputs)}
     return found | {name: lambda b=build: b(**inputs) for name, build in entry.peers.items()}
-
-
-def test_the_process_starts_again_with_one_allocator_for_all(monkeypatch):
-    started = {}
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-
-    def execve(path, arguments, environment):
-        started.update(environment)
-        raise SystemExit
-
-    monkeypatch.setattr(os, "execve", execve)
-    with pytest.raises(SystemExit):
-        front.main()
-    assert started.items() >= run.ALLOCATOR.items()
-    assert "TRITON_INTERPRET" not in started
