@@ -19,8 +19,8 @@ Threads = Annotated[list[int] | None, typer.Option(help="Thread counts; 1 and 2.
 TOKENS = 256
 """Of a step of training: 50 steps of 2048 tokens take nine minutes on two cores, of 256 two."""
 
-SECONDS = 0.75
-"""Of all rounds of a row when everything is timed; a row of long calls takes its three rounds."""
+SECONDS = 0.4
+"""Of all rounds of a row when everything is timed; at least ``duel.MIN_ROUNDS`` are made."""
 
 
 @app.command()
@@ -89,7 +89,7 @@ def pictures(threads: list[int] | None, seconds: float) -> list[run.Run]:
 
 @app.command(name="all")
 def everything(allow_load: Load = False) -> None:
-    """Time and count everything and write the report: half an hour on two quiet cores."""
+    """Time and count everything and write the report: twenty minutes on two quiet cores."""
     start, write = time.monotonic(), not allow_load
     if (reason := machine.why_not_publish(machine.load())) and write:
         run.refuse([reason])

@@ -7,10 +7,13 @@ kernel. The numbers are COUNTED: nothing here is timed.
 
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 from unittest import mock
@@ -24,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from benchmarks import machine
 from benchmarks.machine_code import Facts, amd_facts, nvidia_facts
 from emu3_kernels import _triton
 from emu3_kernels._triton import INTERPRETED, Config, Contract
@@ -68,24 +72,34 @@ class Row:
 
 
 def count(ops: Iterable[str] = OPS, targets: Iterable[str] = SHARED_LIMIT) -> Iterator[Row]:
-    """Yield a row for every op, config, kernel and target; an op without Triton has none."""
+    """Yield a row for every op, config, target and kernel."""
     for op in ops:
-        name = f"emu3_kernels.ops.{op}.triton"
-        for config in import_module(name).CONFIGS if find_spec(name) else ():
-            yield from rows_of(op, config, targets)
+        yield from by_config([rows_of_op(op, target) for target in targets])
 
 
-def rows_of(op: str, config: Config, targets: Iterable[str]) -> Iterator[Row]:
-    """Compile what ``config`` launches for ``targets`` and hold it to its contracts."""
-    for target in targets:
-        with mock.patch.object(_triton, "WARP", gpu_of(target).warp_size):
-            launches = launches_of(config)
-        for launch in launches:
-            kernel = launch.kernel.__name__
-            facts = facts_of(launch, target)
-            broken, excused = judge(config.contracts[kernel], facts, target)
-            moved = launch.num_bytes()
-            yield Row(op, kernel, config.name, target, facts, moved, broken, excused)
+def by_config(of_targets: Iterable[list[list[Row]]]) -> Iterator[Row]:
+    """Put the targets of a config together: each of ``of_targets`` has a list for each config."""
+    for of_config in zip(*of_targets, strict=True):
+        yield from chain.from_iterable(of_config)
+
+
+def rows_of_op(op: str, target: str) -> list[list[Row]]:
+    """Return the rows of each config of ``op``; an op without Triton has none."""
+    name = f"emu3_kernels.ops.{op}.triton"
+    configs = import_module(name).CONFIGS if find_spec(name) else ()
+    return [list(rows_of(op, config, target)) for config in configs]
+
+
+def rows_of(op: str, config: Config, target: str) -> Iterator[Row]:
+    """Compile what ``config`` launches for ``target`` and hold it to its contracts."""
+    with mock.patch.object(_triton, "WARP", gpu_of(target).warp_size):
+        launches = launches_of(config)
+    for launch in launches:
+        kernel = launch.kernel.__name__
+        facts = facts_of(launch, target)
+        broken, excused = judge(config.contracts[kernel], facts, target)
+        moved = launch.num_bytes()
+        yield Row(op, kernel, config.name, target, facts, moved, broken, excused)
 
 
 def launches_of(config: Config) -> list[Launch]:
@@ -239,8 +253,19 @@ def codegen(
 
 
 def rows_beside(ops: Iterable[str], peers: bool) -> list[Row]:
-    beside = import_module("benchmarks.codegen_peers").rows(ops, SHARED_LIMIT) if peers else ()
-    return [*count(ops), *beside]
+    """Count as ``count`` does, in a process for each core, then Liger-Kernel's if ``peers``.
+
+    A process compiles what one op launches for one target at a time.
+    """
+    counters = [rows_of_op]
+    if peers:
+        counters.append(import_module("benchmarks.codegen_peers").rows_of_op)
+    with ProcessPoolExecutor(machine.cores(), get_context("spawn")) as pool:
+        asked = [
+            [pool.submit(counter, op, target) for target in SHARED_LIMIT]
+            for counter, op in product(counters, ops)
+        ]
+        return [row for futures in asked for row in by_config(f.result() for f in futures)]
 
 
 def write(path: Path, rows: list[Row]) -> None:

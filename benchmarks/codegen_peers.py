@@ -5,7 +5,7 @@ warps by that. They promise nothing, so they are held to nothing.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -17,19 +17,19 @@ ARCHITECTURE = {"sm_80": "ampere_ada", "sm_90": "hopper", "sm_100": "blackwell",
 """Their name for each target."""
 
 
-def rows(ops: Iterable[str], targets: Iterable[str]) -> Iterator[Row]:
-    """Yield a row for every kernel of Liger's for ``ops`` and every target."""
-    for op in ops:
-        for config, call in CALLS.get(op, {}).items():
-            call_once_to_import(call)
-            for target in targets:
-                with pretending(target), recorded() as launches:
-                    call()
-                kernels = {launch.kernel.__name__: launch for launch in launches}
-                for name, launch in kernels.items():
-                    facts = facts_of(launch, target)
-                    moved = launch.num_bytes()
-                    yield Row(op, f"Liger {name}", config, target, facts, moved, (), (), held=False)
+def rows_of_op(op: str, target: str) -> list[list[Row]]:
+    """Return the rows of each config of Liger's for ``op``, one for each kernel."""
+    return [list(rows_of(op, name, call, target)) for name, call in CALLS.get(op, {}).items()]
+
+
+def rows_of(op: str, config: str, call: Callable[[], None], target: str) -> Iterator[Row]:
+    call_once_to_import(call)
+    with pretending(target), recorded() as launches:
+        call()
+    kernels = {launch.kernel.__name__: launch for launch in launches}
+    for name, launch in kernels.items():
+        facts, moved = facts_of(launch, target), launch.num_bytes()
+        yield Row(op, f"Liger {name}", config, target, facts, moved, (), (), held=False)
 
 
 def call_once_to_import(call: Callable[[], None]) -> None:

@@ -19,17 +19,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     asked = metafunc.config.getoption
-    counts = asked("--threads") or [1]
+    counts = sorted(asked("--threads") or [1], reverse=True)  # the reference runs on most
     if "case" not in metafunc.fixturenames:
         metafunc.parametrize("threads", counts, indirect=True)
         return
     found = [
         (case, count)
-        for count in counts
         for op in asked("--op") or OPS
-        for case in contestants.cases(
-            op, asked("--device"), asked("--scale") and count == max(counts)
-        )
+        for case in contestants.cases(op, asked("--device"), asked("--scale"))
+        for count in (counts[:1] if contestants.scaled(case) else counts)
     ]
     ids = [f"{case}-{count}" for case, count in found]
     metafunc.parametrize(("case", "threads"), found, ids=ids, indirect=["threads"])

@@ -7,12 +7,14 @@ and one clock give rounds that interleave, and ratios that are paired.
 
 import random
 from collections.abc import Mapping
-from math import ceil
+from math import ceil, inf
 from statistics import median
 
 from benchmarks.clock import PAUSE, WALL, Call, Clock
 
-MIN_ROUNDS, MAX_ROUNDS = 3, 60
+MIN_ROUNDS = {0.5: 5, 10.0: 3, inf: 2}
+"""Fewest rounds, by the seconds that one takes at most."""
+MAX_ROUNDS = 60
 
 
 def interleave(
@@ -36,7 +38,8 @@ def interleave(
     """
     repeats = {name: max(1, ceil(clock.min_sample / estimates[name])) for name in calls}
     a_round = sum(repeats[name] * estimates[name] + PAUSE for name in calls)
-    num_rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / a_round)))
+    fewest = next(fewest for longest, fewest in MIN_ROUNDS.items() if a_round <= longest)
+    num_rounds = min(MAX_ROUNDS, max(fewest, int(seconds / a_round)))
     shuffled = random.Random(0)
     order = [n for _ in range(num_rounds) for n in shuffled.sample(list(calls), len(calls))]
     upcoming = iter(order)

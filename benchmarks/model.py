@@ -172,7 +172,7 @@ def outside(taken: dict[str, list[float]]) -> dict[str, float]:
 
 
 def lineup(settings: ModelSettings, num_tokens: int, counted: int, device: str = "cpu") -> Lineup:
-    """Bring everyone to the third step, each checked against ours; the last ``counted`` count.
+    """Bring everyone to the second step, each checked against ours; the last ``counted`` count.
 
     Memory is what stands above weights and gradients at the peak of a step.
     """
@@ -181,9 +181,7 @@ def lineup(settings: ModelSettings, num_tokens: int, counted: int, device: str =
     weights[:, : num_tokens - counted] = 0
     entered, losses = Lineup(clock=clock.of(device)), {}
     for name, model, loss in contestants(settings):
-        call = step(model.to(device), loss, tokens, weights)
-        call()
-        losses[name] = entered.enter(name, call)
+        losses[name] = entered.enter(name, step(model.to(device), loss, tokens, weights))
         gradients = sum(weight.nbytes for weight in model.parameters())
         entered.peak_mib[name] -= gradients / 2**20
         if abs(losses[name] / losses[OURS] - 1) > SAME_LOSS:

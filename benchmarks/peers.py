@@ -29,6 +29,7 @@ OUTSIDE_TORCH = ("faiss", "scipy k-d tree")
 
 
 ONE_OPERATOR = "calls the same scaled_dot_product_attention as eager does"
+SCALED = "not at sizes that only show how time and memory grow: each would be compiled anew"
 
 BOTH = ("forward", "forward+backward")
 WIDE_AND_NARROW = (torch.float32, torch.bfloat16)

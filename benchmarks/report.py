@@ -23,11 +23,14 @@ Made by `python -m benchmarks report` from the JSON files beside it (pytest-benc
 Every figure has a label. **MEASURED**: all contestants of a row run in one process under the same
 allocator settings, one call each per round in an order drawn anew. `times ours` is a peer's time
 over ours, **the median of the ratios of single rounds** with their range: above 1 we are faster,
-below 1 the peer is. `MiB` is what torch's allocator holds at the peak of one call, results
-included. **COUNTED**: bytes and FLOPs that the op must move and multiply, from a formula; a rate is
-COUNTED over MEASURED. **BOUND**: the time to read, or to copy if that is faster, so many bytes (for
-a product: to multiply matrices of so many FLOPs), measured in the same rounds on the same threads;
-`of BOUND` is that time over the contestant's. A bound says how much is left, and ranks nobody.
+below 1 the peer is. There are five rounds at least, three where one takes more than half a second
+and two where it takes more than ten; `vision`, warmed up on a smaller picture, has its first call,
+watched for memory, in the first. `MiB` is what torch's allocator holds at the peak of one call,
+results included. **COUNTED**: bytes and FLOPs that the op must move and multiply, from a formula; a
+rate is COUNTED over MEASURED. **BOUND**: the time to read, or to copy if that is faster, so many
+bytes (for a product: to multiply matrices of so many FLOPs), measured in the same rounds on the
+same threads; `of BOUND` is that time over the contestant's. A bound says how much is left, and
+ranks nobody.
 
 `torch.compile(out=)` writes its result into memory that is there, vLLM does so too and partly in
 place; ours makes a fresh result. `model` is a whole training step, forward and backward without an

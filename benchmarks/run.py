@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,9 @@ PYTEST = (
 
 WHOLE = ("model", "vision")
 """What is timed as a whole, by a suite of its own."""
+
+IMPORTED = ["benchmarks.contestants", "torch._inductor.compile_fx"]
+"""What every run would import anew: torch and its compiler, some five seconds."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,22 @@ def time_one(run: Run, write: bool) -> str | None:
 def run_pytest(run: Run, stored: Path) -> int:
     """Let pytest-benchmark time ``run`` and store the figures at ``stored``.
 
-    In a process of its own, whose memory is gone with it: the allocator gives none back.
+    In a process of its own, whose memory is gone with it: the allocator gives none back. It is a
+    copy of one that has done nothing but the imports.
     """
     suite = Path(__file__).with_name(f"test_{run.op if run.op in WHOLE else 'ops'}.py")
     arguments = [str(suite), *run.arguments(), f"--benchmark-json={stored}", *PYTEST]
-    return subprocess.run([sys.executable, "-m", "pytest", *arguments], check=False).returncode
+    copies = get_context("forkserver")
+    # CUDA does not work in the copy of a process that has asked for a GPU, as our imports do.
+    copies.set_forkserver_preload(IMPORTED if run.device == "cpu" else [])
+    process = copies.Process(target=session, args=(arguments,))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def session(arguments: list[str]) -> None:
+    sys.exit(pytest.main(arguments))
 
 
 def refuse(reasons: list[str]) -> None:
@@ -127,9 +141,12 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
 }
 """Freed memory stays with the process: without it a fresh result costs page faults, up to three
-times the op. glibc reads the settings at start only, so the process starts itself again."""
+times the op. The cache of small blocks is off: it keeps what aligning cuts off a large one, which
+then is too short when it is freed for the next of its size, and that is fresh again. glibc reads
+the settings at start only, so the process starts itself again."""
 
 QUIET = {"KINETO_LOG_LEVEL": "6"}
 

@@ -18,6 +18,8 @@ def test_vision(
     device = asked("--device")
     lineup = vision.lineup(VisionSettings(), vision.PICTURE, dtype, device)
     taken = interleave(benchmark, lineup.calls, lineup.seconds, asked("--seconds"), lineup.clock)
+    if dtype == torch.float32 and vision.THEIRS in lineup.calls:
+        assert vision.agreement(lineup.results) >= vision.SAME_CODES
     size = {"batch": 1, "height": vision.PICTURE, "width": vision.PICTURE}
     case = Case("vision", vision.OURS, size, dtype, vision.DIRECTION, device)
     loads = [before, machine.load()]

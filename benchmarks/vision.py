@@ -15,6 +15,8 @@ from emu3.weights import load_vision
 OURS, THEIRS = "emu3.VisionTokenizer", "Hugging Face"
 DIRECTION = "encode+decode"
 PICTURE = 256
+WARM = 4
+"""Times smaller, in height and width, is the picture that is drawn before the rounds."""
 SAME_CODES = 0.999
 """Share of the codes that must agree in float32; neighbours may tie within rounding."""
 
@@ -66,11 +68,15 @@ def theirs(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return codes, model.decode(codes)
 
 
-def lineup(settings: VisionSettings, side: int, dtype: torch.dtype, device: str = "cpu") -> Lineup:
-    """Bring both to the second call, theirs checked against ours.
+def agreement(drawn: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """Return the share of codes that both gave."""
+    return (drawn[OURS][0] == drawn[THEIRS][0]).double().mean().item()
 
-    In float32 by its codes and pixels; in bfloat16 roundings add up to other codes, and both draw
-    from ours.
+
+def lineup(settings: VisionSettings, side: int, dtype: torch.dtype, device: str = "cpu") -> Lineup:
+    """Warm both up on a smaller picture, where theirs is checked against ours by its codes.
+
+    In float32 alone: in bfloat16 roundings add up to other codes.
     """
     model = hugging_face(settings)
     tokenizer = load_vision(model.state_dict())
@@ -78,14 +84,14 @@ def lineup(settings: VisionSettings, side: int, dtype: torch.dtype, device: str 
         OURS: partial(ours, tokenizer.to(device, dtype)),
         THEIRS: partial(theirs, model.to(device, dtype)),
     }
-    pixels = picture(side).to(device, dtype)
+    whole, part = (picture(side // n).to(device, dtype) for n in (1, WARM))
     entered = Lineup(clock=clock.of(device))
     drawn = {
-        name: entered.enter(name, partial(redraw, pixels)) for name, redraw in entrants.items()
+        name: entered.enter_by_part(name, partial(redraw, whole), partial(redraw, part), WARM**2)
+        for name, redraw in entrants.items()
     }
-    entered.results_mib = sum(result.nbytes for result in drawn[OURS]) / 2**20
-    agreement = (drawn[OURS][0] == drawn[THEIRS][0]).double().mean().item()
-    if dtype == torch.float32 and agreement < SAME_CODES:
-        entered.drop(THEIRS, f"{agreement:.1%} of its codes are ours")
+    entered.results_mib = WARM**2 * sum(result.nbytes for result in drawn[OURS]) / 2**20
+    if dtype == torch.float32 and agreement(drawn) < SAME_CODES:
+        entered.drop(THEIRS, f"{agreement(drawn):.1%} of its codes are ours")
     entered.estimate()
     return entered

@@ -16,7 +16,14 @@ def assert_as_accurate(name: str, actual: Tensor, low: Tensor, exact: Tensor) ->
     if not actual.is_floating_point():
         assert torch.equal(actual, exact.to(actual.dtype)), f"{name}: integers differ"
         return
-    rounding = torch.finfo(actual.dtype).eps * exact.abs().max()
-    budget = 2 * ((low.double() - exact).abs().max() + rounding)
+    assert_within(name, actual, exact, budget(low, exact))
+
+
+def budget(low: Tensor, exact: Tensor) -> Tensor:
+    rounding = torch.finfo(low.dtype).eps * exact.abs().max()
+    return 2 * ((low.double() - exact).abs().max() + rounding)
+
+
+def assert_within(name: str, actual: Tensor, exact: Tensor, budget: Tensor) -> None:
     error = (actual.double() - exact).abs().max()
     assert error <= budget, f"{name}: error {error:.2e} exceeds its budget of {budget:.2e}"

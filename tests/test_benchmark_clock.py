@@ -57,11 +57,22 @@ def test_rounds_interleave_and_ratios_are_paired(still, stopwatch):
     assert ratio == {"median": 3.5, "min": 3.0, "max": 4.0}
 
 
+FIVE = duel.MIN_ROUNDS[0.5]
+
+
+@pytest.mark.parametrize(("duration", "num_rounds"), [(0.4, 5), (0.6, 3), (9.0, 3), (11.0, 2)])
+def test_the_longer_a_round_the_fewer_there_are(still, stopwatch, duration, num_rounds):
+    taken = duel.interleave(
+        stopwatch, {"ours": still.spender(duration)}, {"ours": duration}, 0, QUICK
+    )
+    assert taken["ours"] == pytest.approx([duration] * num_rounds)
+
+
 def test_a_short_call_is_repeated_within_a_sample(still, stopwatch):
     short = QUICK.min_sample / 4
     taken = duel.interleave(stopwatch, {"ours": still.spender(short)}, {"ours": short}, 0, QUICK)
-    assert taken["ours"] == pytest.approx([short] * duel.MIN_ROUNDS)
-    assert still.now == pytest.approx(duel.MIN_ROUNDS * QUICK.min_sample)
+    assert taken["ours"] == pytest.approx([short] * FIVE)
+    assert still.now == pytest.approx(FIVE * QUICK.min_sample)
 
 
 class Event:
@@ -89,9 +100,9 @@ def test_a_gpu_is_timed_by_its_events_with_its_cache_emptied_before(monkeypatch,
     events = replace(clock.EVENTS, rest=lambda: emptied.append(Event.recorded))
     stopwatch._timer = events.timer
     taken = duel.interleave(stopwatch, {"ours": lambda: None}, {"ours": 1e-6}, 0, events)
-    assert taken == {"ours": [2e-3] * duel.MIN_ROUNDS}
-    assert emptied == [0, 2, 4]  # one call a sample: a second would find the cache warm
-    assert Event.synchronised == duel.MIN_ROUNDS
+    assert taken == {"ours": [2e-3] * FIVE}
+    assert emptied == [0, 2, 4, 6, 8]  # one call a sample: a second would find the cache warm
+    assert Event.synchronised == FIVE
     assert clock.EVENTS.rest is clock.flush
 
 

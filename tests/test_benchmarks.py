@@ -1,7 +1,6 @@
 """The benchmark of the ops: what it times, what it refuses, and its arithmetic."""
 
 import json
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,8 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as front
-from benchmarks import bounds, contestants, eager, gpu_peers, machine, peers, run
+from benchmarks import bounds, clock, contestants, eager, gpu_peers, machine, peers, run
 from benchmarks.bounds import COPY, READ
+from benchmarks.conftest import pytest_generate_tests as generate
 from benchmarks.contestants import Case, Lineup
 from benchmarks.test_ops import row as row_of
 from emu3_kernels.ops import OPS
@@ -105,11 +105,74 @@ def test_sizes_of_scale_are_timed_in_the_last_direction_when_asked_for():
     assert {case.direction for case in more} == {"forward+backward"}
 
 
+def test_nothing_is_compiled_for_a_size_of_scale(monkeypatch):
+    monkeypatch.setattr(contestants, "scaled", lambda case: True)
+    found = contestants.rivals(replace(CASE, direction="backward"), {}, ())
+    with pytest.raises(peers.UnavailableError, match="only show how time and memory grow"):
+        found[peers.COMPILED]()
+
+
 def test_a_decoded_token_is_timed_forward_alone():
     stated = part("rms_norm", "cases")
     ways = [(case.size, case.direction) for case in contestants.cases("rms_norm")]
     assert {way for size, way in ways if size in stated.DECODE} == {"forward"}
     assert {way for size, way in ways if size in stated.TIME} == {"forward", "backward"}
+
+
+def test_rows_in_succession_share_their_inputs_and_what_the_reference_gives(monkeypatch):
+    made, referred = [], []
+    stated = {
+        "cases": SimpleNamespace(make=lambda **size: made.append(size) or {"x": 2}),
+        "reference": SimpleNamespace(swiglu=lambda x: referred.append(x) or 2 * x),
+    }
+    monkeypatch.setattr(contestants, "part", lambda op, name: stated[name])
+    alike = replace(CASE, backend="triton", direction="forward in place")
+    other = replace(CASE, size={"num_rows": 3, "width": 41})
+    given = [contestants.inputs_of(case) for case in (CASE, alike, other)]
+    assert given[0] is given[1]
+    assert [size["width"] for size in made] == [40, 41]
+    assert [contestants.plain_results(case) for case in (other, replace(other))] == [4, 4]
+    assert referred == [2]
+    contestants._made.cache_clear()
+    contestants._referred.cache_clear()
+
+
+def test_thread_counts_of_a_case_stand_in_succession_and_scale_is_for_most_threads():
+    asked = {"--threads": [1, 2], "--op": ["cross_entropy"], "--device": "cpu", "--scale": True}
+    metafunc = SimpleNamespace(
+        fixturenames=["case", "threads"],
+        config=SimpleNamespace(getoption=asked.get),
+        parametrize=lambda names, found, **rest: listed.extend(found),
+    )
+    listed = []
+    generate(metafunc)
+    native = [(case, count) for case, count in listed if case.backend == "native"]
+    (first, two), (second, one) = native[:2]
+    assert first == second
+    assert (two, one) == (2, 1)
+    scaled = [count for case, count in native if contestants.scaled(case)]
+    assert scaled == [2] * len(part("cross_entropy", "cases").SCALE)
+
+
+def test_a_long_call_warmed_by_a_part_is_first_made_in_the_rounds_and_watched_once(monkeypatch):
+    called, watched = [], []
+
+    def peak(call):
+        watched.append(call)
+        return call(), 3 << 20
+
+    lineup = Lineup(clock=replace(clock.WALL, peak=peak))
+    whole, fraction = (lambda n=n: called.append(n) or n for n in ("whole", "part"))
+    monkeypatch.setattr(contestants, "LONG", 0.0)
+    assert lineup.enter_by_part("ours", whole, fraction, 16) == "part"
+    assert called == ["part"]
+    assert [lineup.calls["ours"]() for _ in range(2)] == ["whole", "whole"]
+    assert len(watched) == 1
+    assert (lineup.peak_mib, lineup.results) == ({"ours": 3.0}, {"ours": "whole"})
+    monkeypatch.setattr(contestants, "LONG", 1e9)
+    lineup.enter_by_part("peer", whole, fraction, 16)
+    assert lineup.calls["peer"] is whole
+    assert lineup.peak_mib["peer"] == 3.0
 
 
 def test_a_peer_that_the_compiler_leaves_as_it_is_is_not_timed_twice(monkeypatch):
@@ -295,18 +358,3 @@ def uncompiled(entry: peers.Field, inputs: dict) -> dict:
     """The rivals of ``entry`` without the compiler, which takes seconds."""
     found = {"eager": lambda: lambda: entry.eager(**inputs)}
     return found | {name: lambda b=build: b(**inputs) for name, build in entry.peers.items()}
-
-
-def test_the_process_starts_again_with_one_allocator_for_all(monkeypatch):
-    started = {}
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-
-    def execve(path, arguments, environment):
-        started.update(environment)
-        raise SystemExit
-
-    monkeypatch.setattr(os, "execve", execve)
-    with pytest.raises(SystemExit):
-        front.main()
-    assert started.items() >= run.ALLOCATOR.items()
-    assert "TRITON_INTERPRET" not in started

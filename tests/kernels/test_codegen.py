@@ -97,7 +97,7 @@ def needless_exception() -> Config:
 
 def lines_of(config: Callable[[], Config], target: str) -> str:
     return "\n".join(
-        line for row in codegen.rows_of("faulty", config(), [target]) for line in row.broken
+        line for row in codegen.rows_of("faulty", config(), target) for line in row.broken
     )
 
 
@@ -148,12 +148,26 @@ def test_a_launch_without_a_contract_is_refused(compiling):
         compiling(uncontracted)
 
 
+def counted_twice() -> tuple[list[codegen.Row], list[codegen.Row]]:
+    ops = ("swiglu", "nearest_code")
+    return list(codegen.count(ops)), codegen.rows_beside(ops, peers=False)
+
+
+def test_a_process_for_each_core_counts_what_one_counts(compiling):
+    one, many = compiling(counted_twice)
+    assert many == one
+    listed = [(row.config, row.target) for row in many if row.op == "swiglu"]
+    targets = codegen.SHARED_LIMIT
+    assert listed == [(config.name, target) for config in swiglu.CONFIGS for target in targets]
+
+
 def test_a_broken_contract_fails_the_command(tmp_path):
     facts = machine_code.Facts(255, 8, 2, 0, {2: 65}, {16: 1}, {}, 0)
     row = codegen.Row(
         "swiglu", "_fwd_kernel", "x", "sm_90", facts, 9, ("spills: must be none",), ()
     )
-    with mock.patch.object(codegen, "count", return_value=[row]), pytest.raises(typer.Exit) as stop:
+    counted = mock.patch.object(codegen, "rows_beside", return_value=[row])
+    with counted, pytest.raises(typer.Exit) as stop:
         codegen.codegen(["swiglu"], tmp_path / "rows.json")
     assert stop.value.exit_code == 1
     assert '"COUNTED"' in (tmp_path / "rows.json").read_text()
@@ -162,8 +176,8 @@ def test_a_broken_contract_fails_the_command(tmp_path):
 def peers_rows() -> dict[str, machine_code.Facts]:
     from benchmarks import codegen_peers
 
-    targets = codegen.SHARED_LIMIT
-    return {row.target: row.facts for row in codegen_peers.rows(["cross_entropy"], targets)}
+    counted = [codegen_peers.rows_of_op("cross_entropy", target) for target in codegen.SHARED_LIMIT]
+    return {row.target: row.facts for row in codegen.by_config(counted)}
 
 
 def test_the_kernels_of_others_are_counted_as_they_are(compiling):
