@@ -33,7 +33,7 @@ def test_a_run_tells_how_its_process_ended(tmp_path):
 
 FAULTS = """
 import resource, torch
-for _ in range(4):
+for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -47,6 +47,6 @@ def test_a_freed_block_is_used_again_for_one_as_large():
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True
     )
-    first, *others = map(int, done.stdout.split())
+    first, _second, *others = map(int, done.stdout.split())  # the second may still be fresh
     assert first > 10_000
     assert max(others) < 1000
