@@ -1,8 +1,9 @@
 """The time that no implementation can beat, measured beside the op in the same rounds.
 
-An op that moves bytes is set against reading, or copying, as many; one that multiplies matrices
-against multiplying one pair of matrices as often as its FLOPs ask. Bytes and FLOPs are COUNTED:
-``cases.py`` states them, the times are MEASURED, and what follows from both is the BOUND.
+An op that moves bytes is set against reading, or copying, as many in large pages; one that
+multiplies matrices against multiplying one pair of matrices as often as its FLOPs ask. Bytes and
+FLOPs are COUNTED: ``cases.py`` states them, the times are MEASURED, and what follows from both is
+the BOUND.
 """
 
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from benchmarks.clock import Call
 from benchmarks.duel import paired_ratio
 from benchmarks.peers import IN_PLACE
-from emu3_kernels import _native
+from emu3_kernels import _native, in_large_pages
 from tests.kernels.suite import part
 
 READ, COPY, MULTIPLY = "bound: read", "bound: copy", "bound: multiply"
@@ -42,8 +43,11 @@ NUM_PRODUCTS = {"backward": 2, "forward+backward": 3}
 def calls(case: Any) -> dict[str, Call]:
     """Read, and copy, as many bytes as ``case`` must move; or multiply, if it counts FLOPs only."""
     if num_bytes := bytes_moved(case):
-        source, half = (torch.rand(num_bytes // n, device=case.device) for n in (4, 8))
-        moved = {READ: source.sum, COPY: partial(torch.empty_like(half).copy_, half)}
+        source, half, copied = (
+            in_large_pages(torch.empty(num_bytes // n, device=case.device)).uniform_()
+            for n in (4, 8, 8)
+        )
+        moved = {READ: source.sum, COPY: partial(copied.copy_, half)}
         return moved | (empty_call(case) if num_bytes <= SMALL else {})
     return {MULTIPLY: multiply(case.dtype, case.device)} if flops(case) else {}
 

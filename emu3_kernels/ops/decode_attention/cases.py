@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from emu3_kernels._native import in_large_pages
+
 CONSTANTS = ("q", "k_cache", "v_cache")
 CHECK = [
     {"batch": 0, "new": 1, "capacity": 8, "heads": 2, "groups": 1, "width": 64},
@@ -39,15 +41,19 @@ def make(
     dtype: torch.dtype,
     device: str,
 ) -> dict[str, Tensor | float | None]:
-    """Draw scores a few units wide; what no row has is NaN, or a page that is none."""
+    """Draw scores a few units wide; what no row has is NaN, or a page that is none.
+
+    Keys and values lie in large pages, as those of a cache of ours do.
+    """
     random = torch.Generator(device).manual_seed(0)
     on = {"generator": random, "device": device}
     ends = torch.tensor(lengths or [capacity] * batch, dtype=torch.int32, device=device)
     absent = (torch.arange(capacity, device=device) >= ends[:, None])[..., None, None]
+    shape = batch, capacity, groups, width
     k, v = (
-        torch.randn(batch, capacity, groups, width, dtype=dtype, **on).masked_fill_(
-            absent, torch.nan
-        )
+        in_large_pages(torch.empty(shape, dtype=dtype, device=device))
+        .normal_(generator=random)
+        .masked_fill_(absent, torch.nan)
         for _ in range(2)
     )
     table = None
