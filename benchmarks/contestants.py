@@ -233,7 +233,8 @@ def rivals(case: Case, inputs: Mapping, results: object) -> dict[str, Callable[[
 def caller(case: Case, function: Callable, inputs: Mapping) -> Call:
     """Bind ``function`` to the inputs and, for a backward pass alone, to random gradients.
 
-    Forward and backward in one are those of a loss, or of half the sum of squares of a tensor.
+    They lie in memory as the results do, which is how training hands them on. Forward and backward
+    in one are those of a loss, or of half the sum of squares of a tensor.
     """
     if case.direction == "forward":
         return partial(function, **inputs)
@@ -245,7 +246,7 @@ def caller(case: Case, function: Callable, inputs: Mapping) -> Call:
         return lambda: _gradients(bound(), wrt)
     results = _with_gradient(bound())
     random = torch.Generator().manual_seed(1)
-    douts = [torch.randn(r.shape, generator=random).to(r) for r in results]
+    douts = [torch.empty_like(r).copy_(torch.randn(r.shape, generator=random)) for r in results]
     return lambda: torch.autograd.grad(results, wrt, douts, retain_graph=True)
 
 
