@@ -49,13 +49,15 @@ void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summe
                   const Dropout* dropout, int64_t first_row, bool past_caches) {
   T scratch[kScratch];
   for (int64_t r = 0; r < rows; ++r, x += x_stride, y += width) {
-    const T *row = x, *const next_x = x + ahead(r, rows) * x_stride;
+    const int64_t next = ahead(r, rows);
+    const T* row = x;
+    const T* const next_x = x + next * x_stride;
     float squares;
     if (residual) {
       const bool fits = width <= kScratch;
       T* copy = fits ? scratch : summed;
-      squares = add_rows(x, residual, residual + ahead(r, rows) * residual_stride, summed, copy,
-                         width, fits && past_caches, [&](Pair value, int64_t c) {
+      squares = add_rows(x, residual, residual + next * residual_stride, summed, copy, width,
+                         fits && past_caches, [&](Pair value, int64_t c) {
                            return kDrop ? drop<T>(value, *dropout, 0, first_row + r, c) : value;
                          });
       row = copy, residual += residual_stride, summed += width;
@@ -81,13 +83,11 @@ void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, c
   for (int64_t c = 0; c < padded_width(width); ++c) dweight[c] = 0;
   for (int64_t r = 0; r < rows; ++r, dy += dy_stride, x += x_stride, dx += width) {
     const float scale = rstd[r];
-    const T *const next_dy = dy + ahead(r, rows) * dy_stride, *const next_x =
-                                                                  x + ahead(r, rows) * x_stride;
-    const int64_t next = r + ahead(r, rows);
+    const int64_t next = ahead(r, rows);
     Pair sum{};
     over_pairs(width, [&](int64_t c, int64_t count) {
-      prefetch_pair<kSecondCache>(next_dy + c);
-      prefetch_pair<kSecondCache>(next_x + c);
+      prefetch_pair<kSecondCache>(dy + next * dy_stride + c);
+      prefetch_pair<kSecondCache>(x + next * x_stride + c);
       const Pair g = load_pair(dy + c, count), value = load_pair(x + c, count);
       sum = fma(g * load_pair(weight + c, count), value, sum);
       store_pair(dweight + c, fma(g, value * scale, load_pair(dweight + c)), false);
@@ -97,7 +97,7 @@ void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, c
       const Pair direct = load_pair(dy + c, count) * load_pair(weight + c, count) * scale;
       Pair d = load_pair(x + c, count) * slope + direct;
       if (dsummed) {
-        prefetch_pair<kSecondCache>(dsummed + next * dsummed_stride + c);
+        prefetch_pair<kSecondCache>(dsummed + (r + next) * dsummed_stride + c);
         d = d + load_pair(dsummed + r * dsummed_stride + c, count);
       }
       if constexpr (kDrop) {
