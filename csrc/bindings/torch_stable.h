@@ -80,7 +80,9 @@ inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
                                                           static_cast<int64_t>(sizes.size()), &type,
                                                           &layout, &device, index, nullptr, &made));
   const Tensor result(made);
-  if (device == aoti_torch_device_type_cpu()) use_large_pages(result);
+  int64_t count = 1;  // to ask a tensor for it takes longer
+  for (const int64_t size : sizes) count *= size;
+  if (count >= 1 << 20 && device == aoti_torch_device_type_cpu()) use_large_pages(result);
   return result;
 }
 
