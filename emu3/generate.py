@@ -16,6 +16,7 @@ from emu3.model import Emu3
 from emu3.prompt import generation_prompt, understanding_prompt
 from emu3.sampling import guide, sample
 from emu3.text import TextTokenizer
+from emu3_kernels import linear
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def generate_images(
     for row in range(height):
         for column in range(width):
             hidden = _last_hidden(model, tokens, cache, counts)
-            logits = F.linear(hidden, visual_head)
+            logits = linear(hidden, visual_head)
             if negatives:
                 logits = guide(*logits.chunk(2), how.guidance)
             code = sample(logits, top_k=how.top_k, temperature=how.temperature, generator=generator)
@@ -91,7 +92,7 @@ def generate_captions(
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         hidden = _last_hidden(model, tokens, cache, counts)
-        logits = torch.cat((F.linear(hidden, text_head), F.linear(hidden, end_head)), dim=-1)
+        logits = torch.cat((linear(hidden, text_head), linear(hidden, end_head)), dim=-1)
         best = logits.argmax(-1)
         token = best.masked_fill(ended | (best == ids.num_text), ids.eos)
         ended |= token == ids.eos

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
 from emu3_kernels import add_rms_norm, attention, linear_cross_entropy, rms_norm, swiglu_packed
-from emu3_kernels.modules import RotaryEmbedding
+from emu3_kernels.modules import Linear, RotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Attention(nn.Module):
         super().__init__()
         self.settings, self.layer = settings, layer
         num_heads = settings.heads + 2 * settings.kv_heads
-        self.qkv = nn.Linear(settings.width, num_heads * settings.head_width, bias=False)
-        self.out = nn.Linear(settings.heads * settings.head_width, settings.width, bias=False)
+        self.qkv = Linear(settings.width, num_heads * settings.head_width, bias=False)
+        self.out = Linear(settings.heads * settings.head_width, settings.width, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         s = self.settings
@@ -57,8 +57,8 @@ class MLP(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(settings.width, 2 * settings.ff_width, bias=False)
-        self.down = nn.Linear(settings.ff_width, settings.width, bias=False)
+        self.gate_up = Linear(settings.width, 2 * settings.ff_width, bias=False)
+        self.down = Linear(settings.ff_width, settings.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu_packed(self.gate_up(x)))
@@ -100,7 +100,7 @@ class Emu3(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
         self.norm = nn.Parameter(torch.ones(settings.width))
-        self.head = nn.Linear(settings.width, vocabulary.size, bias=False)
+        self.head = Linear(settings.width, vocabulary.size, bias=False)
         self.rotate = RotaryEmbedding(
             settings.max_positions, settings.head_width, theta=settings.rope_theta
         )

@@ -2,6 +2,7 @@
 
 from emu3_kernels._dispatch import record_backends, use_backend
 from emu3_kernels._native import in_large_pages
+from emu3_kernels._products import widened
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.attention.api import attention
 from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
@@ -10,6 +11,7 @@ from emu3_kernels.ops.conv3x3.api import conv3x3
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.decode_attention.api import decode_attention
 from emu3_kernels.ops.group_norm_silu.api import group_norm_silu
+from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.nearest_code.api import CodeIndex, nearest_code
 from emu3_kernels.ops.ring_attention.api import ring_attention
@@ -32,6 +34,7 @@ __all__ = [
     "decode_attention",
     "group_norm_silu",
     "in_large_pages",
+    "linear",
     "linear_cross_entropy",
     "nearest_code",
     "record_backends",
@@ -47,4 +50,5 @@ __all__ = [
     "temporal_residual",
     "unshard_sequence",
     "use_backend",
+    "widened",
 ]

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from emu3_kernels import linear
+
 
 @dataclass
 class Cost:
@@ -39,7 +41,7 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
     left, right = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
     return Machine(
         numbers.nbytes / median(seconds_of(numbers.sum, device) for _ in range(5)),
-        2 * 2048**3 / median(seconds_of(lambda: left @ right, device) for _ in range(5)),
+        2 * 2048**3 / median(seconds_of(lambda: linear(left, right), device) for _ in range(5)),
     )
 
 
@@ -90,8 +92,8 @@ def _bytes(function, args: tuple, kwargs: dict, result: object) -> int:
 
 
 def _flops(function, args: tuple, kwargs: dict, result: object) -> int:
-    if function._schema.name in _ATTENDED:
-        return _ATTENDED[function._schema.name](*args, **kwargs)
+    if function._schema.name in _MULTIPLIED:
+        return _MULTIPLIED[function._schema.name](*args, **kwargs)
     formula = flop_registry.get(function._overloadpacket)
     return formula(*args, **kwargs, out_val=result) if formula else 0
 
@@ -128,7 +130,8 @@ _PARTLY_READ = {
     "emu3_kernels::rope_append": _rope_append_bytes,
     "emu3_kernels::decode_attention": _decode_bytes,
 }
-_ATTENDED = {
+_MULTIPLIED = {
+    "emu3_kernels::matmul": lambda a, b, *_: 2 * a.shape[0] * b.numel(),
     "emu3_kernels::attention": _attention_flops,
     "emu3_kernels::decode_attention": _decode_flops,
 }

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,7 +23,7 @@ from emu3.profile.cost import (
     seconds_of,
     synchronize,
 )
-from emu3_kernels import use_backend
+from emu3_kernels import linear, use_backend
 
 SHORTEST = 1024
 ATTENTION_OPS = "attention", "decode_attention"
@@ -152,7 +151,7 @@ def decode_call(model: Emu3, cache: KeyValueCache, context: int) -> Callable[[],
 
     def call() -> None:
         rewind(cache, context - 1)
-        F.linear(model(token, cache)[:, -1], visual_head)
+        linear(model(token, cache)[:, -1], visual_head)
 
     return call
 

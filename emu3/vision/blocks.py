@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels import attention
-from emu3_kernels.modules import Conv3x3
+from emu3_kernels import attention, linear, widened
+from emu3_kernels.modules import Conv2d, Conv3x3
 
 MakeNorm = Callable[..., nn.Module]
 """Of a number of channels, and ``silu`` as in the norm itself."""
@@ -25,7 +25,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = norm(narrow), norm(wide)
         self.conv1, self.conv2 = Conv3x3(narrow, wide), Conv3x3(wide, wide)
-        self.nin_shortcut = nn.Conv2d(narrow, wide, 1) if narrow != wide else None
+        self.nin_shortcut = Conv2d(narrow, wide, 1) if narrow != wide else None
 
     def forward(self, x: Tensor, *latent: Tensor) -> Tensor:
         change = self.norm2(self.conv1(self.norm1(x, *latent)), *latent)
@@ -84,7 +84,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -104,7 +104,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         taps = self.conv.weight.permute(1, 2, 3, 0).contiguous()  # [in, 3, 3, out]
         weight = _pair_sums(_pair_sums(taps, dim=1), dim=2).permute(0, 3, 1, 2)
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+        return widened(F.conv_transpose2d, x, weight, self.conv.bias, stride=2, padding=1)
 
 
 def _pair_sums(weight: Tensor, dim: int) -> Tensor:
@@ -115,4 +115,4 @@ def _pair_sums(weight: Tensor, dim: int) -> Tensor:
 
 def _per_place(conv: nn.Conv2d, places: Tensor) -> Tensor:
     """Apply a 1x1 convolution to ``places [B, H * W, C]``."""
-    return F.linear(places, conv.weight.flatten(1), conv.bias)
+    return linear(places, conv.weight.flatten(1), conv.bias)

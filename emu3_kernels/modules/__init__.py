@@ -7,6 +7,7 @@ Every module calls the op of its name, whose docstring states formula and precis
 from emu3_kernels.modules.language import (
     AddRMSNorm,
     CrossEntropy,
+    Linear,
     LinearCrossEntropy,
     RMSNorm,
     RotaryEmbedding,
@@ -14,6 +15,7 @@ from emu3_kernels.modules.language import (
 )
 from emu3_kernels.modules.vision import (
     CausalConv3d,
+    Conv2d,
     Conv3x3,
     GroupNormSiLU,
     Memory,
@@ -25,9 +27,11 @@ from emu3_kernels.modules.vision import (
 __all__ = [
     "AddRMSNorm",
     "CausalConv3d",
+    "Conv2d",
     "Conv3x3",
     "CrossEntropy",
     "GroupNormSiLU",
+    "Linear",
     "LinearCrossEntropy",
     "Memory",
     "RMSNorm",

@@ -8,11 +8,20 @@ from torch import Tensor, nn
 
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
+from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.linear_cross_entropy.api import MEMORY, linear_cross_entropy
 from emu3_kernels.ops.rms_norm.api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
 from emu3_kernels.ops.rope_append.api import rope_append
 from emu3_kernels.ops.swiglu.api import swiglu
+
+
+class Linear(nn.Linear):
+    """:func:`emu3_kernels.linear` with the arguments and parameters of ``nn.Linear``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x [..., D]``."""
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

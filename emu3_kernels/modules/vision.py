@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emu3_kernels._products import widened
 from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
 from emu3_kernels.ops.causal_conv3d.cache import FrameCache
 from emu3_kernels.ops.conv3x3.api import conv3x3
@@ -106,6 +107,13 @@ class SpatialNormSiLU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"silu={self.silu}"
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d``, its arguments and parameters; see :func:`emu3_kernels.widened`."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return widened(super()._conv_forward, x, weight, bias)
 
 
 class Conv3x3(nn.Conv2d):

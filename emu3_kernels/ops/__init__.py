@@ -16,4 +16,5 @@ OPS = (
     "causal_conv3d",
     "temporal_residual",
     "conv3x3",
+    "linear",
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from emu3.cache import KeyValueCache
 from emu3.config import BYTE_VOCABULARY, PRESETS, ModelSettings
 from emu3.model import Emu3
-from emu3_kernels import use_backend
+from emu3_kernels import linear_cross_entropy, use_backend
 from tests.budget import assert_as_accurate
 
 # Emu3's own layers, two of them, over a vocabulary and positions that no kernel's shape turns on.
@@ -19,7 +19,10 @@ PROMPT, NEW = 37, 3
 
 
 def results(model: Emu3) -> dict[str, Tensor]:
-    """Hidden states of a prompt and of tokens decoded after it, loss and every gradient."""
+    """Hidden states of a prompt and of tokens decoded after it, losses and every gradient.
+
+    The losses of single tokens, since the error of one number, their mean, would be luck.
+    """
     random = torch.Generator().manual_seed(1)
     tokens = torch.randint(256, (2, PROMPT + NEW), generator=random)
     weights = torch.rand(2, PROMPT + NEW, generator=random)
@@ -29,11 +32,15 @@ def results(model: Emu3) -> dict[str, Tensor]:
         found = {"prompt": model(tokens[:, :PROMPT], cache)}
         steps = [model(tokens[:, i : i + 1], cache) for i in range(PROMPT, PROMPT + NEW)]
         found["decoded"] = torch.cat(steps, dim=1)
+        hidden, targets = model(tokens[:, :-1]), tokens[:, 1:]
+        found["losses"] = linear_cross_entropy(hidden, weight, targets, reduction="none")
     loss = model.loss(tokens, weights)
+    shares = weights[:, 1:] / weights[:, 1:].sum()
+    torch.testing.assert_close(loss.detach(), (shares * found["losses"]).sum())
     loss.backward()
     gradients = {f"d{name}": p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return found | {"loss": loss.detach()} | gradients
+    return found | gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels import _native
+from emu3_kernels._products import is_slow
 
 FEWEST_TILES = 128
 """Of a picture, 4x4 pixels each: the transformed weights are four times the weights."""
@@ -34,11 +35,13 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dx, dweight and dbias, None for what is not ``wanted``."""
-    dy, x, weight = (t.movedim(-1, 1) for t in (dy, x, weight))
-    *gradients, dbias = torch.ops.aten.convolution_backward(
-        dy, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
+    compute = torch.float32 if is_slow(x) else x.dtype
+    operands = (t.movedim(-1, 1).to(compute) for t in (dy, x, weight))
+    gradients = torch.ops.aten.convolution_backward(
+        *operands, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
     )
-    dx, dweight = (None if gradient is None else gradient.movedim(1, -1) for gradient in gradients)
+    dx, dweight, dbias = (None if g is None else g.to(x.dtype) for g in gradients)
+    dx, dweight = (None if g is None else g.movedim(1, -1) for g in (dx, dweight))
     return dx, dweight, dbias
 
 

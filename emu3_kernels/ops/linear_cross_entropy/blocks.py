@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emu3_kernels._products import mm_
 from emu3_kernels.ops.linear_cross_entropy.shards import Shard, merged, no_sums, summed
 from emu3_kernels.ops.linear_cross_entropy.tiles import PART, aligned, tile
 
@@ -149,13 +150,12 @@ class _Run:
             chunk.to_gradient_(logits, 0)
             if total is not None:
                 for rows, piece in parts(logits):
-                    total[rows] += torch.mm(piece.t(), chunk.hidden)
+                    mm_(total[rows], piece.t(), chunk.hidden, add=True)
             elif self.dhead is not None:
                 for rows, piece in parts(logits):
-                    dhead, beta = self.dhead[rows], float(first > 0)
-                    torch.addmm(dhead, piece.t(), chunk.hidden, beta=beta, out=dhead)
+                    mm_(self.dhead[rows], piece.t(), chunk.hidden, add=first > 0)
             if self.dhidden is not None:
-                chunk.write_dhidden(torch.mm(logits, self.head))
+                chunk.write_dhidden(mm_(torch.empty_like(chunk.hidden), logits, self.head))
         if total is not None:
             self.dhead.copy_(total)
 
@@ -178,9 +178,9 @@ class _Run:
                 logits = chunk.logits(head)
             chunk.to_gradient_(logits, first)
             for rows, piece in parts(logits, first):
-                torch.mm(piece.t(), chunk.hidden, out=self.dhead[rows])
+                mm_(self.dhead[rows], piece.t(), chunk.hidden)
             if self.dhidden is not None:
-                dhidden += torch.mm(logits, head)
+                mm_(dhidden, logits, head, add=True)
         if self.dhidden is not None:
             chunk.write_dhidden(dhidden)
 
@@ -203,7 +203,7 @@ class _Chunk:
 
     def logits(self, head: Tensor) -> Tensor:
         out = self.run.buffer[: len(self.kept), : head.shape[0]]
-        return torch.mm(self.hidden, head.t(), out=out)
+        return mm_(out, self.hidden, head.t())
 
     def add(self, head: Tensor, first: int) -> Tensor:
         logits = self.logits(head)
