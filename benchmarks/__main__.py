@@ -9,7 +9,7 @@ import typer
 
 from benchmarks import base as other_commit
 from benchmarks import machine, run
-from benchmarks.report import CODEGEN, RESULTS, write_page
+from benchmarks.report import CODEGEN, RESULTS, write_pages
 from emu3_kernels.ops import OPS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -118,8 +118,8 @@ def count_all(write: bool) -> list[str]:
 
 @app.command()
 def report() -> None:
-    """Write benchmarks/results/README.md and its charts from the JSON files beside it."""
-    run.console.print(f"wrote {write_page(RESULTS)}")
+    """Write the pages of benchmarks/results and their charts from the JSON files there."""
+    run.console.print(f"wrote {write_pages(RESULTS)}")
 
 
 if find_spec("triton"):

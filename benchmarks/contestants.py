@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -125,9 +126,14 @@ def cases(op: str, device: str = "cpu", scale: bool = False) -> list[Case]:
         Case(op, backend, size, dtype, direction, device)
         for size, direction in asked
         for dtype in entry.dtypes
-        for backend in part(op, "api").BACKENDS
-        if backend not in LIBRARIES  # which are peers
+        for backend in ours(op)
     ]
+
+
+def ours(op: str) -> list[str]:
+    """Name the backends of ``op`` to be timed, those that are chosen before PyTorch's own."""
+    chosen = takewhile(lambda backend: backend != "aten", part(op, "api").BACKENDS)
+    return [backend for backend in chosen if backend not in LIBRARIES]  # which are peers
 
 
 def scaled(case: Case) -> bool:

@@ -129,6 +129,10 @@ def spatial_norm_silu(
     return modulated * torch.sigmoid(modulated)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     y = F.conv2d(x, weight, bias, padding=1)
     return y if residual is None else y + residual

@@ -57,6 +57,12 @@ def gpu() -> str | None:
     return f"{found.name} ({found.total_memory / 2**30:.0f} GiB, {built})"
 
 
+def kind() -> str:
+    """Name the kind of machine whose results belong together: the level in force, or ``cuda``."""
+    level = "base" if _native.MISSING else _native.cpu_level()
+    return level if device() == "cpu" else "cuda"
+
+
 def cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

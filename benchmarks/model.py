@@ -21,6 +21,7 @@ from emu3.config import PRESETS, ModelSettings
 from emu3.model import Emu3
 from emu3.weights import official_views
 from emu3_kernels import huggingface
+from emu3_kernels._products import SLOW_IN_BFLOAT16
 
 OURS, THEIRS, APPLIED = "emu3.Emu3", "Hugging Face", "Hugging Face with our ops"
 
@@ -125,7 +126,8 @@ def matrices(settings: ModelSettings, num_tokens: int, counted: int) -> list[tup
 
 def products(shapes: list[tuple[int, int, int]], device: str = "cpu") -> Call:
     """Multiply what a step multiplies: each product, and the two that its gradients take."""
-    on = {"device": device, "dtype": torch.bfloat16}
+    dtype = torch.float32 if SLOW_IN_BFLOAT16 and device == "cpu" else torch.bfloat16
+    on = {"device": device, "dtype": dtype}
     drawn = {s: [torch.randn(s[0], n, **on) for n in s[1:]] for s in set(shapes)}
     weights = {s: torch.randn(s[2], s[1], **on) for s in set(shapes)}
 

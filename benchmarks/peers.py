@@ -283,6 +283,7 @@ FIELDS: dict[str, Field] = {
     "spatial_norm_silu": Field(eager.spatial_norm_silu),
     "causal_conv3d": Field(eager.causal_conv3d, dtypes=WIDE_AND_NARROW, directions=BOTH),
     "temporal_residual": Field(eager.temporal_residual, dtypes=WIDE_AND_NARROW, directions=BOTH),
+    "linear": Field(eager.linear),
     "conv3x3": Field(eager.conv3x3, directions=("forward",)),
     "nearest_code": Field(
         nearest_code,

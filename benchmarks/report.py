@@ -11,14 +11,20 @@ from emu3_kernels.ops import OPS
 
 RESULTS = Path(__file__).with_name("results")
 CODEGEN = "codegen.json"
-"""What is COUNTED in machine code stands beside the timed runs, in a format of its own."""
+"""What is COUNTED in machine code, in a format of its own; no machine changes it."""
 
 ORDER = (*OPS, "model", "vision")
+
+INDEX = """# Results
+
+`python -m benchmarks all` makes them; a folder holds those of one kind of machine, named by the
+level of the native kernels there (`cuda`: of a GPU).
+"""
 
 INTRODUCTION = """# Results
 
 Made by `python -m benchmarks report` from the JSON files beside it (pytest-benchmark's format, so
-`pytest-benchmark compare` reads them); `python -m benchmarks all` makes everything.
+`pytest-benchmark compare` reads them).
 
 Every figure has a label. **MEASURED**: all contestants of a row run in one process under the same
 allocator settings, one call each per round in an order drawn anew. `times ours` is a peer's time
@@ -61,16 +67,34 @@ def write(path: Path, text: str) -> Path:
 
 
 def timed_runs(results: Path) -> list[dict]:
-    paths = [path for path in sorted(results.glob("*.json")) if path.name != CODEGEN]
-    return [json.loads(path.read_text()) for path in paths]
+    return [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+
+
+def write_pages(results: Path) -> Path:
+    """Write a page for each kind of machine, one of machine code, and one that names them all."""
+    from benchmarks import codegen_page
+
+    lines = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        held = [bar.kept(row) for bar, row in verdicts(rows_of(timed_runs(folder))) if row]
+        page = write_page(folder).relative_to(results)
+        lines.append(f"- [{folder.name}]({page}): {sum(held)} of {len(held)} bars kept\n")
+    if (counted := results / CODEGEN).exists():
+        page = write(counted.with_suffix(".md"), codegen_page.page(json.loads(counted.read_text())))
+        lines.append(f"- [{page.stem}]({page.name}): COUNTED, the machine code of GPU kernels\n")
+    return write(results / "README.md", f"{INDEX}\n{''.join(lines)}")
+
+
+def rows_of(runs: list[dict]) -> list[dict]:
+    return [benchmark["extra_info"] for run in runs for benchmark in run["benchmarks"]]
 
 
 def write_page(results: Path) -> Path:
-    """Turn the JSON files of ``results`` into charts, one page, and one of machine code."""
-    from benchmarks import charts, codegen_page  # matplotlib is slow to import
+    """Turn the JSON files of ``results`` into charts and one page."""
+    from benchmarks import charts  # matplotlib is slow to import
 
     runs = timed_runs(results)
-    rows = [benchmark["extra_info"] for run in runs for benchmark in run["benchmarks"]]
+    rows = rows_of(runs)
     names = sorted({row["op"] for row in rows}, key=ORDER.index)
     by_op = {op: [row for row in rows if row["op"] == op] for op in names}
     pages = [
@@ -80,11 +104,6 @@ def write_page(results: Path) -> Path:
         *charts.draw(results, by_op),
         *(section(op, rows) for op, rows in by_op.items()),
     ]
-    if (counted := results / CODEGEN).exists():
-        page = write(counted.with_suffix(".md"), codegen_page.page(json.loads(counted.read_text())))
-        pages.append(
-            f"## Machine code\n\nOf every GPU kernel, COUNTED: [{page.stem}]({page.name}).\n"
-        )
     return write(results / "README.md", "\n".join(pages))
 
 

@@ -13,7 +13,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from benchmarks import clock, machine
+from benchmarks import clock, contestants, machine
 from benchmarks.report import RESULTS, publish
 from benchmarks.tables import as_table
 
@@ -68,7 +68,10 @@ def runs(
     if max(counts) > machine.cores():
         raise typer.BadParameter(f"--threads must be at most {machine.cores()}, got {max(counts)}")
     how = (*options, "--scale") if scale else options
-    return [Run(op, tuple(counts), seconds, machine.device(), how) for op in ops]
+    timed = [op for op in ops if op in WHOLE or contestants.ours(op)]
+    for op in sorted(set(ops) - set(timed)):
+        console.print(f"not timed: {op}, which is left to PyTorch on this machine")
+    return [Run(op, tuple(counts), seconds, machine.device(), how) for op in timed]
 
 
 def time_all(listed: list[Run], allow_load: bool) -> list[str]:
@@ -105,7 +108,8 @@ def time_one(run: Run, write: bool) -> str | None:
         return reason
     for count in run.threads:
         on = [b for b in timed["benchmarks"] if b["extra_info"]["threads"] == count]
-        console.print(f"wrote {publish(RESULTS, run.op, count, timed | {'benchmarks': on})}")
+        written = publish(RESULTS / machine.kind(), run.op, count, timed | {"benchmarks": on})
+        console.print(f"wrote {written}")
     return None
 
 

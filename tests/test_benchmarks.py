@@ -226,7 +226,7 @@ def run_ops(*options: str):
 
 def test_a_run_on_a_quiet_machine_is_published(results):
     assert run_ops().exit_code == 0
-    assert [path.name for path in results.iterdir()] == ["swiglu-threads1.json"]
+    assert [path.name for path in (results / machine.kind()).iterdir()] == ["swiglu-threads1.json"]
 
 
 def test_a_run_on_more_numbers_of_threads_is_published_in_a_file_for_each(results, monkeypatch):
@@ -239,7 +239,8 @@ def test_a_run_on_more_numbers_of_threads_is_published_in_a_file_for_each(result
     monkeypatch.setattr(machine, "cores", lambda: 2)
     assert run_ops("--threads", "2").exit_code == 0
     for count in (1, 2):
-        written = json.loads((results / f"swiglu-threads{count}.json").read_text())["benchmarks"]
+        path = results / machine.kind() / f"swiglu-threads{count}.json"
+        written = json.loads(path.read_text())["benchmarks"]
         assert [timed["extra_info"]["threads"] for timed in written] == [count, count]
 
 

@@ -210,13 +210,14 @@ inline void stream_fence() {
 #endif
 }
 
-// 2^t to within two units in the last place; 0 below -150, infinity from 128.
+// 2^t to within two units in the last place; infinity from 128, 0 below -150 or, without AVX-512,
+// below -126.
 inline Vec exp2(Vec t) {
 #if defined(__AVX512F__)
   const Vec f = _mm512_reduce_ps(t, 1);  // t - floor(t)
 #else
-  t = min(splat(130), max(splat(-152), t));
-  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  t = min(splat(128.5f), max(splat(-126.5f), t));  // to a factor of infinity, of 0
+  const Vec shift = splat(12582912.0f);            // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = (t - 0.5f) + shift;
   const Vec f = t - (shifted - shift);
 #endif
@@ -229,9 +230,7 @@ inline Vec exp2(Vec t) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, t);
 #else
-  const IntVec n = (IntVec)shifted - (IntVec)shift;
-  const IntVec half = n >> 1;  // two factors, since 2^128 overflows and 2^-150 underflows alone
-  return p * (Vec)((half + 127) << 23) * (Vec)((n - half + 127) << 23);
+  return p * (Vec)(((BitVec)shifted << 23) + 0x3f800000);  // its lowest bits are the exponent
 #endif
 }
 
