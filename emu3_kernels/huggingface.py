@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emu3_kernels._products import SLOW_IN_BFLOAT16
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
+from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.nearest_code.api import LARGEST_DIM, nearest_code
 from emu3_kernels.ops.rms_norm.api import rms_norm
@@ -25,7 +27,8 @@ def apply(model: nn.Module) -> nn.Module:
     """Let every part of a Hugging Face Emu3 for which there is an op compute with it.
 
     RMSNorm (after attention together with the residual sum), SwiGLU, the rotation of queries and
-    keys, the nearest code of the vision tokenizer, and the loss: called with ``labels``, the model
+    keys, linear layers where PyTorch is slow in bfloat16, the nearest code of the vision tokenizer,
+    and the loss: called with ``labels``, the model
     computes it by :func:`emu3_kernels.linear_cross_entropy` from the hidden states, and
     **``.logits`` of what it returns is None**; call it without labels for logits. The loss is that
     of transformers, ``num_items_in_batch``, ``shift_labels`` and ``ignore_index`` included, but 0
@@ -65,6 +68,8 @@ def apply(model: nn.Module) -> nn.Module:
         hf.Emu3ForCausalLM: _with_fused_loss(hf.Emu3ForCausalLM.forward),
         hf.Emu3ForConditionalGeneration: _with_fused_loss(hf.Emu3ForConditionalGeneration.forward),
     }
+    if SLOW_IN_BFLOAT16:
+        forwards[nn.Linear] = _linear
     found = [
         (name, module, forward)
         for name, module in model.named_modules()
@@ -116,6 +121,10 @@ def _rms_norm(self, hidden_states: Tensor) -> Tensor:
 
 def _mlp(self, x: Tensor) -> Tensor:
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _linear(self, input: Tensor) -> Tensor:
+    return linear(input, self.weight, self.bias)
 
 
 def _rotary_embedding(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,13 +208,20 @@ def _with_fused_loss(original: Callable) -> Callable:
             kwargs.get("labels") is not None
             and self.loss_function is ForCausalLMLoss
             and (isinstance(keep, int) and keep == 0)
-            and getattr(head.forward, "__func__", None) is nn.Linear.forward
+            and _is_plain(head)
             and head.bias is None
         ):
             return with_loss(self, **kwargs)
         return original(self, **kwargs)
 
     return forward
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Say whether ``head`` multiplies by its weight, and no patch or hook of others does more."""
+    forward = vars(head).get("forward")
+    own = forward is None or hasattr(forward, "of_emu3_kernels")
+    return own and type(head).forward is nn.Linear.forward
 
 
 def _causal_lm(self, *, labels: Tensor, logits_to_keep: int = 0, **kwargs):

@@ -38,6 +38,10 @@ inline Vec dot(Pair x, Pair y, Vec sum) { return fma(x.b, y.b, fma(x.a, y.a, sum
 template <typename T>
 using Operand = decltype(operand((const T*)nullptr, 0));
 
+// An operand of floats part by part: GCC copies 64 bytes at once in pieces that stall a load of 32.
+inline void read(const float* from, Pair& x) { x = load_pair(from); }
+inline void read(const float* from, BitVec& x) { __builtin_memcpy(&x, from, sizeof x); }
+
 template <typename T>
 struct WeightOf {
   using type = float;
@@ -136,7 +140,7 @@ void score(const DecodeCall& call, const float* packed, const T* const* keys, in
       for (int n = 0; n < kKeys; ++n) key[n] = operand(keys[j + n] + head + c, elements);
       for (int r = 0; r < kRows; ++r) {
         Operand<T> query;
-        __builtin_memcpy(&query, packed + r * queries_stride + c, sizeof query);
+        read(packed + r * queries_stride + c, query);
         for (int n = 0; n < kKeys; ++n) sum[r][n] = dot(query, key[n], sum[r][n]);
       }
     });

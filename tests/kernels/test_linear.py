@@ -120,6 +120,15 @@ def test_a_gradient_alone_is_the_one_among_others():
         assert torch.autograd.grad(y, leaves[wanted], dy)[0].equal(expected)
 
 
+@pytest.mark.parametrize("backend", ["native", "aten"])
+def test_autocast_narrows_it_as_it_does_pytorch_s(backend):
+    x, weight, bias = (draw(*shape).float() for shape in ((9, 30), (40, 30), (40,)))
+    narrow = (tensor.bfloat16() for tensor in (x, weight, bias))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linear(x, weight, bias, backend=backend)
+    assert y.equal(linear(*narrow, backend=backend))
+
+
 def test_single_vectors_and_empty_batches_keep_their_shape():
     weight, bias = draw(5, 3), draw(5)
     for shape in ((3,), (0, 3), (2, 0, 3), (2, 4, 3)):

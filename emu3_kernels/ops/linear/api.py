@@ -26,7 +26,7 @@ def linear(
     ``aten`` backend. Without AVX-512 it takes ten to thirty times as long as in float32, and on x86
     ``native`` comes first there: it widens each block of x and weight while the block is in the
     cache, sums in float32 and rounds once; up to 16 rows of x meet the weights where they lie.
-    Differentiable in all tensors.
+    Differentiable in all tensors. ``torch.autocast`` has its way with it, as with PyTorch's.
 
     Args:
         x: ``[..., D]``, any floating dtype.
@@ -37,6 +37,10 @@ def linear(
     Returns:
         ``[..., O]`` in the dtype of ``x``.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     _check(x, weight, bias)
     chosen = choose("linear", BACKENDS, backend, x)
     if chosen == "reference":
