@@ -11,12 +11,9 @@ CHECK = [
     {"tokens": 15, "inputs": 300, "outputs": 70},  # few rows: four, two and one at a time
     {"tokens": 197, "inputs": 300, "outputs": 500, "biased": True},  # two blocks of each, ragged
 ]
-TIME = [
-    {"tokens": 2048, "inputs": 512, "outputs": 2816},  # gate and up of a small model
-    {"tokens": 512, "inputs": 4096, "outputs": 6144},  # queries, keys and values of Emu3-8B
-]
+TIME = [{"tokens": 1024, "inputs": 512, "outputs": 2816}]  # gate and up of a small model
 DECODE = [
-    {"tokens": 1, "inputs": 4096, "outputs": 6144},  # one decoded token
+    {"tokens": 1, "inputs": 4096, "outputs": 6144},  # queries, keys and values of Emu3-8B
     {"tokens": 8, "inputs": 4096, "outputs": 6144},
 ]
 
