@@ -6,19 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from emu3_kernels import _products, cross_entropy, linear_cross_entropy
-from emu3_kernels.ops.linear_cross_entropy import cases, reference
+from emu3_kernels import cross_entropy, linear_cross_entropy
+from emu3_kernels.ops.linear_cross_entropy import blocks, cases, reference
 from emu3_kernels.ops.linear_cross_entropy.api import MEMORY
 from emu3_kernels.ops.linear_cross_entropy.tiles import MIN_CLASSES, MIN_TOKENS
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import at_level, backends, double, runnable, value_and_gradients
-
-
-@pytest.fixture(autouse=True)
-def products_of_pytorch(monkeypatch):
-    """They are counted here; ``test_linear`` has those that take their place where it is slow."""
-    monkeypatch.setattr(_products, "SLOW_IN_BFLOAT16", False)
-
 
 FUSED = list(backends("linear_cross_entropy"))
 SEVERAL_TILES = {
@@ -140,8 +133,7 @@ def products(monkeypatch):
         counts.append(left.shape[0] * left.shape[1] * right.shape[1])
         return function(*args, **kwargs)
 
-    for name in ("mm", "addmm"):
-        monkeypatch.setattr(torch, name, partial(counted, getattr(torch, name)))
+    monkeypatch.setattr(blocks, "mm_", partial(counted, blocks.mm_))
     return counts
 
 
