@@ -210,28 +210,31 @@ inline void stream_fence() {
 #endif
 }
 
-// 2^t to within two units in the last place; 0 below -150, infinity from 128.
+// 2^t to within two units in the last place; 0 below -150, infinity from 128. Without AVX-512, 0
+// below -127, and t must be below 127.
 inline Vec exp2(Vec t) {
 #if defined(__AVX512F__)
   const Vec f = _mm512_reduce_ps(t, 1);  // t - floor(t)
-#else
-  t = min(splat(130), max(splat(-152), t));
-  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = (t - 0.5f) + shift;
-  const Vec f = t - (shifted - shift);
-#endif
-  Vec p = splat(1.877576578e-3f);  // minimax of the relative error on [0, 1], 7.5e-8
+  Vec p = splat(1.877576578e-3f);        // minimax of the relative error on [0, 1], 7.5e-8
   p = fma(p, f, splat(8.989340626e-3f));
   p = fma(p, f, splat(5.582631752e-2f));
   p = fma(p, f, splat(2.401536107e-1f));
   p = fma(p, f, splat(6.931530833e-1f));
   p = fma(p, f, splat(9.999999404e-1f));
-#if defined(__AVX512F__)
   return _mm512_scalef_ps(p, t);
 #else
-  const IntVec n = (IntVec)shifted - (IntVec)shift;
-  const IntVec half = n >> 1;  // two factors, since 2^128 overflows and 2^-150 underflows alone
-  return p * (Vec)((half + 127) << 23) * (Vec)((n - half + 127) << 23);
+  t = max(splat(-127), t);
+  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = t + shift;
+  const Vec f = t - (shifted - shift);
+  Vec p =
+      splat(1.326472684e-3f);  // minimax of the relative error on [-1/2, 1/2], 9.1e-8, and 1 at 0
+  p = fma(p, f, splat(9.671512629e-3f));
+  p = fma(p, f, splat(5.550733744e-2f));
+  p = fma(p, f, splat(2.402224209e-1f));
+  p = fma(p, f, splat(6.931469776e-1f));
+  p = fma(p, f, splat(1));
+  return p * (Vec)(((BitVec)shifted << 23) + 0x3f800000);  // its lowest bits are the exponent
 #endif
 }
 

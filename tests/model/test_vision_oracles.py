@@ -13,6 +13,10 @@ from tests.model.vision_parts import SMALL, pictures, random_tokenizer
 
 SAME = 1e-4
 """Largest difference of a reconstruction: eight times what rounding makes of 30 layers."""
+SAME_AT_FULL_SIZE = 4 * SAME
+"""A value in a hundred may differ so much there: random weights of 60 layers amplify rounding. Of
+three pictures theirs lay up to 8.5e-5 from float64 and ours 1.0e-4; of six, the largest difference
+of the two lay anywhere between 2.2e-5 and 1.6e-4, with either of two roundings (measured)."""
 
 
 def hugging_face(settings: VisionSettings) -> torch.nn.Module:
@@ -42,14 +46,18 @@ def both(settings: VisionSettings, tmp_path) -> tuple[VisionTokenizer, torch.nn.
 
 
 @torch.no_grad()
-def assert_same_pictures(ours: VisionTokenizer, theirs: torch.nn.Module, *size: int) -> None:
+def assert_same_pictures(
+    ours: VisionTokenizer, theirs: torch.nn.Module, *size: int, largest: float = SAME
+) -> None:
     x = pictures(*size)
     codes = ours.encode(x)
     sizes = torch.tensor([size[2:]] * size[0])
     assert codes.equal(torch.stack(theirs.encode(x, image_sizes=sizes).image_tokens))
     assert codes.unique().numel() > min(codes.numel(), ours.settings.num_codes) // 8
     redrawn, expected = ours.decode(codes), theirs.decode(codes)
-    assert (redrawn - expected).abs().max() <= SAME * expected.abs().max()
+    differences = (redrawn - expected).abs() / expected.abs().max()
+    assert differences.quantile(0.99) <= SAME
+    assert differences.max() <= largest
 
 
 @pytest.mark.parametrize("size", [(1, 3, 8, 8), (2, 3, 64, 48), (3, 3, 40, 88), (1, 3, 256, 256)])
@@ -64,7 +72,8 @@ def test_a_large_picture_has_hugging_face_codes_and_pixels(tmp_path):
 
 @pytest.mark.slow(reason="1.1 GB of weights twice, and a minute of convolutions")
 def test_the_full_size_has_hugging_face_codes_and_pixels(tmp_path):
-    assert_same_pictures(*both(VisionSettings(), tmp_path), 1, 3, 128, 128)
+    models = both(VisionSettings(), tmp_path)
+    assert_same_pictures(*models, 1, 3, 128, 128, largest=SAME_AT_FULL_SIZE)
 
 
 @pytest.mark.parametrize(
