@@ -51,6 +51,29 @@ void gradient_(Tensor logits, const Tensor& targets, const Tensor& denominators,
   });
 }
 
+// Calls body(i) for every element of dense halves of numbers.
+template <typename Body>
+void each_half(const Tensor& halves, Body body) {
+  torch::stable::parallel_for(0, halves.numel(), 1 << 15, [&](int64_t i, int64_t end) {
+    for (; i < end; ++i) body(i);
+  });
+}
+
+// The bits of float32 numbers, `upper` and `lower` 16 of them.
+void join_halves(const Tensor& upper, const Tensor& lower, Tensor numbers) {
+  const auto* const high = static_cast<const uint16_t*>(upper.const_data_ptr());
+  const auto* const low = static_cast<const uint16_t*>(lower.const_data_ptr());
+  auto* const bits = static_cast<uint32_t*>(numbers.mutable_data_ptr());
+  each_half(upper, [=](int64_t i) { bits[i] = static_cast<uint32_t>(high[i]) << 16 | low[i]; });
+}
+
+void split_halves(Tensor upper, Tensor lower, const Tensor& numbers) {
+  auto* const high = static_cast<uint16_t*>(upper.mutable_data_ptr());
+  auto* const low = static_cast<uint16_t*>(lower.mutable_data_ptr());
+  const auto* const bits = static_cast<const uint32_t*>(numbers.const_data_ptr());
+  each_half(upper, [=](int64_t i) { high[i] = bits[i] >> 16, low[i] = bits[i]; });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
@@ -60,11 +83,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
   m.def(
       "linear_cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor denominators, "
       "Tensor dlosses, int first, int num_classes, float z_loss, float label_smoothing) -> ()");
+  m.def("join_halves(Tensor upper, Tensor lower, Tensor(a!) numbers) -> ()");
+  m.def("split_halves(Tensor(a!) upper, Tensor(b!) lower, Tensor numbers) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
   m.impl("linear_cross_entropy_add_", TORCH_BOX(&add_));
   m.impl("linear_cross_entropy_gradient_", TORCH_BOX(&gradient_));
+  m.impl("join_halves", TORCH_BOX(&join_halves));
+  m.impl("split_halves", TORCH_BOX(&split_halves));
 }
 
 }  // namespace emu3

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.linear.api import linear
-from emu3_kernels.ops.linear_cross_entropy.api import MEMORY, linear_cross_entropy
+from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.rms_norm.api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
 from emu3_kernels.ops.rope_append.api import rope_append
@@ -205,7 +205,7 @@ class LinearCrossEntropy(CrossEntropy):
         width: int,
         num_classes: int,
         *,
-        memory: int = MEMORY,
+        memory: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **settings: float | str,

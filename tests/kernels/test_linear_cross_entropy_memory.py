@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from emu3_kernels import linear_cross_entropy
-from emu3_kernels.ops.linear_cross_entropy import cases
+from emu3_kernels._products import mm_
+from emu3_kernels.ops.linear_cross_entropy import api, cases
+from emu3_kernels.ops.linear_cross_entropy.halves import Halves
 from emu3_kernels.ops.linear_cross_entropy.tiles import (
     MIN_CLASSES,
     MIN_TOKENS,
@@ -35,6 +37,10 @@ def caller(dtype, tokens, classes, memory, wants, **settings):
         return torch.autograd.grad(loss.sum(), leaves) if leaves else loss
 
     return call, sum(leaf.nbytes for leaf in leaves)
+
+
+def draw(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def peak(call):
@@ -62,6 +68,28 @@ def least(dtype, tokens):
 def test_the_allocator_gives_no_more_than_the_memory(dtype, memory, wants, settings):
     call, gradients = caller(dtype, TOKENS, CLASSES, memory, wants, **settings)
     assert peak(call) - gradients <= max(memory, least(dtype, TOKENS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_by_default_it_may_copy_hidden_too(dtype, monkeypatch):
+    monkeypatch.setattr(api, "MEMORY", 14 * MIB)
+    call, _ = caller(dtype, TOKENS, CLASSES, None, ("hidden", "head"))
+    copies = TOKENS * WIDTH * (2 * dtype.itemsize + 8)
+    told, _ = caller(dtype, TOKENS, CLASSES, 14 * MIB + copies, ("hidden", "head"))
+    assert peak(call) == peak(told)
+
+
+def test_a_sum_of_halves_is_the_float32_sum_rounded_once():
+    parts = slice(0, 24), slice(24, 40)
+    tiles = [(draw(9, 40, seed=i).t(), draw(9, 24, seed=i + 9)) for i in range(3)]
+    expected = torch.zeros(40, 24)
+    for (a, b), part in product(tiles, parts):
+        mm_(expected[part], a[part], b, add=True)
+    for out in (draw(40, 24, seed=0), draw(24, 40, seed=0).t()):
+        halves = Halves(out, 24)
+        for (i, (a, b)), part in product(enumerate(tiles), parts):
+            halves.add_(part, a[part], b, first=i == 0, last=i == 2)
+        assert out.equal(expected.bfloat16())
 
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux resets the peak of a process")

@@ -26,7 +26,7 @@ UNEVEN = {(0, 1): (1533, 667), (2, 3): (0, 2200), (0, 1, 2, 3): (600, 0, 1533, 6
 """The classes of the ranks of each group: with 1,024 at the least, the largest make two tiles."""
 WIDTH, CLASSES = 16, 2200
 FEW, MANY = 210, 900
-"""Tokens, of which every third is ignored: three tiles of 64, and two beyond 512."""
+"""Tokens, of which every third is ignored: three tiles of 64, and two of 320."""
 SUMMED = 11_150_000
 """Bytes in which the bfloat16 dhead of MANY tokens is added up over tiles of them."""
 SETTINGS = {

@@ -14,12 +14,13 @@ from emu3_kernels.ops.linear_cross_entropy.shards import shard_of
 
 BACKENDS = load("linear_cross_entropy", "native", "triton")
 
-MEMORY = 768 << 20
-"""Bytes that a call may take beyond its gradients, unless it is told otherwise.
+MEMORY = 512 << 20
+"""Bytes that a call may take beside its gradients and what is as large as hidden, by default.
 
-In bfloat16 it holds the logits of 2,048 tokens of Emu3's vocabulary, and no product is made twice.
-With seven eighths of their memory a call takes 6 % longer, with two thirds 8 to 12 %, with a third
-19 to 21 %, with a sixth 21 to 26 % (measured, D = 512, one thread).
+In bfloat16 they hold the sum of the gradient of Emu3's head at D = 512 and the logits of 896
+tokens, an eighth of what eager takes for 2,048, and no product is made twice: all logits at once
+are no faster, three quarters of the memory take nothing more either, a half takes 18 % longer and
+a quarter 22 % (measured, avx2, two threads).
 """
 
 
@@ -34,7 +35,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-    memory: int = MEMORY,
+    memory: int | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -47,11 +48,12 @@ def linear_cross_entropy(
     Logits exist for a tile of tokens and classes at a time, in the dtype of ``hidden``; their sums
     are float32, and so are the sums of gradients over tiles. With gradients a call costs three
     products (two where hidden or head alone asks for one), if all logits fit ``memory``, the dtype
-    is float32, the head is frozen, or a float32 sum of dhead fits (``4 V D`` bytes). Otherwise all
-    logits beyond one tile are multiplied again: at most one product more. Differentiable in hidden
-    and head: where a gradient is asked for, the forward pass computes it and keeps it in place of
-    the logits, and the backward pass scales it; ``"none"`` computes it in the backward pass. The
-    backend ``"reference"`` keeps all logits and knows no ``memory``.
+    is float32, the head is frozen, or a float32 sum of dhead fits: ``2 V D`` bytes, since the upper
+    halves of its numbers lie in dhead until they are rounded. Otherwise all logits beyond one tile
+    are multiplied again: at most one product more. Differentiable in hidden and head: where a
+    gradient is asked for, the forward pass computes it and keeps it in place of the logits, and the
+    backward pass scales it; ``"none"`` computes it in the backward pass. The backend
+    ``"reference"`` keeps all logits and knows no ``memory``.
 
     With a ``group``, rank r holds the classes that follow those of rank r - 1: any number of them,
     none too. Everything else is the same on all ranks, ``targets`` count over the whole group,
@@ -72,7 +74,8 @@ def linear_cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         memory: bytes that the call may take beyond its gradients; a tile has at least all classes
             of 64 tokens or 1,024 classes of all of them (and their dhidden in float32), whatever
-            that takes, and 8 MiB are kept free for what products pack.
+            that takes, and 8 MiB are kept free for what products pack. None is 512 MiB and copies
+            of hidden, of dhidden and of its float32 sum (``12 D`` bytes a token in bfloat16).
         group: the ranks that share the vocabulary, each with its rows of the head.
         backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
 
@@ -80,6 +83,8 @@ def linear_cross_entropy(
         A scalar, or ``[...]`` for ``"none"``; float32 (float64 for float64 inputs).
     """
     _check_operands(hidden, head)
+    if memory is None:
+        memory = MEMORY + hidden.numel() * (2 * hidden.itemsize + 8)
     shard = shard_of(hidden, head, targets, memory, group)
     check_targets(
         "linear_cross_entropy",

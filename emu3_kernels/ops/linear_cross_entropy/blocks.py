@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels._products import mm_
+from emu3_kernels.ops.linear_cross_entropy.halves import Halves
 from emu3_kernels.ops.linear_cross_entropy.shards import Shard, merged, no_sums, summed
 from emu3_kernels.ops.linear_cross_entropy.tiles import PART, aligned, tile
 
@@ -139,25 +140,22 @@ class _Run:
 
     def by_tokens(self) -> None:
         """Take all classes of a tile of tokens after the other: no product twice."""
-        sums_dhead = self.dhead is not None and self.tile.sums_dhead
-        total = torch.zeros_like(self.head, dtype=torch.float32) if sums_dhead else None
+        halves = Halves(self.dhead, PART) if self.tile.sums_dhead else None
         for first in range(0, len(self.kept), self.tile.tokens):
+            last = first + self.tile.tokens >= len(self.kept)
             chunk = _Chunk(self, self.kept[first : first + self.tile.tokens])
             logits = chunk.add(self.head, 0)
             chunk.write_losses()
             if self.dhead is None and self.dhidden is None:
                 continue
             chunk.to_gradient_(logits, 0)
-            if total is not None:
-                for rows, piece in parts(logits):
-                    mm_(total[rows], piece.t(), chunk.hidden, add=True)
-            elif self.dhead is not None:
-                for rows, piece in parts(logits):
+            for rows, piece in parts(logits) if self.dhead is not None else ():
+                if halves:
+                    halves.add_(rows, piece.t(), chunk.hidden, first=first == 0, last=last)
+                else:
                     mm_(self.dhead[rows], piece.t(), chunk.hidden, add=first > 0)
             if self.dhidden is not None:
                 chunk.write_dhidden(mm_(torch.empty_like(chunk.hidden), logits, self.head))
-        if total is not None:
-            self.dhead.copy_(total)
 
     def by_classes(self) -> None:
         """Take all tokens of a tile of classes after the other: for the sums, then for gradients.

@@ -12,7 +12,7 @@ ALIGN = 64
 MIN_TOKENS = 64
 MIN_CLASSES = 1024
 """In a tile at the least, whatever the memory: a thinner product wastes the processor."""
-MIN_TOKENS_SUMMED = 512
+MIN_TOKENS_SUMMED = 256
 """Fewer, and to add a dhead to its float32 sum costs more than to multiply again (measured)."""
 PART = 1024
 """Classes of one product for dhead: with more, oneDNN gives each thread a float32 copy of it."""
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     tokens: int
     classes: int
     sums_dhead: bool
-    """Whether dhead is added up over tiles in a float32 tensor of its own."""
+    """Whether the dheads of tiles are added up in float32, beyond the dtype of the head."""
 
 
 def tile(
@@ -44,7 +44,7 @@ def tile(
     """Choose the cheapest tile that keeps within ``memory``.
 
     All classes of some tokens cost no product twice, but their dheads add up: for nothing where
-    dhead is float32, in 4 V D bytes where it is narrower. Some classes of all tokens cost a second
+    dhead is float32, in 2 V D bytes where it is narrower. Some classes of all tokens cost a second
     product of the logits beyond one tile, since a gradient needs the sum over all classes, so the
     tiles are as wide as fits and the first takes what is left; and a float32 sum of dhidden: with
     its newest part, before and after that is widened.
@@ -57,7 +57,7 @@ def tile(
         return Tile(max(num_tokens, 1), num_classes, False)
     if not wants_head or size >= 4:
         return Tile(_even(num_tokens, fits, MIN_TOKENS), num_classes, False)
-    fits = (memory - 4 * width * num_classes - (size + 4) * width * PART) // row
+    fits = (memory - 2 * width * num_classes - (size + 4) * width * PART) // row
     if fits >= MIN_TOKENS_SUMMED:
         return Tile(_even(num_tokens, fits, MIN_TOKENS), num_classes, True)
     fits = (memory - num_tokens * width * (2 * size + 8)) // (size * num_tokens)

@@ -81,7 +81,8 @@ def _add_kernel(
 def _emu3(first: int, *, smoothing: float = 0.0, backwards: bool = False) -> None:
     """2,048 tokens of Emu3's vocabulary, in blocks of the default memory."""
     head = meta(184622, 4096)
-    block = tile(2048, *head.shape, head.dtype, 768 << 20, wants_head=True).classes
+    memory = (512 << 20) + 12 * 2048 * 4096
+    block = tile(2048, *head.shape, head.dtype, memory, wants_head=True).classes
     logits = meta(2048, block)[:, : 184622 - first]
     targets, dlosses = meta(2048, dtype=torch.int64), meta(2048, dtype=torch.float32)
     if backwards:

@@ -1,0 +1,50 @@
+"""A float32 sum in the memory of its 16-bit result and as much again."""
+
+import torch
+from torch import Tensor
+
+from emu3_kernels import _native
+from emu3_kernels._products import mm_
+
+
+class Halves:
+    """Adds products up in float32, some rows of ``out`` at a time, and rounds the last sum once.
+
+    Until then the upper 16 bits of a sum lie where its rounding will, in ``out``.
+    """
+
+    def __init__(self, out: Tensor, most_rows: int) -> None:
+        self.out, self.upper = out, out.view(torch.int16)
+        self.lower = torch.empty_like(self.upper)
+        self.sums = out.new_empty((most_rows, out.shape[1]), dtype=torch.float32)
+
+    def add_(self, rows: slice, a: Tensor, b: Tensor, *, first: bool, last: bool) -> None:
+        """Add ``a @ b`` to ``rows``; the first product of a row begins its sum."""
+        sums = self.sums[: rows.stop - rows.start]
+        halves = self.upper[rows], self.lower[rows], sums
+        if not first:
+            (torch.ops.emu3_kernels.join_halves if _are_plain(*halves) else _join)(*halves)
+        mm_(sums, a, b, add=not first)
+        if last:
+            self.out[rows].copy_(sums)
+        else:
+            (torch.ops.emu3_kernels.split_halves if _are_plain(*halves) else _split)(*halves)
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    return not _native.MISSING and all(x.is_cpu and x.is_contiguous() for x in tensors)
+
+
+def _join(upper: Tensor, lower: Tensor, sums: Tensor) -> None:
+    for half, number in zip((lower, upper), _halves(sums), strict=True):
+        number.copy_(half)
+
+
+def _split(upper: Tensor, lower: Tensor, sums: Tensor) -> None:
+    for half, number in zip((lower, upper), _halves(sums), strict=True):
+        half.copy_(number)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, ...]:
+    """Return the lower and the upper bits of float32 numbers, as views (little-endian)."""
+    return x.view(torch.int16).unflatten(-1, (-1, 2)).unbind(-1)
