@@ -4,10 +4,9 @@ A step is forward and backward, without an optimizer. V vocabulary, T predicted 
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,18 +42,27 @@ TOKENS = 2048
 SAME_LOSS = 0.005
 """Share by which the losses of two contestants may differ."""
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""The mean loss of ``tokens [1, T + 1]``, the targets weighed by ``weights [1, T]``, 0 or 1."""
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""A model's mean loss of ``tokens [1, T + 1]``, the targets weighed by ``weights [1, T]``, 0 or
+1."""
 
 
-def contestants(settings: ModelSettings) -> Iterator[tuple[str, nn.Module, Loss]]:
-    """Build every contestant in bfloat16 with the same weights, ours first."""
+class Entrant(NamedTuple):
+    """Who trains."""
+
+    name: str
+    model: nn.Module
+    loss: Loss
+
+
+def entrants(settings: ModelSettings) -> list[Entrant]:
+    """Build everyone in bfloat16 with the same weights, ours first."""
     theirs = hugging_face(settings)
-    ours = emu3(settings, theirs)
-    applied = huggingface.apply(copy.deepcopy(theirs))
-    yield OURS, ours, lambda tokens, weights: ours.loss(tokens, padded(weights))
-    yield THEIRS, theirs, lambda tokens, weights: labelled(theirs, tokens, weights)
-    yield APPLIED, applied, lambda tokens, weights: labelled(applied, tokens, weights)
+    return [
+        Entrant(OURS, emu3(settings, theirs), weighted),
+        Entrant(THEIRS, theirs, labelled),
+        Entrant(APPLIED, huggingface.apply(copy.deepcopy(theirs)), labelled),
+    ]
 
 
 def emu3(settings: ModelSettings, theirs: nn.Module) -> Emu3:
@@ -94,9 +102,9 @@ def hugging_face(settings: ModelSettings) -> nn.Module:
     return model.train()
 
 
-def padded(weights: Tensor) -> Tensor:
-    """Our loss weighs every token, the first too, which nothing predicts."""
-    return torch.cat([weights[:, :1], weights], dim=1)
+def weighted(model: Emu3, tokens: Tensor, weights: Tensor) -> Tensor:
+    """Our loss; it weighs every token, the first too, which nothing predicts."""
+    return model.loss(tokens, torch.cat([weights[:, :1], weights], dim=1))
 
 
 def labelled(model: nn.Module, tokens: Tensor, weights: Tensor) -> Tensor:
@@ -173,7 +181,13 @@ def outside(taken: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def lineup(settings: ModelSettings, num_tokens: int, counted: int, device: str = "cpu") -> Lineup:
+def lineup(
+    everyone: list[Entrant],
+    settings: ModelSettings,
+    num_tokens: int,
+    counted: int,
+    device: str = "cpu",
+) -> Lineup:
     """Bring everyone to the second step, each checked against ours; the last ``counted`` count.
 
     Memory is what stands above weights and gradients at the peak of a step.
@@ -182,7 +196,7 @@ def lineup(settings: ModelSettings, num_tokens: int, counted: int, device: str =
     weights = torch.ones(1, num_tokens, device=device)
     weights[:, : num_tokens - counted] = 0
     entered, losses = Lineup(clock=clock.of(device)), {}
-    for name, model, loss in contestants(settings):
+    for name, model, loss in everyone:
         losses[name] = entered.enter(name, step(model.to(device), loss, tokens, weights))
         gradients = sum(weight.nbytes for weight in model.parameters())
         entered.peak_mib[name] -= gradients / 2**20
@@ -194,7 +208,7 @@ def lineup(settings: ModelSettings, num_tokens: int, counted: int, device: str =
 
 def step(model: nn.Module, loss: Loss, tokens: Tensor, weights: Tensor) -> Call:
     def call() -> float:
-        value = loss(tokens, weights)
+        value = loss(model, tokens, weights)
         value.backward()
         model.zero_grad(set_to_none=True)
         return value.item()
@@ -203,21 +217,22 @@ def step(model: nn.Module, loss: Loss, tokens: Tensor, weights: Tensor) -> Call:
 
 
 def after_steps(
-    settings: ModelSettings, num_tokens: int, num_steps: int, device: str = "cpu"
+    everyone: list[Entrant],
+    settings: ModelSettings,
+    num_tokens: int,
+    num_steps: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train ours and theirs from the same weights on the same tokens with AdamW, step by step."""
-    trained = {name: (m.to(device), loss) for name, m, loss in islice(contestants(settings), 2)}
-    optimizers = {
-        name: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        for name, (model, _) in trained.items()
-    }
+    """Train copies of ours and theirs on the same tokens with AdamW, step by step."""
+    trained = [e._replace(model=copy.deepcopy(e.model).to(device)) for e in everyone[:2]]
+    optimizers = [torch.optim.AdamW(e.model.parameters(), lr=1e-3, fused=True) for e in trained]
     weights, losses = torch.ones(1, num_tokens, device=device), {}
     for seed in range(num_steps):
         tokens = drawn(settings, num_tokens, seed).to(device)
-        for name, (_, loss) in trained.items():
-            value = loss(tokens, weights)
+        for (name, model, loss), optimizer in zip(trained, optimizers, strict=True):
+            value = loss(model, tokens, weights)
             value.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             losses[name] = value.item()
     return {"steps": num_steps, "tokens": num_tokens, "losses": losses}

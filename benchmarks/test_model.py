@@ -11,11 +11,22 @@ from benchmarks.duel import interleave
 from benchmarks.test_ops import row
 
 
+@pytest.fixture(scope="module")
+def everyone() -> list[model.Entrant]:
+    return model.entrants(model.SETTINGS)
+
+
 @pytest.mark.parametrize("counted", [model.TOKENS, model.TOKENS // 2])
-def test_model(counted: int, threads: int, benchmark, request: pytest.FixtureRequest) -> None:
+def test_model(
+    counted: int,
+    threads: int,
+    everyone: list[model.Entrant],
+    benchmark,
+    request: pytest.FixtureRequest,
+) -> None:
     asked, before = request.config.getoption, machine.load()
     device = asked("--device")
-    lineup = model.lineup(model.SETTINGS, model.TOKENS, counted, device)
+    lineup = model.lineup(everyone, model.SETTINGS, model.TOKENS, counted, device)
     taken = interleave(benchmark, lineup.calls, lineup.seconds, asked("--seconds"), lineup.clock)
     size = {"tokens": model.TOKENS, "counted": counted}
     case = Case("model", model.OURS, size, torch.bfloat16, "forward+backward", device)
@@ -28,6 +39,7 @@ def test_model(counted: int, threads: int, benchmark, request: pytest.FixtureReq
     del lineup
     if (steps := asked("--steps")) and counted == model.TOKENS:
         tokens = asked("--step-tokens") or model.TOKENS
-        written["after_steps"] = model.after_steps(model.SETTINGS, tokens, steps, device)
+        trained = model.after_steps(everyone, model.SETTINGS, tokens, steps, device)
+        written["after_steps"] = trained
         loads.append(machine.load())
     benchmark.extra_info.update(written)

@@ -17,41 +17,40 @@ NUM_TOKENS, COUNTED = 40, 23
 
 
 @pytest.fixture(scope="module")
-def entrants():
-    return {name: (module, loss) for name, module, loss in model.contestants(TINY)}
+def everyone():
+    return model.entrants(TINY)
 
 
-def test_everyone_computes_the_same_loss_of_the_tokens_that_count(entrants):
+def test_everyone_computes_the_same_loss_of_the_tokens_that_count(everyone):
     tokens, weights = model.drawn(TINY, NUM_TOKENS, seed=1), torch.ones(1, NUM_TOKENS)
     weights[:, :-COUNTED] = 0
-    losses = {name: loss(tokens, weights).item() for name, (_, loss) in entrants.items()}
+    losses = {name: loss(m, tokens, weights).item() for name, m, loss in everyone}
     assert list(losses) == [model.OURS, model.THEIRS, model.APPLIED]
     same = [losses[model.THEIRS]] * 3
     assert list(losses.values()) == pytest.approx(same, rel=model.SAME_LOSS)
-    _, loss = entrants[model.OURS]
-    assert abs(loss(tokens, torch.ones(1, NUM_TOKENS)).item() / same[0] - 1) > model.SAME_LOSS
+    _, ours, loss = everyone[0]
+    assert abs(loss(ours, tokens, torch.ones(1, NUM_TOKENS)).item() / same[0] - 1) > model.SAME_LOSS
 
 
-def test_theirs_turns_by_frequencies_in_float32(entrants):
-    module, _ = entrants[model.THEIRS]
+def test_theirs_turns_by_frequencies_in_float32(everyone):
+    module = everyone[1].model
     assert module.model.rotary_emb.inv_freq.dtype == torch.float32
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
-def test_memory_stands_above_weights_and_gradients(monkeypatch):
+def test_memory_stands_above_weights_and_gradients():
     """A sum over 4 MiB of weights holds nothing but their gradient."""
     layer = nn.Linear(1024, 1024, bias=False)
-    entrant = (model.OURS, layer, lambda tokens, weights: layer.weight.sum())
-    monkeypatch.setattr(model, "contestants", lambda settings: [entrant])
-    held = model.lineup(TINY, NUM_TOKENS, COUNTED).peak_mib[model.OURS]
+    entrant = model.Entrant(model.OURS, layer, lambda layer, tokens, weights: layer.weight.sum())
+    held = model.lineup([entrant], TINY, NUM_TOKENS, COUNTED).peak_mib[model.OURS]
     assert held == pytest.approx(0, abs=0.01)
     assert layer.weight.grad is None
 
 
-def test_a_contestant_that_loses_something_else_is_not_timed(monkeypatch):
-    right = model.labelled
-    monkeypatch.setattr(model, "labelled", lambda *args: 1.01 * right(*args))
-    lineup = model.lineup(TINY, NUM_TOKENS, COUNTED)
+def test_a_contestant_that_loses_something_else_is_not_timed(everyone):
+    ours, theirs, _ = everyone
+    wrong = theirs._replace(loss=lambda *args: 1.01 * model.labelled(*args))
+    lineup = model.lineup([ours, wrong], TINY, NUM_TOKENS, COUNTED)
     assert set(lineup.calls) == {model.OURS, PRODUCTS}
     assert "its loss is" in lineup.missing[model.THEIRS]
 
@@ -91,13 +90,15 @@ def test_the_bound_is_the_time_of_the_products_in_the_same_rounds():
     assert outside == {model.OURS: pytest.approx(0.15), model.THEIRS: pytest.approx(1.6)}
 
 
-def test_training_starts_from_the_same_weights_and_reaches_the_same_loss():
-    start = model.after_steps(TINY, NUM_TOKENS, 1)["losses"]
-    end = model.after_steps(TINY, NUM_TOKENS, 6)["losses"]
+def test_training_starts_from_the_same_weights_and_reaches_the_same_loss(everyone):
+    start = model.after_steps(everyone, TINY, NUM_TOKENS, 1)["losses"]
+    end = model.after_steps(everyone, TINY, NUM_TOKENS, 6)["losses"]
     for losses in (start, end):
         assert list(losses) == [model.OURS, model.THEIRS]
         assert losses[model.OURS] == pytest.approx(losses[model.THEIRS], rel=model.SAME_LOSS)
     assert end[model.OURS] < start[model.OURS] - 0.1
+    again = model.after_steps(everyone, TINY, NUM_TOKENS, 1)["losses"]
+    assert again == pytest.approx(start)  # copies were trained
 
 
 def published(ours_mib: float, ours_loss: float) -> dict:
