@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad, graph
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -10,4 +11,10 @@ def needs_gradient(*tensors: Tensor) -> bool:
         for tensor in tensors:
             if tensor.requires_grad:
                 return True
-    return False
+    return forward_ad._current_level >= 0  # our functions refuse it: they have no tangents
+
+
+def mark_written(*tensors: Tensor) -> None:
+    """Let autograd know that a call wrote to ``tensors``, as it knows of PyTorch's own."""
+    if not torch.compiler.is_compiling():
+        graph.increment_version(tensors)

@@ -4,6 +4,8 @@ They stand in the way of every decoded token: an attribute of a tensor costs 0.0
 microseconds and is asked for once, what an error says is put together where it is raised.
 """
 
+from math import prod
+
 from torch import Tensor
 
 from emu3_kernels._autograd import needs_gradient
@@ -75,7 +77,7 @@ def rows(x: Tensor) -> Tensor:
         x = x.contiguous()
     if x.dim() == 2:
         return x
-    return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 def unrows(y: Tensor, x: Tensor) -> Tensor:

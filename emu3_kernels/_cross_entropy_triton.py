@@ -37,7 +37,7 @@ GRADIENT = Contract(max_registers=32, scalar_loads=5, scalar_stores=1)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1e30)  # of a running maximum: a block of -infinity must leave no NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a block of -infinity must leave no NaN
 
 
 def lanes(logits: Tensor) -> int:

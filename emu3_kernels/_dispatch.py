@@ -75,7 +75,8 @@ def use_backend(backend: str, *ops: str) -> Iterator[None]:
     For tests, bug hunts and comparisons; one setting for the whole process, all threads.
     """
     global _forced
-    before, _forced = _forced, _forced | dict.fromkeys(ops or (None,), backend)
+    before = _forced
+    _forced = before | dict.fromkeys(ops, backend) if ops else {None: backend}
     try:
         yield
     finally:

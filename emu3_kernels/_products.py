@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels import _native
+from emu3_kernels._checks import rows
 
 _HAS_NARROW = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 SLOW_IN_BFLOAT16 = "avx2" in _native.cpu_levels() and not _HAS_NARROW
@@ -18,6 +19,14 @@ SLOW_IN_BFLOAT16 = "avx2" in _native.cpu_levels() and not _HAS_NARROW
 def is_slow(x: Tensor) -> bool:
     """Say whether PyTorch is slow to multiply ``x``."""
     return SLOW_IN_BFLOAT16 and x.dtype == torch.bfloat16 and x.is_cpu
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Cast an operand as ``torch.autocast`` casts that of a product, where it is on."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
@@ -35,6 +44,7 @@ def mm_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
     """Return ``a @ b + plus`` of bfloat16 matrices by csrc/cpu/matmul.cpp, ``plus [1 or M, N]``."""
+    plus = None if plus is None else rows(plus)
     return torch.ops.emu3_kernels.matmul(_in_lines(a), _in_lines(b), plus)
 
 

@@ -70,14 +70,16 @@ def token_weights(
 
 
 def divisor(weights: Tensor, normalizer: Tensor | float | None, reduction: str) -> Tensor | float:
-    """Return what the weighted sum is divided by; 1 for the mean over no token at all."""
+    """Return what the weighted sum is divided by; 1 if no token counts."""
     if isinstance(normalizer, Tensor):
-        return normalizer.to(weights).reshape(())
-    if normalizer is not None:
-        return normalizer
-    if reduction != "mean":
+        total = normalizer.to(weights).reshape(())
+    elif normalizer is not None:
+        total = weights.new_tensor(normalizer)
+    elif reduction == "mean":
+        total = weights.sum()
+    else:
         return 1.0
-    return torch.where((weights != 0).any(), weights.sum(), 1)
+    return torch.where((weights != 0).any(), total, 1)
 
 
 def reduce(
@@ -103,4 +105,6 @@ def token_losses(
     target = logits.gather(-1, classes[..., None]).squeeze(-1)
     if label_smoothing:  # else a class at -infinity would turn 0 * infinity into NaN
         target = torch.lerp(target, logits.mean(-1), label_smoothing)
-    return torch.where(kept, lse - target + z_loss * lse.square(), 0)
+    if z_loss:  # likewise
+        lse = lse + z_loss * lse.square()
+    return torch.where(kept, lse - target, 0)

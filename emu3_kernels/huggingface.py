@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels._products import SLOW_IN_BFLOAT16
+from emu3_kernels._products import SLOW_IN_BFLOAT16, autocast
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
@@ -120,7 +120,8 @@ def _rms_norm(self, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp(self, x: Tensor) -> Tensor:
-    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    return self.down_proj(self.act_fn(gate) * up if _is_hooked(self.act_fn) else swiglu(gate, up))
 
 
 def _linear(self, input: Tensor) -> Tensor:
@@ -152,8 +153,8 @@ def _attention(
     q, k = _rotated(q, k, *position_embeddings)
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-    if cache is not None:
-        k, v = cache.update(k, v, self.layer_idx)
+    if cache is not None:  # one of pages writes into kwargs what attend is to read
+        k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
     attend = hf.ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, hf.eager_attention_forward
     )
@@ -179,12 +180,19 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
     return rope(q, k, cos, sin, positions)
 
 
-def _decoder_layer(self, hidden_states: Tensor, **kwargs) -> Tensor:
+def _decoder_layer(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    if args:
+        names = [*inspect.signature(type(self).forward).parameters][2:]
+        kwargs |= zip(names, args, strict=False)
     branch, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     # Under autocast the branch is narrower than the stream, and the sum as wide as the stream.
     branch = self.dropout(branch).to(hidden_states.dtype)
     norm = self.post_attention_layernorm
-    x, residual = add_rms_norm(branch, hidden_states, norm.weight, norm.variance_epsilon)
+    if _is_hooked(norm):
+        residual = branch + hidden_states
+        x = norm(residual)
+    else:
+        x, residual = add_rms_norm(branch, hidden_states, norm.weight, norm.variance_epsilon)
     return residual + self.dropout(self.mlp(x))
 
 
@@ -221,7 +229,13 @@ def _is_plain(head: nn.Module) -> bool:
     """Say whether ``head`` multiplies by its weight, and no patch or hook of others does more."""
     forward = vars(head).get("forward")
     own = forward is None or hasattr(forward, "of_emu3_kernels")
-    return own and type(head).forward is nn.Linear.forward
+    return own and type(head).forward is nn.Linear.forward and not _is_hooked(head)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Say whether a call of ``module`` does more than its forward pass."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, name) for name in hooks)
 
 
 def _causal_lm(self, *, labels: Tensor, logits_to_keep: int = 0, **kwargs):
@@ -249,12 +263,11 @@ def _loss(
     """``ForCausalLMLoss`` of transformers: a token predicts the label of the next one."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    with torch.autocast(kind, enabled=False):
+    hidden, head = autocast(hidden), autocast(head)
+    with torch.autocast(hidden.device.type, enabled=False):
         return linear_cross_entropy(
-            hidden.to(dtype),
-            head.to(dtype),
+            hidden,
+            head,
             shift_labels.reshape(hidden.shape[:-1]).to(hidden.device),
             normalizer=num_items_in_batch,
             ignore_index=ignore_index,

@@ -37,7 +37,7 @@ struct Split {
       const int64_t length = static_cast<const int32_t*>(lengths.const_data_ptr())[row];
       if (length < 0 || length > capacity)
         refuse("decode_attention: lengths must lie in [0, ", capacity, "], got ", length);
-      if (table) check_pages(*table, row, (length + page - 1) / page, k.size(0));
+      if (table && length > 0) check_pages(*table, row, (length + page - 1) / page, k.size(0));
       first.push_back(static_cast<int64_t>(pieces.size()));
       const int64_t size = piece_size(length);
       for (int64_t begin = 0; begin < length; begin += size)

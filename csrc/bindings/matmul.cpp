@@ -19,6 +19,8 @@ int64_t cut(int64_t size, int64_t parts, int64_t unit, int64_t i) {
 // of 1, the columns of c and plus side by side, plus [rows or 1, columns] in the dtype of c, which
 // it may be.
 void into(const Tensor& a, const Tensor& b, const std::optional<Tensor>& plus, Tensor c) {
+  STD_TORCH_CHECK(!plus || plus->stride(1) == 1 || plus->size(1) == 1,
+                  "matmul: the columns of plus must lie side by side");
   const MatmulCall call{
       .rows = a.size(0),
       .depth = a.size(1),

@@ -73,7 +73,7 @@ Vec softmax(const float* scores, Seen seen, IntVec first, IntVec end, Vec scale,
     }
   }
   const auto weight = [&](int64_t key) {
-    const Vec x = exp(fma(load(scores + key * kPanel), scale, -top));
+    const Vec x = exp(load(scores + key * kPanel) * scale - top);  // as top was rounded
     if constexpr (kHidden) return visible(key) ? x : Vec{};
     return x;
   };
@@ -109,7 +109,7 @@ void attend_panel(const AttentionCall& call, const Extents<T>& extents, const Sc
   for (int64_t n = 0; n < kPanel; n += kLanes) {
     const int64_t row = panel * kPanel + n;
     const QueryLanes& lanes = scratch.lanes;
-    Kept kept{call.dropout, call.columns + (drops ? first_key : 0),
+    Kept kept{call.dropout, call.columns + (drops ? first_key : 0), call.keys - first_key,
               load_words(lanes.position + row), load_words(lanes.head + row)};
     const Vec factor =
         turn(scratch.scores + n, seen, (IntVec)load_words((uint32_t*)lanes.first + row),

@@ -149,7 +149,7 @@ void step_panel(const AttentionCall& call, const Extents<T>& extents, const Scra
     const Lanes lanes{(IntVec)load_words((uint32_t*)places.first + row),
                       (IntVec)load_words((uint32_t*)places.end + row), load(packed.lse + row),
                       load(packed.delta + row)};
-    Kept kept{call.dropout, call.columns + (drops ? first_key : 0),
+    Kept kept{call.dropout, call.columns + (drops ? first_key : 0), call.keys - first_key,
               load_words(places.position + row), load_words(places.head + row)};
     turn(call, scratch, extents.row_words(), seen, lanes, kept, first_key, panel, n);
   }

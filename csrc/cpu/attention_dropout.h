@@ -10,11 +10,12 @@ namespace emu3::EMU3_LEVEL {
 struct Kept {
   const Dropout& dropout;
   const int32_t* columns;
+  int64_t keys;  // that have a column; a block is asked for in whole steps
   BitVec row, head, word[4];
   int64_t quad = -1;
 
   Vec factor(int64_t key) {
-    const auto column = (uint32_t)columns[key];
+    const auto column = (uint32_t)columns[key < keys ? key : keys - 1];
     if (quad != column / 4) draw(column / 4);
     return word[column % 4] >= dropout.drop_below ? splat(dropout.scale) : Vec{};
   }

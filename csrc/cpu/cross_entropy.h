@@ -10,7 +10,7 @@ namespace emu3 {
 // What the classes seen so far add up to: sum = Σ e^(x - highest), total = Σ x (for smoothing
 // alone).
 struct Sums {
-  double highest = -1e30;  // a float, finite so that a block of -infinity leaves no NaN
+  double highest = -__FLT_MAX__;  // finite, so that a block of -infinity leaves no NaN
   double sum = 0, total = 0, target = 0;
 };
 

@@ -6,6 +6,10 @@
 
 namespace emu3::EMU3_LEVEL {
 
+// Below -kLowest SiLU counts as what it is there, -1e-36; x itself may be huge.
+constexpr float kLowest = 87;
+inline Vec above_lowest(Vec x) { return max(splat(-kLowest), x); }
+
 // 1 + e^-x, off by two parts in 1e6 at most; finite, since x below -87 counts as that.
 inline Vec one_plus_exp_minus(Vec x) {
 #if defined(__AVX2__)
@@ -13,7 +17,6 @@ inline Vec one_plus_exp_minus(Vec x) {
   // as long as a register. Adding kShift rounds to a k-th and leaves k n + i in the lowest bits, of
   // which kPowers takes back what i adds.
   constexpr float kShift = 12582912.0f / kLanes, kPerUnit = -1.44269504f;  // 1.5 * 2^23, -1 / ln 2
-  constexpr float kLowest = 87;
 #if defined(__AVX512F__)
   alignas(64) static constexpr uint32_t kPowers[16] = {
       0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
@@ -26,7 +29,7 @@ inline Vec one_plus_exp_minus(Vec x) {
                                                       0x3f75fed7, 0x3f7504f3, 0x3f75672a,
                                                       0x3f7744fd, 0x3f7ac0c7};
   constexpr int kBits = 3;
-  const Vec bounded = min(splat(kLowest), max(splat(-kLowest), x));
+  const Vec bounded = min(splat(kLowest), above_lowest(x));
 #endif
   const Vec shifted = fma(bounded, splat(kPerUnit), splat(kShift));
   const Vec g = fma(bounded, splat(kPerUnit), splat(kShift) - shifted);
@@ -48,12 +51,12 @@ inline Vec one_plus_exp_minus(Vec x) {
 
 inline Vec sigmoid(Vec x) { return 1.0f / one_plus_exp_minus(x); }
 
-inline Vec silu(Vec x) { return x / one_plus_exp_minus(x); }
+inline Vec silu(Vec x) { return above_lowest(x) / one_plus_exp_minus(x); }
 inline Pair silu(Pair x) { return {silu(x.a), silu(x.b)}; }
 
 inline Vec silu_gradient(Vec x) {
   const Vec s = sigmoid(x);
-  return s * fma(x, 1.0f - s, splat(1));
+  return s * fma(above_lowest(x), 1.0f - s, splat(1));
 }
 inline Pair silu_gradient(Pair x) { return {silu_gradient(x.a), silu_gradient(x.b)}; }
 

@@ -23,6 +23,7 @@ struct Gradient {
 inline Gradient gradient(Vec dout, Vec gate, Vec up) {
   const Vec s = sigmoid(gate);
   const Vec dout_s = dout * s;
+  gate = above_lowest(gate);
   return {dout_s * up * fma(gate, 1.0f - s, splat(1)), dout_s * gate};
 }
 

@@ -10,11 +10,17 @@ WIDEST = 256
 """Channels of a head that the kernels' buffers hold."""
 
 
-def why_not(q: Tensor) -> str | None:
-    """Say why the kernels cannot take heads such as those of ``q``; None if they can."""
-    width = q.shape[-1]
+MOST_SHARED = 1024
+"""Query heads that may share one of keys."""
+
+
+def why_not(q: Tensor, k: Tensor) -> str | None:
+    """Say why the kernels cannot take heads such as those of ``q`` and ``k``; None if they can."""
+    width, shared = q.shape[-1], q.shape[2] // k.shape[2]
     if width % 2 or width > WIDEST:
         return f"heads of an odd width or one above {WIDEST} are left to the reference, got {width}"
+    if shared > MOST_SHARED:
+        return f"more than {MOST_SHARED} query heads for one of keys are the reference's: {shared}"
     return _native.why_not_cpu(q)
 
 

@@ -35,7 +35,7 @@ def attention(
     # A query that sees nothing has an lse of -inf, and no probability.
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     if dropout_p > 0:
-        head = torch.arange(batch * heads, device=q.device).view(batch, groups, -1, 1, 1)
+        head = torch.arange(batch * heads, device=q.device).view(scores.shape[:3])[..., None, None]
         kept = keep(seed, dropout_p, row + num_keys - num_queries, column, head)
         weights = weights * kept * keep_scale(dropout_p)
     out = torch.einsum("bgrts,bsgk->btgrk", weights, v.to(compute)).flatten(2, 3).to(q.dtype)

@@ -69,7 +69,9 @@ def test_writing_in_place_compiles_as_one_graph(backend):
 def test_unusable_out_is_refused():
     x, residual, weight = some((3, 8), torch.float32)
     with pytest.raises(ValueError, match="out must be two contiguous tensors"):
-        add_rms_norm(x, residual, weight, out=(x, x))
+        add_rms_norm(x, residual, weight, out=(x, x.view(3, 8)))
+    with pytest.raises(ValueError, match="out must be two tensors, got 1"):
+        add_rms_norm(x, residual, weight, out=(x,))
     with pytest.raises(ValueError, match="out must be two contiguous tensors"):
         add_rms_norm(x, residual, weight, out=(x, torch.empty(8, 3).mT))
     with pytest.raises(ValueError, match="x and y and summed must share shape, dtype and device"):

@@ -1,5 +1,7 @@
 """What is special about attention on the CPU: blocks, spans, shards, threads, layouts, widths."""
 
+import ctypes
+import mmap
 from functools import partial
 from itertools import pairwise
 
@@ -23,6 +25,7 @@ pytestmark = needs_library
 
 # A block of keys is 192, one of queries 192 rows: 96 queries where two heads share their keys.
 SEVERAL_BLOCKS = {"batch": 2, "queries": 290, "keys": 410, "heads": 4, "groups": 2, "width": 24}
+PLAIN = {"causal": True, "document_ids": None, "scale": 0.5, "dropout_p": 0.0, "seed": None}
 FLOATS = torch.float32, torch.bfloat16
 
 
@@ -246,6 +249,62 @@ def test_any_call_is_as_accurate_as_the_reference(data):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     with _native.use_cpu_level(data.draw(st.sampled_from(_native.cpu_levels()))):
         check(inputs | {"scale": 0.3 / size["width"] ** 0.5}, backend="native")
+
+
+def test_a_query_whose_scores_round_coarsely_still_sees_its_best_key(level):
+    """Scores of 1e10 are 1,024 apart in float32; a width of 96 makes their scale no power of 2."""
+    q, k = (3e5 * drawn for drawn in torch.randn(2, 1, 64, 1, 96))
+    best = (q[0, :, 0].double() @ k[0, :, 0].double().T).argmax(-1)
+    out = attention(q, k, k, causal=False, backend="native")
+    assert (out[0, :, 0] == k[0, best, 0]).all(-1).double().mean() > 0.9
+    assert out.any(-1).all()
+
+
+def test_dropout_reads_no_place_beyond_the_last_key(level):
+    """The places of keys end where memory does."""
+    num_keys, page = 67, mmap.PAGESIZE
+    places = torch.arange(num_keys, dtype=torch.int32)
+    memory = mmap.mmap(-1, 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
+    at_the_end = (ctypes.c_int32 * num_keys).from_address(start + page - 4 * num_keys)
+    columns = torch.frombuffer(at_the_end, dtype=torch.int32).copy_(places)
+    q = torch.randn(1, num_keys, 2, 8)
+    spans = Spans(torch.zeros(1, num_keys, dtype=torch.int32), (places + 1)[None])
+    dropout = Dropout(0.3, torch.tensor(1), places, columns)
+    out, lse = native.forward(q, q, q, spans, 0.3, dropout, wide=False)
+    gradients = native.backward(out, q, q, q, lse, 0 * lse, spans, 0.3, dropout, wide=False)
+    assert all(x.isfinite().all() for x in (out, *gradients))
+
+
+def test_more_sharers_of_a_key_head_than_the_kernel_takes_are_left_to_others():
+    q, k = torch.randn(1, 3, 1100, 4), torch.randn(1, 3, 1, 4)
+    with pytest.raises(NotImplementedError, match="more than 1024 query heads"):
+        attention(q, k, k, backend="native")
+    torch.testing.assert_close(attention(q, k, k), reference.attention(q, k, k, **PLAIN))
+
+
+def test_documents_may_have_the_first_and_the_last_number_there_is():
+    low, high = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
+    x = torch.randn(1, 3, 1, 4)
+    ids = torch.tensor([[low, high, high]], dtype=torch.int32)
+    same = torch.tensor([[0, 1, 1]], dtype=torch.int32)
+    assert attention(x, x, x, document_ids=ids).equal(attention(x, x, x, document_ids=same))
+    with pytest.raises(ValueError, match="must not decrease"):
+        attention(x, x, x, document_ids=ids.flip(1))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_sdpa_hides_what_is_hidden_whatever_the_scale(scale):
+    q = torch.randn(1, 9, 2, 8, dtype=torch.float64)
+    out = attention(q, q, q, scale=scale, backend="sdpa")
+    torch.testing.assert_close(out, reference.attention(q, q, q, **PLAIN | {"scale": scale}))
+
+
+def test_an_empty_batch_drops_nothing():
+    x = torch.randn(0, 3, 2, 4, dtype=torch.float64)
+    assert attention(x, x, x, dropout_p=0.5, backend="reference").shape == x.shape
 
 
 def test_sdpa_says_what_it_cannot():

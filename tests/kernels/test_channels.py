@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from emu3_kernels import add_rms_norm, rms_norm, swiglu, swiglu_packed
+from tests.kernels.suite import at_level, backends, runnable
 
 D = 24
 WEIGHT = torch.linspace(0.5, 1.5, D)
@@ -57,3 +58,17 @@ def test_two_inputs_that_must_be_alike_are_named_with_what_they_are():
             swiglu(*pair)
     with pytest.raises(ValueError, match="swiglu: gate must be"):
         swiglu(x[0, 0], x[0, 0])
+
+
+@pytest.mark.parametrize("backend", [*backends("swiglu"), "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_may_be_as_low_as_numbers_go(backend, dtype):
+    dtype, (name, level) = runnable(backend, dtype), at_level(backend)
+    gate = torch.tensor([torch.finfo(dtype).min, -3e4, -200, -90, 1], dtype=dtype)
+    gate, up = gate.requires_grad_(), torch.full((5,), 2.0, dtype=dtype)
+    with level:
+        y = swiglu(gate, up, backend=name)
+        y.sum().backward()
+    for result in (y, gate.grad):
+        assert (result[:4].abs() <= 1e-30).all()
+        assert result[4] > 1

@@ -213,3 +213,34 @@ def test_bad_arguments_are_named():
         cross_entropy(logits, targets, reduction="max")
     with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\], got 2"):
         cross_entropy(logits, targets, label_smoothing=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_that_is_no_number_stays_out_of_tokens_that_do_not_count(backend, reduction):
+    logits, targets = torch.randn(3, 5, requires_grad=True), torch.tensor([1, -100, 2])
+    weights = torch.tensor([1.0, 1.0, 0.0])
+    name, level = at_level(backend)
+    with level:
+        loss = cross_entropy(logits, targets, weights=weights, reduction=reduction, backend=name)
+        (loss.sum() * NAN).backward()
+    assert logits.grad[0].isnan().all()
+    assert not logits.grad[1:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_may_be_as_low_as_numbers_go(backend):
+    logits = torch.full((2, 3), torch.finfo(torch.float32).min)
+    loss = call(backend, logits, torch.tensor([0, 1]))
+    assert loss <= torch.tensor(3.0).log() + 1e-6  # beside them it is lost
+    assert loss >= 0
+
+
+@pytest.mark.parametrize("normalizer", [0, 0.0, torch.tensor(0.0)])
+def test_over_no_token_a_normalizer_of_zero_divides_nothing(normalizer):
+    logits, none = torch.randn(2, 5), torch.full((2,), -100)
+    assert cross_entropy(logits, none, normalizer=normalizer) == 0
+
+
+def test_no_class_at_all_is_fine_where_no_token_counts():
+    assert cross_entropy(torch.zeros(2, 3, 0), torch.full((2, 3), -100)) == 0

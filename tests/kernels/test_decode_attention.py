@@ -218,3 +218,20 @@ def test_sdpa_a_row_at_a_time(size):
     else:
         with pytest.raises(NotImplementedError, match="'sdpa' cannot run this call: it reads no"):
             call("sdpa", inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("caches", [(3, 0), (0, 16)])
+def test_rows_without_keys_need_no_pages(backend, caches):
+    pages, length = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    empty = torch.randn(*caches, 1, 4)
+    with at_level(backend)[1]:
+        out = decode_attention(
+            torch.randn(1, 1, 2, 4),
+            empty,
+            empty,
+            length,
+            page_table=pages,
+            backend=at_level(backend)[0],
+        )
+    assert not out.any()

@@ -49,3 +49,11 @@ def test_an_unknown_level_names_the_known_ones():
         _native.use_cpu_level("mmx"),
     ):
         pass
+
+
+def test_the_innermost_use_backend_wins_whatever_it_names():
+    with emu3_kernels.record_backends() as used, emu3_kernels.use_backend("native", "rms_norm"):
+        emu3_kernels.swiglu(X, X)
+        with emu3_kernels.use_backend("reference"):
+            emu3_kernels.rms_norm(X, WEIGHT)
+    assert used["rms_norm"] == "reference"

@@ -156,3 +156,19 @@ def test_bad_input_is_named_in_one_line(changes, error, message):
     with pytest.raises(error, match=f"^linear: {message}") as raised:
         linear(**{"x": X, "weight": WEIGHT, "bias": BIAS} | changes)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("bias", [torch.ones(1).expand(96), torch.arange(192.0)[::2]])
+def test_a_bias_may_have_any_stride(rows, bias):
+    x, weight, bias = torch.randn(rows, 8), torch.zeros(96, 8), bias.bfloat16()
+    y = linear(x.bfloat16(), weight.bfloat16(), bias, backend="native")
+    assert y.equal(bias.expand(rows, 96))
+
+
+def test_autocast_leaves_float64_alone_as_it_does_for_pytorch():
+    x, weight = torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).equal(F.linear(x, weight))
+        with pytest.raises(TypeError, match="x must be floating point"):
+            linear(x.long(), weight)

@@ -223,3 +223,19 @@ def test_bad_arguments_are_named(backend):
         call(hidden, head, targets + 5)
     with pytest.raises(ValueError, match="reduction must be one of"):
         call(hidden, head, targets, reduction="max")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_that_is_no_number_stays_out_of_tokens_that_do_not_count(reduction):
+    hidden, head = torch.randn(3, 8, requires_grad=True), torch.randn(9, 8)
+    loss = linear_cross_entropy(hidden, head, torch.tensor([1, -100, 2]), reduction=reduction)
+    (loss.sum() * float("nan")).backward()
+    assert hidden.grad.isnan().all(1).tolist() == [True, False, True]
+    assert not hidden.grad[1].any()
+
+
+def test_a_head_without_channels_finds_all_classes_alike():
+    loss = linear_cross_entropy(
+        torch.zeros(2, 3, 0), torch.zeros(7, 0), torch.zeros(2, 3, dtype=torch.int64)
+    )
+    torch.testing.assert_close(loss, torch.tensor(7.0).log())

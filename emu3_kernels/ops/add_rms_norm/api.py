@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import needs_gradient
+from emu3_kernels._autograd import mark_written, needs_gradient
 from emu3_kernels._checks import (
     check_alike,
     check_channel_weight,
@@ -76,6 +77,7 @@ def add_rms_norm(
     operands = rows(x), rows(residual), weight.contiguous(), eps, dropout_p, seed
     if out is not None:
         BACKENDS[chosen].forward_into(*map(rows, out), *operands)
+        mark_written(*out)
         return out
     if needs_gradient(x, residual, weight):
         y, summed = _AddRMSNorm.apply(*operands, chosen)
@@ -86,10 +88,20 @@ def add_rms_norm(
 
 def _check_out(x: Tensor, residual: Tensor, weight: Tensor, out: tuple[Tensor, Tensor]) -> None:
     check_no_gradient("add_rms_norm", x, residual, weight, *out)
+    if len(out) != 2:
+        raise ValueError(f"add_rms_norm: out must be two tensors, got {len(out)}")
     check_alike("add_rms_norm", x=x, y=out[0], summed=out[1])
-    if out[0] is out[1] or not all(written.is_contiguous() for written in out):
+    if _overlap(*out) or not all(written.is_contiguous() for written in out):
         got = " and ".join(f"strides {written.stride()}" for written in out)
-        raise ValueError(f"add_rms_norm: out must be two contiguous tensors, got {got}")
+        raise ValueError(
+            f"add_rms_norm: out must be two contiguous tensors without a common element, got {got}"
+        )
+
+
+def _overlap(y: Tensor, summed: Tensor) -> bool:
+    if y is summed or torch.compiler.is_compiling():  # traced tensors lie nowhere
+        return y is summed
+    return abs(y.data_ptr() - summed.data_ptr()) < y.nbytes
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -101,6 +113,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, summed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dsummed):
         *saved, seed = ctx.saved_tensors
         grads = BACKENDS[ctx.backend].backward(rows(dy), rows(dsummed), *saved, ctx.dropout_p, seed)

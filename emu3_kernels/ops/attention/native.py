@@ -17,4 +17,4 @@ def why_not(
     dropout_p: float,
     return_lse: bool,
 ) -> str | None:
-    return native.why_not(q)
+    return native.why_not(q, k)

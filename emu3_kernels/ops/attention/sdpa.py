@@ -36,6 +36,8 @@ def attention(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
+    if scale <= 0:  # PyTorch scales what its causal mask has made infinite
+        q, scale = q * scale, 1.0
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)

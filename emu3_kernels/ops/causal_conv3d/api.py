@@ -5,6 +5,7 @@ B batch, C channels in, O channels out, T frames, H rows, W columns.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._causal_conv.plan import (
@@ -136,6 +137,7 @@ class _CausalConv3d(torch.autograd.Function):
         return BACKENDS[backend].forward(x, weight, bias, scale, shift, residual, plan)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, scale, shift, *_ = ctx.needs_input_grad
         wanted = Wanted(input=x or scale or shift, weight=weight or bias)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels._checks import check_floating, check_has_channels, rows
 from emu3_kernels._dispatch import choose, load
@@ -35,8 +36,8 @@ def cross_entropy(
     - ``"none"``: one value per token, divided by ``normalizer`` only if one is given.
 
     Computed in float32 (float64 for float64 logits); the gradient is rounded once, to the dtype
-    of ``logits``. Differentiable in the logits, which are kept for the backward pass beside one
-    number per token and are never overwritten.
+    of ``logits``. Differentiable in the logits, which are kept for the backward pass beside three
+    numbers per token and are never overwritten.
 
     Args:
         logits: ``[..., V]``, any floating dtype.
@@ -90,11 +91,14 @@ class _TokenLosses(torch.autograd.Function):
         targets, weights = targets.contiguous(), weights.contiguous()
         settings = (z_loss, label_smoothing)
         losses, denominators = BACKENDS[backend].forward(logits, targets, weights, *settings)
-        ctx.save_for_backward(logits, targets, denominators)
+        ctx.save_for_backward(logits, targets, denominators, weights)
         ctx.settings, ctx.backend = settings, backend
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlosses):
-        dlogits = BACKENDS[ctx.backend].backward(dlosses, *ctx.saved_tensors, *ctx.settings)
+        *saved, weights = ctx.saved_tensors
+        dlosses = torch.where(weights != 0, dlosses, 0)  # a NaN times 0 else
+        dlogits = BACKENDS[ctx.backend].backward(dlosses, *saved, *ctx.settings)
         return dlogits, None, None, None, None, None

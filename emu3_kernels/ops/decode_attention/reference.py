@@ -13,7 +13,9 @@ def decode_attention(
     scale: float | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    if page_table is not None:
+    if page_table is not None and not len(k_cache):  # nor is any row longer than 0
+        k_cache = v_cache = k_cache.new_empty(len(q), 0, *k_cache.shape[2:])
+    elif page_table is not None:
         # A row has no page where its keys have ended: what the table says there is no index.
         pages = page_table.long().clamp(0, len(k_cache) - 1)
         k_cache, v_cache = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)

@@ -5,6 +5,7 @@ B images, C channels, G groups of C / G channels, H rows and W columns of pixels
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._dispatch import choose, load
@@ -73,6 +74,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         tensors = dy.contiguous(), *ctx.saved_tensors
         gradients = BACKENDS[ctx.backend].backward(*tensors, *ctx.settings)

@@ -7,11 +7,12 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_floating, describe
 from emu3_kernels._dispatch import choose, load
-from emu3_kernels._products import SLOW_IN_BFLOAT16
+from emu3_kernels._products import SLOW_IN_BFLOAT16, autocast
 from emu3_kernels.ops.linear import reference
 
 BACKENDS = load("linear", *(("native", "aten") if SLOW_IN_BFLOAT16 else ("aten", "native")))
@@ -37,10 +38,7 @@ def linear(
     Returns:
         ``[..., O]`` in the dtype of ``x``.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, weight, bias = autocast(x), autocast(weight), None if bias is None else autocast(bias)
     _check(x, weight, bias)
     chosen = choose("linear", BACKENDS, backend, x)
     if chosen == "reference":
@@ -82,6 +80,7 @@ class _Linear(torch.autograd.Function):
         return BACKENDS[backend].forward(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         wanted = ctx.needs_input_grad[:3]
         return *BACKENDS[ctx.backend].backward(dy, *ctx.saved_tensors, wanted), None

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_floating, check_has_channels, describe, rows
@@ -135,12 +136,15 @@ class _TotalLoss(torch.autograd.Function):
         return (shares * losses).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dtotal):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, *gradients = BACKENDS[ctx.backend].gradients(*ctx.saved_tensors, *ctx.settings)
         wanted = ctx.needs_input_grad[:2]
         scaled = [g.mul_(dtotal) if w else None for g, w in zip(gradients, wanted, strict=True)]
+        if wanted[0]:  # where dtotal is no number, tokens that do not count still have no gradient
+            scaled[0].masked_fill_(ctx.saved_tensors[3][:, None] == 0, 0)
         return *scaled, *[None] * (3 + len(ctx.settings))
 
 
@@ -149,16 +153,17 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, targets, weights, backend, *settings):
-        ctx.save_for_backward(hidden, head, targets)
+        ctx.save_for_backward(hidden, head, targets, weights)
         ctx.settings, ctx.backend = settings, backend
         return BACKENDS[backend].losses(hidden, head, targets, weights, *settings)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlosses):
         wanted = ctx.needs_input_grad[:2]
-        _, *gradients = BACKENDS[ctx.backend].gradients(
-            *ctx.saved_tensors, dlosses, *wanted, *ctx.settings
-        )
+        *operands, weights = ctx.saved_tensors
+        dlosses = torch.where(weights != 0, dlosses, 0)  # a NaN times 0 else
+        _, *gradients = BACKENDS[ctx.backend].gradients(*operands, dlosses, *wanted, *ctx.settings)
         kept = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
         return *kept, *[None] * (3 + len(ctx.settings))
 

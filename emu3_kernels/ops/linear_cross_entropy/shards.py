@@ -57,7 +57,7 @@ def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
 def no_sums(hidden: Tensor) -> Tensor:
     """Return the sums ``[N, 4]`` over no class; the largest logit is finite, to leave no NaN."""
     sums = hidden.new_zeros(hidden.shape[0], 4, dtype=torch.float64)
-    sums[:, 0] = -1e30
+    sums[:, 0] = torch.finfo(torch.float32).min
     return sums
 
 

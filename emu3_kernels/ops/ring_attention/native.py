@@ -8,5 +8,5 @@ from emu3_kernels._attention.native import backward, forward
 __all__ = ["backward", "forward", "why_not"]
 
 
-def why_not(q: Tensor, *_: object) -> str | None:
-    return native.why_not(q)
+def why_not(q: Tensor, k: Tensor, *_: object) -> str | None:
+    return native.why_not(q, k)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_channel_weight, rows, unrows
@@ -51,6 +52,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         dx, dweight = BACKENDS[ctx.backend].backward(rows(dy), *ctx.saved_tensors)
         return dx, dweight, None, None

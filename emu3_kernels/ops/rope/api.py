@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import needs_gradient
+from emu3_kernels._autograd import mark_written, needs_gradient
 from emu3_kernels._checks import check_no_gradient, copied, describe
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels._rope import (
@@ -92,7 +93,10 @@ def rope(
         results = reference.rope(q, k, cos, sin, positions)
         return results if out is None else copied(results, out)
     if out is not None or not needs_gradient(q, k):
-        return BACKENDS[chosen].rotate(q, k, cos, sin, positions, inverse=False, out=out)
+        results = BACKENDS[chosen].rotate(q, k, cos, sin, positions, inverse=False, out=out)
+        if out is not None:
+            mark_written(*out)
+        return results
     return _Rope.apply(q, k, cos, sin, positions, chosen)
 
 
@@ -104,6 +108,7 @@ class _Rope(torch.autograd.Function):
         return BACKENDS[backend].rotate(q, k, cos, sin, positions, inverse=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq, dk):
         dq, dk = BACKENDS[ctx.backend].rotate(dq, dk, *ctx.saved_tensors, inverse=True)
         return dq, dk, None, None, None, None

@@ -5,7 +5,7 @@ B batch, T new tokens, S slots of the cache, H query heads, G key/value heads, K
 
 from torch import Tensor
 
-from emu3_kernels._autograd import needs_gradient
+from emu3_kernels._autograd import mark_written, needs_gradient
 from emu3_kernels._checks import describe
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels._rope import (
@@ -74,7 +74,9 @@ def rope_append(
         check_inside("rope_append", "positions", positions, cos.shape[0])
     if chosen == "reference":
         return reference.rope_append(*inputs)
-    return BACKENDS[chosen].forward(*inputs)
+    rotated = BACKENDS[chosen].forward(*inputs)
+    mark_written(key_cache, value_cache)
+    return rotated
 
 
 def _check_caches(q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:

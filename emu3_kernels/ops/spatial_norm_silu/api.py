@@ -6,6 +6,7 @@ latent has L channels and h rows, w columns, t frames.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_floating, describe
@@ -95,6 +96,7 @@ class _SpatialNormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         tensors = dy.contiguous(), *ctx.saved_tensors
         gradients = BACKENDS[ctx.backend].backward(*tensors, *ctx.settings)

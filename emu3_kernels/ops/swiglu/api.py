@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_alike, check_floating, check_has_channels, rows, unrows
@@ -78,6 +79,7 @@ class _SwiGLU(torch.autograd.Function):
         return BACKENDS[backend].forward(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         dgate_up = BACKENDS[ctx.backend].backward(rows(dout), *ctx.saved_tensors)
         return *dgate_up.chunk(2, dim=-1), None
@@ -91,6 +93,7 @@ class _SwiGLUPacked(torch.autograd.Function):
         return BACKENDS[backend].forward(*gate_up.chunk(2, dim=-1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         (gate_up,) = ctx.saved_tensors
         return BACKENDS[ctx.backend].backward(rows(dout), *gate_up.chunk(2, dim=-1)), None

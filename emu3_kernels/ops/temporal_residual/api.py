@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._causal_conv.plan import Plan, Wanted, check_vectors, check_weight, check_x
@@ -94,6 +95,7 @@ class _TemporalResidual(torch.autograd.Function):
         return convolve(*second, x, PLAN)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         first, second = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         pull_back, needs = BACKENDS[ctx.backend].convolve_backward, ctx.needs_input_grad
