@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 
@@ -14,7 +15,9 @@ def replacing(path: Path) -> Iterator[Path]:
     new one. On an exception the temporary file is removed and ``path`` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.stem}.part{path.suffix}")
+    # A digest: a name as long as the file system takes could not grow.
+    digest = blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    draft = path.with_name(f".{digest}.part{path.suffix}")
     try:
         yield draft
         _flush(draft)

@@ -18,7 +18,10 @@ from emu3.data.samples import sample_files
 
 @dataclass(frozen=True)
 class Collection:
-    """Pictures ``[3, H, W]`` and clips ``[T, 3, H, W]`` by name, uint8, held in memory."""
+    """Pictures ``[3, H, W]`` and clips ``[T, 3, H, W]`` by name, uint8, held in memory.
+
+    A name is the file's own without its ending; of several the second ends in ``-2``.
+    """
 
     pictures: dict[str, Tensor] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
@@ -30,14 +33,14 @@ def load_split(settings: MediaSettings) -> tuple[Collection, Collection]:
     Held out are the files of the names in ``hold_out``, and the end of every other clip.
 
     Raises:
-        ValueError: a name in ``hold_out`` is that of no file.
+        ValueError: a name in ``hold_out`` is that of no file, or a source is an empty folder.
     """
-    files = {path.stem: path for path in _files(settings.sources)}
-    if unknown := set(settings.hold_out) - set(files):
+    files = _named(_files(settings.sources))
+    if unknown := set(settings.hold_out) - {path.stem for path in files.values()}:
         raise ValueError(f"media.hold_out: no file is called {', '.join(sorted(unknown))}")
     learned, held_out = Collection(), Collection()
     for name, path in files.items():
-        part = held_out if name in settings.hold_out else learned
+        part = held_out if path.stem in settings.hold_out else learned
         if path.suffix.lower() in IMAGES:
             part.pictures[name] = read_image(path)
             continue
@@ -50,12 +53,29 @@ def load_split(settings: MediaSettings) -> tuple[Collection, Collection]:
 
 
 def _files(sources: Iterable[Path]) -> list[Path]:
+    """Each file once; of a folder the pictures and videos, of no source the samples."""
     known = IMAGES | VIDEOS
     paths: list[Path] = []
     for source in sources:
-        inside = sorted(source.rglob("*")) if source.is_dir() else [source]
-        paths += [path for path in inside if not source.is_dir() or path.suffix.lower() in known]
-    return paths or sample_files()
+        if not source.is_dir():
+            paths.append(source)
+            continue
+        inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in known)
+        if not inside:
+            raise ValueError(f"media.sources: {source} holds no picture and no video")
+        paths += inside
+    return list(dict.fromkeys(paths)) or sample_files()
+
+
+def _named(paths: Iterable[Path]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in paths:
+        name, number = path.stem, 1
+        while name in files:
+            number += 1
+            name = f"{path.stem}-{number}"
+        files[name] = path
+    return files
 
 
 class CropStream:

@@ -20,12 +20,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from emu3.files import replacing
+from emu3.vision.images import MODES, MODES_IN_WORDS, to_rgb
 
 IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
 
-_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
-_GREY16 = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+# Those of IMAGES alone, whatever a file is called. Phones' MPO is a JPEG to Pillow.
+_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 # What Pillow's decoders let out on damaged files.
 _DAMAGED = (
     OSError,
@@ -54,9 +55,9 @@ def read_image(path: Path) -> Tensor:
         MediaError: no picture, a damaged one, one without a pixel, or one of other channels.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             _check_image(image, path)
-            pixels = _to_rgb(ImageOps.exif_transpose(image))
+            pixels = np.array(to_rgb(ImageOps.exif_transpose(image)))
     except MediaError:
         raise
     except UnidentifiedImageError:
@@ -70,21 +71,10 @@ def read_image(path: Path) -> Tensor:
 
 
 def _check_image(image: Image.Image, path: Path) -> None:
-    if image.mode not in _MODES | _GREY16:
+    if image.mode not in MODES:
         raise MediaError(
-            f"image: {path} has pixels of mode {image.mode}; expected RGB, RGBA, a palette, CMYK, "
-            "or grey of 8 or 16 bits"
+            f"image: {path} has pixels of mode {image.mode}; expected {MODES_IN_WORDS}"
         )
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode in _GREY16:
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
 
 
 def write_image(path: Path, image: Tensor) -> None:
@@ -136,7 +126,7 @@ def open_video(path: Path, fps: Fraction | None = None) -> Video:
     """
     try:
         _, first = next(_decode(path))
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="replace") as container:
             stream = container.streams.video[0]
             rate = fps or stream.average_rate or stream.guessed_rate
     except StopIteration:
@@ -175,7 +165,7 @@ def _decode(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame]]:
     """Frames of the first video stream, each with the second at which it begins."""
     number = 0
     try:
-        with av.open(path) as container:
+        with av.open(path, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise MediaError(f"video: {path} has no video stream")
             stream = container.streams.video[0]

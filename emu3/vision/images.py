@@ -11,6 +11,11 @@ FACTOR = 8
 MIN_PIXELS, MAX_PIXELS = 512 * 512, 1024 * 1024
 WIDEST_ASPECT = 5
 
+_GREY16 = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+MODES = _GREY16 | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
+"""Of Pillow, those that ``to_rgb`` takes."""
+MODES_IN_WORDS = "RGB, RGBA, a palette, CMYK, or grey of 8 or 16 bits"
+
 
 def smart_resize(
     height: int,
@@ -22,7 +27,8 @@ def smart_resize(
 ) -> tuple[int, int]:
     """Height and width near the given ones, multiples of ``factor``, their product in the bounds.
 
-    The aspect is kept as closely as the grid allows.
+    The aspect is kept as closely as the grid allows. The bounds are kept about: no side is less
+    than ``factor``, and where both are close the grid may have no such product between them.
 
     Raises:
         ValueError: if a side is empty, or one is more than five times the other.
@@ -41,7 +47,7 @@ def smart_resize(
     elif math.prod(rounded) < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         rounded = [math.ceil(side * grow / factor) * factor for side in (height, width)]
-    return rounded[0], rounded[1]
+    return max(factor, rounded[0]), max(factor, rounded[1])
 
 
 def preprocess(
@@ -53,7 +59,7 @@ def preprocess(
     """Pixels ``[3, H, W]`` float32 in [-1, 1] of a picture, resized (bicubic) by ``smart_resize``.
 
     Args:
-        picture: of Pillow in any mode, or uint8 ``[H, W, 3]``.
+        picture: of Pillow, made RGB by ``to_rgb``, or uint8 ``[H, W, 3]``.
     """
     image = _image(picture)
     height, width = smart_resize(
@@ -62,6 +68,20 @@ def preprocess(
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of one of ``MODES`` as RGB: 16-bit grey rounded to 8 bits, transparency on white.
+
+    The colours that hide under full transparency do not come back.
+    """
+    if image.mode in _GREY16:
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def postprocess(pixels: Tensor) -> list[Image.Image]:
@@ -79,7 +99,11 @@ def to_levels(pixels: Tensor) -> Tensor:
 
 def _image(picture: Image.Image | np.ndarray | Tensor) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        if picture.mode not in MODES:
+            raise ValueError(
+                f"preprocess: a picture must be {MODES_IN_WORDS}, got mode {picture.mode}"
+            )
+        return to_rgb(picture)
     array = np.asarray(picture)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(

@@ -56,13 +56,13 @@ class Quantizer(nn.Module):
         return nearest_code(latent.detach(), self.embedding.weight.detach())
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """``[B, D, ...]`` code vectors of ``codes [B, ...]``."""
-        return self.embedding(codes).movedim(-1, 1)
+        """``[B, D, ...]`` code vectors of ``codes [B, ...]``, integers of any width."""
+        return self.embedding(codes.long()).movedim(-1, 1)
 
     @torch.no_grad()
     def _follow(self, latent: Tensor, codes: Tensor) -> None:
         s = self.settings
-        rows = latent.movedim(1, -1).reshape(-1, s.code_width)
+        rows = latent.movedim(1, -1).reshape(-1, s.code_width).to(self.sums.dtype)
         counts = torch.bincount(codes.flatten(), minlength=s.num_codes).to(rows.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, codes.flatten(), rows)
         self.members.lerp_(counts, 1 - s.ema_decay)
@@ -72,5 +72,7 @@ class Quantizer(nn.Module):
         starved = self.members < s.revive_below * average
         self.members[starved] = average
         self.sums[starved] = average * drawn[starved]
+        # A code without a latent stays: its running means decay together, and in the end to 0 / 0.
         means = self.sums / self.members[:, None]
+        means = torch.where(counts[:, None] > 0, means, self.embedding.weight)
         self.embedding.weight.copy_(torch.where(starved[:, None], drawn, means))

@@ -144,7 +144,7 @@ class VisionTokenizer(nn.Module):
     def check_codes(self, codes: Tensor) -> bool:
         """Refuse what cannot be decoded; say whether the rest are of pictures or clips."""
         s = self.settings
-        if codes.is_floating_point():
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise TypeError(f"VisionTokenizer: codes must be integers, got {codes.dtype}")
         if codes.ndim not in (3, 4) or 0 in codes.shape:
             raise ValueError(
@@ -153,7 +153,7 @@ class VisionTokenizer(nn.Module):
             )
         if codes.ndim == 4 and s.temporal_factor == 1:
             raise ValueError("VisionTokenizer: temporal_factor 1 draws pictures alone, got a clip")
-        low, high = codes.aminmax()
+        low, high = codes.long().aminmax()
         if low < 0 or high >= s.num_codes:
             raise ValueError(
                 f"VisionTokenizer: codes must be in [0, {s.num_codes}), got {low} to {high}"

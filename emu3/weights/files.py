@@ -54,7 +54,12 @@ def read_settings(path: Path, part: str, kind: type[Settings]) -> Settings | Non
     """The settings that a file of ours carries in its metadata."""
     with opened(path) as file:
         metadata = file.metadata() or {}
-    return parse(kind, json.loads(metadata[part])) if part in metadata else None
+    if part not in metadata:
+        return None
+    try:
+        return parse(kind, json.loads(metadata[part]))
+    except ValueError as fault:
+        raise ValueError(f"weights: {path}: metadata {part}: {fault}") from None
 
 
 def parts_of(path: Path) -> str:

@@ -6,6 +6,7 @@ official attention has 1x1 convolutions; in a whole model all of them stand behi
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from emu3.config import VisionSettings
+from emu3.settings import SettingsError, parse
 from emu3.vision import VisionTokenizer
 from emu3.vision.quantizer import RUNNING_MEANS
 from emu3.weights.files import opened, read_settings, save_tensors, shards_of
@@ -39,6 +41,7 @@ _TO_OFFICIAL = (
 )
 _PREFIX = re.compile(r"^(model\.)?vqmodel\.")
 _PROJECTION = re.compile(r"\.attn\S*\.(q|k|v|proj_out)\.weight$")
+_CODEBOOK = "quantize.embedding.weight"
 _NEEDLESS = re.compile(r"num_batches_tracked$")
 _NAMED = 3
 
@@ -74,32 +77,47 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
     Raises:
         ValueError: one line that names what is missing, unexpected or of another shape.
     """
-    settings = None
     if isinstance(source, Mapping):
-        tensors, where = _own(source, source.get), "the state dict"
+        where, settings = "the state dict", None
+        found = {name: source[name] for name in _own(source)}
     else:
         where, shards = str(source), shards_of(Path(source))
         settings = read_settings(shards[0], "vision", VisionSettings)
-        tensors = {}
-        for shard in shards:
-            with opened(shard) as file:
-                tensors |= _own(list(file.keys()), file.get_tensor)
+        found = _read(shards)
+    tensors = _official(found)
+    codebook = tensors.get(_CODEBOOK, torch.empty(0, 0))
+    if codebook.ndim != 2 or not codebook.is_floating_point():
+        raise ValueError(
+            f"weights: {where} is no such vision tokenizer: {_CODEBOOK} must be floats [N, D], "
+            f"got {codebook.dtype} {tuple(codebook.shape)}"
+        )
     settings = settings or _shape_of(tensors, where)
     with torch.device("meta"):
         tokenizer = VisionTokenizer(settings)
-    dtype = tensors.get("quantize.embedding.weight", torch.empty(())).dtype
-    tokenizer.to(dtype).to_empty(device="cpu")
+    tokenizer.to(codebook.dtype).to_empty(device="cpu")
     _fill(tokenizer, tensors, where)
     return tokenizer.eval()
 
 
-def _own(names: Iterable[str], tensor_of) -> dict[str, Tensor]:
-    """The vision tokenizer's tensors, in the official layout."""
+def _own(names: Iterable[str]) -> list[str]:
+    """The names of the vision tokenizer's tensors: those behind a prefix, or else all."""
     names = list(names)
-    behind = [name for name in names if _PREFIX.match(name)]
+    return [name for name in names if _PREFIX.match(name)] or names
+
+
+def _read(shards: list[Path]) -> dict[str, Tensor]:
+    """Its tensors, under the names of the files; a shard of a whole model may hold none."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(opened(shard)) for shard in shards]
+        place = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        return {name: place[name].get_tensor(name) for name in _own(place)}
+
+
+def _official(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official names, and attention as 1x1 convolutions."""
     tensors = {}
-    for foreign in behind or names:
-        name, value = _renamed(foreign, _TO_OFFICIAL), tensor_of(foreign)
+    for foreign, value in found.items():
+        name = _renamed(foreign, _TO_OFFICIAL)
         is_matrix = _PROJECTION.search(name) and value.ndim == 2
         tensors[name] = value[:, :, None, None] if is_matrix else value
     return tensors
@@ -113,27 +131,35 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 def _shape_of(tensors: Mapping[str, Tensor], where: str) -> VisionSettings:
     """Read the settings off the tensors."""
-    firsts = ("encoder.conv_in.weight", "quantize.embedding.weight")
-    if lacking := [name for name in firsts if name not in tensors]:
+    stage = "encoder.down.{}.block.0.conv1.weight"
+    first = "encoder.conv_in.weight"
+    if lacking := [n for n in (first, _CODEBOOK, stage.format(0)) if n not in tensors]:
         raise ValueError(f"weights: {where} holds no vision tokenizer: missing {lacking[0]}")
-    base = tensors[firsts[0]].shape[0]
-    num_codes, code_width = tensors[firsts[1]].shape
 
     def counted(template: str) -> int:
         return sum(1 for _ in takewhile(lambda n: template.format(n) in tensors, count()))
 
-    stages = counted("encoder.down.{}.block.0.conv1.weight")
-    ends = [tensors[f"encoder.down.{n}.block.0.conv1.weight"].shape[0] for n in range(stages)]
-    attended = [n for n in range(stages) if f"encoder.down.{n}.attn.0.q.weight" in tensors]
-    return VisionSettings(
-        base_channels=base,
-        multipliers=tuple(width // base for width in ends),
-        num_res_blocks=counted("encoder.down.0.block.{}.conv1.weight"),
-        attention_stages=tuple(attended),
-        temporal_factor=1 << counted("encoder.time_conv.{}.conv.conv.weight"),
-        num_codes=num_codes,
-        code_width=code_width,
-    )
+    def width_of(name: str) -> int:
+        return len(tensors[name]) if tensors[name].ndim else 0
+
+    stages = range(counted(stage))
+    base, widths = width_of(first), [width_of(stage.format(n)) for n in stages]
+    num_codes, code_width = tensors[_CODEBOOK].shape
+    shape = {
+        "base_channels": base,
+        "multipliers": tuple(width // max(1, base) for width in widths),
+        "num_res_blocks": counted("encoder.down.0.block.{}.conv1.weight"),
+        "attention_stages": tuple(
+            n for n in stages if f"encoder.down.{n}.attn.0.q.weight" in tensors
+        ),
+        "temporal_factor": 1 << counted("encoder.time_conv.{}.conv.conv.weight"),
+        "num_codes": num_codes,
+        "code_width": code_width,
+    }
+    try:
+        return parse(VisionSettings, shape)
+    except SettingsError as fault:
+        raise ValueError(f"weights: {where} is no such vision tokenizer: {fault}") from None
 
 
 @torch.no_grad()

@@ -64,6 +64,21 @@ def test_a_convolution_of_pictures_adds_its_residual():
     torch.testing.assert_close(conv(x, residual), expected + residual)
 
 
+def test_autocast_rounds_a_convolution_of_pictures_as_pytorch_s():
+    """What ``nn.Conv2d`` had rounded was refused: the weights were still float32."""
+    x, conv = draw(2, 8, 6, 5), modules.Conv3x3(8, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = nn.Conv2d(8, 8, 1)(x)
+        y = conv(before)
+        expected = nn.functional.conv2d(before, conv.weight, conv.bias, padding=1)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, expected)
+        residual = draw(2, 12, 6, 5)
+        torch.testing.assert_close(conv(before, residual), expected + residual.bfloat16())
+    y.sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("post_activation", [None, "silu"])
 def test_a_causal_convolution_passes_every_setting_on(activation, post_activation):

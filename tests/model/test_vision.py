@@ -61,6 +61,23 @@ def test_codes_follow_the_mean_of_their_members():
         torch.testing.assert_close(quantizer.embedding.weight[code], mean, rtol=1e-3, atol=1e-3)
 
 
+def test_a_code_that_no_latent_chooses_stays_where_it_is():
+    """Never revived, it became garbage and then NaN, as its running means decayed to nothing."""
+    latent, quantizer = latent_and_quantizer(ema_decay=0.1, revive_below=0.0)
+    before = quantizer.embedding.weight.clone()
+    quantizer.embedding.weight[0] = before[0] = 9.0
+    quantizer.restart()
+    quantizer.train()
+    for _ in range(60):
+        quantizer(latent)
+    assert quantizer.members[0] == 0
+    assert quantizer.embedding.weight[0].equal(before[0])
+    assert quantizer.embedding.weight.isfinite().all()
+    chosen = torch.full_like(latent[:1, :, :1, :1], 9.0)
+    quantizer(chosen)
+    torch.testing.assert_close(quantizer.embedding.weight[0], chosen.flatten())
+
+
 def test_starved_codes_move_to_latents_of_the_batch():
     latent, quantizer = latent_and_quantizer(ema_decay=0.5, revive_below=0.6)
     quantizer.members.zero_()
@@ -92,6 +109,17 @@ def test_training_reaches_every_parameter(shape):
         assert parameter.grad is not None, name
         # A batch norm takes the mean away, and with it the bias ahead of it.
         assert parameter.grad.abs().sum() > 0 or name.endswith("conv1.conv.bias"), name
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 24), (2, 4, 3, 16, 24)])
+def test_a_tokenizer_works_and_trains_under_autocast(shape):
+    """Convolutions 3x3 refused what others had rounded, and so did the running means."""
+    tokenizer, x = random_tokenizer(TINY_VISION), pictures(*shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tokenizer.decode(tokenizer.encode(x)).shape == x.shape
+        redrawn, _, commitment = tokenizer.train()(x)
+        (redrawn.square().mean() + commitment).backward()
+    assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
 def test_a_codebook_without_running_means_learns_by_gradient():
@@ -159,6 +187,20 @@ def test_bytes_and_unknown_codes_are_refused_in_one_line():
         tokenizer.decode(torch.tensor([[[3, 512]]]))
     with pytest.raises(ValueError, match=r"\[B, h, w\] or \[B, t, h, w\], not empty, got \(2,\)"):
         tokenizer.decode(torch.tensor([3, 5]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_codes_are_integers_of_any_width(dtype):
+    """int16, in which files hold them, passed the check and failed in the look-up."""
+    tokenizer = random_tokenizer(TINY_VISION)
+    codes = torch.tensor([[[3, 200], [7, 0]]])
+    for narrow in (codes.to(dtype), codes[None].to(dtype)):
+        assert tokenizer.decode(narrow).equal(tokenizer.decode(narrow.long()))
+
+
+def test_truth_values_are_no_codes():
+    with pytest.raises(TypeError, match=r"codes must be integers, got torch\.bool"):
+        random_tokenizer(TINY_VISION).decode(torch.ones(1, 2, 2, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,13 @@ def test_sizes_are_hugging_face_s(size):
     assert ours[0] % 8 == ours[1] % 8 == 0
 
 
+@pytest.mark.parametrize("size", [(143, 700), (3, 12), (1, 1)])
+def test_a_side_is_never_empty_however_few_the_pixels(size):
+    """143 x 700 became 0 x 32."""
+    assert min(smart_resize(*size, min_pixels=1, max_pixels=300)) >= 8
+    assert smart_resize(143, 700, min_pixels=1, max_pixels=300) == (8, 32)
+
+
 def test_pixels_are_the_released_processor_s():
     picture = gradient(300, 420)
     height, width = smart_resize(300, 420)
@@ -56,9 +63,26 @@ def test_other_modes_of_pillow_become_three_channels(mode):
     assert preprocess(picture, min_pixels=1).shape == (3, 32, 32)
 
 
+def test_16_bit_grey_is_rounded_and_not_cut_off():
+    """Everything above 255 of 65535 was white."""
+    levels = np.array([[0, 128, 129, 65407] * 2] * 8, dtype=np.uint16)
+    (picture,) = postprocess(preprocess(Image.fromarray(levels), min_pixels=1))
+    assert np.asarray(picture)[0, :4].tolist() == [[0] * 3, [0] * 3, [1] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_what_is_transparent_is_white(mode):
+    """It was black, or the colour hidden under it."""
+    pixels = preprocess(Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode), min_pixels=1)
+    assert pixels.eq(1).all()
+
+
 @pytest.mark.parametrize(
     ("picture", "line"),
     [
+        (Image.new("La", (8, 8)), "must be RGB, RGBA, .*, or grey of 8 or 16 bits, got mode La"),
+        (Image.new("F", (8, 8)), "got mode F"),
+        (Image.new("RGBA", (0, 8)), "must have pixels, got 8 x 0"),
         (np.zeros((10, 51, 3), np.uint8), "may be 5 times the other at most, got 10 x 51"),
         (np.zeros((0, 8, 3), np.uint8), "must have pixels, got 0 x 8"),
         (np.zeros((8, 8, 4), np.uint8), r"must be uint8 \[H, W, 3\], got uint8 \[8, 8, 4\]"),

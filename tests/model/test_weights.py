@@ -71,6 +71,17 @@ def test_a_vision_tokenizer_in_any_layout_comes_back_bit_for_bit(layout, prefix,
         assert_same_state(tokenizer, again)
 
 
+def test_a_shard_of_text_alone_is_passed_over(tmp_path):
+    """It was taken for the tokenizer: what stands behind the prefix was sought shard by shard."""
+    tokenizer = random_tokenizer(SMALL)
+    own = tokenizer.state_dict()
+    tensors = {f"model.vqmodel.{name}": v.contiguous() for name, v in own.items()}
+    save_file({"model.text_model.norm.weight": torch.ones(2)}, tmp_path / "1.safetensors")
+    save_file(tensors, tmp_path / "2.safetensors")
+    save_file({"lm_head.weight": torch.ones(2, 2)}, tmp_path / "3.safetensors")
+    assert_same_state(tokenizer, load_vision(tmp_path))
+
+
 def test_the_file_has_the_official_names_of_the_vision_tokenizer(tmp_path):
     save_vision(tmp_path / "vision.safetensors", VisionTokenizer(SMALL))
     shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "vision.safetensors").items()}
@@ -117,6 +128,46 @@ def test_all_faults_of_a_vision_file_are_named_in_one_line():
         load_vision({"lm_head.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="layout must be official or huggingface, got 'mine'"):
         save_vision("none.safetensors", VisionTokenizer(TINY_VISION), layout="mine")
+
+
+CODEBOOK, FIRST = "quantize.embedding.weight", "encoder.conv_in.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        (CODEBOOK, torch.ones(512, 4).long(), r"floats \[N, D\], got torch.int64 \(512, 4\)"),
+        (CODEBOOK, torch.ones(512), r"must be floats \[N, D\], got torch.float32 \(512,\)"),
+        (CODEBOOK, torch.ones(0, 4), "num_codes: Input should be greater than 0, got 0"),
+        (FIRST, torch.ones(0, 3, 3, 3), "base_channels: Input should be greater than 0, got 0"),
+        (FIRST, torch.ones(()), "base_channels: Input should be greater than 0, got 0"),
+        (FIRST, torch.ones(24, 3, 3, 3), r"groups \(32\) must divide every width of \(24, "),
+        (FIRST, torch.ones(64, 3, 3, 3), "multipliers.0: Input should be greater than 0, got 0"),
+    ],
+)
+def test_tensors_of_no_possible_shape_give_one_line(name, value, line):
+    tensors = {**VisionTokenizer(SMALL).state_dict(), name: value}
+    with pytest.raises(ValueError, match=line) as fault:
+        load_vision(tensors)
+    assert str(fault.value).startswith("weights: the state dict is no such vision tokenizer: ")
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [
+        ("{", "Expecting property name"),
+        ("3", "Input should be a valid dictionary"),
+        ('{"groups": 0}', "groups: Input should be greater than 0, got 0"),
+    ],
+)
+def test_damaged_metadata_give_one_line_that_names_the_file(told, line, tmp_path):
+    path = tmp_path / "vision.safetensors"
+    save_file({CODEBOOK: torch.ones(2, 2)}, path, metadata={"vision": told})
+    with pytest.raises(ValueError, match=line) as fault:
+        load_vision(path)
+    assert str(fault.value).startswith(f"weights: {path}: metadata vision: ")
+    assert "\n" not in str(fault.value)
 
 
 def test_the_file_has_the_official_layout(tmp_path):
@@ -189,6 +240,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path):
         write_half(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path):
+    """The draft's was longer. Another name has another draft, in the same folder."""
+    path, drafts = tmp_path / f"{'n' * 250}.json", set()
+    for target in (path, tmp_path / "x.json", tmp_path / "y.json"):
+        with replacing(target) as draft:
+            draft.write_text("whole")
+        assert target.read_text() == "whole"
+        assert draft.parent == tmp_path
+        assert draft.name.startswith(".")
+        assert draft.suffix == ".json"
+        drafts.add(draft)
+    assert len(drafts) == 3
 
 
 def write_half(path):

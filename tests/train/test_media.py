@@ -58,6 +58,12 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
     assert read_image(tmp_path / "x.png").permute(1, 2, 0).tolist() == turned.tolist()
 
 
+def test_a_telephone_s_picture_of_two_is_its_first(tmp_path):
+    first, second = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8))
+    first.save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[second])
+    assert read_image(tmp_path / "x.jpg").eq(255).all()
+
+
 def png_of_no_width() -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -81,6 +87,13 @@ def tiff_of_five_channels(path) -> bytes:
     return whole[:at] + struct.pack("<H", 5) + whole[at + 2 :]
 
 
+def damaged_dds(path) -> bytes:
+    """Pillow lets out a NotImplementedError on the unknown compression at byte 84."""
+    Image.fromarray(RED_OVER_BLUE).save(path, format="DDS")
+    whole = path.read_bytes()
+    return whole[:80] + struct.pack("<I4s", 4, b"????") + whole[88:]
+
+
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
@@ -90,6 +103,7 @@ def tiff_of_five_channels(path) -> bytes:
         ("cut", "cannot be read: "),
         ("float", "has pixels of mode F; expected RGB, RGBA"),
         ("five channels", "of unknown channels"),
+        ("another format", "is no picture, or one without pixels or of unknown channels"),
         ("missing", "No such file"),
     ],
 )
@@ -105,6 +119,7 @@ def test_a_bad_picture_gives_one_line_that_names_it(kind, line, tmp_path):
         "cut": lambda: whole[: len(whole) // 2],
         "float": lambda: tiff(np.zeros((4, 4), np.float32), path),
         "five channels": lambda: tiff_of_five_channels(path),
+        "another format": lambda: damaged_dds(path),
     }
     if kind in damaged:
         path.write_bytes(damaged[kind]())
@@ -190,6 +205,19 @@ def test_a_telephone_held_upright_is_turned(tmp_path):
     (frame,) = video
     assert frame[0, 28, 3] > 200, "the white corner turns counterclockwise, to the lower left"
     assert frame[0, 3, 3] < 50
+
+
+def test_a_title_in_latin_1_keeps_no_video_from_being_read(tmp_path):
+    path = tmp_path / "x.mp4"
+    with av.open(path, "w") as container:
+        container.metadata["title"] = "cafe_"
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "yuv420p"
+        rows = np.zeros((16, 16, 3), np.uint8)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(rows, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"cafe_", b"caf\xe9_"))
+    assert len(list(open_video(path))) == 1
 
 
 def remux(path, since: int = 0, **options) -> None:

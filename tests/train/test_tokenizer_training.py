@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from emu3.data.crops import CropStream, load_split
-from emu3.data.media import open_video, read_image
+from emu3.data.media import open_video, read_image, write_image
 from emu3.demo.redraw import run_redraw
 from emu3.train.adversary import PatchDiscriminator, discriminator_loss, generator_loss
 from emu3.train.loop import train
@@ -94,6 +94,29 @@ def test_training_sees_neither_the_files_held_out_nor_the_end_of_a_clip(recipe, 
     assert learned.clips["moving"].equal(frames[:8])
     assert held_out.pictures["unseen"].equal(read_image(tmp_path / "unseen.png"))
     assert held_out.clips["moving"].equal(frames[8:])
+
+
+def test_files_that_share_a_name_are_all_read_and_held_out_together(recipe, tmp_path):
+    """The last of them took the place of the others, and with it its pictures."""
+    folder = tmp_path / "many"
+    paths = [folder / f"{name}.png" for name in ("a", "one/a", "two/a", "b", "one/b")]
+    for level, path in enumerate(paths):
+        write_image(path, torch.full((3, 4, 4), level, dtype=torch.uint8))
+    sources = {"sources": (folder, paths[0]), "hold_out": ("b",)}
+    learned, held_out = load_split(recipe.media.model_copy(update=sources))
+    levels = {name: int(picture[0, 0, 0]) for name, picture in learned.pictures.items()}
+    assert levels == {"a": 0, "a-2": 1, "a-3": 2}
+    assert held_out.pictures.keys() == {"b", "b-2"}
+
+
+def test_a_folder_without_pictures_is_refused_and_not_replaced_by_the_samples(recipe, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").touch()
+    for sources in ((empty,), (tmp_path / "seen.png", empty)):
+        media = recipe.media.model_copy(update={"sources": sources, "hold_out": ()})
+        with pytest.raises(ValueError, match=f"media.sources: {empty} holds no picture"):
+            load_split(media)
 
 
 def test_a_name_to_hold_out_that_is_no_file_is_refused(recipe):
