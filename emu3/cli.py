@@ -34,8 +34,7 @@ class _OneLine(TyperGroup):
         try:
             return super().invoke(ctx)
         except (ValueError, NotImplementedError, OSError) as fault:
-            line = " ".join(str(fault).split())
-            Console(stderr=True, soft_wrap=True).print(f"emu3: {line}", markup=False)
+            _say(f"emu3: {' '.join(str(fault).split())}", stderr=True)
             raise typer.Exit(1) from None
 
 
@@ -98,7 +97,7 @@ def train(
 ) -> None:
     """Train from a recipe."""
     weights = train_recipe(load_recipe(recipe, overrides or ()), out, resume=resume)
-    Console().print(f"wrote {weights}")
+    _say(f"wrote {weights}")
 
 
 @app.command()
@@ -112,7 +111,7 @@ def generate(
     guidance: Annotated[float, typer.Option(help="weight of the caption")] = 3.0,
     top_k: Annotated[int, typer.Option(help="codes to draw from")] = 2048,
     temperature: Annotated[float, typer.Option(help="below 1, unlikely codes are rarer")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+    seed: Annotated[int, typer.Option(help="of the draw", min=0, max=2**64 - 1)] = 0,
 ) -> None:
     """Draw pictures from captions."""
     model, tokenizer, text = _load(decoder, vision)
@@ -122,7 +121,7 @@ def generate(
     strip = torch.cat(list(tokenizer.decode(codes)), dim=2)
     with replacing(out) as draft:
         postprocess(strip)[0].save(draft, format="PNG")
-    Console().print(f"wrote {out}")
+    _say(f"wrote {out}")
 
 
 @app.command()
@@ -136,7 +135,7 @@ def chat(
     size = tokenizer.settings.image_size
     codes = tokenizer.encode(torch.stack([_read(path, size) for path in pictures]))
     for path, words in zip(pictures, generate_captions(model, text, codes), strict=True):
-        Console().print(f"{path}: {words}", markup=False)
+        _say(f"{path}: {words}")
 
 
 @app.command()
@@ -182,8 +181,8 @@ def detokenize(
 def profile(
     overrides: Annotated[list[str] | None, typer.Argument(help="such as layers=2")] = None,
     preset: Annotated[str, typer.Option(help="shape of the model: 8b or mini")] = "8b",
-    context: Annotated[int, typer.Option(help="tokens of the longest decode")] = 131072,
-    prefill: Annotated[int, typer.Option(help="tokens of the longest prompt")] = 8192,
+    context: Annotated[int, typer.Option(help="tokens of the longest decode", min=1)] = 131072,
+    prefill: Annotated[int, typer.Option(help="tokens of the longest prompt", min=1)] = 8192,
     against: Annotated[str | None, typer.Option(help="attention backend to compare with")] = None,
     dtype: Annotated[Dtype, typer.Option(help="of weights and cache")] = Dtype.bfloat16,
     device: Annotated[Device, typer.Option(help="where it runs")] = Device.cpu,
@@ -201,32 +200,51 @@ def profile(
         out=out,
         against=against,
         dtype=getattr(torch, dtype.value),
-        device=device.value,
+        device=_usable(device),
     )
     write_report(found, out)
-    Console().print(f"wrote {out}/profile.md, profile.json, time_per_token.png and trace.json")
+    _say(f"wrote {out}/profile.md, profile.json, time_per_token.png and trace.json")
+
+
+def _say(line: str, *, stderr: bool = False) -> None:
+    """Print as it is: a path or a caption may look like markup or an emoji."""
+    Console(stderr=stderr).print(line, markup=False, emoji=False, soft_wrap=True)
+
+
+def _usable(device: Device) -> str:
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU that PyTorch can use")
+    return device.value
 
 
 def _vision_on(device: Device, path: Path) -> VisionTokenizer:
     """One GPU for each rank of torchrun."""
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return load_vision(path).to(gpu if device is Device.cuda else "cpu")
+    where = _usable(device)
+    if device is Device.cuda:
+        where = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return load_vision(path).to(where)
 
 
 def _tell(outcome: Outcome, out: Path) -> None:
     bad = f", {len(outcome.faults)} bad" if outcome.faults else ""
-    told = f"{outcome.done} files made, {outcome.kept} were there{bad}, in {out}"
-    Console().print(told, markup=False, soft_wrap=True)
+    _say(f"{outcome.done} files made, {outcome.kept} were there{bad}, in {out}")
     if bad:
         raise typer.Exit(1)
 
 
 def _load(decoder: Path, vision: Path) -> tuple[Emu3, VisionTokenizer, ByteTokenizer]:
     model, tokenizer = load_decoder(decoder), load_vision(vision)
+    num_codes, num_visual = tokenizer.settings.num_codes, model.settings.vocabulary.num_visual
+    if num_codes != num_visual:
+        raise ValueError(
+            f"{vision} has {num_codes} codes, the vocabulary of {decoder} {num_visual}"
+        )
     return model, tokenizer, ByteTokenizer(model.settings.vocabulary)
 
 
 def _read(path: Path, size: int) -> Tensor:
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1
+    from emu3.data.media import read_image
+
+    picture = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+    pixels = np.array(picture.resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1

@@ -27,7 +27,7 @@ class Vocabulary(Settings):
     """Which ids are text, which steer the grammar, and where the visual codes start."""
 
     num_text: PositiveInt
-    """Ids below this one are text."""
+    """Ids below this one are text; those from here to ``visual_start`` steer the grammar."""
     pad: int
     eol: int
     """End of a row of visual tokens."""
@@ -45,6 +45,22 @@ class Vocabulary(Settings):
     @property
     def size(self) -> int:
         return self.visual_start + self.num_visual
+
+    @model_validator(mode="after")
+    def _ids_are_apart(self) -> Self:
+        counts = "num_text", "visual_start", "num_visual"
+        ids = {name: value for name, value in self if name not in counts}
+        owners: dict[int, str] = {}
+        for name, value in ids.items():
+            if not self.num_text <= value < self.visual_start:
+                raise ValueError(
+                    f"{name} ({value}) must lie in [{self.num_text}, {self.visual_start}), from "
+                    "num_text to visual_start"
+                )
+            if value in owners:
+                raise ValueError(f"{name} ({value}) must differ from {owners[value]}")
+            owners[value] = name
+        return self
 
 
 class ModelSettings(Settings):
@@ -79,7 +95,7 @@ class VisionSettings(Settings):
     image_size: PositiveInt = 512
     """Side of the pictures to train on; others may be encoded."""
     base_channels: PositiveInt = 256
-    multipliers: tuple[PositiveInt, ...] = (1, 2, 2, 4)
+    multipliers: tuple[PositiveInt, ...] = Field((1, 2, 2, 4), min_length=1)
     """Width of each stage in base channels; between two stages the sides are halved."""
     num_res_blocks: PositiveInt = 2
     """Of each stage of the encoder; the decoder has one more."""
@@ -206,7 +222,7 @@ class TrainSettings(Settings):
 
     stage: Literal["vision", "tokenizer", "decoder"]
     steps: PositiveInt
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     vision_weight: NonNegativeFloat = 0.5
     """Loss weight of a visual token; a text token weighs 1."""
     log_every: PositiveInt = 1
@@ -341,7 +357,7 @@ def load_model(preset: str, overrides: Iterable[str] = ()) -> ModelSettings:
     return parse(ModelSettings, tree)
 
 
-def _preset(name: str) -> dict[str, Any]:
-    if name not in PRESETS:
+def _preset(name: Any) -> dict[str, Any]:
+    if not isinstance(name, str) or name not in PRESETS:
         raise SettingsError(f"preset: unknown {name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name].model_dump()

@@ -4,13 +4,21 @@ The grammar needs no mask here: the decode loop computes only the rows of the he
 allows, which gives the same distribution, since a softmax forgets what all its entries share.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def guide(cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance on raw logits: ``uncond + guidance * (cond - uncond)``."""
-    return torch.lerp(uncond, cond, guidance)
+    """Classifier-free guidance on raw logits: ``uncond + guidance * (cond - uncond)``.
+
+    What overflows becomes the largest number of the dtype.
+    """
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guide: guidance must be finite and not negative, got {guidance}")
+    largest = torch.finfo(cond.dtype).max
+    return torch.lerp(uncond, cond, guidance).clamp(-largest, largest)
 
 
 def keep_top(logits: Tensor, top_k: int | None) -> Tensor:
@@ -30,9 +38,12 @@ def sample(
 
     With ``top_k=1`` the largest wins, the first of equals, and nothing is drawn.
     """
-    if temperature <= 0:
-        raise ValueError(f"sample: temperature must be positive, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"sample: temperature must be positive and finite, got {temperature}")
     if top_k == 1:
         return logits.argmax(-1)
-    chances = torch.softmax(keep_top(logits.float(), top_k) / temperature, dim=-1)
+    kept = keep_top(logits.float(), top_k)
+    # Below the largest, which stays at 0, everything may overflow; 1 / tiny does not.
+    below = (kept - kept.amax(-1, keepdim=True)) / max(temperature, torch.finfo(kept.dtype).tiny)
+    chances = torch.softmax(below, dim=-1)
     return torch.multinomial(chances, 1, generator=generator).squeeze(-1)

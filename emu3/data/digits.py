@@ -51,6 +51,9 @@ def load_split(held_out: float, seed: int = 0) -> tuple[Digits, Digits]:
     """Split the digits, each class in the same proportion: those to learn from, and the rest.
 
     The split depends on ``held_out`` and ``seed`` alone.
+
+    Raises:
+        ValueError: no digit is left to learn from.
     """
     # Here, because the painting and the captions below need no scikit-learn.
     from sklearn.datasets import load_digits
@@ -66,6 +69,10 @@ def load_split(held_out: float, seed: int = 0) -> tuple[Digits, Digits]:
         cut = round(len(members) * held_out)
         spared.append(members[:cut])
         kept.append(members[cut:])
+    if not any(len(members) for members in kept):
+        raise ValueError(
+            f"data.held_out: a digit at least must be left to learn from, got {held_out}"
+        )
     return digits[torch.cat(kept)], digits[torch.cat(spared)]
 
 

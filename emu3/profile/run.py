@@ -23,7 +23,7 @@ from emu3.profile.cost import (
     seconds_of,
     synchronize,
 )
-from emu3_kernels import linear, use_backend
+from emu3_kernels import attention, decode_attention, linear, use_backend
 
 SHORTEST = 1024
 ATTENTION_OPS = "attention", "decode_attention"
@@ -100,6 +100,8 @@ def run_profile(
             f"profile: context must be at most max_positions {settings.max_positions}, "
             f"got {context}"
         )
+    prefill = min(prefill, context)
+    try_attention(settings, dtype, device, against)
     model = random_model(settings, dtype, device)
     machine = measure_machine(dtype, torch.device(device))
     found = Profile(settings, dtype, machine)
@@ -114,7 +116,7 @@ def run_profile(
             }
             found.prefill[backend] = {
                 n: median_seconds(prefill_call(model, cache, n), 1 + (n < prefill), device)
-                for n in track(contexts_up_to(min(prefill, context)), f"prefill, {backend}")
+                for n in track(contexts_up_to(prefill), f"prefill, {backend}")
             }
     for n in contexts_up_to(context):
         found.bounds[n] = machine.bound(count(decode_call(model, cache, n)).total)
@@ -141,6 +143,19 @@ def backends(against: str | None) -> Iterator[tuple[str, object]]:
     yield "default", nullcontext()
     if against is not None:
         yield against, use_backend(against, *ATTENTION_OPS)
+
+
+def try_attention(
+    settings: ModelSettings, dtype: torch.dtype, device: str, against: str | None
+) -> None:
+    """Let a backend that is unknown, or cannot run, fail before anything is measured."""
+    q = torch.ones(1, 2, settings.heads, settings.head_width, dtype=dtype, device=device)
+    keys = torch.ones(1, 2, settings.kv_heads, settings.head_width, dtype=dtype, device=device)
+    lengths = torch.tensor([2], dtype=torch.int32, device=device)
+    for _, forced in backends(against):
+        with forced:
+            attention(q, keys, keys)
+            decode_attention(q, keys, keys, lengths)
 
 
 def decode_call(model: Emu3, cache: KeyValueCache, context: int) -> Callable[[], None]:

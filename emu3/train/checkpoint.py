@@ -4,10 +4,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from emu3.config import Recipe
 from emu3.train.stage import Stage
 from emu3.weights import fill, read_tensors, save_tensors
+from emu3.weights.files import copy, nothing_missing
 
 
 def save(path: Path, step: int, recipe: Recipe, stage: Stage) -> None:
@@ -28,30 +30,52 @@ def restore(path: Path, recipe: Recipe, stage: Stage) -> int:
     """Take up the state in ``path``; return the number of steps it has seen.
 
     Raises:
-        ValueError: one line, if ``path`` belongs to another recipe.
+        ValueError: one line, if ``path`` belongs to another recipe, or lacks a part.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("recipe") != recipe.model_dump_json():
         what = _difference(metadata, recipe)
         raise ValueError(f"resume: {path} belongs to another recipe: {what}")
+    needed = "random", *(f"stream.{name}" for name in stage.stream.state())
+    missing = [name for name in needed if name not in tensors]
+    if not metadata.get("step", "").isdecimal():
+        missing.append("the number of its step")
+    if missing:
+        raise ValueError(f"resume: {path} is incomplete: it lacks {', '.join(missing)}")
     for part, module in stage.modules.items():
         fill(module, _under(tensors, f"{part}."), path)
     for part, optimizer in stage.optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under(tensors, f"{part}.").items():
-            number, _, kind = name.partition(".")
-            moments.setdefault(int(number), {})[kind] = _laid_out_as(parameters[int(number)], value)
+        state = _optimizer_state(optimizer, _under(tensors, f"{part}."), part, path)
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
     stage.stream.restore(_under(tensors, "stream."))
     torch.set_rng_state(tensors["random"])
     return int(metadata["step"])
 
 
-def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A fused optimizer takes parameter and moments for alike in memory, and checks nothing."""
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+def _optimizer_state(
+    optimizer: Optimizer, found: dict[str, Tensor], part: str, path: Path
+) -> dict[int, dict[str, Tensor]]:
+    """What AdamW keeps of each parameter that has seen a gradient.
+
+    A fused optimizer takes parameter and moments for alike in memory, and checks nothing.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    learned = {name.partition(".")[0] for name in found}
+    state = {
+        number: {
+            "step": torch.empty(()),
+            "exp_avg": torch.empty_like(parameter),
+            "exp_avg_sq": torch.empty_like(parameter),
+        }
+        for number, parameter in enumerate(parameters)
+        if str(number) in learned
+    }
+    missing = {f"{n}.{kind}": view for n, kinds in state.items() for kind, view in kinds.items()}
+    for name, value in found.items():
+        copy(missing.pop(name, None), value, f"{part}.{name}", path)
+    nothing_missing({f"{part}.{name}": view for name, view in missing.items()}, path)
+    return state
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -46,11 +46,26 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The logged steps; a last line that was cut short is passed over."""
+    """The logged steps; a last line that was cut short is passed over.
+
+    Raises:
+        ValueError: a line that is not of a step.
+    """
     if not path.is_file():
         return []
     lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    whole = [line for line in lines if line.endswith("\n")]
+    return [_figures(line, f"line {number} of {path}") for number, line in enumerate(whole, 1)]
+
+
+def _figures(line: str, where: str) -> dict[str, float]:
+    try:
+        figures = json.loads(line)
+    except json.JSONDecodeError:
+        figures = None
+    if not isinstance(figures, dict) or not isinstance(figures.get("step"), int):
+        raise ValueError(f"metrics: {where} must hold a step and its figures, got {line.strip()!r}")
+    return figures
 
 
 def _cut(path: Path, step: int) -> None:

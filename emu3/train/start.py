@@ -98,7 +98,8 @@ def _draw(tokenizer: VisionTokenizer) -> None:
         if isinstance(module, SpatialNormSiLU):
             nn.init.ones_(module.conv_y.bias)
     s = tokenizer.settings
-    if s.code_width >= 3 and s.widths[-1] // s.groups >= _SMALLEST_GROUP:
+    room = s.code_width >= 3 and min(s.widths) >= 3
+    if room and s.widths[-1] // s.groups >= _SMALLEST_GROUP:
         _colours_in(tokenizer.encoder)
         _colours_out(tokenizer.decoder)
     if s.ema_decay is not None and s.revive_below > 0:

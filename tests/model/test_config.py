@@ -44,9 +44,17 @@ def test_a_table_of_the_recipe_refines_the_preset(tmp_path):
         ("optim.lr=-1", "optim.lr: Input should be greater than 0, got -1"),
         ("train.steps=soon", "train.steps: Input should be a valid integer"),
         ("preset=9b", "preset: unknown '9b'; expected one of 8b, mini"),
+        ("preset=[1]", "preset: unknown [1]; expected one of 8b, mini"),
+        ("vision.multipliers=[]", "vision.multipliers: Tuple should have at least 1 item"),
+        (f"train.seed={2**64}", "train.seed: Input should be less than 18446744073709551616"),
         ("optim.lr.peak=1", "optim.lr.peak: lr is a value, not a table"),
         ("optim.lr", "optim.lr: an override must read key=value"),
         ("model.kv_heads=3", "heads (4) must be a multiple of kv_heads"),
+        ("model.vocabulary.eol=99999", "model.vocabulary: eol (99999) must lie in [256, 264)"),
+        ("model.vocabulary.pad=99999", "model.vocabulary: pad (99999) must lie in [256, 264)"),
+        ("model.vocabulary.bos=-1", "model.vocabulary: bos (-1) must lie in [256, 264)"),
+        ("model.vocabulary.eos=259", "model.vocabulary: eos (259) must differ from bos"),
+        ("model.vocabulary.visual_start=-4", "model.vocabulary: pad (256) must lie in [256, -4)"),
     ],
 )
 def test_a_wrong_setting_gives_one_line_that_helps(word, line):

@@ -90,3 +90,28 @@ def test_a_context_beyond_the_positions_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^profile: context must be at most max_positions 128"):
         run_profile(TINY, context=129, prefill=1, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_is_no_longer_than_the_context(tmp_path):
+    """A prompt of 64 into a cache of 8 failed after all decodes were timed."""
+    found = run_profile(TINY, context=8, prefill=64, out=tmp_path, dtype=torch.float32, repeats=1)
+    assert list(found.prefill["default"]) == [8]
+    assert found.anatomies[1].title == "a prompt of 8"
+
+
+@pytest.mark.parametrize(
+    ("against", "fault", "line"),
+    [
+        ("nothing", ValueError, "attention: unknown backend 'nothing'; expected one of"),
+        ("flash_attn", NotImplementedError, "backend 'flash_attn' cannot run this call"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_measured(
+    against, fault, line, tmp_path, monkeypatch
+):
+    measured = []
+    monkeypatch.setattr("emu3.profile.run.measure_machine", lambda *_: measured.append("machine"))
+    monkeypatch.setattr("emu3.profile.run.random_model", lambda *_: measured.append("model"))
+    with pytest.raises(fault, match=line):
+        run_profile(TINY, context=8, prefill=8, out=tmp_path, against=against)
+    assert measured == []

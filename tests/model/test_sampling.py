@@ -1,5 +1,7 @@
 """Guidance, top-k and the draw itself."""
 
+import math
+
 import pytest
 import torch
 
@@ -55,8 +57,35 @@ def test_top_one_is_greedy_and_draws_nothing():
 
 @pytest.mark.parametrize(
     ("top_k", "temperature", "line"),
-    [(0, 1.0, "top_k must be at least 1, got 0"), (4, 0.0, "temperature must be positive, got 0")],
+    [
+        (0, 1.0, "top_k must be at least 1, got 0"),
+        (4, 0.0, "temperature must be positive and finite, got 0"),
+        (4, math.nan, "temperature must be positive and finite, got nan"),
+        (4, math.inf, "temperature must be positive and finite, got inf"),
+    ],
 )
 def test_meaningless_settings_are_refused(top_k, temperature, line):
     with pytest.raises(ValueError, match=line):
         sample(torch.zeros(1, 8), top_k=top_k, temperature=temperature, generator=None)
+
+
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, -1.0])
+def test_a_meaningless_guidance_is_refused(guidance):
+    with pytest.raises(ValueError, match="guidance must be finite and not negative, got"):
+        guide(torch.zeros(1, 8), torch.zeros(1, 8), guidance)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
+def test_the_coldest_draw_is_greedy(temperature):
+    """The quotient overflowed, and the draw died of chances that were NaN."""
+    logits = torch.tensor([[1.0, -70.0, 3.0, 2.9], [0.0, 500.0, -1.0, 0.0]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(logits, top_k=3, temperature=temperature, generator=generator)
+    assert drawn.tolist() == [2, 1]
+
+
+def test_the_strongest_guidance_still_leaves_chances():
+    cond, uncond = torch.tensor([[2.0, -1.0, 9.0]]), torch.tensor([[0.5, 4.0, -3.0]])
+    guided = guide(cond, uncond, 1e38)
+    assert guided.isfinite().all()
+    assert sample(guided, top_k=None, temperature=1.0, generator=None).tolist() == [2]

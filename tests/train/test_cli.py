@@ -1,14 +1,17 @@
 """The command line: what it writes, and one line for every mistake."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from emu3.cli import app
+from emu3.cli import _read, app
 from emu3.config import load_recipe
 from emu3.model import Emu3
-from emu3.weights import save_decoder
+from emu3.vision import VisionTokenizer
+from emu3.weights import save_decoder, save_vision
 from tests.train.recipes import decoder_words, vision_words
 
 
@@ -59,7 +62,11 @@ def test_the_same_seed_draws_the_same_picture(tmp_path, files):
         (["train", "digits", "data.tokenizer=none.safetensors"], "emu3: weights: no file none"),
         (["generate", "x", "--decoder", "none"], "emu3: weights: no file none"),
         (["generate", "x", "FILES", "--top-k", "0"], "emu3: keep_top: top_k must be at least 1"),
-        (["chat", "none.png", "FILES"], "emu3: [Errno 2] No such file or directory: "),
+        (["chat", "none.png", "FILES"], "emu3: image: none.png cannot be read: No such file"),
+        (
+            ["train", "vision", "data.held_out=0.9999"],
+            "emu3: data.held_out: a digit at least must ",
+        ),
     ],
 )
 def test_a_mistake_gives_one_line_an_exit_code_and_no_file(
@@ -79,4 +86,85 @@ def test_chat_refuses_what_is_no_picture(tmp_path, files):
     (tmp_path / "notes.png").write_text("words")
     done = emu3("chat", tmp_path / "notes.png", *files)
     assert done.exit_code == 1
-    assert "cannot identify image file" in done.stderr
+    assert "notes.png is no picture" in done.stderr
+
+
+def test_chat_refuses_a_picture_that_is_too_large_in_one_line(tmp_path, files, monkeypatch):
+    """Pillow's guard against bombs is no OSError, and came out as a traceback."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (30, 20)).save(tmp_path / "huge.png")
+    done = emu3("chat", tmp_path / "huge.png", *files)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("emu3: image: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_chat_turns_a_picture_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 3  # orientation: upside down
+    picture = Image.linear_gradient("L").convert("RGB")
+    picture.save(tmp_path / "turned.png", exif=exif)
+    picture.rotate(180).save(tmp_path / "upright.png")
+    turned, upright = (_read(tmp_path / name, 16) for name in ("turned.png", "upright.png"))
+    assert turned.equal(upright)
+    assert not turned.equal(turned.flip(1))
+
+
+def test_a_path_is_told_as_it_is(tmp_path, files):
+    """Rich took parts of it for markup: ``[/x]`` ended in a traceback, ``[red]`` vanished."""
+    for name in ("[/x].png", "[red].png", ":smile:.png"):
+        out = tmp_path / "m" / name
+        done = emu3("generate", "x", *files, "--out", out)
+        assert done.exit_code == 0, done.output
+        assert done.stdout == f"wrote {out}\n"
+        assert out.is_file()
+
+
+@pytest.mark.parametrize(
+    "words", [["tokenize", "x.png", "--out", "x"], ["detokenize", "x", "--out", "x"], ["profile"]]
+)
+def test_a_gpu_that_is_not_there_is_refused(words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = emu3(*words, "--device", "cuda")
+    assert done.exit_code == 1
+    assert done.stderr == "emu3: --device cuda: no GPU that PyTorch can use\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["generate", "x", "--seed", 2**64], "--seed"),
+        (["profile", "--context", "0"], "--context"),
+        (["profile", "--prefill", "0"], "--prefill"),
+    ],
+)
+def test_a_number_out_of_range_names_its_option(words, option):
+    done = emu3(*words)
+    assert done.exit_code == 2
+    plain = re.sub(r"\x1b\[[\d;]*m", "", done.stderr)  # CI may force colours
+    assert f"Invalid value for '{option}'" in plain
+
+
+def test_a_tokenizer_of_another_number_of_codes_is_refused(tmp_path, files):
+    """Its codes stood for ids that no codebook row, or another, belongs to."""
+    words = [*vision_words(), "vision.num_codes=16", "model.vocabulary.num_visual=16"]
+    vision = tmp_path / "small.safetensors"
+    save_vision(vision, VisionTokenizer(load_recipe("vision", words).vision))
+    done = emu3("generate", "x", *files[:3], vision, "--out", tmp_path / "x.png")
+    assert done.exit_code == 1
+    decoder = files[1]
+    assert done.stderr == f"emu3: {vision} has 16 codes, the vocabulary of {decoder} 512\n"
+
+
+def test_a_tokenizer_too_narrow_for_three_colours_trains_all_the_same(tmp_path):
+    """Three colours were to go straight through two channels: an IndexError."""
+    words = [
+        *vision_words(),
+        "train.steps=1",
+        "vision.base_channels=2",
+        "vision.groups=1",
+        "vision.attention_stages=[]",
+        "vision.multipliers=[1, 2]",
+    ]
+    done = emu3("train", "vision", *words, "--out", tmp_path)
+    assert done.exit_code == 0, done.output

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from emu3.train.loop import train
-from emu3.weights import read_tensors
+from emu3.train.metrics import Metrics
+from emu3.weights import read_tensors, save_tensors
 from tests.train.recipes import tiny_recipe
 
 # Ends its own process by SIGKILL: at a step, or inside a save with the new file written and
@@ -36,6 +38,16 @@ def count_down(*args, **named):
 setattr(module, name, count_down)
 loop.train(tiny_recipe(stage, folder), folder / "killed", resume=True)
 """
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A recipe of one step, and the tensors and metadata of its checkpoint."""
+    folder = tmp_path_factory.mktemp("saved")
+    recipe = tiny_recipe("vision", folder)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 1})})
+    train(recipe, folder)
+    return recipe, *read_tensors(folder / "checkpoint.safetensors")
 
 
 def run_until_killed(stage, folder, where, count):
@@ -89,3 +101,40 @@ def test_another_recipe_does_not_resume_and_says_what_differs(tmp_path):
         train(other, tmp_path / "run", resume=True)
     after, _ = read_tensors(tmp_path / "run" / "checkpoint.safetensors")
     assert all(before[name].equal(after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "step",
+        "random",
+        "stream.rest",
+        "stream.generator",
+        "optimizer.0.step",
+        "optimizer.0.exp_avg",
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_refused_by_name(lost, saved, tmp_path):
+    """A part that was missing came out as a KeyError, or as one of the optimizer's next step."""
+    recipe, tensors, metadata = saved
+    tensors, metadata = ({n: v for n, v in d.items() if n != lost} for d in (tensors, metadata))
+    save_tensors(tmp_path / "checkpoint.safetensors", tensors, metadata)
+    with pytest.raises(ValueError, match=rf"checkpoint.safetensors is .*lacks.*{lost}"):
+        train(recipe, tmp_path, resume=True)
+
+
+def test_moments_of_no_parameter_or_another_shape_are_refused(saved, tmp_path):
+    (recipe, tensors, metadata), path = saved, tmp_path / "checkpoint.safetensors"
+    save_tensors(path, {**tensors, "optimizer.9999.step": torch.tensor(1.0)}, metadata)
+    with pytest.raises(ValueError, match=r"optimizer.9999.step has no place here"):
+        train(recipe, tmp_path, resume=True)
+    save_tensors(path, {**tensors, "optimizer.0.exp_avg": torch.zeros(3)}, metadata)
+    with pytest.raises(ValueError, match=r"optimizer.0.exp_avg is \(3,\), expected"):
+        train(recipe, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', "[1]", '{"step": 0', '{"step": null}'])
+def test_a_curve_with_a_line_of_no_step_is_refused(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0, "loss": 1.0}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"^metrics: line 2 of .*metrics.jsonl must hold a step"):
+        Metrics(tmp_path, 1)
