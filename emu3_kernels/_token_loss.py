@@ -74,7 +74,7 @@ def divisor(weights: Tensor, normalizer: Tensor | float | None, reduction: str) 
     if isinstance(normalizer, Tensor):
         total = normalizer.to(weights).reshape(())
     elif normalizer is not None:
-        total = weights.new_tensor(normalizer)
+        total = weights.new_full((), normalizer)
     elif reduction == "mean":
         total = weights.sum()
     else:

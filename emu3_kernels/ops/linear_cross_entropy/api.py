@@ -12,17 +12,9 @@ from emu3_kernels._token_loss import check_settings, check_targets, divisor, red
 from emu3_kernels.ops.linear_cross_entropy import reference
 from emu3_kernels.ops.linear_cross_entropy.blocks import Settings
 from emu3_kernels.ops.linear_cross_entropy.shards import shard_of
+from emu3_kernels.ops.linear_cross_entropy.tiles import MEMORY, copies_of
 
 BACKENDS = load("linear_cross_entropy", "native", "triton")
-
-MEMORY = 512 << 20
-"""Bytes that a call may take beside its gradients and what is as large as hidden, by default.
-
-In bfloat16 they hold the sum of the gradient of Emu3's head at D = 512 and the logits of 896
-tokens, an eighth of what eager takes for 2,048, and no product is made twice: all logits at once
-are no faster, three quarters of the memory take nothing more either, a half takes 18 % longer and
-a quarter 22 % (measured, avx2, two threads).
-"""
 
 
 def linear_cross_entropy(
@@ -85,7 +77,7 @@ def linear_cross_entropy(
     """
     _check_operands(hidden, head)
     if memory is None:
-        memory = MEMORY + hidden.numel() * (2 * hidden.itemsize + 8)
+        memory = MEMORY + copies_of(hidden.numel(), hidden.dtype)
     shard = shard_of(hidden, head, targets, memory, group)
     check_targets(
         "linear_cross_entropy",

@@ -17,22 +17,22 @@ class Halves:
         self.out, self.upper = out, out.view(torch.int16)
         self.lower = torch.empty_like(self.upper)
         self.sums = out.new_empty((most_rows, out.shape[1]), dtype=torch.float32)
+        self.join, self.split = _join, _split
+        if out.is_cpu and out.is_contiguous() and not _native.MISSING:
+            ops = torch.ops.emu3_kernels
+            self.join, self.split = ops.join_halves, ops.split_halves
 
     def add_(self, rows: slice, a: Tensor, b: Tensor, *, first: bool, last: bool) -> None:
         """Add ``a @ b`` to ``rows``; the first product of a row begins its sum."""
         sums = self.sums[: rows.stop - rows.start]
         halves = self.upper[rows], self.lower[rows], sums
         if not first:
-            (torch.ops.emu3_kernels.join_halves if _are_plain(*halves) else _join)(*halves)
+            self.join(*halves)
         mm_(sums, a, b, add=not first)
         if last:
             self.out[rows].copy_(sums)
         else:
-            (torch.ops.emu3_kernels.split_halves if _are_plain(*halves) else _split)(*halves)
-
-
-def _are_plain(*tensors: Tensor) -> bool:
-    return not _native.MISSING and all(x.is_cpu and x.is_contiguous() for x in tensors)
+            self.split(*halves)
 
 
 def _join(upper: Tensor, lower: Tensor, sums: Tensor) -> None:

@@ -12,7 +12,7 @@ from emu3_kernels._cross_entropy_triton import SUMS_TILE, lanes, lead_of, sums_o
 from emu3_kernels._triton import Config, meta, why_not_triton
 from emu3_kernels.ops.linear_cross_entropy import blocks
 from emu3_kernels.ops.linear_cross_entropy.blocks import Kernels
-from emu3_kernels.ops.linear_cross_entropy.tiles import tile
+from emu3_kernels.ops.linear_cross_entropy.tiles import MEMORY, copies_of, tile
 
 
 def why_not(hidden: Tensor, *_: object) -> str | None:
@@ -81,7 +81,7 @@ def _add_kernel(
 def _emu3(first: int, *, smoothing: float = 0.0, backwards: bool = False) -> None:
     """2,048 tokens of Emu3's vocabulary, in blocks of the default memory."""
     head = meta(184622, 4096)
-    memory = (512 << 20) + 12 * 2048 * 4096
+    memory = MEMORY + copies_of(2048 * head.shape[1], head.dtype)
     block = tile(2048, *head.shape, head.dtype, memory, wants_head=True).classes
     logits = meta(2048, block)[:, : 184622 - first]
     targets, dlosses = meta(2048, dtype=torch.int64), meta(2048, dtype=torch.float32)
