@@ -89,7 +89,7 @@ def pictures(threads: list[int] | None, seconds: float) -> list[run.Run]:
 
 @app.command(name="all")
 def everything(allow_load: Load = False) -> None:
-    """Time and count everything and write the report: some 25 minutes on two quiet cores."""
+    """Time and count everything and write the report: some 20 to 30 minutes on two quiet cores."""
     start, write = time.monotonic(), not allow_load
     if (reason := machine.why_not_publish(machine.load())) and write:
         run.refuse([reason])

@@ -9,7 +9,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from benchmarks import bounds, clock, gpu_peers, peers
+from benchmarks import bounds, clock, gpu_peers, machine, peers
 from benchmarks.clock import Call, Clock
 from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
 from emu3_kernels import _native
@@ -24,6 +24,8 @@ SHORT = 0.1
 """Seconds below which a call is estimated anew, warm and without the profiler."""
 ESTIMATED = 1e-2
 """Seconds that the calls of an estimate last at least."""
+TOO_LONG = 10.0
+"""Seconds from which a call of ours is timed on most threads alone."""
 LONG = 1.0
 """Seconds from which a call is too dear to be made before the rounds, if a smaller one can warm."""
 SAME_CODES = 0.99
@@ -115,7 +117,8 @@ def cases(op: str, device: str = "cpu", scale: bool = False) -> list[Case]:
     """
     entry = peers.FIELDS.get(op, peers.Field())
     stated = part(op, "cases")
-    sample = stated.make(**stated.CHECK[0], dtype=entry.dtypes[0], device="cpu")
+    dtypes = entry.timed_in(device)
+    sample = stated.make(**stated.CHECK[0], dtype=dtypes[0], device="cpu")
     directions = entry.directions if differentiable(op, sample) else ("forward",)
     asked = [(size, direction) for size in stated.TIME for direction in directions]
     forward = [direction for direction in directions if direction in WITHOUT_GRADIENT]
@@ -125,7 +128,7 @@ def cases(op: str, device: str = "cpu", scale: bool = False) -> list[Case]:
     return [
         Case(op, backend, size, dtype, direction, device)
         for size, direction in asked
-        for dtype in entry.dtypes
+        for dtype in dtypes
         for backend in ours(op)
     ]
 
@@ -152,13 +155,15 @@ def lineup(case: Case) -> Lineup:
     """Bring everyone who can run ``case`` to its second call, each checked against ours.
 
     Raises:
-        NotImplementedError: our backend cannot run the case.
+        NotImplementedError: our backend cannot run the case, or not soon enough on few threads.
     """
     inputs = inputs_of(case)
     ours = caller(case, partial(public(case.op), backend=case.backend), inputs)
     forward = case.direction in WITHOUT_GRADIENT
     entered = Lineup(clock=clock.of(case.device))
     results = entered.enter(case.backend, ours)
+    if entered.seconds[case.backend] > TOO_LONG and torch.get_num_threads() < machine.cores():
+        raise NotImplementedError(f"{case}: a call takes over {TOO_LONG:g} s on few threads")
     entered.results_mib = sum(result.nbytes for result in as_tuple(results)) / 2**20
     check(case.op, case.backend, case.dtype, case.device)
     allowed = with_budgets(case.dtype, results, plain_results(case)) if forward else []

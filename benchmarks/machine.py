@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from emu3_kernels import _native
+from emu3_kernels._products import SLOW_IN_BFLOAT16
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
@@ -61,6 +63,13 @@ def kind() -> str:
     """Name the kind of machine whose results belong together: the level in force, or ``cuda``."""
     level = "base" if _native.MISSING else _native.cpu_level()
     return level if device() == "cpu" else "cuda"
+
+
+def multiplied_in(dtypes: Iterable[torch.dtype], device: str) -> tuple[torch.dtype, ...]:
+    """Return those in which PyTorch multiplies in seconds: without AVX-512 bfloat16 is none."""
+    if device == "cpu" and SLOW_IN_BFLOAT16:
+        return tuple(dict.fromkeys(torch.promote_types(dtype, torch.float32) for dtype in dtypes))
+    return tuple(dtypes)
 
 
 def cores() -> int:

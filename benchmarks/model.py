@@ -20,7 +20,6 @@ from emu3.config import PRESETS, ModelSettings
 from emu3.model import Emu3
 from emu3.weights import official_views
 from emu3_kernels import huggingface
-from emu3_kernels._products import SLOW_IN_BFLOAT16
 
 OURS, THEIRS, APPLIED = "emu3.Emu3", "Hugging Face", "Hugging Face with our ops"
 
@@ -55,9 +54,9 @@ class Entrant(NamedTuple):
     loss: Loss
 
 
-def entrants(settings: ModelSettings) -> list[Entrant]:
-    """Build everyone in bfloat16 with the same weights, ours first."""
-    theirs = hugging_face(settings)
+def entrants(settings: ModelSettings, dtype: torch.dtype) -> list[Entrant]:
+    """Build everyone with the same weights, ours first."""
+    theirs = hugging_face(settings, dtype)
     return [
         Entrant(OURS, emu3(settings, theirs), weighted),
         Entrant(THEIRS, theirs, labelled),
@@ -67,15 +66,15 @@ def entrants(settings: ModelSettings) -> list[Entrant]:
 
 def emu3(settings: ModelSettings, theirs: nn.Module) -> Emu3:
     """Build our decoder with the weights of ``theirs``."""
-    ours = Emu3(settings).to(torch.bfloat16)
+    ours = Emu3(settings).to(theirs.dtype)
     weights = theirs.state_dict()
     for name, view in official_views(ours).items():
         view.copy_(weights[name])
     return ours
 
 
-def hugging_face(settings: ModelSettings) -> nn.Module:
-    """Build theirs as ``from_pretrained`` would: bfloat16, the rotary frequencies in float32."""
+def hugging_face(settings: ModelSettings, dtype: torch.dtype) -> nn.Module:
+    """Build theirs as ``from_pretrained`` would: the rotary frequencies stay float32."""
     from transformers import Emu3ForCausalLM, Emu3TextConfig
 
     config = Emu3TextConfig(
@@ -97,7 +96,7 @@ def hugging_face(settings: ModelSettings) -> nn.Module:
     model = Emu3ForCausalLM(config)
     frequencies = model.model.rotary_emb
     model.model.rotary_emb = copy.deepcopy(frequencies)
-    model.to(torch.bfloat16)
+    model.to(dtype)
     model.model.rotary_emb = frequencies
     return model.train()
 
@@ -132,9 +131,8 @@ def matrices(settings: ModelSettings, num_tokens: int, counted: int) -> list[tup
     return [*blocks, (counted, s.width, s.vocabulary.size)]
 
 
-def products(shapes: list[tuple[int, int, int]], device: str = "cpu") -> Call:
+def products(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu") -> Call:
     """Multiply what a step multiplies: each product, and the two that its gradients take."""
-    dtype = torch.float32 if SLOW_IN_BFLOAT16 and device == "cpu" else torch.bfloat16
     on = {"device": device, "dtype": dtype}
     drawn = {s: [torch.randn(s[0], n, **on) for n in s[1:]] for s in set(shapes)}
     weights = {s: torch.randn(s[2], s[1], **on) for s in set(shapes)}
@@ -202,7 +200,8 @@ def lineup(
         entered.peak_mib[name] -= gradients / 2**20
         if abs(losses[name] / losses[OURS] - 1) > SAME_LOSS:
             entered.drop(name, f"its loss is {losses[name]:.4f}, ours {losses[OURS]:.4f}")
-    entered.enter(PRODUCTS, products(matrices(settings, num_tokens, counted), device))
+    dtype = next(everyone[0].model.parameters()).dtype
+    entered.enter(PRODUCTS, products(matrices(settings, num_tokens, counted), dtype, device))
     return entered
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import eager
+from benchmarks import eager, machine
 
 Call = Callable[[], object]
 
@@ -29,6 +29,7 @@ OUTSIDE_TORCH = ("faiss", "scipy k-d tree")
 
 
 ONE_OPERATOR = "calls the same scaled_dot_product_attention as eager does"
+ONE_PRODUCT = "calls the same product as eager does"
 CONVOLUTIONS = (
     "calls the convolutions that eager calls, at 0.67 to 1.08 of its speed (122 rows, avx512_bf16)"
 )
@@ -61,8 +62,13 @@ class Field:
     in_place: Mapping[str, Callable[..., Call]] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     directions: tuple[str, ...] = ("forward", "backward")
+    multiplies: bool = False
+    """Whether ``eager`` multiplies in the dtype: not timed in one that takes minutes."""
     uncompiled: str = ""
     """Why ``eager`` is not timed compiled too; empty if it is."""
+
+    def timed_in(self, device: str) -> tuple[torch.dtype, ...]:
+        return machine.multiplied_in(self.dtypes, device) if self.multiplies else self.dtypes
 
 
 def nearest_code(z: Tensor, codebook: Tensor, search: Callable | None = None) -> Tensor:
@@ -277,8 +283,12 @@ FIELDS: dict[str, Field] = {
     "rope_append": Field(peers={"vLLM (in place, two calls)": vllm_rope_append}),
     "cross_entropy": Field(eager.cross_entropy, directions=BOTH),
     # Its forward pass makes the gradients too, so that only the whole can be compared.
-    "linear_cross_entropy": Field(eager.linear_cross_entropy, directions=BOTH[1:]),
-    "attention": Field(eager.attention, {"vLLM": vllm_attention}, uncompiled=ONE_OPERATOR),
+    "linear_cross_entropy": Field(
+        eager.linear_cross_entropy, directions=BOTH[1:], multiplies=True
+    ),
+    "attention": Field(
+        eager.attention, {"vLLM": vllm_attention}, multiplies=True, uncompiled=ONE_OPERATOR
+    ),
     "decode_attention": Field(
         eager.decode_attention, {"vLLM": vllm_decode_attention}, uncompiled=ONE_OPERATOR
     ),
@@ -288,16 +298,18 @@ FIELDS: dict[str, Field] = {
         eager.causal_conv3d,
         dtypes=WIDE_AND_NARROW,
         directions=BOTH,
+        multiplies=True,
         uncompiled=CONVOLUTIONS,
     ),
     "temporal_residual": Field(
         eager.temporal_residual,
         dtypes=WIDE_AND_NARROW,
         directions=BOTH,
+        multiplies=True,
         uncompiled=CONVOLUTIONS,
     ),
-    "linear": Field(eager.linear),
-    "conv3x3": Field(eager.conv3x3, directions=("forward",)),
+    "linear": Field(eager.linear, uncompiled=ONE_PRODUCT),
+    "conv3x3": Field(eager.conv3x3, directions=("forward",), uncompiled=CONVOLUTIONS),
     "nearest_code": Field(
         nearest_code,
         {

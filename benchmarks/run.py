@@ -106,7 +106,7 @@ def time_one(run: Run, write: bool) -> str | None:
         return None
     if reason := machine.why_not_publish(*(load for row in rows for load in row["load"])):
         return reason
-    for count in run.threads:
+    for count in sorted({row["threads"] for row in rows}):
         on = [b for b in timed["benchmarks"] if b["extra_info"]["threads"] == count]
         written = publish(RESULTS / machine.kind(), run.op, count, timed | {"benchmarks": on})
         console.print(f"wrote {written}")

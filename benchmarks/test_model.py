@@ -12,8 +12,13 @@ from benchmarks.test_ops import row
 
 
 @pytest.fixture(scope="module")
-def everyone() -> list[model.Entrant]:
-    return model.entrants(model.SETTINGS)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return machine.multiplied_in([torch.bfloat16], request.config.getoption("--device"))[0]
+
+
+@pytest.fixture(scope="module")
+def everyone(dtype: torch.dtype) -> list[model.Entrant]:
+    return model.entrants(model.SETTINGS, dtype)
 
 
 @pytest.mark.parametrize("counted", [model.TOKENS, model.TOKENS // 2])
@@ -21,6 +26,7 @@ def test_model(
     counted: int,
     threads: int,
     everyone: list[model.Entrant],
+    dtype: torch.dtype,
     benchmark,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -29,7 +35,7 @@ def test_model(
     lineup = model.lineup(everyone, model.SETTINGS, model.TOKENS, counted, device)
     taken = interleave(benchmark, lineup.calls, lineup.seconds, asked("--seconds"), lineup.clock)
     size = {"tokens": model.TOKENS, "counted": counted}
-    case = Case("model", model.OURS, size, torch.bfloat16, "forward+backward", device)
+    case = Case("model", model.OURS, size, dtype, "forward+backward", device)
     bound = model.bound(model.matrices(model.SETTINGS, model.TOKENS, counted), taken)
     loads = [before, machine.load()]
     written = row(case, threads, loads, lineup, taken, bound)

@@ -16,6 +16,8 @@ def test_vision(
 ) -> None:
     asked, before = request.config.getoption, machine.load()
     device = asked("--device")
+    if dtype not in machine.multiplied_in([dtype], device):
+        pytest.skip(f"PyTorch takes minutes to multiply {dtype} without AVX-512")
     lineup = vision.lineup(VisionSettings(), vision.PICTURE, dtype, device)
     taken = interleave(benchmark, lineup.calls, lineup.seconds, asked("--seconds"), lineup.clock)
     if dtype == torch.float32 and vision.THEIRS in lineup.calls:

@@ -18,7 +18,7 @@ NUM_TOKENS, COUNTED = 40, 23
 
 @pytest.fixture(scope="module")
 def everyone():
-    return model.entrants(TINY)
+    return model.entrants(TINY, torch.bfloat16)
 
 
 def test_everyone_computes_the_same_loss_of_the_tokens_that_count(everyone):
@@ -68,13 +68,13 @@ class Products(TorchFunctionMode):
 
 
 def test_the_bound_counts_every_matrix_three_times_and_the_head_for_tokens_that_count():
-    module = model.emu3(TINY, model.hugging_face(TINY))
+    module = model.emu3(TINY, model.hugging_face(TINY, torch.bfloat16))
     head = module.head.weight.numel()
     matrices = sum(p.numel() for p in module.blocks.parameters() if p.dim() == 2)
     shapes = model.matrices(TINY, NUM_TOKENS, COUNTED)
     assert model.flops(shapes) == 6 * (NUM_TOKENS * matrices + COUNTED * head)
     with Products() as multiplied:
-        model.products(shapes)()
+        model.products(shapes, torch.bfloat16)()
     assert multiplied.flops == model.flops(shapes)
 
 

@@ -183,6 +183,28 @@ def test_a_peer_that_the_compiler_leaves_as_it_is_is_not_timed_twice(monkeypatch
     assert lineup.missing == {peers.COMPILED: "same"}
 
 
+def test_products_are_timed_in_float32_alone_where_bfloat16_takes_minutes(monkeypatch):
+    entry = peers.Field(dtypes=peers.WIDE_AND_NARROW, multiplies=True)
+    for slow, timed in ((True, (torch.float32,)), (False, (torch.float32, torch.bfloat16))):
+        monkeypatch.setattr(machine, "SLOW_IN_BFLOAT16", slow)
+        assert entry.timed_in("cpu") == timed
+        assert entry.timed_in("cuda") == replace(entry, multiplies=False).timed_in("cpu")
+        dtypes = {case.dtype for case in contestants.cases("causal_conv3d")}
+        assert dtypes == set(timed)
+
+
+def test_a_call_of_many_seconds_is_timed_on_most_threads_alone(results, monkeypatch):
+    monkeypatch.setattr(contestants, "TOO_LONG", 0.0)
+    monkeypatch.setattr(machine, "cores", lambda: torch.get_num_threads() + 1)
+    with pytest.raises(NotImplementedError, match="on few threads"):
+        contestants.lineup(CASE)
+    monkeypatch.setattr(machine, "cores", lambda: torch.get_num_threads())
+    assert "native" in contestants.lineup(CASE).calls
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    assert run_ops("--threads", "2").exit_code == 0  # what was timed on one alone is published
+    assert [path.name for path in (results / machine.kind()).iterdir()] == ["swiglu-threads1.json"]
+
+
 def test_a_loss_is_computed_and_differentiated_in_every_call():
     case = replace(CASE, op="cross_entropy", direction="forward+backward")
     inputs = part("cross_entropy", "cases").make(tokens=3, classes=8, **IN_BFLOAT16)
