@@ -283,9 +283,7 @@ FIELDS: dict[str, Field] = {
     "rope_append": Field(peers={"vLLM (in place, two calls)": vllm_rope_append}),
     "cross_entropy": Field(eager.cross_entropy, directions=BOTH),
     # Its forward pass makes the gradients too, so that only the whole can be compared.
-    "linear_cross_entropy": Field(
-        eager.linear_cross_entropy, directions=BOTH[1:], multiplies=True
-    ),
+    "linear_cross_entropy": Field(eager.linear_cross_entropy, directions=BOTH[1:], multiplies=True),
     "attention": Field(
         eager.attention, {"vLLM": vllm_attention}, multiplies=True, uncompiled=ONE_OPERATOR
     ),
