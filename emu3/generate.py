@@ -105,8 +105,10 @@ def generate_captions(
 
 
 def _cache(model: Emu3, batch: int, capacity: int) -> KeyValueCache:
-    weight = model.head.weight
-    return KeyValueCache(model.settings, batch, capacity, dtype=weight.dtype, device=weight.device)
+    device, dtype = model.head.weight.device, model.head.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return KeyValueCache(model.settings, batch, capacity, dtype=dtype, device=device)
 
 
 def _last_hidden(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels._products import SLOW_IN_BFLOAT16, autocast
+from emu3_kernels._products import SLOW_IN_BFLOAT16
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
@@ -185,8 +185,7 @@ def _decoder_layer(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         names = [*inspect.signature(type(self).forward).parameters][2:]
         kwargs |= zip(names, args, strict=False)
     branch, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-    # Under autocast the branch is narrower than the stream, and the sum as wide as the stream.
-    branch = self.dropout(branch).to(hidden_states.dtype)
+    branch = self.dropout(branch)
     norm = self.post_attention_layernorm
     if _is_hooked(norm):
         residual = branch + hidden_states
@@ -263,12 +262,10 @@ def _loss(
     """``ForCausalLMLoss`` of transformers: a token predicts the label of the next one."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden, head = autocast(hidden), autocast(head)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return linear_cross_entropy(
-            hidden,
-            head,
-            shift_labels.reshape(hidden.shape[:-1]).to(hidden.device),
-            normalizer=num_items_in_batch,
-            ignore_index=ignore_index,
-        )
+    return linear_cross_entropy(
+        hidden,
+        head,
+        shift_labels.reshape(hidden.shape[:-1]).to(hidden.device),
+        normalizer=num_items_in_batch,
+        ignore_index=ignore_index,
+    )

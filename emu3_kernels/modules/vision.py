@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels._products import autocast, widened
+from emu3_kernels._products import widened
 from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
 from emu3_kernels.ops.causal_conv3d.cache import FrameCache
 from emu3_kernels.ops.conv3x3.api import conv3x3
@@ -137,9 +137,8 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Convolve ``x [B, C, H, W]`` and add ``residual [B, O, H, W]``, under autocast rounded."""
-        operands = (autocast(operand) for operand in (x, self.weight, self.bias))
-        return conv3x3(*operands, None if residual is None else autocast(residual))
+        """Convolve ``x [B, C, H, W]`` and add ``residual [B, O, H, W]``."""
+        return conv3x3(x, self.weight, self.bias, residual)
 
 
 class CausalConv3d(nn.Conv3d):

@@ -66,6 +66,19 @@ def test_writing_in_place_compiles_as_one_graph(backend):
     assert torch.equal(residual, expected[1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_promotes_the_branch_of_a_layer_as_pytorch_s_sum_does(backend):
+    x, residual, weight = some((3, 41), torch.float32)
+    narrow = runnable(backend, torch.bfloat16)
+    for branch, stream in ((x.to(narrow), residual), (x, residual.to(narrow))):
+        expected = call(backend, branch.float(), stream.float(), weight)
+        with torch.autocast("cpu", narrow):
+            actual = call(backend, branch, stream, weight)
+        assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+        with pytest.raises(ValueError, match="x and residual must share"):
+            call(backend, branch, stream, weight)
+
+
 def test_unusable_out_is_refused():
     x, residual, weight = some((3, 8), torch.float32)
     with pytest.raises(ValueError, match="out must be two contiguous tensors"):

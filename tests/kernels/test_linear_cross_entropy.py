@@ -238,3 +238,23 @@ def test_a_head_without_channels_finds_all_classes_alike():
         torch.zeros(2, 3, 0), torch.zeros(7, 0), torch.zeros(2, 3, dtype=torch.int64)
     )
     torch.testing.assert_close(loss, torch.tensor(7.0).log())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", [*FUSED, "reference"])
+def test_autocast_narrows_the_operands_and_nothing_more(backend, reduction):
+    """A head of float32 under a decoder that autocast had narrowed was refused."""
+    name, level = at_level(backend)
+    narrow = runnable(backend, torch.bfloat16)
+    inputs = make(tokens=70, width=16, classes=1100)
+    hidden, head = (inputs.pop(n).requires_grad_() for n in ("hidden", "head"))
+    call = partial(linear_cross_entropy, **inputs, reduction=reduction, backend=name)
+    with level:
+        expected = call(hidden.to(narrow), head.to(narrow)).sum()
+        expected = expected, *torch.autograd.grad(expected, (hidden, head))
+        with torch.autocast("cpu", narrow):
+            loss = call(hidden.to(narrow), head).sum()
+            assert loss.equal(call(hidden, head).sum())
+            actual = loss, *torch.autograd.grad(loss, (hidden, head))
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.equal(theirs)

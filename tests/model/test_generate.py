@@ -31,6 +31,16 @@ def test_captions_equal_those_written_without_a_cache():
     assert written == [write_without_a_cache(model, one, 10) for one in codes]
 
 
+def test_under_autocast_keys_and_values_are_kept_narrow():
+    model, random = tiny_model(), torch.Generator().manual_seed(2)
+    codes = torch.randint(IDS.num_visual, (3, 2, 3), generator=random)
+    with torch.autocast("cpu", torch.bfloat16):
+        written = generate_captions(model, TEXT, codes, max_new_tokens=10)
+        assert written == [write_without_a_cache(model, one, 10) for one in codes]
+        drawn = generate_images(model, TEXT, CAPTIONS, GRID, Sampling(top_k=1))
+    assert drawn.shape == (3, *GRID)
+
+
 def test_an_ended_caption_stays_ended_while_others_go_on():
     """EOS wins at once where its head row points along the hidden state of one prompt only."""
     model, codes = tiny_model(), torch.tensor([[[1, 2]], [[400, 17]]])

@@ -13,6 +13,7 @@ from emu3.cache import KeyValueCache
 from emu3.config import PRESETS
 from emu3.model import Emu3, seed_visual_rows
 from emu3.weights import load_decoder_into
+from emu3_kernels import use_backend
 from tests.budget import assert_as_accurate
 from tests.model.tiny import TINY, tiny_model
 
@@ -99,6 +100,25 @@ def test_the_loss_weighs_every_target():
     with torch.no_grad():
         actual, low = model.loss(tokens, weights), plain(model)
         assert_as_accurate("loss", actual, low, plain(model.double()))
+
+
+def test_under_autocast_it_trains_as_exactly_as_plain_pytorch():
+    """The branch of a layer, and the head, were refused: one is narrow, the other is not."""
+    tokens = some_tokens(2, 13)
+    weights = torch.rand(2, 13, generator=torch.Generator().manual_seed(1))
+
+    def trained(model):
+        loss = model.loss(tokens, weights)
+        loss.backward()
+        return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+    exact = trained(tiny_model().double())
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = trained(tiny_model())
+        with use_backend("reference"):
+            low = trained(tiny_model())
+    for name, value in actual.items():
+        assert_as_accurate(name, value, low[name], exact[name])
 
 
 def drop(model, embeddings, attention, branches):

@@ -44,6 +44,9 @@ def add_rms_norm(
     and the backward pass, or a checkpoint's second forward pass, keeps them
     again; only the seed is saved.
 
+    Under ``torch.autocast`` the result of a sublayer is narrower than the stream: ``x`` and
+    ``residual`` are promoted to one dtype there, as in PyTorch's sum.
+
     Args:
         x: ``[..., D]``, any floating dtype: what the last sublayer added.
         residual: same shape, dtype and device as ``x``: the stream it adds to.
@@ -60,6 +63,9 @@ def add_rms_norm(
         ``(y, summed)``, both ``[..., D]`` in the dtype of ``x``; ``summed`` is
         the residual of the next sublayer. ``out``, if given.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wide), residual.to(wide)
     check_alike("add_rms_norm", x=x, residual=residual)
     check_channel_weight("add_rms_norm", x, weight)
     check_dropout("add_rms_norm", dropout_p, seed, x.device)

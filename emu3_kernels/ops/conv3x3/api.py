@@ -12,6 +12,7 @@ from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_floating, describe
 from emu3_kernels._dispatch import choose, load
 from emu3_kernels._layout import from_channels_last, to_channels_last
+from emu3_kernels._products import autocast
 from emu3_kernels.ops.conv3x3 import reference
 
 HAS_TILES = _native.cpu_levels()[-1:] == ("amx",)
@@ -34,7 +35,8 @@ def conv3x3(
     and rounded once. The rest is left to ``aten``, PyTorch's own convolution (oneDNN, cuDNN): GPUs;
     float32, whose last digits Winograd costs; channels that fill no block; pictures of fewer than
     128 tiles of 4x4, which do not pay for the weights' transform; and, unless native is asked for,
-    processors with AMX. It rounds before it adds the residual. Differentiable in all tensors.
+    processors with AMX. It rounds before it adds the residual. Differentiable in all tensors;
+    ``torch.autocast`` narrows them.
 
     The native error is that of a whole 4x4 tile: in one that reads a pixel of 1e4, results of 4 or
     less are off by up to 0.04 (aten's by 0.008), and a NaN spoils all of the tile it lies in.
@@ -54,6 +56,8 @@ def conv3x3(
     Returns:
         ``[B, O, H, W]`` in the dtype of ``x``.
     """
+    x, weight, bias = autocast(x), autocast(weight), autocast(bias)
+    residual = None if residual is None else autocast(residual)
     _check(x, weight, bias, residual)
     chosen = choose("conv3x3", BACKENDS, backend, x, weight)
     if chosen == "reference":

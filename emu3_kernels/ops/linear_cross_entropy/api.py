@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._checks import check_floating, check_has_channels, describe, rows
 from emu3_kernels._dispatch import choose, load
+from emu3_kernels._products import autocast
 from emu3_kernels._token_loss import check_settings, check_targets, divisor, reduce, token_weights
 from emu3_kernels.ops.linear_cross_entropy import reference
 from emu3_kernels.ops.linear_cross_entropy.blocks import Settings
@@ -46,7 +47,8 @@ def linear_cross_entropy(
     are multiplied again: at most one product more. Differentiable in hidden and head: where a
     gradient is asked for, the forward pass computes it and keeps it in place of the logits, and the
     backward pass scales it; ``"none"`` computes it in the backward pass. The backend
-    ``"reference"`` keeps all logits and knows no ``memory``.
+    ``"reference"`` keeps all logits and knows no ``memory``. ``torch.autocast`` narrows hidden and
+    head, as it does for ``torch.nn.functional.linear``.
 
     With a ``group``, rank r holds the classes that follow those of rank r - 1: any number of them,
     none too. Everything else is the same on all ranks, ``targets`` count over the whole group,
@@ -75,6 +77,7 @@ def linear_cross_entropy(
     Returns:
         A scalar, or ``[...]`` for ``"none"``; float32 (float64 for float64 inputs).
     """
+    hidden, head = autocast(hidden), autocast(head)
     _check_operands(hidden, head)
     if memory is None:
         memory = MEMORY + copies_of(hidden.numel(), hidden.dtype)
