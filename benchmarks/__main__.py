@@ -89,7 +89,10 @@ def pictures(threads: list[int] | None, seconds: float) -> list[run.Run]:
 
 @app.command(name="all")
 def everything(allow_load: Load = False) -> None:
-    """Time and count everything and write the report: some 20 to 30 minutes on two quiet cores."""
+    """Time and count everything and write the report.
+
+    Some 20 minutes on two quiet cores, 35 without AVX-512.
+    """
     start, write = time.monotonic(), not allow_load
     if (reason := machine.why_not_publish(machine.load())) and write:
         run.refuse([reason])
