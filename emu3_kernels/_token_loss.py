@@ -38,6 +38,7 @@ def check_settings(
     targets: Tensor,
     weights: Tensor | None,
     normalizer: Tensor | float | None,
+    z_loss: float,
     label_smoothing: float,
     reduction: str,
 ) -> None:
@@ -51,7 +52,9 @@ def check_settings(
         raise ValueError(
             f"{op}: normalizer must hold one number, got shape {tuple(normalizer.shape)}"
         )
-    for name, constant in (("weights", weights), ("normalizer", normalizer)):
+    constants = {"weights": weights, "normalizer": normalizer}
+    constants |= {"z_loss": z_loss, "label_smoothing": label_smoothing}
+    for name, constant in constants.items():
         if isinstance(constant, Tensor) and constant.requires_grad:
             raise ValueError(f"{op}: {name} is a constant, got a tensor that requires grad")
     if not 0 <= label_smoothing <= 1:

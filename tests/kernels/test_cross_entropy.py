@@ -205,8 +205,10 @@ def test_bad_arguments_are_named():
         cross_entropy(logits.long(), targets)
     with pytest.raises(ValueError, match="weights must share shape and device with targets"):
         cross_entropy(logits, targets, weights=weights[:5])
-    with pytest.raises(ValueError, match="weights is a constant"):
-        cross_entropy(logits, targets, weights=weights.requires_grad_())
+    for name in ("weights", "normalizer", "z_loss", "label_smoothing"):
+        varied = torch.ones(6 if name == "weights" else (), requires_grad=True)
+        with pytest.raises(ValueError, match=f"{name} is a constant"):
+            cross_entropy(logits, targets, **{name: varied})
     with pytest.raises(ValueError, match="normalizer must hold one number"):
         cross_entropy(logits, targets, normalizer=torch.ones(2))
     with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'max'"):

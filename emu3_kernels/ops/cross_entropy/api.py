@@ -63,7 +63,8 @@ def cross_entropy(
         num_classes=num_classes,
         ignore_index=ignore_index,
     )
-    check_settings("cross_entropy", targets, weights, normalizer, label_smoothing, reduction)
+    constants = weights, normalizer, z_loss, label_smoothing, reduction
+    check_settings("cross_entropy", targets, *constants)
     chosen = choose("cross_entropy", BACKENDS, backend, logits)
     if chosen == "reference":
         return reference.cross_entropy(

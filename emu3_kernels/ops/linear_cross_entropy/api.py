@@ -89,7 +89,8 @@ def linear_cross_entropy(
         num_classes=shard.num_classes,
         ignore_index=ignore_index,
     )
-    check_settings("linear_cross_entropy", targets, weights, normalizer, label_smoothing, reduction)
+    constants = weights, normalizer, z_loss, label_smoothing, reduction
+    check_settings("linear_cross_entropy", targets, *constants)
     chosen = choose("linear_cross_entropy", BACKENDS, backend, hidden, head)
     if chosen == "reference":
         return reference.linear_cross_entropy(
