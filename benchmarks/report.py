@@ -40,8 +40,8 @@ ranks nobody.
 
 `torch.compile(out=)` writes its result into memory that is there, vLLM does so too and partly in
 place; ours makes a fresh result. Without AVX-512 PyTorch takes minutes for the larger products and
-convolutions in bfloat16: what is made of them is timed in float32 alone there, and a call of ours
-that takes over ten seconds on all threads alone.
+convolutions in bfloat16: what is made of them is timed in float32 alone there. Where a call of ours
+takes over ten seconds, it is timed on the most threads alone.
 
 `model` is a whole training step, forward and backward without an optimizer; its `MiB` stand above
 weights and gradients. `vision` is one picture, encoded and decoded by the full-size tokenizer. On a

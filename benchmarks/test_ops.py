@@ -1,5 +1,6 @@
 """One test, one row: an op of ours beside its peers and the bound, in interleaved rounds."""
 
+from math import inf
 from statistics import median
 
 import pytest
@@ -15,14 +16,15 @@ NOT_RIVALS = (READ, COPY, MULTIPLY, PRODUCTS, EMPTY)
 
 
 def test_op(case: Case, threads: int, benchmark, request: pytest.FixtureRequest) -> None:
-    before = machine.load()
+    asked, before = request.config.getoption, machine.load()
+    few = threads < max(asked("--threads") or [1])
     with torch.set_grad_enabled(case.direction not in contestants.WITHOUT_GRADIENT):
         try:
-            lineup = contestants.lineup(case)
+            lineup = contestants.lineup(case, contestants.TOO_LONG if few else inf)
         except NotImplementedError as reason:
             pytest.skip(str(reason))
-        seconds = request.config.getoption("--seconds")
-        taken = interleave(benchmark, lineup.calls, lineup.seconds, seconds, lineup.clock)
+        calls, seconds = lineup.calls, asked("--seconds")
+        taken = interleave(benchmark, calls, lineup.seconds, seconds, lineup.clock)
     loads = [before, machine.load()]
     bound = bounds.bound(case, taken)
     benchmark.extra_info.update(row(case, threads, loads, lineup, taken, bound))

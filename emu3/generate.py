@@ -105,10 +105,8 @@ def generate_captions(
 
 
 def _cache(model: Emu3, batch: int, capacity: int) -> KeyValueCache:
-    device, dtype = model.head.weight.device, model.head.weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    return KeyValueCache(model.settings, batch, capacity, dtype=dtype, device=device)
+    like = model.head(model.head.weight[:0])  # as keys and values are, under autocast too
+    return KeyValueCache(model.settings, batch, capacity, dtype=like.dtype, device=like.device)
 
 
 def _last_hidden(

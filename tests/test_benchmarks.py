@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import inf
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.bounds import COPY, READ
 from benchmarks.conftest import pytest_generate_tests as generate
 from benchmarks.contestants import Case, Lineup
 from benchmarks.test_ops import row as row_of
+from benchmarks.test_ops import test_op as time_op
 from emu3_kernels.ops import OPS
 from emu3_kernels.ops.swiglu import native
 from tests.kernels.suite import part
@@ -193,15 +195,23 @@ def test_products_are_timed_in_float32_alone_where_bfloat16_takes_minutes(monkey
         assert dtypes == set(timed)
 
 
-def test_a_call_of_many_seconds_is_timed_on_most_threads_alone(results, monkeypatch):
-    monkeypatch.setattr(contestants, "TOO_LONG", 0.0)
-    monkeypatch.setattr(machine, "cores", lambda: torch.get_num_threads() + 1)
-    with pytest.raises(NotImplementedError, match="on few threads"):
-        contestants.lineup(CASE)
-    monkeypatch.setattr(machine, "cores", lambda: torch.get_num_threads())
-    assert "native" in contestants.lineup(CASE).calls
+def test_a_call_of_many_seconds_is_timed_on_the_most_threads_alone(monkeypatch):
+    asked = {"--threads": [1, 3], "--seconds": 0.0}
+    request = SimpleNamespace(config=SimpleNamespace(getoption=asked.get))
+    longest = []
+    monkeypatch.setattr(contestants, "lineup", lambda case, most: longest.append(most) or 1 / 0)
+    for threads in (3, 1):
+        with pytest.raises(ZeroDivisionError):
+            time_op(CASE, threads, None, request)
+    assert longest == [inf, contestants.TOO_LONG]
+    monkeypatch.undo()
+    with pytest.raises(NotImplementedError, match="takes over 0 s, on few threads"):
+        contestants.lineup(CASE, 0.0)
+
+
+def test_only_the_threads_that_were_timed_are_published(results, monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 2)
-    assert run_ops("--threads", "2").exit_code == 0  # what was timed on one alone is published
+    assert run_ops("--threads", "2").exit_code == 0
     assert [path.name for path in (results / machine.kind()).iterdir()] == ["swiglu-threads1.json"]
 
 

@@ -38,6 +38,7 @@ def test_under_autocast_keys_and_values_are_kept_narrow():
         written = generate_captions(model, TEXT, codes, max_new_tokens=10)
         assert written == [write_without_a_cache(model, one, 10) for one in codes]
         drawn = generate_images(model, TEXT, CAPTIONS, GRID, Sampling(top_k=1))
+        generate_captions(model.double(), TEXT, codes, max_new_tokens=2)  # which stays as it is
     assert drawn.shape == (3, *GRID)
 
 
