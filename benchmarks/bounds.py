@@ -15,8 +15,9 @@ import torch
 from benchmarks.clock import Call
 from benchmarks.duel import paired_ratio
 from benchmarks.peers import IN_PLACE
-from emu3_kernels import _native, in_large_pages
-from emu3_kernels._products import is_slow
+from emu3_kernels import in_large_pages
+from emu3_kernels.runtime import library
+from emu3_kernels.runtime.gemm import is_slow
 from tests.kernels.suite import part
 
 READ, COPY, MULTIPLY = "bound: read", "bound: copy", "bound: multiply"
@@ -54,7 +55,7 @@ def calls(case: Any) -> dict[str, Call]:
 
 
 def empty_call(case: Any) -> dict[str, Call]:
-    if _native.MISSING or case.device != "cpu" or case.direction != "forward":
+    if library.MISSING or case.device != "cpu" or case.direction != "forward":
         return {}
     no_rows, weight = torch.empty(0, 8), torch.empty(8)
     return {EMPTY: partial(torch.ops.emu3_kernels.rms_norm_forward, no_rows, weight, 1e-5)}

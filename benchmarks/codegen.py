@@ -29,9 +29,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks import machine
 from benchmarks.machine_code import Facts, amd_facts, nvidia_facts
-from emu3_kernels import _triton
-from emu3_kernels._triton import INTERPRETED, Config, Contract
 from emu3_kernels.ops import OPS
+from emu3_kernels.runtime import launch as launching
+from emu3_kernels.runtime.launch import INTERPRETED, Config, Contract
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory that one block may ask for: one entry a target."""
@@ -92,7 +92,7 @@ def rows_of_op(op: str, target: str) -> list[list[Row]]:
 
 def rows_of(op: str, config: Config, target: str) -> Iterator[Row]:
     """Compile what ``config`` launches for ``target`` and hold it to its contracts."""
-    with mock.patch.object(_triton, "WARP", gpu_of(target).warp_size):
+    with mock.patch.object(launching, "WARP", gpu_of(target).warp_size):
         launches = launches_of(config)
     for launch in launches:
         kernel = launch.kernel.__name__

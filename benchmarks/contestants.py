@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import bounds, clock, gpu_peers, peers
 from benchmarks.clock import Call, Clock
 from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 from tests.budget import assert_within, budget
 from tests.kernels.suite import LIBRARIES, differentiable, part, public
 from tests.kernels.test_all_ops import test_value_and_gradients
@@ -147,7 +147,7 @@ def scaled(case: Case) -> bool:
 @cache
 def check(op: str, backend: str, dtype: torch.dtype, device: str) -> None:
     """Raise unless the generic test of ``op`` passes: what is wrong is never timed."""
-    level = f"@{_native.cpu_level()}" if backend == "native" and not _native.MISSING else ""
+    level = f"@{library.cpu_level()}" if backend == "native" and not library.MISSING else ""
     for size in part(op, "cases").CHECK:
         test_value_and_gradients(op, backend + level, size, dtype, device)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from emu3_kernels import _native
-from emu3_kernels._products import SLOW_IN_BFLOAT16
+from emu3_kernels.runtime import library
+from emu3_kernels.runtime.gemm import SLOW_IN_BFLOAT16
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
@@ -31,7 +31,7 @@ def facts() -> dict:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python_version": platform.python_version(),
-        "cpu_level": None if _native.MISSING else _native.cpu_level(),
+        "cpu_level": None if library.MISSING else library.cpu_level(),
         "versions": {name: installed(name) for name in PACKAGES},
     }
 
@@ -61,7 +61,7 @@ def gpu() -> str | None:
 
 def kind() -> str:
     """Name the kind of machine whose results belong together: the level in force, or ``cuda``."""
-    level = "base" if _native.MISSING else _native.cpu_level()
+    level = "base" if library.MISSING else library.cpu_level()
     return level if device() == "cpu" else "cuda"
 
 

@@ -10,7 +10,7 @@ from benchmarks import bounds, contestants, machine
 from benchmarks.bounds import COPY, EMPTY, MULTIPLY, PRODUCTS, READ
 from benchmarks.contestants import Case, Lineup
 from benchmarks.duel import interleave, paired_ratio
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 NOT_RIVALS = (READ, COPY, MULTIPLY, PRODUCTS, EMPTY)
 
@@ -40,7 +40,7 @@ def row(
 ) -> dict:
     """Write down everything that was measured about ``case``."""
     ours = taken[case.backend]
-    level = f"@{_native.cpu_level()}" if case.backend == "native" and case.device == "cpu" else ""
+    level = f"@{library.cpu_level()}" if case.backend == "native" and case.device == "cpu" else ""
     rivals = [name for name in taken if name not in (case.backend, *NOT_RIVALS)]
 
     def standing(name: str) -> dict:

@@ -1,8 +1,5 @@
 """Fused, differentiable ops for Emu3-type models: Triton, CUDA C++ and native CPU code."""
 
-from emu3_kernels._dispatch import record_backends, use_backend
-from emu3_kernels._native import in_large_pages
-from emu3_kernels._products import widened
 from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.attention.api import attention
 from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
@@ -22,6 +19,9 @@ from emu3_kernels.ops.rope_append.api import rope_append
 from emu3_kernels.ops.spatial_norm_silu.api import spatial_norm_silu
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
 from emu3_kernels.ops.temporal_residual.api import temporal_residual
+from emu3_kernels.runtime.dispatch import record_backends, use_backend
+from emu3_kernels.runtime.gemm import widened
+from emu3_kernels.runtime.library import in_large_pages
 
 __all__ = [
     "CodeIndex",

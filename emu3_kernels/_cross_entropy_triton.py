@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._triton import Contract, Tile
+from emu3_kernels.runtime.launch import Contract, Tile
 
 # 16 elements a thread with warps of 32 lanes, 8 (the 16 bytes of one access) with 64. Stages are
 # the blocks of a row under way: few rows have to keep a multiprocessor busy.

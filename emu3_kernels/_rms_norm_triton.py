@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels import _dropout_triton
-from emu3_kernels._triton import (
+from emu3_kernels.runtime import triton_dropout
+from emu3_kernels.runtime.launch import (
     NUM_MULTIPROCESSORS,
     Config,
     Contract,
@@ -130,7 +130,7 @@ def forward_into(
         strides = (x.stride(0), 0 if residual is None else residual.stride(0))
         kernel[(num_rows,)](
             x, residual, weight, y, summed, rstd, *strides, width, eps,
-            *_dropout_triton.arguments(dropout_p, seed), **tile.options(),
+            *triton_dropout.arguments(dropout_p, seed), **tile.options(),
         )  # fmt: skip
     return rstd
 
@@ -158,7 +158,7 @@ def backward(
     num_programs = min(num_rows, NUM_MULTIPROCESSORS * max(8 // tile.num_warps, 1))
     partials = x.new_empty(num_programs, width, dtype=torch.float32)
     strides = (dy.stride(0), 0 if dsummed is None else dsummed.stride(0), x.stride(0))
-    dropout = _dropout_triton.arguments(dropout_p, seed)
+    dropout = triton_dropout.arguments(dropout_p, seed)
     if width <= MAX_BACKWARD:
         _bwd_kernel[(num_programs,)](
             dy, dsummed, x, weight, rstd, dx, dresidual, partials, *strides, num_rows, width,
@@ -191,7 +191,7 @@ def _store(ptr, c, value, inside):
 
 @triton.jit
 def _drop(x, row, c, seed, drop_below, scale):
-    return tl.where(_dropout_triton.keep(seed, drop_below, row, c, 0), x * scale, 0.0)
+    return tl.where(triton_dropout.keep(seed, drop_below, row, c, 0), x * scale, 0.0)
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def _fwd_kernel(
     if residual_ptr is not None:
         residual_ptr += row * residual_stride
     x_ptr += row * x_stride
-    seed = _dropout_triton.load_seed(seed_ptr)
+    seed = triton_dropout.load_seed(seed_ptr)
     x = _load_sum(x_ptr, residual_ptr, c, inside, row, seed, drop_below, scale)
     weight = _load(weight_ptr, c, inside)
     rstd = tl.rsqrt(tl.sum(x * x) / width + eps)
@@ -237,7 +237,7 @@ def _fwd_wide_kernel(
     x_ptr += row * x_stride
     if residual_ptr is not None:
         residual_ptr += row * residual_stride
-    seed = _dropout_triton.load_seed(seed_ptr)
+    seed = triton_dropout.load_seed(seed_ptr)
     squares = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
@@ -269,7 +269,7 @@ def _bwd_kernel(
     inside = c < width
     weight = _load(weight_ptr, c, inside)
     dweight = tl.zeros([BLOCK], tl.float32)
-    seed = _dropout_triton.load_seed(seed_ptr)
+    seed = triton_dropout.load_seed(seed_ptr)
     for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=STAGES):
         rstd = tl.load(rstd_ptr + row)
         normed = _load(x_ptr + row * x_stride, c, inside) * rstd
@@ -298,7 +298,7 @@ def _bwd_wide_kernel(
     if dsummed_ptr is not None:
         dsummed_ptr += row * dsummed_stride
     rstd = tl.load(rstd_ptr + row)
-    seed = _dropout_triton.load_seed(seed_ptr)
+    seed = triton_dropout.load_seed(seed_ptr)
     products = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._checks import check_floating, describe
+from emu3_kernels.runtime.checks import check_floating, describe
 
 TABLES = (torch.float32, torch.float64)
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from emu3_kernels._triton import next_power_of_2
+from emu3_kernels.runtime.launch import next_power_of_2
 
 # Pairs of a program. Of each half, a thread holds 16 elements with a warp of 32 lanes, 8 (the 16
 # bytes of one access) with 64.

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._checks import describe
+from emu3_kernels.runtime.checks import describe
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import emu3_kernels
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,19 +49,19 @@ def test_importing_takes_less_than_a_second_beyond_torch():
 
 def test_the_level_can_be_lowered_from_outside():
     done = run(
-        "from emu3_kernels import _native; print(_native.cpu_level())", EMU3_CPU_LEVEL="base"
+        "from emu3_kernels import _native; print(library.cpu_level())", EMU3_CPU_LEVEL="base"
     )
     assert done.stdout == "base\n", done.stderr
 
 
-@pytest.mark.skipif(bool(_native.MISSING), reason="no native library here to audit")
+@pytest.mark.skipif(bool(library.MISSING), reason="no native library here to audit")
 def test_the_library_needs_only_stable_interfaces():
     """One binary serves every CPython from 3.10 and every torch from 2.11."""
     command = [
         Path(sys.executable).parent / "torch-abi-audit",
         "--check",
         "both",
-        _native._C.__file__,
+        library._C.__file__,
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels import _triton
 from emu3_kernels._attention.blocks_triton import (
     LOG2E,
     Tile,
@@ -30,14 +29,15 @@ from emu3_kernels._attention.blocks_triton import (
     unit_stride,
 )
 from emu3_kernels._attention.spans import Dropout, Spans
-from emu3_kernels._dropout_triton import keep
+from emu3_kernels.runtime import launch
+from emu3_kernels.runtime.triton_dropout import keep
 
 
 def tile_of_queries(q: Tensor, dropout: Dropout | None) -> Tile:
     """Two programs share a multiprocessor; fewer keys leave registers to Philox or to gfx942."""
     if q.dtype == torch.float32:
         return Tile(32, 32, num_warps=4, num_stages=2)
-    if _triton.WARP == 64:
+    if launch.WARP == 64:
         return Tile(32 if dropout else 64, 32, num_warps=4, num_stages=2)
     return Tile(64, 32 if dropout else 64, num_warps=4, num_stages=2)
 
@@ -46,7 +46,7 @@ def tile_of_keys(q: Tensor, dropout: Dropout | None) -> Tile:
     """dk and dv fill half of the registers: 32 queries where 64 spill; no copy ahead on gfx942."""
     if q.dtype == torch.float32:
         return Tile(32, 32, num_warps=4, num_stages=2)
-    if _triton.WARP == 64:
+    if launch.WARP == 64:
         few = Tile(16, 64, num_warps=4, num_stages=1)
         return few if dropout else Tile(32, 64, num_warps=8, num_stages=1)
     queries = 32 if dropout or q.shape[3] <= 64 else 64

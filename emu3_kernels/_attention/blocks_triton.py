@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels import _dropout
 from emu3_kernels._attention.spans import Dropout, Spans
-from emu3_kernels._triton import next_power_of_2, why_not_triton
+from emu3_kernels.runtime.launch import next_power_of_2, why_not_triton
 
 WIDEST = 128
 """Channels of a head that the tiles are made for."""
@@ -71,7 +70,7 @@ def drops(dropout: Dropout | None) -> tuple[Tensor | int | float | None, ...]:
     """Return what a kernel asks of dropout: seed, rows, columns, smallest word kept, factor."""
     if dropout is None:
         return None, None, None, 0, 1.0
-    word, factor = _dropout.drop_below(dropout.p), _dropout.keep_scale(dropout.p)
+    word, factor = dropout.drop_below(dropout.p), dropout.keep_scale(dropout.p)
     return dropout.seed, dropout.rows, dropout.columns, word, factor
 
 

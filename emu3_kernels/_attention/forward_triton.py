@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels import _triton
 from emu3_kernels._attention.blocks_triton import (
     LOG2E,
     Tile,
@@ -28,7 +27,8 @@ from emu3_kernels._attention.blocks_triton import (
     unit_stride,
 )
 from emu3_kernels._attention.spans import Dropout, Spans
-from emu3_kernels._dropout_triton import keep
+from emu3_kernels.runtime import launch
+from emu3_kernels.runtime.triton_dropout import keep
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # of a running maximum: a query that sees nothing must leave no NaN
@@ -42,7 +42,7 @@ def tile(q: Tensor, dropout: Dropout | None) -> Tile:
     """
     if q.dtype == torch.float32:
         return Tile(32, 32, num_warps=4, num_stages=2)
-    if dropout and _triton.WARP == 64:
+    if dropout and launch.WARP == 64:
         return Tile(64, 32, num_warps=4, num_stages=2)
     return Tile(128, 64, num_warps=8, num_stages=3 if q.shape[3] <= 64 else 2)
 

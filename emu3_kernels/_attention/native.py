@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
 from emu3_kernels._attention.spans import Dropout, Spans
+from emu3_kernels.runtime import library
 
 WIDEST = 256
 """Channels of a head that the kernels' buffers hold."""
@@ -21,7 +21,7 @@ def why_not(q: Tensor, k: Tensor) -> str | None:
         return f"heads of an odd width or one above {WIDEST} are left to the reference, got {width}"
     if shared > MOST_SHARED:
         return f"more than {MOST_SHARED} query heads for one of keys are the reference's: {shared}"
-    return _native.why_not_cpu(q)
+    return library.why_not_cpu(q)
 
 
 def forward(
@@ -66,7 +66,7 @@ def _settings(spans: Spans, scale: float, dropout: Dropout | None) -> tuple:
     return first, end, scale, *((0.0, None, None, None) if dropout is None else dropout)
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::attention")
     def _(q, k, v, first, end, scale, dropout_p, seed, rows, columns, wide):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._dropout import keep, keep_scale
+from emu3_kernels.runtime.dropout import keep, keep_scale
 
 
 def attention(

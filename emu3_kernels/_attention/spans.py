@@ -17,7 +17,7 @@ class Spans(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Probabilities dropped with chance ``p``: see ``_dropout.py``.
+    """Probabilities dropped with chance ``p``: see ``dropout.py``.
 
     Rows ``[T]`` and columns ``[S]`` int32 are positions in the whole sequence, and the head
     counts through the batch, so that a shard drops what the whole would.

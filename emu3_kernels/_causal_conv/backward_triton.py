@@ -31,7 +31,7 @@ from emu3_kernels._causal_conv.blocks_triton import (
     tile_of,
 )
 from emu3_kernels._causal_conv.plan import EVERY, Plan, Wanted
-from emu3_kernels._triton import NUM_MULTIPROCESSORS
+from emu3_kernels.runtime.launch import NUM_MULTIPROCESSORS
 
 
 def input_tile(dtype: torch.dtype, channels: int, stride: tuple[int, int, int]) -> Tile:

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels import _triton
-from emu3_kernels._triton import next_power_of_2, why_not_triton
+from emu3_kernels.runtime import launch
+from emu3_kernels.runtime.launch import next_power_of_2, why_not_triton
 
 WHOLE = 64
 """Channels of an operand come in multiples of this, or are a power of two below it."""
@@ -64,7 +64,7 @@ def product_tile(dtype: torch.dtype, num_results: int) -> Tile:
     if dtype == torch.float32:
         return Tile(64, 32, min(results, 64), num_warps=4, num_stages=2)
     num_warps = 8 if results == 128 else 4
-    return Tile(128, 64, results, num_warps, num_stages=2 if _triton.WARP == 64 else 3)
+    return Tile(128, 64, results, num_warps, num_stages=2 if launch.WARP == 64 else 3)
 
 
 def padded(channels: int) -> int:
@@ -119,7 +119,7 @@ def column_sums(rows: Tensor) -> Tensor:
     block = min(next_power_of_2(width), 128)
     sums = rows.new_empty(triton.cdiv(num_rows, chunk), width, dtype=torch.float32)
     _sum_kernel[(len(sums) * triton.cdiv(width, block),)](
-        rows, sums, num_rows, WIDTH=width, CHUNK=chunk, ROWS=_triton.WARP, BLOCK=block,
+        rows, sums, num_rows, WIDTH=width, CHUNK=chunk, ROWS=launch.WARP, BLOCK=block,
         num_warps=max(block // 32, 1), num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return column_sums(sums)

@@ -8,7 +8,7 @@ import torch
 from emu3_kernels._causal_conv.backward_triton import backward
 from emu3_kernels._causal_conv.forward_triton import forward
 from emu3_kernels._causal_conv.plan import Plan, out_shape
-from emu3_kernels._triton import Config, Contract, meta
+from emu3_kernels.runtime.launch import Config, Contract, meta
 
 BLOCK = (3, 3, 3), Plan(silu=True)
 HALVING = (4, 3, 3), Plan((2, 1, 1), post_silu=True)

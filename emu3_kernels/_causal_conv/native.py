@@ -8,16 +8,16 @@ are float32.
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
-from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._causal_conv.plan import EVERY, Plan, Wanted, out_shape
+from emu3_kernels.runtime import library
+from emu3_kernels.runtime.autograd import needs_gradient
 
 MOST_ROW_TAPS, MOST_COLUMN_TAPS = 64, 16
 MOST_CHANNELS = 64
 """Up to here native is the faster (``cases.TIME``); beyond, oneDNN has the rate."""
 
 
-HAS_CUDA_KERNEL = not _native.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
+HAS_CUDA_KERNEL = not library.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
     "emu3_kernels::causal_conv_forward", "CUDA"
 )
 MOST_CUDA_CHANNELS = 16
@@ -32,11 +32,11 @@ def why_not(x: Tensor, weight: Tensor, plan: Plan, *others: Tensor | None) -> st
         return f"a kernel of {(frames, rows, columns)} is left to the reference"
     if max(weight.shape[:2]) > MOST_CHANNELS:
         return f"more than {MOST_CHANNELS} channels are left to the reference"
-    return _native.why_not_cpu(x)
+    return library.why_not_cpu(x)
 
 
 def _why_not_cuda(x: Tensor, weight: Tensor, plan: Plan, *others: Tensor | None) -> str | None:
-    if x.dtype not in _native.DTYPES:
+    if x.dtype not in library.DTYPES:
         return f"{x.dtype} is left to the others"
     if max(weight.shape[:2]) > MOST_CUDA_CHANNELS:
         return f"more than {MOST_CUDA_CHANNELS} channels are for tensor cores"
@@ -92,7 +92,7 @@ def widened(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.float() for tensor in tensors]
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::causal_conv_forward")
     def _(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from emu3_kernels._checks import check_floating, describe
+from emu3_kernels.runtime.checks import check_floating, describe
 
 
 class Plan(NamedTuple):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from emu3_kernels._checks import check_floating, describe
+from emu3_kernels.runtime.checks import check_floating, describe
 
 
 def check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._triton import Contract, Tile, next_power_of_2
+from emu3_kernels.runtime.launch import Contract, Tile, next_power_of_2
 
 ELEMENTS = 2048
 """Of a tile: 16 a thread with 4 warps of 32 lanes."""

@@ -1,20 +1,21 @@
-"""One op, one folder. OPS is what the tests, the benchmarks and the code-generation gate walk."""
+"""One family, one folder. OPS is what the tests, the benchmarks and the gates walk."""
 
-OPS = (
-    "rms_norm",
-    "add_rms_norm",
-    "swiglu",
-    "nearest_code",
-    "rope",
-    "rope_append",
-    "cross_entropy",
-    "linear_cross_entropy",
-    "attention",
-    "decode_attention",
-    "group_norm_silu",
-    "spatial_norm_silu",
-    "causal_conv3d",
-    "temporal_residual",
-    "conv3x3",
-    "linear",
-)
+OPS = {
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "swiglu": "swiglu",
+    "nearest_code": "vq",
+    "rope": "rope",
+    "rope_append": "rope",
+    "cross_entropy": "loss",
+    "linear_cross_entropy": "loss",
+    "attention": "attention",
+    "decode_attention": "attention",
+    "group_norm_silu": "group_norm",
+    "spatial_norm_silu": "group_norm",
+    "causal_conv3d": "conv3d",
+    "temporal_residual": "conv3d",
+    "conv3x3": "conv2d",
+    "linear": "linear",
+}
+"""The family, a folder beside this file, of every op with a generic test."""

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from emu3_kernels import _native
 from emu3_kernels.ops.attention import cases, reference
 from emu3_kernels.ops.attention.api import attention
+from emu3_kernels.runtime import library
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import double, value_and_gradients
 
@@ -24,7 +24,7 @@ KERNELS = [ROOT / "csrc/cpu/attention.cpp", ROOT / "csrc/cpu/attention_backward.
 BINDINGS = [ROOT / "csrc/bindings/attention.cpp", HERE / "only_amx.cpp"]
 
 pytestmark = pytest.mark.skipif(
-    "avx512_bf16" not in _native.cpu_levels(),
+    "avx512_bf16" not in library.cpu_levels(),
     reason="beside its tiles, the AMX level needs a processor with AVX-512 and bfloat16",
 )
 
@@ -80,7 +80,7 @@ def check(inputs, calls):
         assert_as_accurate(name, value, low[name], exact[name])
 
 
-@pytest.mark.parametrize("dtype", _native.DTYPES)
+@pytest.mark.parametrize("dtype", library.DTYPES)
 @pytest.mark.parametrize("size", cases.CHECK)
 def test_every_size(on_amx, size, dtype):
     check(cases.make(**size, dtype=dtype, device="cpu"), on_amx)

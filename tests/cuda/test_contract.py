@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.codegen import judge
 from benchmarks.machine_code import Facts, nvidia_facts
-from emu3_kernels._triton import Contract
+from emu3_kernels.runtime.launch import Contract
 from tests.cuda.fiber import ROOT
 
 SOURCES = ROOT / "csrc/cuda"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ttsem import sanitize
 
-from emu3_kernels import _triton
+from emu3_kernels.runtime import launch
 from tests.budget import assert_as_accurate
 from tests.kernels import faulty
 from tests.kernels.suite import double, part, public, value_and_gradients
@@ -28,7 +28,7 @@ before a product.
 def emulated() -> Iterator[sanitize.Session]:
     """Run every Triton launch of the block through ttsem, on the CPU tensors it is given."""
     with (
-        mock.patch.object(_triton, "DEVICES", {"cpu"}),
+        mock.patch.object(launch, "DEVICES", {"cpu"}),
         sanitize.session(cuda_is_cpu=False) as session,
     ):
         try:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from emu3_kernels._triton import Tile
+from emu3_kernels.runtime.launch import Tile
 
 TILE = Tile(block=64, num_warps=1)
 

@@ -1,11 +1,11 @@
-"""The words of ``_dropout_triton.py`` as they decide: a kernel that keeps ones."""
+"""The words of ``triton_dropout.py`` as they decide: a kernel that keeps ones."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels import _dropout, _dropout_triton
+from emu3_kernels.runtime import dropout, triton_dropout
 from tests.kernels.emulated import emulated
 
 
@@ -13,7 +13,7 @@ from tests.kernels.emulated import emulated
 def _keep_kernel(seed_ptr, kept_ptr, width, drop_below, first_column, head, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
-    keep = _dropout_triton.keep(tl.load(seed_ptr), drop_below, row, first_column + c, head)
+    keep = triton_dropout.keep(tl.load(seed_ptr), drop_below, row, first_column + c, head)
     tl.store(kept_ptr + row * width + c, keep, mask=c < width)
 
 
@@ -21,7 +21,7 @@ def kept(seed: Tensor, p: float, shape: tuple[int, int], first_column: int, head
     """Launch the kernel over rows of ``shape``, whose columns begin at ``first_column``."""
     result = torch.zeros(shape, dtype=torch.bool)
     block = triton.next_power_of_2(shape[1])
-    scalars = shape[1], _dropout.drop_below(p), first_column, head
+    scalars = shape[1], dropout.drop_below(p), first_column, head
     _keep_kernel[(shape[0],)](seed, result, *scalars, BLOCK=block, enable_fp_fusion=True)
     return result
 

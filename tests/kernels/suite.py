@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import emu3_kernels
-from emu3_kernels import _native
 from emu3_kernels.ops import OPS
+from emu3_kernels.runtime import library
+from emu3_kernels.runtime.dispatch import path_of
 
 LIBRARIES = ("flash_attn", "xformers", "sdpa", "aten")
 """Backends that are the ops of other libraries, for ``test_attention_adapters`` alone."""
@@ -21,7 +22,7 @@ INTERPRETED = (torch.float32, torch.float16)
 
 
 def part(op: str, name: str) -> ModuleType:
-    return import_module(f"emu3_kernels.ops.{op}.{name}")
+    return import_module(path_of(op, name))
 
 
 def public(op: str) -> Callable:
@@ -33,8 +34,8 @@ def backends(op: str) -> Iterator[str]:
     for backend in part(op, "api").BACKENDS:
         if backend in LIBRARIES:
             continue
-        if backend == "native" and not _native.MISSING:
-            yield from (f"native@{level}" for level in _native.cpu_levels())
+        if backend == "native" and not library.MISSING:
+            yield from (f"native@{level}" for level in library.cpu_levels())
         else:
             yield backend
 
@@ -42,7 +43,7 @@ def backends(op: str) -> Iterator[str]:
 def at_level(backend: str) -> tuple[str, AbstractContextManager]:
     """Split ``native@avx2`` into the backend and the context that sets the level."""
     name, _, level = backend.partition("@")
-    return name, _native.use_cpu_level(level) if level else nullcontext()
+    return name, library.use_cpu_level(level) if level else nullcontext()
 
 
 def runnable(backend: str, dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +55,7 @@ def runnable(backend: str, dtype: torch.dtype) -> torch.dtype:
 def must_run(op: str, backend: str) -> tuple[torch.dtype, ...]:
     """List the dtypes that a backend may not refuse; ttsem tests Triton in bfloat16."""
     if backend == "native":
-        return getattr(part(op, "cases"), "NATIVE_DTYPES", _native.DTYPES)
+        return getattr(part(op, "cases"), "NATIVE_DTYPES", library.DTYPES)
     if backend == "triton" and not torch.cuda.is_available():
         return INTERPRETED
     return DTYPES

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emu3_kernels import _native
 from emu3_kernels._attention import native
 from emu3_kernels._attention.spans import Dropout, Spans, spans_of
 from emu3_kernels.ops.attention import cases, reference
 from emu3_kernels.ops.attention.api import attention
+from emu3_kernels.runtime import library
 from tests.budget import assert_as_accurate
 from tests.kernels import plain_attention
 from tests.kernels.suite import double, value_and_gradients
 
-needs_library = pytest.mark.skipif(bool(_native.MISSING), reason=str(_native.MISSING))
+needs_library = pytest.mark.skipif(bool(library.MISSING), reason=str(library.MISSING))
 pytestmark = needs_library
 
 # A block of keys is 192, one of queries 192 rows: 96 queries where two heads share their keys.
@@ -38,9 +38,9 @@ def check(inputs, **backend):
         assert_as_accurate(name, value, low[name], exact[name])
 
 
-@pytest.fixture(params=_native.cpu_levels())
+@pytest.fixture(params=library.cpu_levels())
 def level(request):
-    with _native.use_cpu_level(request.param):
+    with library.use_cpu_level(request.param):
         yield request.param
 
 
@@ -247,7 +247,7 @@ def test_any_call_is_as_accurate_as_the_reference(data):
     inputs = cases.make(**size, dtype=torch.bfloat16, device="cpu")
     for name in data.draw(st.sets(st.sampled_from("qkv"))):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
-    with _native.use_cpu_level(data.draw(st.sampled_from(_native.cpu_levels()))):
+    with library.use_cpu_level(data.draw(st.sampled_from(library.cpu_levels()))):
         check(inputs | {"scale": 0.3 / size["width"] ** 0.5}, backend="native")
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import emu3_kernels
-from emu3_kernels import FrameCache, _native, causal_conv3d, temporal_residual
+from emu3_kernels import FrameCache, causal_conv3d, temporal_residual
 from emu3_kernels.ops.causal_conv3d import api, reference
 from emu3_kernels.ops.temporal_residual import cases
+from emu3_kernels.runtime import library
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import at_level, backends, double, part, runnable, value_and_gradients
 
@@ -343,7 +344,7 @@ def test_more_tiles_than_partial_sums_are_all_in_the_gradient():
 
 
 def test_native_is_the_default_here():
-    if isinstance(api.BACKENDS["native"], str) or _native.MISSING:
+    if isinstance(api.BACKENDS["native"], str) or library.MISSING:
         pytest.fail("the native library is part of these tests")
     with emu3_kernels.record_backends() as ran:
         causal_conv3d(X, WEIGHT, None)

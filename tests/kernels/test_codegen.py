@@ -19,9 +19,9 @@ if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""
 
 from benchmarks import codegen, machine_code
 from emu3_kernels import _rms_norm_triton
-from emu3_kernels._triton import Config, Contract, Tile, meta
 from emu3_kernels.ops import OPS
 from emu3_kernels.ops.swiglu import triton as swiglu
+from emu3_kernels.runtime.launch import Config, Contract, Tile, meta
 
 ROOT = Path(__file__).parents[2]
 GENEROUS = Contract(max_registers=255)

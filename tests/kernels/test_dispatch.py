@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import emu3_kernels
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 X, WEIGHT = torch.ones(2, 16), torch.ones(16)
 
@@ -46,7 +46,7 @@ def test_a_backend_that_cannot_run_is_never_swapped():
 def test_an_unknown_level_names_the_known_ones():
     with (
         pytest.raises(ValueError, match=r"^use_cpu_level: expected one of base.*, got 'mmx'$"),
-        _native.use_cpu_level("mmx"),
+        library.use_cpu_level("mmx"),
     ):
         pass
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from emu3_kernels import _dropout, add_rms_norm
+from emu3_kernels import add_rms_norm
 from emu3_kernels.ops.add_rms_norm import cases
+from emu3_kernels.runtime import dropout
 from tests.kernels.suite import at_level, backends, value_and_gradients
 
 SEEDS = [torch.tensor(s) for s in (0, -1, 0x299F31D0A4093822, torch.iinfo(torch.int64).min)]
@@ -32,7 +33,7 @@ TRITON = pytest.mark.skipif(not find_spec("triton"), reason="triton is not insta
     ],
 )
 def test_philox_gives_the_published_words(counter, key, words):
-    given = _dropout.philox(torch.tensor(key), *(torch.tensor(c) for c in counter))
+    given = dropout.philox(torch.tensor(key), *(torch.tensor(c) for c in counter))
     assert [int(word) for word in given] == words
 
 
@@ -40,7 +41,7 @@ def test_philox_gives_the_published_words(counter, key, words):
 def test_the_kept_share_is_what_was_asked_for(p):
     """Over a million places, and over each of the four words: within five standard deviations."""
     rows, columns = torch.arange(1024)[:, None], torch.arange(1024)
-    kept = _dropout.keep(torch.tensor(7), p, rows, columns, 3).double()
+    kept = dropout.keep(torch.tensor(7), p, rows, columns, 3).double()
     for part in (kept, *kept.unflatten(1, (-1, 4)).unbind(-1)):
         deviation = (p * (1 - p) / part.numel()) ** 0.5
         assert abs(part.mean() - (1 - p)) < 5 * deviation
@@ -49,18 +50,18 @@ def test_the_kept_share_is_what_was_asked_for(p):
 def test_another_seed_row_column_or_head_is_another_mask():
     """Neighbours in any of them agree on half the places, as independent coins do."""
     rows, columns = torch.arange(256)[:, None], torch.arange(256)
-    first = _dropout.keep(torch.tensor(7), 0.5, rows, columns, 3)
+    first = dropout.keep(torch.tensor(7), 0.5, rows, columns, 3)
     for seed, row, column, head in [
         *((8, 0, 0, 3), (7 + (1 << 32), 0, 0, 3)),
         *((7, 1, 0, 3), (7, 0, 1, 3), (7, 0, 4, 3), (7, 0, 0, 4)),
     ]:
-        other = _dropout.keep(torch.tensor(seed), 0.5, rows + row, columns + column, head)
+        other = dropout.keep(torch.tensor(seed), 0.5, rows + row, columns + column, head)
         assert abs((first == other).double().mean() - 0.5) < 5 * 0.5 / 256
 
 
 def test_a_shard_drops_what_the_whole_drops():
-    whole = _dropout.keep(torch.tensor(7), 0.3, torch.arange(12)[:, None], torch.arange(40), 3)
-    shard = _dropout.keep(
+    whole = dropout.keep(torch.tensor(7), 0.3, torch.arange(12)[:, None], torch.arange(40), 3)
+    shard = dropout.keep(
         torch.tensor(7), 0.3, 5 + torch.arange(7)[:, None], 9 + torch.arange(31), 3
     )
     assert torch.equal(shard, whole[5:, 9:])
@@ -68,15 +69,15 @@ def test_a_shard_drops_what_the_whole_drops():
 
 def test_nothing_is_dropped_at_zero_and_almost_everything_below_one():
     rows, columns = torch.arange(64)[:, None], torch.arange(64)
-    assert _dropout.keep(SEEDS[0], 0.0, rows, columns).all()
-    assert not _dropout.keep(SEEDS[0], 1 - 2**-40, rows, columns).any()
+    assert dropout.keep(SEEDS[0], 0.0, rows, columns).all()
+    assert not dropout.keep(SEEDS[0], 1 - 2**-40, rows, columns).any()
 
 
 def test_the_seed_comes_from_the_generator_of_torch():
     torch.manual_seed(3)
-    first, second = _dropout.draw_seed(torch.device("cpu")), _dropout.draw_seed(torch.device("cpu"))
+    first, second = dropout.draw_seed(torch.device("cpu")), dropout.draw_seed(torch.device("cpu"))
     torch.manual_seed(3)
-    assert first == _dropout.draw_seed(torch.device("cpu")) != second
+    assert first == dropout.draw_seed(torch.device("cpu")) != second
     assert (first.dim(), first.dtype) == (0, torch.int64)
 
 
@@ -86,7 +87,7 @@ def test_the_seed_comes_from_the_generator_of_torch():
 def test_triton_keeps_what_the_definition_keeps(seed, p):
     from tests.kernels import philox
 
-    expected = _dropout.keep(seed, p, torch.arange(3)[:, None], 6 + torch.arange(41), 5)
+    expected = dropout.keep(seed, p, torch.arange(3)[:, None], 6 + torch.arange(41), 5)
     assert torch.equal(philox.kept(seed, p, (3, 41), 6, 5), expected)
 
 
@@ -94,7 +95,7 @@ def test_triton_keeps_what_the_definition_keeps(seed, p):
 def test_the_code_that_triton_compiles_keeps_the_same(emulating):
     from tests.kernels import philox
 
-    expected = _dropout.keep(SEEDS[2], 0.5, torch.arange(3)[:, None], 6 + torch.arange(41), 5)
+    expected = dropout.keep(SEEDS[2], 0.5, torch.arange(3)[:, None], 6 + torch.arange(41), 5)
     kept = emulating(philox.kept_emulated, SEEDS[2], 0.5, (3, 41), 6, 5)
     assert torch.equal(kept, expected)
 
@@ -125,8 +126,8 @@ def test_every_backend_keeps_the_same_elements(backend, p, dtype):
     if backend == "triton" and dtype == torch.bfloat16:
         dtype = torch.float16
     for seed in SEEDS:
-        kept = _dropout.keep(seed, p, torch.arange(3)[:, None], torch.arange(16425))
-        scaled = kept * torch.tensor(_dropout.keep_scale(p), dtype=torch.float32)
+        kept = dropout.keep(seed, p, torch.arange(3)[:, None], torch.arange(16425))
+        scaled = kept * torch.tensor(dropout.keep_scale(p), dtype=torch.float32)
         assert torch.equal(ones_kept(backend, p, seed, dtype), scaled.to(dtype))
 
 
@@ -141,7 +142,7 @@ def test_the_gradient_is_kept_where_the_element_was(backend):
             x, residual, torch.ones(41), dropout_p=0.5, seed=SEEDS[2], backend=name
         )
         dx, dresidual = torch.autograd.grad(y.square().sum() + summed.sum(), (x, residual))
-    kept = _dropout.keep(SEEDS[2], 0.5, torch.arange(6)[:, None], torch.arange(41)).view_as(x)
+    kept = dropout.keep(SEEDS[2], 0.5, torch.arange(6)[:, None], torch.arange(41)).view_as(x)
     assert torch.equal(summed != 0, kept)
     assert torch.equal(dx != 0, kept)
     assert torch.equal(dx[kept], 2 * dresidual[kept])
@@ -159,7 +160,7 @@ def test_without_a_seed_one_is_drawn(backend):
             add_rms_norm(x, x, weight, dropout_p=0.5, backend=name)[1] for _ in range(2)
         )
     torch.manual_seed(0)
-    seed = _dropout.draw_seed(x.device)
+    seed = dropout.draw_seed(x.device)
     _, expected = add_rms_norm(x, x, weight, dropout_p=0.5, seed=seed, backend="reference")
     assert torch.equal(first, expected)
     assert not torch.equal(first, second)

@@ -8,11 +8,12 @@ import torch
 
 from emu3.cache import KeyValueCache
 from emu3.config import PRESETS
-from emu3_kernels import _native, in_large_pages, swiglu
+from emu3_kernels import in_large_pages, swiglu
+from emu3_kernels.runtime import library
 
 MAPS = Path("/proc/self/smaps")
 pytestmark = [
-    pytest.mark.skipif(bool(_native.MISSING), reason=str(_native.MISSING)),
+    pytest.mark.skipif(bool(library.MISSING), reason=str(library.MISSING)),
     pytest.mark.skipif(not MAPS.exists(), reason="only Linux tells which pages were asked for"),
     pytest.mark.skipif(
         not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has none"

@@ -6,20 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from emu3_kernels import _native, _products, linear, linear_cross_entropy, record_backends, widened
+from emu3_kernels import linear, linear_cross_entropy, record_backends, widened
 from emu3_kernels.ops.linear import cases
 from emu3_kernels.ops.linear_cross_entropy import cases as loss_cases
 from emu3_kernels.ops.linear_cross_entropy import reference as loss_reference
+from emu3_kernels.runtime import gemm, library
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import double, value_and_gradients
 
-LEVELS = pytest.mark.parametrize("level", _native.cpu_levels())
+LEVELS = pytest.mark.parametrize("level", library.cpu_levels())
 
 
 @pytest.fixture
 def slow(monkeypatch):
     """Multiply as on a processor on which PyTorch is slow in bfloat16."""
-    monkeypatch.setattr(_products, "SLOW_IN_BFLOAT16", True)
+    monkeypatch.setattr(gemm, "SLOW_IN_BFLOAT16", True)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -33,13 +34,13 @@ def ran(dtype: torch.dtype) -> str:
 
 
 def test_bfloat16_is_native_where_pytorch_is_slow():
-    assert ran(torch.bfloat16) == ("native" if _products.SLOW_IN_BFLOAT16 else "aten")
+    assert ran(torch.bfloat16) == ("native" if gemm.SLOW_IN_BFLOAT16 else "aten")
     assert ran(torch.float32) == "aten"
 
 
 def test_pytorch_is_slow_without_avx512_alone():
     has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    assert not (_products.SLOW_IN_BFLOAT16 and has_avx512)
+    assert not (gemm.SLOW_IN_BFLOAT16 and has_avx512)
 
 
 def test_native_leaves_float32_to_others():
@@ -61,8 +62,8 @@ def test_a_product_is_written_or_added_whatever_the_layouts(rows, dtype, add, le
             low = (a.float() @ b.float() + (rest.float() if add else 0)).to(dtype)
             whole = torch.full((rows + 1, columns + 9), 7.0, dtype=dtype)
             out = whole[:rows, :columns].copy_(rest)
-            with _native.use_cpu_level(level):
-                assert _products.mm_(out, a, b, add=add) is out
+            with library.use_cpu_level(level):
+                assert gemm.mm_(out, a, b, add=add) is out
             assert_as_accurate("out", out, low, exact)
             assert whole[rows].eq(7).all()
             assert whole[:, columns:].eq(7).all()
@@ -74,7 +75,7 @@ def test_no_result_depends_on_the_threads(rows, level):
     x, weight, threads = draw(rows, 700), draw(1000, 700, seed=1), torch.get_num_threads()
     results = []
     try:
-        with _native.use_cpu_level(level):
+        with library.use_cpu_level(level):
             for count in (1, 3):
                 torch.set_num_threads(count)
                 results.append(linear(x, weight, backend="native"))

@@ -10,7 +10,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from emu3_kernels import linear_cross_entropy
-from emu3_kernels._products import mm_
 from emu3_kernels.ops.linear_cross_entropy import api, cases
 from emu3_kernels.ops.linear_cross_entropy.halves import Halves
 from emu3_kernels.ops.linear_cross_entropy.tiles import (
@@ -20,6 +19,7 @@ from emu3_kernels.ops.linear_cross_entropy.tiles import (
     VECTORS,
     aligned,
 )
+from emu3_kernels.runtime.gemm import mm_
 
 MIB = 1 << 20
 TOKENS, WIDTH, CLASSES = 900, 64, 5003

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from emu3_kernels import CodeIndex, _native, nearest_code
+from emu3_kernels import CodeIndex, nearest_code
 from emu3_kernels.ops.nearest_code import native, reference
+from emu3_kernels.runtime import library
 from tests.kernels.suite import at_level, backends
 
-NATIVE = [f"native@{level}" for level in _native.cpu_levels()]
+NATIVE = [f"native@{level}" for level in library.cpu_levels()]
 ALL = [*backends("nearest_code")]
 
 

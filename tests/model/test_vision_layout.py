@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from emu3_kernels import _native, _products
+from emu3_kernels.runtime import gemm, library
 from tests.model.vision_parts import pictures, random_tokenizer
 
 SIDE = 128
@@ -13,14 +13,14 @@ SIDE = 128
 LARGE = 128 * 16 * 16
 
 pytestmark = pytest.mark.skipif(
-    bool(_native.MISSING), reason="needs the native kernels; references lay out as they like"
+    bool(library.MISSING), reason="needs the native kernels; references lay out as they like"
 )
 
 
 @pytest.fixture(autouse=True)
 def convolutions_as_they_are(monkeypatch):
     """Where PyTorch is slow in bfloat16 their operands are widened, by copies."""
-    monkeypatch.setattr(_products, "SLOW_IN_BFLOAT16", False)
+    monkeypatch.setattr(gemm, "SLOW_IN_BFLOAT16", False)
 
 
 def copied(call: Callable[[], object]) -> list[tuple[int, ...]]:

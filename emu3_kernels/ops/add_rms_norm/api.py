@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import mark_written, needs_gradient
-from emu3_kernels._checks import (
+from emu3_kernels.ops.add_rms_norm import reference
+from emu3_kernels.runtime.autograd import mark_written, needs_gradient
+from emu3_kernels.runtime.checks import (
     check_alike,
     check_channel_weight,
     check_no_gradient,
@@ -13,9 +14,8 @@ from emu3_kernels._checks import (
     rows,
     unrows,
 )
-from emu3_kernels._dispatch import choose, load
-from emu3_kernels._dropout import check_dropout, draw_seed
-from emu3_kernels.ops.add_rms_norm import reference
+from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.dropout import check_dropout, draw_seed
 
 BACKENDS = load("add_rms_norm", "native", "triton")
 

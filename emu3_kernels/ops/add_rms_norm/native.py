@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 
 def why_not(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
     if weight.dtype != x.dtype:
         return f"a {weight.dtype} weight on {x.dtype} is left to the reference"
-    return _native.why_not_cpu(x)
+    return library.why_not_cpu(x)
 
 
 def forward(
@@ -48,7 +48,7 @@ def backward(
     return dx, dx, dweight
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::add_rms_norm_forward")
     def _(

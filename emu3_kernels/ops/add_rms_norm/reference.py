@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from emu3_kernels._dropout import keep, keep_scale
+from emu3_kernels.runtime.dropout import keep, keep_scale
 
 
 def add_rms_norm(

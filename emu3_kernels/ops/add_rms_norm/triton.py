@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from emu3_kernels import _rms_norm_triton
-from emu3_kernels._triton import why_not_triton
+from emu3_kernels.runtime.launch import why_not_triton
 
 CONFIGS = _rms_norm_triton.configs(with_residual=True)
 

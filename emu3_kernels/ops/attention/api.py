@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emu3_kernels._attention.spans import Dropout, Spans, spans_of
-from emu3_kernels._checks import check_floating, describe
-from emu3_kernels._dispatch import choose, load
-from emu3_kernels._dropout import check_dropout, draw_seed
 from emu3_kernels.ops.attention import reference
+from emu3_kernels.runtime.checks import check_floating, describe
+from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.dropout import check_dropout, draw_seed
 
 BACKENDS = load("attention", "native", "flash_attn", "triton", "xformers", "sdpa")
 

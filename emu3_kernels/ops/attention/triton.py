@@ -1,4 +1,4 @@
-"""attention in Triton: emu3_kernels/_attention/{forward,backward}_triton.py."""
+"""attention in Triton: emu3_kernels/_attention/{forward,backward}launch.py."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from emu3_kernels._attention import blocks_triton
 from emu3_kernels._attention.backward_triton import backward
 from emu3_kernels._attention.forward_triton import forward
 from emu3_kernels._attention.spans import Dropout, Spans
-from emu3_kernels._triton import Config, Contract, meta
+from emu3_kernels.runtime.launch import Config, Contract, meta
 
 __all__ = ["CONFIGS", "backward", "forward", "why_not"]
 

@@ -10,7 +10,7 @@ from xformers.ops.fmha.attn_bias import (
 )
 
 from emu3_kernels._attention.documents import starts_of
-from emu3_kernels._autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient
 
 WIDEST = 256
 

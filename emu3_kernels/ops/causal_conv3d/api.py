@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._causal_conv.plan import (
     Operands,
     Plan,
@@ -19,8 +18,9 @@ from emu3_kernels._causal_conv.plan import (
     out_shape,
 )
 from emu3_kernels._causal_conv.reference import convolve
-from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.causal_conv3d.cache import FrameCache, extend, remember
+from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.dispatch import choose, load
 
 BACKENDS = load("causal_conv3d", "native", "triton")
 ACTIVATIONS = (None, "silu")

@@ -1,4 +1,4 @@
-"""causal_conv3d in Triton: emu3_kernels/_causal_conv/*_triton.py."""
+"""causal_conv3d in Triton: emu3_kernels/_causal_conv/*launch.py."""
 
 from emu3_kernels._causal_conv.backward_triton import backward
 from emu3_kernels._causal_conv.blocks_triton import why_not

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels import _native
-from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import check_floating, describe
-from emu3_kernels._dispatch import choose, load
-from emu3_kernels._layout import from_channels_last, to_channels_last
-from emu3_kernels._products import autocast
 from emu3_kernels.ops.conv3x3 import reference
+from emu3_kernels.runtime import library
+from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.checks import check_floating, describe
+from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.gemm import autocast
+from emu3_kernels.runtime.layout import from_channels_last, to_channels_last
 
-HAS_TILES = _native.cpu_levels()[-1:] == ("amx",)
+HAS_TILES = library.cpu_levels()[-1:] == ("amx",)
 """Tiles of bfloat16 have sixteen times the rate of float32: oneDNN comes first where they are."""
 BACKENDS = load("conv3x3", *(("aten", "native") if HAS_TILES else ("native", "aten")))
 

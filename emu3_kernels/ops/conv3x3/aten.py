@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3_kernels._products import widened
+from emu3_kernels.runtime.gemm import widened
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:

@@ -6,8 +6,8 @@ Tensors are channels-last: ``x [B, H, W, C]``, ``weight [O, 3, 3, C]``.
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
-from emu3_kernels._products import is_slow
+from emu3_kernels.runtime import library
+from emu3_kernels.runtime.gemm import is_slow
 
 FEWEST_TILES = 128
 """Of a picture, 4x4 pixels each: the transformed weights are four times the weights."""
@@ -15,7 +15,7 @@ BLOCK_IN, BLOCK_OUT = 16, 64
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
-    if (reason := _native.why_not_cpu(x)) is not None:
+    if (reason := library.why_not_cpu(x)) is not None:
         return reason
     out, channels, height, width = len(weight), *x.shape[1:]
     if x.dtype != torch.bfloat16:
@@ -45,7 +45,7 @@ def backward(
     return dx, dweight, dbias
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::conv3x3")
     def _(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:

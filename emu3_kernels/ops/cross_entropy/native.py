@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 
 def why_not(logits: Tensor, *_: object) -> str | None:
-    return _native.why_not_cpu(logits)
+    return library.why_not_cpu(logits)
 
 
 def forward(
@@ -32,7 +32,7 @@ def backward(
     )
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::cross_entropy_forward")
     def _(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from emu3_kernels import _cross_entropy_triton as rows
 from emu3_kernels._cross_entropy_triton import SUMS_TILE, lanes, lead_of, sums_of_row
-from emu3_kernels._triton import Config, meta, why_not_triton
+from emu3_kernels.runtime.launch import Config, meta, why_not_triton
 
 
 def why_not(logits: Tensor, *_: object) -> str | None:

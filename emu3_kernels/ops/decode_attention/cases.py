@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._native import in_large_pages
+from emu3_kernels.runtime.library import in_large_pages
 
 CONSTANTS = ("q", "k_cache", "v_cache")
 CHECK = [

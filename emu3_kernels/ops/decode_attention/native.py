@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
-HAS_CUDA_KERNEL = not _native.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
+HAS_CUDA_KERNEL = not library.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
     "emu3_kernels::decode_attention", "CUDA"
 )
 CUDA_WIDTHS = (64, 128)
@@ -16,11 +16,11 @@ def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | No
         return "a cache without unit stride in K is left to the reference"
     if q.is_cuda and HAS_CUDA_KERNEL:
         return _why_not_cuda(q, k_cache, v_cache)
-    return _native.why_not_cpu(q)
+    return library.why_not_cpu(q)
 
 
 def _why_not_cuda(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
-    if q.dtype not in _native.DTYPES:
+    if q.dtype not in library.DTYPES:
         return f"{q.dtype} is left to the others"
     if q.shape[3] not in CUDA_WIDTHS:
         return f"the head width must be 64 or 128, got {q.shape[3]}"
@@ -51,7 +51,7 @@ def forward(
     return torch.ops.emu3_kernels.decode_attention(q, k_cache, v_cache, lengths, page_table, scale)
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::decode_attention")
     def _(

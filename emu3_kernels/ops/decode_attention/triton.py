@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels import _triton
-from emu3_kernels._triton import (
+from emu3_kernels.runtime import launch
+from emu3_kernels.runtime.launch import (
     NUM_MULTIPROCESSORS,
     Config,
     Contract,
@@ -55,7 +55,7 @@ def forward(
     tile_rows = min(max(next_power_of_2(rows), FEWEST_ROWS), MOST_ROWS)
     blocks = triton.cdiv(rows, tile_rows)
     # Of gfx942's 64 KiB of shared memory, more keys leave too little, and registers spill.
-    keys = 64 if q.element_size() == 2 and _triton.WARP == 32 else 32
+    keys = 64 if q.element_size() == 2 and launch.WARP == 32 else 32
     capacity = k_cache.shape[1] if table is None else page * table.shape[1]
     splits = num_splits(batch * groups * blocks, triton.cdiv(capacity, keys))
     partial = q.new_empty(batch, groups, splits, rows, width, dtype=torch.float32)
@@ -67,7 +67,7 @@ def forward(
         0 if table is None else table.stride(0), lengths.stride(0),
         scale * math.log2(math.e), new, heads // groups, splits, blocks,
         PAGE=page, ROWS=tile_rows, KEYS=keys, K=width, PADDED=padded,
-        num_stages=3 if _triton.WARP == 32 else 1, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        num_stages=3 if launch.WARP == 32 else 1, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     _merge_kernel[(rows, groups, batch)](
         partial, lse, lengths, out, lengths.stride(0), new, heads // groups, splits,

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    return _native.why_not_alike(x, weight, bias)
+    return library.why_not_alike(x, weight, bias)
 
 
 def forward(
@@ -22,7 +22,7 @@ def backward(
     return torch.ops.emu3_kernels.group_norm_backward(dy, x, weight, bias, *rest)
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::group_norm_forward")
     def _(x, weight, bias, groups, eps, silu):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emu3_kernels._group_norm import pixels_triton as pixels
 from emu3_kernels._group_norm import statistics_triton as statistics
-from emu3_kernels._triton import Config, Contract, meta, why_not_triton
+from emu3_kernels.runtime.launch import Config, Contract, meta, why_not_triton
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import check_floating, describe
-from emu3_kernels._dispatch import choose, load
-from emu3_kernels._products import SLOW_IN_BFLOAT16, autocast
 from emu3_kernels.ops.linear import reference
+from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.checks import check_floating, describe
+from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.gemm import SLOW_IN_BFLOAT16, autocast
 
 BACKENDS = load("linear", *(("native", "aten") if SLOW_IN_BFLOAT16 else ("aten", "native")))
 

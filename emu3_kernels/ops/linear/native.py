@@ -6,12 +6,12 @@ Tensors are rows: ``x [T, D]``, ``weight [O, D]``, ``bias [O]``.
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
-from emu3_kernels._products import matmul
+from emu3_kernels.runtime import library
+from emu3_kernels.runtime.gemm import matmul
 
 
 def why_not(x: Tensor) -> str | None:
-    if (reason := _native.why_not_cpu(x)) is not None:
+    if (reason := library.why_not_cpu(x)) is not None:
         return reason
     return None if x.dtype == torch.bfloat16 else f"{x.dtype} is PyTorch's"
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emu3_kernels._products import mm_
 from emu3_kernels.ops.linear_cross_entropy.halves import Halves
 from emu3_kernels.ops.linear_cross_entropy.shards import Shard, merged, no_sums, summed
 from emu3_kernels.ops.linear_cross_entropy.tiles import PART, aligned, tile
+from emu3_kernels.runtime.gemm import mm_
 
 
 class Kernels(NamedTuple):

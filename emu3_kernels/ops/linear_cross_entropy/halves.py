@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
-from emu3_kernels._products import mm_
+from emu3_kernels.runtime import library
+from emu3_kernels.runtime.gemm import mm_
 
 
 class Halves:
@@ -18,7 +18,7 @@ class Halves:
         self.lower = torch.empty_like(self.upper)
         self.sums = out.new_empty((most_rows, out.shape[1]), dtype=torch.float32)
         self.join, self.split = _join, _split
-        if out.is_cpu and out.is_contiguous() and not _native.MISSING:
+        if out.is_cpu and out.is_contiguous() and not library.MISSING:
             ops = torch.ops.emu3_kernels
             self.join, self.split = ops.join_halves, ops.split_halves
 

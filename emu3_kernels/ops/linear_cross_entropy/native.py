@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
 from emu3_kernels.ops.linear_cross_entropy.blocks import Kernels, as_ops
+from emu3_kernels.runtime import library
 
 
 def why_not(hidden: Tensor, *_: object) -> str | None:
-    return _native.why_not_cpu(hidden)
+    return library.why_not_cpu(hidden)
 
 
 def add_(*block: Tensor | float) -> None:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._checks import check_floating, describe
-from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.nearest_code import native, reference
+from emu3_kernels.runtime.checks import check_floating, describe
+from emu3_kernels.runtime.dispatch import choose, load
 
 BACKENDS = load("nearest_code", "native", "triton")
 

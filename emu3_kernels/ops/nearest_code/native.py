@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
-HAS_CUDA_KERNEL = not _native.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
+HAS_CUDA_KERNEL = not library.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
     "emu3_kernels::nearest_code", "CUDA"
 )
 
 
 def why_not(z: Tensor, codebook: Tensor) -> str | None:
-    if _native.MISSING:
-        return _native.MISSING
+    if library.MISSING:
+        return library.MISSING
     if z.device.type != "cpu" and not (z.device.type == "cuda" and HAS_CUDA_KERNEL):
         return f"no kernel for a {z.device.type} tensor"
     if torch.float64 in (z.dtype, codebook.dtype):
@@ -41,7 +41,7 @@ def tree_size(num_codes: int, dim: int) -> int:
     return boxes + num_leaves * (3 + 16 * dim + 16)
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::nearest_code")
     def _(z: Tensor, codebook: Tensor, tree: Tensor | None) -> Tensor:

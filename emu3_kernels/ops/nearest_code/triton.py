@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._triton import Config, Contract, meta, why_not_triton
+from emu3_kernels.runtime.launch import Config, Contract, meta, why_not_triton
 
 # A thread holds four neighbouring codes (16 bytes for each d) against every query of the program.
 QUERIES, CODES = 8, 512

@@ -5,14 +5,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import check_floating, describe
-from emu3_kernels._dispatch import choose, load
-from emu3_kernels._dropout import check_dropout, draw_seed
 from emu3_kernels.ops.ring_attention import reference, ring
 from emu3_kernels.ops.ring_attention.agreement import Facts, agree, failing_together, waiting
 from emu3_kernels.ops.ring_attention.schedule import Schedule, ring_schedule
 from emu3_kernels.ops.ring_attention.shards import Zigzag, gather
+from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.checks import check_floating, describe
+from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.dropout import check_dropout, draw_seed
 
 BACKENDS = load("ring_attention", "native", "triton")
 

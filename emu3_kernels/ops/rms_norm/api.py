@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import check_channel_weight, rows, unrows
-from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.rms_norm import reference
+from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.checks import check_channel_weight, rows, unrows
+from emu3_kernels.runtime.dispatch import choose, load
 
 BACKENDS = load("rms_norm", "native", "triton")
 

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 
 def why_not(x: Tensor, weight: Tensor, eps: float) -> str | None:
     if weight.dtype != x.dtype:
         return f"a {weight.dtype} weight on {x.dtype} is left to the reference"
-    return _native.why_not_cpu(x)
+    return library.why_not_cpu(x)
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
     return torch.ops.emu3_kernels.rms_norm_backward(dy, x, weight, rstd)
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::rms_norm_forward")
     def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import mark_written, needs_gradient
-from emu3_kernels._checks import check_no_gradient, copied, describe
-from emu3_kernels._dispatch import choose, load
 from emu3_kernels._rope import (
     check_heads,
     check_indices,
@@ -15,6 +12,9 @@ from emu3_kernels._rope import (
     check_written,
 )
 from emu3_kernels.ops.rope import reference
+from emu3_kernels.runtime.autograd import mark_written, needs_gradient
+from emu3_kernels.runtime.checks import check_no_gradient, copied, describe
+from emu3_kernels.runtime.dispatch import choose, load
 
 BACKENDS = load("rope", "native", "triton")
 

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 
 def why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> str | None:
     if cos.dtype != torch.float32:
         return f"tables in {cos.dtype} are left to the reference"
-    return _native.why_not_cpu(q)
+    return library.why_not_cpu(q)
 
 
 def rotate(
@@ -28,7 +28,7 @@ def rotate(
     return out
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::rope")
     def _(

@@ -5,9 +5,6 @@ B batch, T new tokens, S slots of the cache, H query heads, G key/value heads, K
 
 from torch import Tensor
 
-from emu3_kernels._autograd import mark_written, needs_gradient
-from emu3_kernels._checks import describe
-from emu3_kernels._dispatch import choose, load
 from emu3_kernels._rope import (
     check_heads,
     check_indices,
@@ -16,6 +13,9 @@ from emu3_kernels._rope import (
     check_written,
 )
 from emu3_kernels.ops.rope_append import reference
+from emu3_kernels.runtime.autograd import mark_written, needs_gradient
+from emu3_kernels.runtime.checks import describe
+from emu3_kernels.runtime.dispatch import choose, load
 
 BACKENDS = load("rope_append", "native", "triton")
 

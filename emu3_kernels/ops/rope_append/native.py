@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, *others: Tensor) -> str | None:
     if cos.dtype != torch.float32:
         return f"tables in {cos.dtype} are left to the reference"
-    return _native.why_not_cpu(q)
+    return library.why_not_cpu(q)
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
     return append(q, k, v, cos, sin, key_cache, value_cache, slots, positions)
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::rope_append")
     def _(

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emu3_kernels._rope_triton import copy_heads, load_rotation, options, rotate_heads
-from emu3_kernels._triton import Config, Contract, meta, why_not_triton
+from emu3_kernels.runtime.launch import Config, Contract, meta, why_not_triton
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, *others: Tensor) -> str | None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import check_floating, describe
-from emu3_kernels._dispatch import choose, load
 from emu3_kernels._group_norm.checks import check_group_norm, check_parameters
-from emu3_kernels._layout import from_channels_last, to_channels_last, with_frames
 from emu3_kernels.ops.spatial_norm_silu import reference
+from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.checks import check_floating, describe
+from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.layout import from_channels_last, to_channels_last, with_frames
 
 BACKENDS = load("spatial_norm_silu", "native", "triton")
 

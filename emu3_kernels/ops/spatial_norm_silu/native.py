@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 
 def why_not(x: Tensor, latent: Tensor, *parameters: Tensor) -> str | None:
-    return _native.why_not_alike(x, latent, *parameters)
+    return library.why_not_alike(x, latent, *parameters)
 
 
 def forward(
@@ -23,7 +23,7 @@ def backward(
     return dx, dlatent.to(latent.dtype), *others
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::spatial_norm_forward")
     def _(x, latent, w, b, yw, yb, bw, bb, groups, eps, silu):

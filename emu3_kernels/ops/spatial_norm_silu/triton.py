@@ -14,7 +14,14 @@ from torch import Tensor
 
 from emu3_kernels._group_norm import pixels_triton as pixels
 from emu3_kernels._group_norm import statistics_triton as statistics
-from emu3_kernels._triton import Config, Contract, Tile, meta, next_power_of_2, why_not_triton
+from emu3_kernels.runtime.launch import (
+    Config,
+    Contract,
+    Tile,
+    meta,
+    next_power_of_2,
+    why_not_triton,
+)
 
 
 def why_not(x: Tensor, latent: Tensor, *parameters: Tensor) -> str | None:

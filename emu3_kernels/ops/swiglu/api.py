@@ -4,10 +4,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import needs_gradient
-from emu3_kernels._checks import check_alike, check_floating, check_has_channels, rows, unrows
-from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.swiglu import reference
+from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.checks import (
+    check_alike,
+    check_floating,
+    check_has_channels,
+    rows,
+    unrows,
+)
+from emu3_kernels.runtime.dispatch import choose, load
 
 BACKENDS = load("swiglu", "native", "triton")
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
+from emu3_kernels.runtime import library
 
 
 def why_not(gate: Tensor, up: Tensor) -> str | None:
-    return _native.why_not_cpu(gate)
+    return library.why_not_cpu(gate)
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def backward(dout: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return torch.ops.emu3_kernels.swiglu_backward(dout, gate, up)
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::swiglu_forward")
     def _(gate: Tensor, up: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._triton import Config, Contract, Tile, meta, why_not_triton
+from emu3_kernels.runtime.launch import Config, Contract, Tile, meta, why_not_triton
 
 # 16 elements a thread with warps of 32 lanes, 8 (the 16 bytes of one access) with 64.
 TILE = Tile(block=1024, num_warps=2)

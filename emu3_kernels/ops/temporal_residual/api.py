@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._autograd import needs_gradient
 from emu3_kernels._causal_conv.plan import Plan, Wanted, check_vectors, check_weight, check_x
-from emu3_kernels._dispatch import choose, load
 from emu3_kernels.ops.temporal_residual import reference
+from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.dispatch import choose, load
 
 BACKENDS = load("temporal_residual", "native", "triton")
 PLAN = Plan(silu=True)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
 from emu3_kernels._causal_conv import native
 from emu3_kernels._causal_conv.native import convolve, convolve_backward, factors
 from emu3_kernels._causal_conv.plan import Plan
+from emu3_kernels.runtime import library
 
 __all__ = ["convolve", "convolve_backward", "forward", "why_not"]
 
@@ -23,7 +23,7 @@ def forward(x: Tensor, *operands: Tensor) -> Tensor:
     return torch.ops.emu3_kernels.temporal_residual(x, *wide)
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::temporal_residual")
     def _(x: Tensor, *_weights: Tensor) -> Tensor:

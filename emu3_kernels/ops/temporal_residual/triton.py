@@ -7,7 +7,7 @@ from emu3_kernels._causal_conv.blocks_triton import why_not
 from emu3_kernels._causal_conv.contracts_triton import NARROW
 from emu3_kernels._causal_conv.forward_triton import forward as convolve
 from emu3_kernels._causal_conv.plan import Plan
-from emu3_kernels._triton import Config, meta
+from emu3_kernels.runtime.launch import Config, meta
 
 __all__ = ["CONFIGS", "convolve", "convolve_backward", "forward", "why_not"]
 PLAN = Plan(silu=True)

@@ -4,10 +4,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
-from emu3_kernels import _native
+from emu3_kernels.ops import OPS
+from emu3_kernels.runtime import library
 
+ROOT = Path(__file__).parents[2]
 _forced: dict[str | None, str] = {}
 _record: dict[str, str] | None = None
 _announced = False
@@ -21,12 +24,23 @@ def load(op: str, *names: str) -> dict[str, ModuleType | str]:
     backends: dict[str, ModuleType | str] = {}
     for name in names:
         try:
-            backends[name] = import_module(f"emu3_kernels.ops.{op}.{name}")
+            backends[name] = import_module(path_of(op, name))
         except ModuleNotFoundError as missing:
             if (missing.name or "").startswith("emu3_kernels"):
                 raise
             backends[name] = f"the package {missing.name!r} is not installed"
     return backends
+
+
+def path_of(op: str, name: str) -> str:
+    """Name the module of a part of ``op``; while families move, in one of several places."""
+    names = (name, "cpu") if name == "native" else (name,)
+    family = f"emu3_kernels.ops.{OPS.get(op, 'attention')}"
+    for part in names:
+        for path in (f"{family}.{op}_{part}", f"{family}.{part}"):
+            if (ROOT / f"{path.replace('.', '/')}.py").exists():
+                return path
+    return f"emu3_kernels.ops.{op}.{name}"
 
 
 def why_not(backend: ModuleType | str, *args) -> str | None:
@@ -96,6 +110,6 @@ def record_backends() -> Iterator[dict[str, str]]:
 
 def _announce_missing_library() -> None:
     global _announced
-    if _native.MISSING and not _announced:
+    if library.MISSING and not _announced:
         _announced = True
-        warnings.warn(f"emu3_kernels: {_native.MISSING}; the reference runs", stacklevel=4)
+        warnings.warn(f"emu3_kernels: {library.MISSING}; the reference runs", stacklevel=4)

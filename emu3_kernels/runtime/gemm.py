@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from emu3_kernels import _native
-from emu3_kernels._checks import rows
+from emu3_kernels.runtime import library
+from emu3_kernels.runtime.checks import rows
 
 _HAS_NARROW = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-SLOW_IN_BFLOAT16 = "avx2" in _native.cpu_levels() and not _HAS_NARROW
+SLOW_IN_BFLOAT16 = "avx2" in library.cpu_levels() and not _HAS_NARROW
 """Whether bfloat16 products on this CPU are csrc/cpu/matmul.cpp's, in float32 and rounded once."""
 
 
@@ -73,7 +73,7 @@ def widened(
     return function(*wide, **settings).to(x.dtype)
 
 
-if not _native.MISSING:
+if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::matmul")
     def _(a: Tensor, b: Tensor, plus: Tensor | None) -> Tensor:

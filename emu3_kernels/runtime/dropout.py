@@ -9,7 +9,7 @@ words, and so does a shard that knows where it begins. Here in plain PyTorch: th
 import torch
 from torch import Tensor
 
-from emu3_kernels._checks import describe
+from emu3_kernels.runtime.checks import describe
 
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85

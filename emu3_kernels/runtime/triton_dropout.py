@@ -1,10 +1,10 @@
-"""Counter-based dropout in Triton: the words of ``_dropout.py``, which defines them."""
+"""Counter-based dropout in Triton: the words of ``dropout.py``, which defines them."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._dropout import drop_below, keep_scale
+from emu3_kernels.runtime.dropout import drop_below, keep_scale
 
 
 def arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int | None, float | None]:

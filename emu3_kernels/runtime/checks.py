@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from emu3_kernels._autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient
 
 
 def describe(tensor: Tensor) -> str:
