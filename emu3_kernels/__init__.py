@@ -1,6 +1,5 @@
 """Fused, differentiable ops for Emu3-type models: Triton, CUDA C++ and native CPU code."""
 
-from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.attention.api import attention
 from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
 from emu3_kernels.ops.causal_conv3d.cache import FrameCache
@@ -11,9 +10,10 @@ from emu3_kernels.ops.group_norm_silu.api import group_norm_silu
 from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.nearest_code.api import CodeIndex, nearest_code
+from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
+from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.ring_attention.api import ring_attention
 from emu3_kernels.ops.ring_attention.shards import shard_sequence, unshard_sequence
-from emu3_kernels.ops.rms_norm.api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
 from emu3_kernels.ops.rope_append.api import rope_append
 from emu3_kernels.ops.spatial_norm_silu.api import spatial_norm_silu

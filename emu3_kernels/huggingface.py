@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.nearest_code.api import LARGEST_DIM, nearest_code
-from emu3_kernels.ops.rms_norm.api import rms_norm
+from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
+from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.rope.api import rope
 from emu3_kernels.ops.swiglu.api import swiglu
 from emu3_kernels.runtime.gemm import SLOW_IN_BFLOAT16

@@ -6,11 +6,11 @@ D model width, V classes, H query heads, G key heads, K head width.
 import torch
 from torch import Tensor, nn
 
-from emu3_kernels.ops.add_rms_norm.api import add_rms_norm
 from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
-from emu3_kernels.ops.rms_norm.api import rms_norm
+from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
+from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_tables
 from emu3_kernels.ops.rope_append.api import rope_append
 from emu3_kernels.ops.swiglu.api import swiglu

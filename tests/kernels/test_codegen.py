@@ -18,8 +18,8 @@ if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""
     pytest.skip("triton is not installed: there is no kernel to compile", allow_module_level=True)
 
 from benchmarks import codegen, machine_code
-from emu3_kernels import _rms_norm_triton
 from emu3_kernels.ops import OPS
+from emu3_kernels.ops.norm import triton as norm_triton
 from emu3_kernels.ops.swiglu import triton as swiglu
 from emu3_kernels.runtime.launch import Config, Contract, Tile, meta
 
@@ -66,8 +66,8 @@ def spilling_rows() -> Config:
     x, weight, rstd = meta(64, 16384), meta(16384), meta(64, dtype=torch.float32)
 
     def call():
-        with mock.patch.object(_rms_norm_triton, "MAX_BACKWARD", 16384):
-            _rms_norm_triton.backward(x, x, x, weight, rstd)
+        with mock.patch.object(norm_triton, "MAX_BACKWARD", 16384):
+            norm_triton.backward(x, x, x, weight, rstd)
 
     return Config("spilling", call, {"_bwd_kernel": GENEROUS, "_sum_kernel": GENEROUS})
 
@@ -79,8 +79,8 @@ def hoarding_rows() -> Config:
 
     def call():
         tile = Tile(block=8192, num_warps=16, num_stages=6)
-        with mock.patch.object(_rms_norm_triton, "row_tile", return_value=tile):
-            _rms_norm_triton.backward(x, None, x, weight, rstd)
+        with mock.patch.object(norm_triton, "row_tile", return_value=tile):
+            norm_triton.backward(x, None, x, weight, rstd)
 
     return Config("hoarding", call, {"_bwd_kernel": GENEROUS, "_sum_kernel": GENEROUS})
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from emu3_kernels import add_rms_norm
-from emu3_kernels.ops.add_rms_norm import cases
+from emu3_kernels.ops.norm import add_rms_norm_cases as cases
 from emu3_kernels.runtime import dropout
 from tests.kernels.suite import at_level, backends, value_and_gradients
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from emu3_kernels import _rms_norm_triton
+from emu3_kernels.ops.norm import triton as norm_triton
 from emu3_kernels.runtime.launch import why_not_triton
 
-CONFIGS = _rms_norm_triton.configs(with_residual=True)
+CONFIGS = norm_triton.configs(with_residual=True)
 
 
 def why_not(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -15,7 +15,7 @@ def why_not(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | No
 def forward(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _rms_norm_triton.forward(x, residual, weight, eps, dropout_p, seed)
+    return norm_triton.forward(x, residual, weight, eps, dropout_p, seed)
 
 
 def forward_into(
@@ -28,7 +28,7 @@ def forward_into(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    _rms_norm_triton.forward_into(y, summed, x, residual, weight, eps, dropout_p, seed)
+    norm_triton.forward_into(y, summed, x, residual, weight, eps, dropout_p, seed)
 
 
 def backward(
@@ -40,4 +40,4 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _rms_norm_triton.backward(dy, dsummed, summed, weight, rstd, dropout_p, seed)
+    return norm_triton.backward(dy, dsummed, summed, weight, rstd, dropout_p, seed)

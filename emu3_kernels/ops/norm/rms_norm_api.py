@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels.ops.rms_norm import reference
+from emu3_kernels.ops.norm import rms_norm_reference as reference
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_channel_weight, rows, unrows
 from emu3_kernels.runtime.dispatch import choose, load

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels.ops.add_rms_norm import reference
+from emu3_kernels.ops.norm import add_rms_norm_reference as reference
 from emu3_kernels.runtime.autograd import mark_written, needs_gradient
 from emu3_kernels.runtime.checks import (
     check_alike,

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from emu3_kernels import _rms_norm_triton
+from emu3_kernels.ops.norm import triton as norm_triton
 from emu3_kernels.runtime.launch import why_not_triton
 
-CONFIGS = _rms_norm_triton.configs(with_residual=False)
+CONFIGS = norm_triton.configs(with_residual=False)
 
 
 def why_not(x: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -13,10 +13,10 @@ def why_not(x: Tensor, weight: Tensor, eps: float) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, rstd = _rms_norm_triton.forward(x, None, weight, eps)
+    y, _, rstd = norm_triton.forward(x, None, weight, eps)
     return y, rstd
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    dx, _, dweight = _rms_norm_triton.backward(dy, None, x, weight, rstd)
+    dx, _, dweight = norm_triton.backward(dy, None, x, weight, rstd)
     return dx, dweight
