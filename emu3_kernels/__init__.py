@@ -14,8 +14,8 @@ from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.ring_attention.api import ring_attention
 from emu3_kernels.ops.ring_attention.shards import shard_sequence, unshard_sequence
-from emu3_kernels.ops.rope.api import rope, rope_tables
-from emu3_kernels.ops.rope_append.api import rope_append
+from emu3_kernels.ops.rope.rope_api import rope, rope_tables
+from emu3_kernels.ops.rope.rope_append_api import rope_append
 from emu3_kernels.ops.spatial_norm_silu.api import spatial_norm_silu
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
 from emu3_kernels.ops.temporal_residual.api import temporal_residual

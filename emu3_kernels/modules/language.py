@@ -11,8 +11,8 @@ from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
 from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm
-from emu3_kernels.ops.rope.api import rope, rope_tables
-from emu3_kernels.ops.rope_append.api import rope_append
+from emu3_kernels.ops.rope.rope_api import rope, rope_tables
+from emu3_kernels.ops.rope.rope_append_api import rope_append
 from emu3_kernels.ops.swiglu.api import swiglu
 
 

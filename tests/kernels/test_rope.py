@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emu3_kernels import rope, rope_tables
-from emu3_kernels.ops.rope import cases
+from emu3_kernels.ops.rope import rope_cases as cases
 from tests.kernels.suite import at_level, backends, runnable
 
 BACKENDS = [*backends("rope"), "reference"]

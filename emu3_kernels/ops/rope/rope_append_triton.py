@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._rope_triton import copy_heads, load_rotation, options, rotate_heads
+from emu3_kernels.ops.rope.triton_heads import copy_heads, load_rotation, options, rotate_heads
 from emu3_kernels.runtime.launch import Config, Contract, meta, why_not_triton
 
 

@@ -5,14 +5,14 @@ B batch, T new tokens, S slots of the cache, H query heads, G key/value heads, K
 
 from torch import Tensor
 
-from emu3_kernels._rope import (
+from emu3_kernels.ops.rope import rope_append_reference as reference
+from emu3_kernels.ops.rope.rotation import (
     check_heads,
     check_indices,
     check_inside,
     check_tables,
     check_written,
 )
-from emu3_kernels.ops.rope_append import reference
 from emu3_kernels.runtime.autograd import mark_written, needs_gradient
 from emu3_kernels.runtime.checks import describe
 from emu3_kernels.runtime.dispatch import choose, load

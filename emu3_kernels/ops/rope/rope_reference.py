@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._rope import rotate
+from emu3_kernels.ops.rope.rotation import rotate
 
 
 def rope(

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._rope import (
+from emu3_kernels.ops.rope import rope_reference as reference
+from emu3_kernels.ops.rope.rotation import (
     check_heads,
     check_indices,
     check_inside,
     check_tables,
     check_written,
 )
-from emu3_kernels.ops.rope import reference
 from emu3_kernels.runtime.autograd import mark_written, needs_gradient
 from emu3_kernels.runtime.checks import check_no_gradient, copied, describe
 from emu3_kernels.runtime.dispatch import choose, load
