@@ -4,11 +4,11 @@ from emu3_kernels.ops.attention.api import attention
 from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
 from emu3_kernels.ops.causal_conv3d.cache import FrameCache
 from emu3_kernels.ops.conv3x3.api import conv3x3
-from emu3_kernels.ops.cross_entropy.api import cross_entropy
 from emu3_kernels.ops.decode_attention.api import decode_attention
 from emu3_kernels.ops.group_norm_silu.api import group_norm_silu
 from emu3_kernels.ops.linear.api import linear
-from emu3_kernels.ops.linear_cross_entropy.api import linear_cross_entropy
+from emu3_kernels.ops.loss.cross_entropy_api import cross_entropy
+from emu3_kernels.ops.loss.linear_cross_entropy_api import linear_cross_entropy
 from emu3_kernels.ops.nearest_code.api import CodeIndex, nearest_code
 from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm

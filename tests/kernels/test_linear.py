@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from emu3_kernels import linear, linear_cross_entropy, record_backends, widened
 from emu3_kernels.ops.linear import cases
-from emu3_kernels.ops.linear_cross_entropy import cases as loss_cases
-from emu3_kernels.ops.linear_cross_entropy import reference as loss_reference
+from emu3_kernels.ops.loss import linear_cross_entropy_cases as loss_cases
+from emu3_kernels.ops.loss import linear_cross_entropy_reference as loss_reference
 from emu3_kernels.runtime import gemm, library
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import double, value_and_gradients

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from emu3_kernels import cross_entropy, linear_cross_entropy
-from emu3_kernels.ops.linear_cross_entropy import blocks, cases, reference
-from emu3_kernels.ops.linear_cross_entropy.tiles import MEMORY, MIN_CLASSES, MIN_TOKENS
+from emu3_kernels.ops.loss import blocks
+from emu3_kernels.ops.loss import linear_cross_entropy_cases as cases
+from emu3_kernels.ops.loss import linear_cross_entropy_reference as reference
+from emu3_kernels.ops.loss.tiles import MEMORY, MIN_CLASSES, MIN_TOKENS
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import at_level, backends, double, runnable, value_and_gradients
 

@@ -10,9 +10,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from emu3_kernels import linear_cross_entropy
-from emu3_kernels.ops.linear_cross_entropy import api, cases
-from emu3_kernels.ops.linear_cross_entropy.halves import Halves
-from emu3_kernels.ops.linear_cross_entropy.tiles import (
+from emu3_kernels.ops.loss import linear_cross_entropy_api as api
+from emu3_kernels.ops.loss import linear_cross_entropy_cases as cases
+from emu3_kernels.ops.loss.halves import Halves
+from emu3_kernels.ops.loss.tiles import (
     MIN_CLASSES,
     MIN_TOKENS,
     SCRATCH,

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from emu3_kernels import linear_cross_entropy as call
-from emu3_kernels.ops.linear_cross_entropy import cases, reference
-from emu3_kernels.ops.linear_cross_entropy.tiles import MEMORY, tile
+from emu3_kernels.ops.loss import linear_cross_entropy_cases as cases
+from emu3_kernels.ops.loss import linear_cross_entropy_reference as reference
+from emu3_kernels.ops.loss.tiles import MEMORY, tile
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import double, value_and_gradients
 

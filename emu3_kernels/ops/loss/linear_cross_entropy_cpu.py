@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.linear_cross_entropy.blocks import Kernels, as_ops
+from emu3_kernels.ops.loss.blocks import Kernels, as_ops
 from emu3_kernels.runtime import library
 
 

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels import _cross_entropy_triton as rows
-from emu3_kernels._cross_entropy_triton import SUMS_TILE, lanes, lead_of, sums_of_row
-from emu3_kernels.ops.linear_cross_entropy import blocks
-from emu3_kernels.ops.linear_cross_entropy.blocks import Kernels
-from emu3_kernels.ops.linear_cross_entropy.tiles import MEMORY, copies_of, tile
+from emu3_kernels.ops.loss import blocks
+from emu3_kernels.ops.loss import triton_rows as rows
+from emu3_kernels.ops.loss.blocks import Kernels
+from emu3_kernels.ops.loss.tiles import MEMORY, copies_of, tile
+from emu3_kernels.ops.loss.triton_rows import SUMS_TILE, lanes, lead_of, sums_of_row
 from emu3_kernels.runtime.launch import Config, meta, why_not_triton
 
 

@@ -5,11 +5,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._token_loss import check_settings, check_targets, divisor, reduce, token_weights
-from emu3_kernels.ops.linear_cross_entropy import reference
-from emu3_kernels.ops.linear_cross_entropy.blocks import Settings
-from emu3_kernels.ops.linear_cross_entropy.shards import shard_of
-from emu3_kernels.ops.linear_cross_entropy.tiles import MEMORY, copies_of
+from emu3_kernels.ops.loss import linear_cross_entropy_reference as reference
+from emu3_kernels.ops.loss.blocks import Settings
+from emu3_kernels.ops.loss.shards import shard_of
+from emu3_kernels.ops.loss.tiles import MEMORY, copies_of
+from emu3_kernels.ops.loss.token_loss import (
+    check_settings,
+    check_targets,
+    divisor,
+    reduce,
+    token_weights,
+)
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_floating, check_has_channels, describe, rows
 from emu3_kernels.runtime.dispatch import choose, load

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels import _cross_entropy_triton as rows
-from emu3_kernels._cross_entropy_triton import SUMS_TILE, lanes, lead_of, sums_of_row
+from emu3_kernels.ops.loss import triton_rows as rows
+from emu3_kernels.ops.loss.triton_rows import SUMS_TILE, lanes, lead_of, sums_of_row
 from emu3_kernels.runtime.launch import Config, meta, why_not_triton
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._token_loss import check_settings, check_targets, reduce, token_weights
-from emu3_kernels.ops.cross_entropy import reference
+from emu3_kernels.ops.loss import cross_entropy_reference as reference
+from emu3_kernels.ops.loss.token_loss import check_settings, check_targets, reduce, token_weights
 from emu3_kernels.runtime.checks import check_floating, check_has_channels, rows
 from emu3_kernels.runtime.dispatch import choose, load
 

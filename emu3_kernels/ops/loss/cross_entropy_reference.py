@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels import _token_loss
+from emu3_kernels.ops.loss import token_loss as _token_loss
 
 
 def cross_entropy(

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3_kernels import _token_loss
-from emu3_kernels.ops.linear_cross_entropy.shards import Shard, largest_of, summed
+from emu3_kernels.ops.loss import token_loss as _token_loss
+from emu3_kernels.ops.loss.shards import Shard, largest_of, summed
 
 
 def linear_cross_entropy(

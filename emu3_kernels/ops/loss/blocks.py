@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.linear_cross_entropy.halves import Halves
-from emu3_kernels.ops.linear_cross_entropy.shards import Shard, merged, no_sums, summed
-from emu3_kernels.ops.linear_cross_entropy.tiles import PART, aligned, tile
+from emu3_kernels.ops.loss.halves import Halves
+from emu3_kernels.ops.loss.shards import Shard, merged, no_sums, summed
+from emu3_kernels.ops.loss.tiles import PART, aligned, tile
 from emu3_kernels.runtime.gemm import mm_
 
 
