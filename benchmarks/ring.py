@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmarks import machine
 from emu3_kernels import attention, ring_attention
-from emu3_kernels.ops.ring_attention.schedule import ring_schedule
-from emu3_kernels.ops.ring_attention.shards import Zigzag
+from emu3_kernels.ops.attention.ring.schedule import ring_schedule
+from emu3_kernels.ops.attention.ring.shards import Zigzag
 from tests.budget import assert_as_accurate
 
 NAMES = "out", "dq", "dk", "dv"

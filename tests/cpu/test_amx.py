@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from emu3_kernels.ops.attention import cases, reference
-from emu3_kernels.ops.attention.api import attention
+from emu3_kernels.ops.attention import attention_cases as cases
+from emu3_kernels.ops.attention import attention_reference as reference
+from emu3_kernels.ops.attention.attention_api import attention
 from emu3_kernels.runtime import library
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import double, value_and_gradients

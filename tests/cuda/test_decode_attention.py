@@ -6,7 +6,8 @@ import struct
 import pytest
 import torch
 
-from emu3_kernels.ops.decode_attention import cases, reference
+from emu3_kernels.ops.attention import decode_attention_cases as cases
+from emu3_kernels.ops.attention import decode_attention_reference as reference
 from tests.budget import assert_as_accurate
 from tests.cuda import fiber
 from tests.cuda.test_nearest_code import raw

@@ -6,7 +6,7 @@ Computed in float64 and rounded once, so that what is around the kernels makes t
 import torch
 from torch import Tensor
 
-from emu3_kernels._attention.spans import Dropout, Spans
+from emu3_kernels.ops.attention.spans import Dropout, Spans
 from emu3_kernels.runtime.dropout import keep, keep_scale
 
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emu3_kernels import ring_attention, shard_sequence, unshard_sequence
-from emu3_kernels._attention import reference
-from emu3_kernels.ops.attention import api as attention_api
-from emu3_kernels.ops.ring_attention import api, ring, schedule
-from emu3_kernels.ops.ring_attention.agreement import LostRankError
+from emu3_kernels.ops.attention import attention_api, reference
+from emu3_kernels.ops.attention import ring_attention_api as api
+from emu3_kernels.ops.attention.ring import ring, schedule
+from emu3_kernels.ops.attention.ring.agreement import LostRankError
 from tests.budget import assert_as_accurate
 from tests.kernels import plain_attention
 

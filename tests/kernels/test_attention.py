@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emu3_kernels._attention import native
-from emu3_kernels._attention.spans import Dropout, Spans, spans_of
-from emu3_kernels.ops.attention import cases, reference
-from emu3_kernels.ops.attention.api import attention
+from emu3_kernels.ops.attention import attention_cases as cases
+from emu3_kernels.ops.attention import attention_reference as reference
+from emu3_kernels.ops.attention import cpu as native
+from emu3_kernels.ops.attention.attention_api import attention
+from emu3_kernels.ops.attention.spans import Dropout, Spans, spans_of
 from emu3_kernels.runtime import library
 from tests.budget import assert_as_accurate
 from tests.kernels import plain_attention

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emu3_kernels._attention.documents import starts_of
-from emu3_kernels.ops.attention import cases, reference
-from emu3_kernels.ops.attention.api import attention
+from emu3_kernels.ops.attention import attention_cases as cases
+from emu3_kernels.ops.attention import attention_reference as reference
+from emu3_kernels.ops.attention.attention_api import attention
+from emu3_kernels.ops.attention.documents import starts_of
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import double, value_and_gradients
 

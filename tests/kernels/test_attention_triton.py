@@ -11,16 +11,17 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from emu3_kernels._attention.spans import Dropout, spans_of
-from emu3_kernels.ops.attention import cases, reference
-from emu3_kernels.ops.attention.api import attention
+from emu3_kernels.ops.attention import attention_cases as cases
+from emu3_kernels.ops.attention import attention_reference as reference
+from emu3_kernels.ops.attention.attention_api import attention
+from emu3_kernels.ops.attention.spans import Dropout, spans_of
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import double, value_and_gradients
 
 if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""):
     pytest.skip("triton is not installed: there is no kernel to run", allow_module_level=True)
 
-from emu3_kernels.ops.attention import triton
+from emu3_kernels.ops.attention import attention_triton as triton
 
 TOKENS, HEADS, GROUPS, WIDTH = 4 * 19, 2, 1, 32  # a shard is a block of 32 and a ragged one
 SCALE = WIDTH**-0.5

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu3_kernels import decode_attention
-from emu3_kernels.ops.decode_attention import cases, reference
+from emu3_kernels.ops.attention import decode_attention_cases as cases
+from emu3_kernels.ops.attention import decode_attention_reference as reference
 from emu3_kernels.runtime import library
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import at_level, backends, double, runnable

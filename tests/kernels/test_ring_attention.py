@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from emu3_kernels import ring_attention
-from emu3_kernels.ops.ring_attention import api
-from emu3_kernels.ops.ring_attention.schedule import ring_schedule
+from emu3_kernels.ops.attention import ring_attention_api as api
+from emu3_kernels.ops.attention.ring.schedule import ring_schedule
 from tests.kernels import ring_cases as cases
 from tests.kernels.ranks import Ranks
 

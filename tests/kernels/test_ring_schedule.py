@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emu3_kernels.ops.ring_attention.schedule import MIN_PIECE, ring_schedule
-from emu3_kernels.ops.ring_attention.shards import Zigzag, shard_sequence
+from emu3_kernels.ops.attention.ring.schedule import MIN_PIECE, ring_schedule
+from emu3_kernels.ops.attention.ring.shards import Zigzag, shard_sequence
 
 
 @st.composite

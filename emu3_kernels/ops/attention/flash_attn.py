@@ -4,7 +4,7 @@ import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 from torch import Tensor
 
-from emu3_kernels._attention.documents import starts_of
+from emu3_kernels.ops.attention.documents import starts_of
 
 WIDEST = 256
 INT32_MAX = torch.iinfo(torch.int32).max

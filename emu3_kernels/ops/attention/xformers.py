@@ -9,7 +9,7 @@ from xformers.ops.fmha.attn_bias import (
     LowerTriangularFromBottomRightMask,
 )
 
-from emu3_kernels._attention.documents import starts_of
+from emu3_kernels.ops.attention.documents import starts_of
 from emu3_kernels.runtime.autograd import needs_gradient
 
 WIDEST = 256

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from emu3_kernels._attention import blocks_triton
-from emu3_kernels._attention.backward_triton import backward
-from emu3_kernels._attention.forward_triton import forward
-from emu3_kernels._attention.spans import Dropout, Spans
+from emu3_kernels.ops.attention import triton_blocks as blocks_triton
+from emu3_kernels.ops.attention.spans import Dropout, Spans
+from emu3_kernels.ops.attention.triton_backward import backward
+from emu3_kernels.ops.attention.triton_forward import forward
 from emu3_kernels.runtime.launch import Config, Contract, meta
 
 __all__ = ["CONFIGS", "backward", "forward", "why_not"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._attention.spans import Dropout, Spans
+from emu3_kernels.ops.attention.spans import Dropout, Spans
 from emu3_kernels.runtime import library
 
 WIDEST = 256

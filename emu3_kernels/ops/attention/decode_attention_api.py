@@ -6,7 +6,7 @@ B batch, t new tokens, S keys of a row, H query heads, G key heads, K head width
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.decode_attention import reference
+from emu3_kernels.ops.attention import decode_attention_reference as reference
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._attention.blocks_triton import (
+from emu3_kernels.ops.attention.spans import Dropout, Spans
+from emu3_kernels.ops.attention.triton_blocks import (
     LOG2E,
     Tile,
     add_product,
@@ -28,7 +29,6 @@ from emu3_kernels._attention.blocks_triton import (
     store_rows,
     unit_stride,
 )
-from emu3_kernels._attention.spans import Dropout, Spans
 from emu3_kernels.runtime import launch
 from emu3_kernels.runtime.triton_dropout import keep
 

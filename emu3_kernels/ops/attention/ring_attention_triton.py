@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from emu3_kernels._attention import blocks_triton
-from emu3_kernels._attention.backward_triton import backward
-from emu3_kernels._attention.forward_triton import forward
+from emu3_kernels.ops.attention import triton_blocks as blocks_triton
+from emu3_kernels.ops.attention.triton_backward import backward
+from emu3_kernels.ops.attention.triton_forward import forward
 
 __all__ = ["backward", "forward", "why_not"]
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emu3_kernels.ops.ring_attention.shards import Zigzag, check_sizes
+from emu3_kernels.ops.attention.ring.shards import Zigzag, check_sizes
 
 FAILURE = "emu3_kernels.ring_attention: failure"
 

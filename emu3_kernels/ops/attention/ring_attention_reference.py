@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emu3_kernels._attention.reference import attention
-from emu3_kernels.ops.ring_attention.shards import shard_sequence, unshard_sequence
+from emu3_kernels.ops.attention.reference import attention
+from emu3_kernels.ops.attention.ring.shards import shard_sequence, unshard_sequence
 
 
 def ring_attention(

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emu3_kernels._attention.spans import Dropout, Spans, spans_of
-from emu3_kernels.ops.ring_attention.exchange import Posted
-from emu3_kernels.ops.ring_attention.schedule import Schedule, Transfer
+from emu3_kernels.ops.attention.ring.exchange import Posted
+from emu3_kernels.ops.attention.ring.schedule import Schedule, Transfer
+from emu3_kernels.ops.attention.spans import Dropout, Spans, spans_of
 
 FORWARD_PIECES, BACKWARD_PIECES = 4, 8
 """Pieces of a long shard that travel one by one. Keys of two pieces are here at a time, backward

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from emu3_kernels._attention import native
-from emu3_kernels._attention.native import backward, forward
+from emu3_kernels.ops.attention import cpu as native
+from emu3_kernels.ops.attention.cpu import backward, forward
 
 __all__ = ["backward", "forward", "why_not"]
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._attention.spans import Dropout, Spans, spans_of
-from emu3_kernels.ops.attention import reference
+from emu3_kernels.ops.attention import attention_reference as reference
+from emu3_kernels.ops.attention.spans import Dropout, Spans, spans_of
 from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load
 from emu3_kernels.runtime.dropout import check_dropout, draw_seed

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from emu3_kernels.ops.ring_attention.shards import Zigzag
+from emu3_kernels.ops.attention.ring.shards import Zigzag
 
 MIN_PIECE = 512
 """Tokens below which a shard is not cut: messages and kernels of less are mostly latency."""

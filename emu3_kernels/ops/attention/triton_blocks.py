@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._attention.spans import Dropout, Spans
+from emu3_kernels.ops.attention.spans import Dropout, Spans
 from emu3_kernels.runtime.launch import next_power_of_2, why_not_triton
 
 WIDEST = 128

@@ -5,10 +5,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels.ops.ring_attention import reference, ring
-from emu3_kernels.ops.ring_attention.agreement import Facts, agree, failing_together, waiting
-from emu3_kernels.ops.ring_attention.schedule import Schedule, ring_schedule
-from emu3_kernels.ops.ring_attention.shards import Zigzag, gather
+from emu3_kernels.ops.attention import ring_attention_reference as reference
+from emu3_kernels.ops.attention.ring import ring
+from emu3_kernels.ops.attention.ring.agreement import Facts, agree, failing_together, waiting
+from emu3_kernels.ops.attention.ring.schedule import Schedule, ring_schedule
+from emu3_kernels.ops.attention.ring.shards import Zigzag, gather
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import Tensor
 
-from emu3_kernels.ops.ring_attention.agreement import waiting
+from emu3_kernels.ops.attention.ring.agreement import waiting
 
 
 class Posted:
