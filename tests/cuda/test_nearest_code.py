@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from emu3_kernels.ops.nearest_code import cases, reference
+from emu3_kernels.ops.vq import cases, reference
 from tests.cuda import fiber
 
 FEW, MANY = 10_000, 1

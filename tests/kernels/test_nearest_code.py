@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from emu3_kernels import CodeIndex, nearest_code
-from emu3_kernels.ops.nearest_code import native, reference
+from emu3_kernels.ops.vq import cpu as native
+from emu3_kernels.ops.vq import reference
 from emu3_kernels.runtime import library
 from tests.kernels.suite import at_level, backends
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.nearest_code import native, reference
+from emu3_kernels.ops.vq import cpu as native
+from emu3_kernels.ops.vq import reference
 from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load
 
