@@ -7,7 +7,8 @@ from emu3_kernels.ops.attention.ring_attention_api import ring_attention
 from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
 from emu3_kernels.ops.causal_conv3d.cache import FrameCache
 from emu3_kernels.ops.conv3x3.api import conv3x3
-from emu3_kernels.ops.group_norm_silu.api import group_norm_silu
+from emu3_kernels.ops.group_norm.group_norm_silu_api import group_norm_silu
+from emu3_kernels.ops.group_norm.spatial_norm_silu_api import spatial_norm_silu
 from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.loss.cross_entropy_api import cross_entropy
 from emu3_kernels.ops.loss.linear_cross_entropy_api import linear_cross_entropy
@@ -15,7 +16,6 @@ from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.rope.rope_api import rope, rope_tables
 from emu3_kernels.ops.rope.rope_append_api import rope_append
-from emu3_kernels.ops.spatial_norm_silu.api import spatial_norm_silu
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
 from emu3_kernels.ops.temporal_residual.api import temporal_residual
 from emu3_kernels.ops.vq.api import CodeIndex, nearest_code

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._group_norm.checks import check_group_norm, check_parameters
-from emu3_kernels.ops.spatial_norm_silu import reference
+from emu3_kernels.ops.group_norm import spatial_norm_silu_reference as reference
+from emu3_kernels.ops.group_norm.checks import check_group_norm, check_parameters
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load

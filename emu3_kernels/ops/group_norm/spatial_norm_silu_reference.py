@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3_kernels._group_norm.reference import group_norm
+from emu3_kernels.ops.group_norm.reference import group_norm
 
 
 def spatial_norm_silu(

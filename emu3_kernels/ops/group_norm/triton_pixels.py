@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._group_norm.statistics_triton import tile_of
+from emu3_kernels.ops.group_norm.triton_statistics import tile_of
 
 
 def sizes(x: Tensor, latent: Tensor | None) -> tuple[float, ...]:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._group_norm import pixels_triton as pixels
-from emu3_kernels._group_norm import statistics_triton as statistics
+from emu3_kernels.ops.group_norm import triton_pixels as pixels
+from emu3_kernels.ops.group_norm import triton_statistics as statistics
 from emu3_kernels.runtime.launch import (
     Config,
     Contract,

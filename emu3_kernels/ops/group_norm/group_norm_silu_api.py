@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._group_norm.checks import check_group_norm
-from emu3_kernels.ops.group_norm_silu import reference
+from emu3_kernels.ops.group_norm import group_norm_silu_reference as reference
+from emu3_kernels.ops.group_norm.checks import check_group_norm
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.dispatch import choose, load
 from emu3_kernels.runtime.layout import from_channels_last, to_channels_last
