@@ -4,8 +4,9 @@ from emu3_kernels.ops.attention.attention_api import attention
 from emu3_kernels.ops.attention.decode_attention_api import decode_attention
 from emu3_kernels.ops.attention.ring.shards import shard_sequence, unshard_sequence
 from emu3_kernels.ops.attention.ring_attention_api import ring_attention
-from emu3_kernels.ops.causal_conv3d.api import causal_conv3d
-from emu3_kernels.ops.causal_conv3d.cache import FrameCache
+from emu3_kernels.ops.conv3d.cache import FrameCache
+from emu3_kernels.ops.conv3d.causal_conv3d_api import causal_conv3d
+from emu3_kernels.ops.conv3d.temporal_residual_api import temporal_residual
 from emu3_kernels.ops.conv3x3.api import conv3x3
 from emu3_kernels.ops.group_norm.group_norm_silu_api import group_norm_silu
 from emu3_kernels.ops.group_norm.spatial_norm_silu_api import spatial_norm_silu
@@ -17,7 +18,6 @@ from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.rope.rope_api import rope, rope_tables
 from emu3_kernels.ops.rope.rope_append_api import rope_append
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
-from emu3_kernels.ops.temporal_residual.api import temporal_residual
 from emu3_kernels.ops.vq.api import CodeIndex, nearest_code
 from emu3_kernels.runtime.dispatch import record_backends, use_backend
 from emu3_kernels.runtime.gemm import widened

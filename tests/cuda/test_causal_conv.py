@@ -5,10 +5,11 @@ import struct
 import pytest
 import torch
 
-from emu3_kernels._causal_conv.plan import Plan, out_shape
-from emu3_kernels.ops.causal_conv3d import cases, reference
-from emu3_kernels.ops.temporal_residual import cases as block_cases
-from emu3_kernels.ops.temporal_residual import reference as block_reference
+from emu3_kernels.ops.conv3d import causal_conv3d_cases as cases
+from emu3_kernels.ops.conv3d import causal_conv3d_reference as reference
+from emu3_kernels.ops.conv3d import temporal_residual_cases as block_cases
+from emu3_kernels.ops.conv3d import temporal_residual_reference as block_reference
+from emu3_kernels.ops.conv3d.plan import Plan, out_shape
 from tests.budget import assert_as_accurate
 from tests.cuda import fiber
 from tests.kernels.suite import double

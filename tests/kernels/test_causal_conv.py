@@ -12,8 +12,9 @@ from torch import Tensor
 
 import emu3_kernels
 from emu3_kernels import FrameCache, causal_conv3d, temporal_residual
-from emu3_kernels.ops.causal_conv3d import api, reference
-from emu3_kernels.ops.temporal_residual import cases
+from emu3_kernels.ops.conv3d import causal_conv3d_api as api
+from emu3_kernels.ops.conv3d import causal_conv3d_reference as reference
+from emu3_kernels.ops.conv3d import temporal_residual_cases as cases
 from emu3_kernels.runtime import library
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import at_level, backends, double, part, runnable, value_and_gradients

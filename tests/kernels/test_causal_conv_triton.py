@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from emu3_kernels import FrameCache, causal_conv3d, temporal_residual
-from emu3_kernels.ops.causal_conv3d import cases, reference
-from emu3_kernels.ops.temporal_residual import cases as block_cases
+from emu3_kernels.ops.conv3d import causal_conv3d_cases as cases
+from emu3_kernels.ops.conv3d import causal_conv3d_reference as reference
+from emu3_kernels.ops.conv3d import temporal_residual_cases as block_cases
 from tests.budget import assert_as_accurate
 from tests.kernels.suite import double, value_and_gradients
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3_kernels._causal_conv.plan import Plan, out_shape, space_pads
+from emu3_kernels.ops.conv3d.plan import Plan, out_shape, space_pads
 
 
 def convolve(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emu3_kernels._causal_conv.plan import Plan, num_frames
+from emu3_kernels.ops.conv3d.plan import Plan, num_frames
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._causal_conv.plan import (
+from emu3_kernels.ops.conv3d.cache import FrameCache, extend, remember
+from emu3_kernels.ops.conv3d.plan import (
     Operands,
     Plan,
     Wanted,
@@ -17,8 +18,7 @@ from emu3_kernels._causal_conv.plan import (
     check_x,
     out_shape,
 )
-from emu3_kernels._causal_conv.reference import convolve
-from emu3_kernels.ops.causal_conv3d.cache import FrameCache, extend, remember
+from emu3_kernels.ops.conv3d.reference import convolve
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.dispatch import choose, load
 

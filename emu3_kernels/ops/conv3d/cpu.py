@@ -8,7 +8,7 @@ are float32.
 import torch
 from torch import Tensor
 
-from emu3_kernels._causal_conv.plan import EVERY, Plan, Wanted, out_shape
+from emu3_kernels.ops.conv3d.plan import EVERY, Plan, Wanted, out_shape
 from emu3_kernels.runtime import library
 from emu3_kernels.runtime.autograd import needs_gradient
 

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 
-from emu3_kernels._causal_conv.backward_triton import backward
-from emu3_kernels._causal_conv.forward_triton import forward
-from emu3_kernels._causal_conv.plan import Plan, out_shape
+from emu3_kernels.ops.conv3d.plan import Plan, out_shape
+from emu3_kernels.ops.conv3d.triton_backward import backward
+from emu3_kernels.ops.conv3d.triton_forward import forward
 from emu3_kernels.runtime.launch import Config, Contract, meta
 
 BLOCK = (3, 3, 3), Plan(silu=True)

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from emu3_kernels._causal_conv.backward_triton import backward as convolve_backward
-from emu3_kernels._causal_conv.blocks_triton import why_not
-from emu3_kernels._causal_conv.contracts_triton import NARROW
-from emu3_kernels._causal_conv.forward_triton import forward as convolve
-from emu3_kernels._causal_conv.plan import Plan
+from emu3_kernels.ops.conv3d.contracts import NARROW
+from emu3_kernels.ops.conv3d.plan import Plan
+from emu3_kernels.ops.conv3d.triton_backward import backward as convolve_backward
+from emu3_kernels.ops.conv3d.triton_blocks import why_not
+from emu3_kernels.ops.conv3d.triton_forward import forward as convolve
 from emu3_kernels.runtime.launch import Config, meta
 
 __all__ = ["CONFIGS", "convolve", "convolve_backward", "forward", "why_not"]

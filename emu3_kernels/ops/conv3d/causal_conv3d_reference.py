@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from emu3_kernels._causal_conv.plan import Plan
-from emu3_kernels._causal_conv.reference import convolve
+from emu3_kernels.ops.conv3d.plan import Plan
+from emu3_kernels.ops.conv3d.reference import convolve
 
 
 def causal_conv3d(

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from emu3_kernels._causal_conv import native
-from emu3_kernels._causal_conv.plan import Plan
+from emu3_kernels.ops.conv3d import cpu as native
+from emu3_kernels.ops.conv3d.plan import Plan
 
 forward = native.convolve
 backward = native.convolve_backward

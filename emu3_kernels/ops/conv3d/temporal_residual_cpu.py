@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels._causal_conv import native
-from emu3_kernels._causal_conv.native import convolve, convolve_backward, factors
-from emu3_kernels._causal_conv.plan import Plan
+from emu3_kernels.ops.conv3d import cpu as native
+from emu3_kernels.ops.conv3d.cpu import convolve, convolve_backward, factors
+from emu3_kernels.ops.conv3d.plan import Plan
 from emu3_kernels.runtime import library
 
 __all__ = ["convolve", "convolve_backward", "forward", "why_not"]

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._causal_conv.blocks_triton import (
+from emu3_kernels.ops.conv3d.plan import Plan, out_shape
+from emu3_kernels.ops.conv3d.triton_blocks import (
     load_row,
     operand,
     panel,
@@ -18,7 +19,6 @@ from emu3_kernels._causal_conv.blocks_triton import (
     taps,
     tile_of,
 )
-from emu3_kernels._causal_conv.plan import Plan, out_shape
 
 
 def forward(

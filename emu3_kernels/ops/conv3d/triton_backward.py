@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels._causal_conv.blocks_triton import (
+from emu3_kernels.ops.conv3d.plan import EVERY, Plan, Wanted
+from emu3_kernels.ops.conv3d.triton_blocks import (
     Tile,
     column_sums,
     load_row,
@@ -30,7 +31,6 @@ from emu3_kernels._causal_conv.blocks_triton import (
     taps,
     tile_of,
 )
-from emu3_kernels._causal_conv.plan import EVERY, Plan, Wanted
 from emu3_kernels.runtime.launch import NUM_MULTIPROCESSORS
 
 

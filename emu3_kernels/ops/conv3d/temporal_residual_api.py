@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels._causal_conv.plan import Plan, Wanted, check_vectors, check_weight, check_x
-from emu3_kernels.ops.temporal_residual import reference
+from emu3_kernels.ops.conv3d import temporal_residual_reference as reference
+from emu3_kernels.ops.conv3d.plan import Plan, Wanted, check_vectors, check_weight, check_x
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.dispatch import choose, load
 
