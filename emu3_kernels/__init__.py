@@ -4,10 +4,10 @@ from emu3_kernels.ops.attention.attention_api import attention
 from emu3_kernels.ops.attention.decode_attention_api import decode_attention
 from emu3_kernels.ops.attention.ring.shards import shard_sequence, unshard_sequence
 from emu3_kernels.ops.attention.ring_attention_api import ring_attention
+from emu3_kernels.ops.conv2d.api import conv3x3
 from emu3_kernels.ops.conv3d.cache import FrameCache
 from emu3_kernels.ops.conv3d.causal_conv3d_api import causal_conv3d
 from emu3_kernels.ops.conv3d.temporal_residual_api import temporal_residual
-from emu3_kernels.ops.conv3x3.api import conv3x3
 from emu3_kernels.ops.group_norm.group_norm_silu_api import group_norm_silu
 from emu3_kernels.ops.group_norm.spatial_norm_silu_api import spatial_norm_silu
 from emu3_kernels.ops.linear.api import linear

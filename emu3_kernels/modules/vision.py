@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emu3_kernels.ops.conv2d.api import conv3x3
 from emu3_kernels.ops.conv3d.cache import FrameCache
 from emu3_kernels.ops.conv3d.causal_conv3d_api import causal_conv3d
 from emu3_kernels.ops.conv3d.temporal_residual_api import temporal_residual
-from emu3_kernels.ops.conv3x3.api import conv3x3
 from emu3_kernels.ops.group_norm.group_norm_silu_api import group_norm_silu
 from emu3_kernels.ops.group_norm.spatial_norm_silu_api import spatial_norm_silu
 from emu3_kernels.ops.vq.api import nearest_code

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from emu3_kernels import conv3x3, record_backends
-from emu3_kernels.ops.conv3x3 import api, cases, native
-from emu3_kernels.ops.conv3x3.reference import conv3x3 as reference
+from emu3_kernels.ops.conv2d import api, cases
+from emu3_kernels.ops.conv2d import cpu as native
+from emu3_kernels.ops.conv2d.reference import conv3x3 as reference
 from tests.kernels.suite import double
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels.ops.conv3x3 import reference
+from emu3_kernels.ops.conv2d import reference
 from emu3_kernels.runtime import library
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_floating, describe
