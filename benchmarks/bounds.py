@@ -18,7 +18,7 @@ from benchmarks.peers import IN_PLACE
 from emu3_kernels import in_large_pages
 from emu3_kernels.runtime import library
 from emu3_kernels.runtime.gemm import is_slow
-from tests.kernels.suite import part
+from emu3_kernels.testing.suite import part
 
 READ, COPY, MULTIPLY = "bound: read", "bound: copy", "bound: multiply"
 PRODUCTS = "bound: products"

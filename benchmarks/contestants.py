@@ -14,9 +14,9 @@ from benchmarks import bounds, clock, gpu_peers, peers
 from benchmarks.clock import Call, Clock
 from benchmarks.peers import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
 from emu3_kernels.runtime import library
-from tests.budget import assert_within, budget
-from tests.kernels.suite import LIBRARIES, differentiable, part, public
-from tests.kernels.test_all_ops import test_value_and_gradients
+from emu3_kernels.testing.budget import assert_within, budget
+from emu3_kernels.testing.suite import LIBRARIES, differentiable, part, public
+from tests.gates.test_all_ops import test_value_and_gradients
 
 LARGE_RESULT = 1 << 20
 """Bytes from which fresh memory costs: below, a preallocated result is no other contestant."""

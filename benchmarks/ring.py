@@ -22,7 +22,7 @@ from benchmarks import machine
 from emu3_kernels import attention, ring_attention
 from emu3_kernels.ops.attention.ring.schedule import ring_schedule
 from emu3_kernels.ops.attention.ring.shards import Zigzag
-from tests.budget import assert_as_accurate
+from emu3_kernels.testing.budget import assert_as_accurate
 
 NAMES = "out", "dq", "dk", "dv"
 

@@ -18,7 +18,7 @@ from benchmarks.test_ops import row as row_of
 from benchmarks.test_ops import test_op as time_op
 from emu3_kernels.ops import OPS
 from emu3_kernels.ops.swiglu import cpu as native
-from tests.kernels.suite import part
+from emu3_kernels.testing.suite import part
 
 CASE = Case("swiglu", "native", {"num_rows": 3, "width": 40}, torch.bfloat16, "forward")
 

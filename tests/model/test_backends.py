@@ -10,7 +10,7 @@ from emu3.cache import KeyValueCache
 from emu3.config import BYTE_VOCABULARY, PRESETS, ModelSettings
 from emu3.model import Emu3
 from emu3_kernels import linear_cross_entropy, use_backend
-from tests.budget import assert_as_accurate
+from emu3_kernels.testing.budget import assert_as_accurate
 
 # Emu3's own layers, two of them, over a vocabulary and positions that no kernel's shape turns on.
 SHORT = {"layers": 2, "vocabulary": BYTE_VOCABULARY, "max_positions": 64, "dropout": 0.0}

@@ -14,7 +14,7 @@ from emu3.config import PRESETS
 from emu3.model import Emu3, seed_visual_rows
 from emu3.weights import load_decoder_into
 from emu3_kernels import use_backend
-from tests.budget import assert_as_accurate
+from emu3_kernels.testing.budget import assert_as_accurate
 from tests.model.tiny import TINY, tiny_model
 
 

@@ -10,10 +10,10 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from emu3_kernels.huggingface import apply
-from tests.budget import assert_as_accurate
-from tests.kernels.ranks import Ranks
+from emu3_kernels.testing.budget import assert_as_accurate
 from tests.model.test_model import hugging_face, some_tokens
 from tests.model.tiny import tiny_model
+from tests.ranks import Ranks
 
 WORLD = 2
 TOKENS = some_tokens(WORLD, 29)

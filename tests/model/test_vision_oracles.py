@@ -7,7 +7,7 @@ from emu3.config import VisionSettings
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_vision, save_vision
 from emu3.weights.files import read_tensors
-from tests.budget import assert_as_accurate
+from emu3_kernels.testing.budget import assert_as_accurate
 from tests.model import official_vision
 from tests.model.vision_parts import SMALL, pictures, random_tokenizer
 

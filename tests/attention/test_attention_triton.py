@@ -1,0 +1,209 @@
+"""What is special about attention in Triton: shards of a ring, head widths, scales, skipped blocks.
+
+Float32 is interpreted; bfloat16, which the interpreter gets wrong, is run by ttsem.
+"""
+
+import os
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from emu3_kernels.ops.attention import attention_cases as cases
+from emu3_kernels.ops.attention import attention_reference as reference
+from emu3_kernels.ops.attention.attention_api import attention
+from emu3_kernels.ops.attention.spans import Dropout, spans_of
+from emu3_kernels.testing.budget import assert_as_accurate
+from emu3_kernels.testing.suite import double, value_and_gradients
+
+if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""):
+    pytest.skip("triton is not installed: there is no kernel to run", allow_module_level=True)
+
+from emu3_kernels.ops.attention import attention_triton as triton
+
+TOKENS, HEADS, GROUPS, WIDTH = 4 * 19, 2, 1, 32  # a shard is a block of 32 and a ragged one
+SCALE = WIDTH**-0.5
+SEED = 1234
+
+
+def zigzag(rank: int) -> torch.Tensor:
+    """Positions of a shard of two: of four chunks, the first and the last, or the middle ones."""
+    first, last = torch.arange(TOKENS).chunk(4)[rank :: 3 - 2 * rank][:2]
+    return torch.cat([first, last])
+
+
+def whole(q, k, v, mine, douts, **settings):
+    """Return out and lse of the queries ``mine`` by the definition, and the gradients of all."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    seed = torch.tensor(SEED, device=q.device)
+    out, lse = reference.attention(*leaves, seed=seed, return_lse=True, **settings)
+    out, lse = out[:, mine], lse[:, :, mine]
+    douts = [dout.to(result) for dout, result in zip(douts, (out, lse), strict=True)]
+    dq, dk, dv = torch.autograd.grad((out, lse), leaves, douts)
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq[:, mine], "dk": dk, "dv": dv}
+
+
+def merged(parts):
+    """Merge the partial results of two shards of keys."""
+    outs, lses = zip(*parts, strict=True)
+    lse = torch.logaddexp(*lses)
+    shares = [(part - lse).exp().nan_to_num(0).transpose(1, 2)[..., None] for part in lses]
+    return sum(out * share for out, share in zip(outs, shares, strict=True)), lse
+
+
+def sharded(q, k, v, mine, douts, device, causal, document_ids, dropout_p):
+    """Do the same by the kernels, with the keys in two zigzag shards of a ring."""
+    dout, dlse = (x.to(device) for x in douts)
+    shards = [zigzag(rank).to(device) for rank in range(2)]
+    calls = []
+    for shard in shards:
+        ids = [None if document_ids is None else document_ids[:, p] for p in (mine, shard)]
+        spans = spans_of(mine, shard, *ids, causal=causal)
+        places = mine.int(), shard.int()
+        dropout = Dropout(dropout_p, torch.tensor(SEED, device=device), *places)
+        settings = (spans, SCALE, dropout if dropout_p else None)
+        calls.append(((q[:, mine], k[:, shard], v[:, shard]), settings))
+    out, lse = merged([triton.forward(*qkv, *rest, wide=True) for qkv, rest in calls])
+    delta = (dout * out).sum(-1).transpose(1, 2) - dlse
+    gradients = [
+        triton.backward(dout.to(q.dtype), *qkv, lse, delta, *rest, wide=True) for qkv, rest in calls
+    ]
+    dk, dv = torch.full_like(k, torch.nan).float(), torch.full_like(v, torch.nan).float()
+    for shard, (_, dk_part, dv_part) in zip(shards, gradients, strict=True):
+        dk[:, shard], dv[:, shard] = dk_part, dv_part
+    return {"out": out, "lse": lse, "dq": sum(g[0] for g in gradients), "dk": dk, "dv": dv}
+
+
+DOCUMENTS = ((), (1, 16, 40, 60))
+"""Where documents begin: none, and inside the chunks of the shards, whose borders they straddle."""
+
+
+def check_ring(rank, causal, documents, dropout_p, device, dtype=torch.float32, emulate=False):
+    random = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(2, TOKENS, n, WIDTH, generator=random).bfloat16().to(device, dtype)
+        for n in (HEADS, GROUPS, GROUPS, HEADS)
+    )
+    mine = zigzag(rank).to(device)
+    douts = dout[:, mine].float(), torch.randn(2, HEADS, len(mine), generator=random).to(device)
+    starts = torch.tensor(documents, dtype=torch.int64)
+    ids = torch.searchsorted(starts, torch.arange(TOKENS), right=True).int().expand(2, -1)
+    settings = {
+        "causal": causal,
+        "document_ids": ids.to(device) if documents else None,
+        "dropout_p": dropout_p,
+    }
+    context = nullcontext()
+    if emulate:
+        from tests.gates.emulated import emulated
+
+        context = emulated()
+    with context:
+        actual = sharded(q, k, v, mine, douts, device, **settings)
+    low = whole(q, k, v, mine, douts, scale=SCALE, **settings)
+    exact = whole(*(x.double() for x in (q, k, v)), mine, douts, scale=SCALE, **settings)
+    for name, value in actual.items():
+        assert value.dtype == torch.float32, name
+        assert_as_accurate(name, value.to(low[name].dtype), low[name], exact[name])
+
+
+RING = [
+    pytest.param(0, True, DOCUMENTS[0], 0.0, id="first and last chunk"),
+    pytest.param(1, True, DOCUMENTS[1], 0.3, id="middle chunks, documents, dropout"),
+    pytest.param(1, False, DOCUMENTS[1], 0.0, id="middle chunks, documents, not causal"),
+]
+
+
+@pytest.mark.parametrize(("rank", "causal", "documents", "dropout_p"), RING)
+def test_shards_of_a_ring_add_up(rank, causal, documents, dropout_p, device):
+    """Queries that see nothing of a shard are among them, and lse and delta are the whole's."""
+    check_ring(rank, causal, documents, dropout_p, device)
+
+
+@pytest.mark.skipif(not find_spec("ttsem"), reason="ttsem is not installed")
+def test_shards_of_a_ring_add_up_in_bfloat16(emulating):
+    emulating(check_ring, 1, True, DOCUMENTS[1], 0.3, "cpu", torch.bfloat16, True)
+
+
+def check_public(device, settings=None, **size):
+    size = {"batch": 1, "queries": 37, "keys": 41, "heads": 2, "groups": 1, "width": 16} | size
+    inputs = cases.make(**size, lse=True, dtype=torch.float32, device=device) | (settings or {})
+    actual = value_and_gradients("attention", partial(attention, backend="triton"), inputs)
+    low = value_and_gradients("attention", reference.attention, inputs)
+    exact = value_and_gradients("attention", reference.attention, double(inputs))
+    for name, value in actual.items():
+        assert_as_accurate(name, value, low[name], exact[name])
+
+
+@pytest.mark.parametrize("width", [1, 8, 24, 80])
+def test_heads_narrower_than_their_block(width, device):
+    check_public(device, width=width)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 0.5])
+def test_any_scale(scale, device):
+    """The largest score is looked for before it is scaled, which a scale below 0 turns around."""
+    check_public(device, {"scale": scale})
+
+
+def test_wider_heads_are_refused(device):
+    q = torch.randn(1, 4, 1, 160, device=device)
+    with pytest.raises(NotImplementedError, match="heads of 128 at most, got 160"):
+        attention(q, q, q, backend="triton")
+
+
+def test_views_of_one_projection_need_no_copy(device):
+    q, k, v = torch.randn(1, 70, 4, 64, device=device).split((2, 1, 1), dim=2)
+    packed = triton.forward(q, k, v, *causal(q, k))
+    alone = triton.forward(*(x.contiguous() for x in (q, k, v)), *causal(q, k))
+    assert all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a sparse file is no memory of a GPU")
+def test_offsets_need_64_bits(tmp_path):
+    """The third token lies beyond 2**31 elements, in a file that has no pages between them."""
+    stride = 2**30 + 64
+    file = torch.from_file(
+        str(tmp_path / "heads"), shared=True, size=2 * stride + 64, dtype=torch.float16
+    )
+    far = file.as_strided((1, 3, 1, 64), (0, stride, 64, 1)).copy_(torch.randn(1, 3, 1, 64))
+    near, dout = far.clone(), torch.randn(1, 3, 1, 64).half()
+    results = []
+    for x in (far, near):
+        out, lse = triton.forward(x, x, x, *causal(x, x))
+        results.append((out, lse, *triton.backward(dout, x, x, x, lse, lse, *causal(x, x))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def causal(q, k):
+    positions = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
+    return spans_of(*positions, causal=True), SCALE, None, False
+
+
+def test_the_blocks_of_other_documents_are_not_read(device):
+    """They would be masked: without NaN in them only the time would tell."""
+    inputs = cases.make(
+        batch=1, queries=384, keys=384, heads=1, groups=1, width=16, documents=[128, 256],
+        dtype=torch.float32, device=device,
+    )  # fmt: skip
+    q, k, v, ids = (inputs[name] for name in ("q", "k", "v", "document_ids"))
+    for x in (q, k, v):
+        x[:, :128], x[:, 256:] = torch.nan, torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, document_ids=ids, backend="triton")
+    gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for x in (out, *gradients):
+        assert x[:, 128:256].isfinite().all()
+
+
+@pytest.mark.parametrize("keys", [0, 3])
+def test_nothing_to_see_gives_zero(keys, device):
+    q, k = torch.randn(1, 3, 2, 16, device=device), torch.randn(1, keys, 2, 16, device=device)
+    spans, *rest = causal(q, k)
+    nothing = type(spans)(torch.zeros_like(spans.first), torch.zeros_like(spans.end))
+    out, lse = triton.forward(q, k, k, nothing, *rest)
+    gradients = triton.backward(q, q, k, k, lse, lse.new_zeros(lse.shape), nothing, *rest)
+    assert (lse == -torch.inf).all()
+    assert not any(x.any() for x in (out, *gradients))

@@ -1,0 +1,99 @@
+"""Triton kernels executed on the CPU by ttsem, which runs their real TTIR.
+
+It is right in bfloat16, and stops a launch at the line of an access out of bounds or of a race
+between programs. For a process in which Triton compiles: see the ``emulating`` fixture.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor
+from ttsem import sanitize
+
+from emu3_kernels.runtime import launch
+from emu3_kernels.testing.budget import assert_as_accurate
+from emu3_kernels.testing.suite import double, part, public, value_and_gradients
+from tests.gates import faulty
+
+ROUND_TWICE = {"linear_cross_entropy", "attention", "causal_conv3d", "temporal_residual"}
+"""Ops that round on the way: a gradient kept to be scaled later, probabilities and activations
+before a product.
+"""
+
+
+@contextmanager
+def emulated() -> Iterator[sanitize.Session]:
+    """Run every Triton launch of the block through ttsem, on the CPU tensors it is given."""
+    with (
+        mock.patch.object(launch, "DEVICES", {"cpu"}),
+        sanitize.session(cuda_is_cpu=False) as session,
+    ):
+        try:
+            yield session
+        except (sanitize.KernelFault, sanitize.Unjudged) as stop:
+            # ttsem's own exceptions do not survive the way back to the test's process.
+            raise AssertionError(str(stop)) from None
+    assert not session.races_unchecked, "a launch was too large to be checked for races"
+
+
+def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype, **settings: object) -> None:
+    """Hold a call to the reference; ``settings`` are those of the op alone, such as its memory."""
+    inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
+    call = partial(public(op), backend="triton", **settings)
+    with emulated() as session:
+        actual = value_and_gradients(op, call, inputs)
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    tensors += actual.values()
+    assert session.launches or not all(t.numel() for t in tensors), "no kernel was launched"
+    oracle = getattr(part(op, "reference"), op)
+    low = value_and_gradients(op, oracle, inputs)
+    exact = value_and_gradients(op, oracle, double(inputs))
+    for name, value in actual.items():
+        assert_as_accurate(name, value, low[name], exact[name])
+        # The mean error of few float32 results, such as a loss, is luck.
+        if value.dtype == dtype and op not in ROUND_TWICE:
+            assert_rounded_once(name, value, low[name], exact[name])
+
+
+def assert_rounded_once(name: str, actual: Tensor, low: Tensor, exact: Tensor) -> None:
+    """Hold the mean error to that of the reference, which computes in float32 and rounds once.
+
+    A product rounded on the way, for want of float32, stays within the budget of the largest
+    error, but brings the mean to the root of two times its own; the bound lies halfway.
+    """
+    if actual.numel():
+        error, once = ((value.double() - exact).abs().mean() for value in (actual, low))
+        assert error <= 2**0.25 * once, f"{name}: mean error {error:.2e}, rounded once {once:.2e}"
+
+
+def check_the_sum_is_rounded() -> None:
+    size = part("add_rms_norm", "cases").CHECK[-1]
+    inputs = part("add_rms_norm", "cases").make(**size, dtype=torch.bfloat16, device="cpu")
+    with emulated():
+        y, summed = public("add_rms_norm")(**inputs, backend="triton")
+        apart = public("rms_norm")(summed, inputs["weight"], backend="triton")
+    assert torch.equal(summed, inputs["x"] + inputs["residual"])
+    assert torch.equal(y, apart)
+
+
+def check_a_dropped_row_is_not_read() -> None:
+    """The third row does not exist: a read of it would be out of bounds."""
+    module = part("cross_entropy", "triton")
+    logits, targets = torch.randn(2, 4133), torch.tensor([1, 2, 3])
+    losses, denominators = torch.ones(3), torch.ones(3, 2)
+    options = module.SUMS_TILE.options() | {"STAGES": 1, "LANES": 4, "SMOOTHED": False}
+    with emulated():
+        module._fwd_kernel[(3,)](
+            *(logits, targets, torch.tensor([1.0, 1.0, 0.0]), losses, denominators),
+            *(module.lead_of(logits), 4133, 4133, 0.0, 0.0),
+            **options,
+        )
+    assert losses.ne(0).tolist() == denominators.any(dim=1).tolist() == [True, True, False]
+
+
+def launch_emulated(name: str) -> None:
+    with emulated():
+        faulty.launch(name)

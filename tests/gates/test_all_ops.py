@@ -1,0 +1,134 @@
+"""Every op, backend, level, size, dtype: values, gradients, layouts, compilation, registration."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import emu3_kernels
+from emu3_kernels.ops import OPS
+from emu3_kernels.testing.budget import assert_as_accurate
+from emu3_kernels.testing.suite import (
+    at_level,
+    backends,
+    calls,
+    differentiable,
+    double,
+    must_run,
+    part,
+    public,
+    value_and_gradients,
+)
+
+REQUIRED = os.environ.get("EMU3_REQUIRE", "").split(",")
+
+
+def test_required_backends_are_there():
+    for op in OPS:
+        present = part(op, "api").BACKENDS
+        absent = {b: present[b] for b in REQUIRED if isinstance(present.get(b), str)}
+        assert not absent, f"{op}: {absent}"
+
+
+@pytest.mark.parametrize(("op", "backend", "size", "dtype"), list(calls()))
+def test_value_and_gradients(op, backend, size, dtype, device):
+    inputs = part(op, "cases").make(**size, dtype=dtype, device=device)
+    name, level = at_level(backend)
+    call = partial(public(op), backend=name)
+    oracle = getattr(part(op, "reference"), op)
+    refusal, actual = None, {}
+    try:
+        with level:
+            actual = value_and_gradients(op, call, inputs)
+    except NotImplementedError as error:
+        refusal = str(error)
+    if refusal:
+        assert dtype not in must_run(op, name), refusal
+        assert refusal.startswith(f"{op}: backend '{name}' cannot run this call: ")
+        return
+    low = value_and_gradients(op, oracle, inputs)
+    exact = value_and_gradients(op, oracle, double(inputs))
+    for value in actual:
+        assert_as_accurate(value, actual[value], low[value], exact[value])
+
+
+def strided(tensor):
+    """The same values in rows twice as long."""
+    if tensor.dim() == 0:
+        return tensor
+    return torch.cat([tensor, tensor], dim=-1)[..., : tensor.shape[-1]]
+
+
+def transposed(tensor):
+    """The same values with the last two dimensions swapped in memory."""
+    return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+
+
+@pytest.mark.parametrize("layout", [strided, transposed])
+@pytest.mark.parametrize(("op", "backend"), [(op, b) for op in OPS for b in backends(op)])
+def test_the_layout_of_the_inputs_changes_nothing(op, backend, layout, device):
+    name, level = at_level(backend)
+    size, dtype = part(op, "cases").CHECK[-1], must_run(op, name)[0]
+    inputs = part(op, "cases").make(**size, dtype=dtype, device=device)
+    call = partial(public(op), backend=name)
+    relaid = inputs | {key: layout(inputs[key]) for key in differentiable(op, inputs)}
+    with level:
+        expected = value_and_gradients(op, call, inputs)
+        actual = value_and_gradients(op, call, relaid)
+    for value in expected:
+        assert torch.equal(actual[value], expected[value]), value
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"), [(op, b) for op in OPS for b in ("native", "reference")]
+)
+def test_compiles_as_one_graph(op, backend):
+    """Triton's own launches are traced on a GPU only: its interpreter is plain Python."""
+    torch.compiler.reset()
+    size, dtype = part(op, "cases").CHECK[-1], must_run(op, backend)[0]
+    inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
+    call = partial(public(op), backend=backend)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    actual = value_and_gradients(op, compiled, inputs)
+    for value, expected in value_and_gradients(op, call, inputs).items():
+        assert torch.equal(actual[value], expected), value
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every native op that is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "emu3_kernels":
+            self.calls[function] = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_native_ops_are_registered_right(op):
+    size, dtype = part(op, "cases").CHECK[-1], must_run(op, "native")[0]
+    inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
+    with Recorder() as recorder:
+        value_and_gradients(op, partial(public(op), backend="native"), inputs)
+    assert recorder.calls
+    for function, args in recorder.calls.items():
+        torch.library.opcheck(function, args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_unknown_backend_is_named(op):
+    inputs = part(op, "cases").make(
+        **part(op, "cases").CHECK[-1], dtype=torch.float32, device="cpu"
+    )
+    with pytest.raises(ValueError, match=f"{op}: unknown backend 'cobol'; expected one of"):
+        public(op)(**inputs, backend="cobol")
+
+
+def test_every_op_is_public():
+    assert set(OPS) <= set(emu3_kernels.__all__)

@@ -1,0 +1,149 @@
+"""What is special about the group norms: large means, layouts, the resize, threads, errors."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from emu3_kernels import group_norm_silu, spatial_norm_silu
+from emu3_kernels.testing.budget import assert_as_accurate
+from emu3_kernels.testing.suite import at_level, backends, double, part, public, value_and_gradients
+
+OPS = ("group_norm_silu", "spatial_norm_silu")
+NATIVE = [b for b in backends("group_norm_silu") if b.startswith("native")]
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def inputs_of(op: str, index: int = -1, dtype: torch.dtype = torch.float32) -> dict:
+    return part(op, "cases").make(**part(op, "cases").CHECK[index], dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize("backend", [*NATIVE, "triton"])
+def test_a_large_mean_costs_no_digits(backend):
+    """E[x^2] - E[x]^2 of numbers around 3000 has no digit of a variance of 1 left in float32."""
+    random = torch.Generator().manual_seed(0)
+    x = 3000 + torch.randn(2, 32, 40, 50, generator=random)
+    weight, bias = torch.ones(32), torch.zeros(32)
+    name, level = at_level(backend)
+    oracle = part("group_norm_silu", "reference").group_norm_silu
+    with level:
+        y = group_norm_silu(x, weight, bias, 8, backend=name)
+    exact = oracle(x.double(), weight.double(), bias.double(), 8)
+    assert_as_accurate("y", y, oracle(x, weight, bias, 8), exact)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("dims", [4, 5])
+def test_the_result_is_channels_last_whatever_the_input(op, backend, dims):
+    size = next(s for s in part(op, "cases").CHECK[3:] if len(s["shape"]) == dims)
+    inputs = part(op, "cases").make(**size, dtype=torch.float32, device="cpu")
+    assert inputs["x"].is_contiguous(memory_format=LAST[dims])
+    y = public(op)(**inputs, backend=backend)
+    plain = public(op)(**inputs | {"x": inputs["x"].contiguous()}, backend=backend)
+    assert y.is_contiguous(memory_format=LAST[dims])
+    assert plain.is_contiguous(memory_format=LAST[dims])
+    assert torch.equal(y, plain)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_channels_last_memory_is_not_copied(op, monkeypatch):
+    seen = []
+    native = part(op, "native")
+    forward = native.forward
+    monkeypatch.setattr(native, "forward", lambda x, *rest: seen.append(x) or forward(x, *rest))
+    inputs = inputs_of(op)
+    public(op)(**inputs, backend="native")
+    assert seen[0].data_ptr() == inputs["x"].data_ptr()
+
+
+def shown_places(places: tuple[int, int], pixels: tuple[int, int], backend: str) -> torch.Tensor:
+    """Let every place show its number, and the norm of the pixels nothing."""
+    latent = torch.arange(places[0] * places[1], dtype=torch.float32).view(1, 1, *places)
+    x, weight, bias = torch.randn(1, 1, *pixels), torch.zeros(1), torch.zeros(1)
+    ones = torch.ones(1, 1)
+    settings = {"groups": 1, "silu": False, "backend": backend}
+    return spatial_norm_silu(x, latent, weight, bias, ones, bias, ones, bias, **settings)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    ("places", "pixels"),
+    [
+        ((64, 3), (512, 24)),
+        ((7, 5), (19, 4)),
+        ((3, 11), (3, 23)),
+        ((2, 2), (164, 166)),  # float64 would show another place at pixel 82
+        ((41, 3), (11, 65)),  # places of no pixel
+    ],
+)
+def test_a_pixel_shows_the_place_that_interpolate_shows(places, pixels, backend):
+    latent = torch.arange(places[0] * places[1], dtype=torch.float32).view(1, 1, *places)
+    expected = F.interpolate(latent, size=pixels, mode="nearest")
+    assert torch.equal(shown_places(places, pixels, backend), expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(("places", "pixels"), [((2, 2), (164, 166)), ((7, 5), (19, 4))])
+def test_a_place_gets_the_gradients_of_the_pixels_that_show_it(places, pixels, backend):
+    """Ones come back: a place counts the pixels that show it, as the gradient of interpolate."""
+    latent = torch.zeros(1, 1, *places, requires_grad=True)
+    x, zero, one = torch.randn(1, 1, *pixels), torch.zeros(1), torch.ones(1, 1)
+    settings = {"groups": 1, "silu": False, "backend": backend}
+    spatial_norm_silu(x, latent, zero, zero, one, zero, one, zero, **settings).sum().backward()
+    plain = torch.zeros(1, 1, *places, requires_grad=True)
+    F.interpolate(plain, size=pixels, mode="nearest").sum().backward()
+    assert torch.equal(latent.grad, plain.grad)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_number_of_threads_changes_no_bit(op):
+    size = part(op, "cases").CHECK[5] | {"shape": [3, 128, 64, 40]}
+    inputs = part(op, "cases").make(**size, dtype=torch.bfloat16, device="cpu")
+    call = partial(public(op), backend="native")
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(value_and_gradients(op, call, inputs))
+    torch.set_num_threads(before)
+    for name, value in results[0].items():
+        assert all(torch.equal(value, other[name]) for other in results[1:]), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_image_beyond_the_caches(op):
+    """Above 16 MiB results are written past the caches, and images are taken one at a time."""
+    size = part(op, "cases").CHECK[5] | {"shape": [2, 128, 144, 240]}
+    inputs = part(op, "cases").make(**size, dtype=torch.float32, device="cpu")
+    oracle = getattr(part(op, "reference"), op)
+    actual = value_and_gradients(op, partial(public(op), backend="native"), inputs)
+    low = value_and_gradients(op, oracle, inputs)
+    exact = value_and_gradients(op, oracle, double(inputs))
+    for name in actual:
+        assert_as_accurate(name, actual[name], low[name], exact[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 16, 4)}, r"x must be \[B, C, H, W\] or \[B, C, T, H, W\], got"),
+        ({"groups": 3}, "groups must divide the channels of x, got 3 of"),
+        ({"weight": torch.ones(8)}, r"weight must be \[16\] on cpu as x is .*, got \(8,\)"),
+        ({"b_weight": torch.ones(16, 4, 1, 1)}, r"b_weight must be \[16, 4\] on cpu"),
+        ({"latent": torch.ones(2, 4, 2, 2)}, r"latent must be \[1, L, t, h, w\] on cpu"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    inputs = inputs_of("spatial_norm_silu") | change
+    with pytest.raises(ValueError, match=f"spatial_norm_silu: {message}"):
+        spatial_norm_silu(**inputs)
+
+
+def test_a_weight_of_another_dtype_is_refused_by_name_alone():
+    inputs = inputs_of("group_norm_silu", dtype=torch.bfloat16)
+    inputs["weight"] = inputs["weight"].float()
+    with pytest.raises(NotImplementedError, match=r"float32 beside an x of torch\.bfloat16"):
+        group_norm_silu(**inputs, backend="native")
+    assert group_norm_silu(**inputs).dtype == torch.bfloat16
