@@ -147,7 +147,7 @@ def scaled(case: Case) -> bool:
 @cache
 def check(op: str, backend: str, dtype: torch.dtype, device: str) -> None:
     """Raise unless the generic test of ``op`` passes: what is wrong is never timed."""
-    level = f"@{library.cpu_level()}" if backend == "native" and not library.MISSING else ""
+    level = f"@{library.cpu_level()}" if backend == "cpu" and not library.MISSING else ""
     for size in part(op, "cases").CHECK:
         test_value_and_gradients(op, backend + level, size, dtype, device)
 

@@ -40,7 +40,7 @@ def row(
 ) -> dict:
     """Write down everything that was measured about ``case``."""
     ours = taken[case.backend]
-    level = f"@{library.cpu_level()}" if case.backend == "native" and case.device == "cpu" else ""
+    level = f"@{library.cpu_level()}" if case.backend == "cpu" and case.device == "cpu" else ""
     rivals = [name for name in taken if name not in (case.backend, *NOT_RIVALS)]
 
     def standing(name: str) -> dict:

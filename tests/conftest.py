@@ -14,6 +14,8 @@ from importlib.util import find_spec  # noqa: E402
 
 import pytest  # noqa: E402
 
+from tests.compilers import compiling, emulating  # noqa: E402, F401
+
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_products_of_the_interpreter() -> None:

@@ -18,22 +18,22 @@ from benchmarks.test_ops import row as row_of
 from benchmarks.test_ops import test_op as time_op
 from emu3_kernels.ops import OPS
 from emu3_kernels.ops.swiglu import cpu as native
-from emu3_kernels.testing.suite import part
+from emu3_kernels.testing.suite import cases, part, reference
 
-CASE = Case("swiglu", "native", {"num_rows": 3, "width": 40}, torch.bfloat16, "forward")
+CASE = Case("swiglu", "cpu", {"num_rows": 3, "width": 40}, torch.bfloat16, "forward")
 
 
 def row() -> dict:
-    lineup = Lineup(peak_mib={"native": 1.5, "eager": 2.5, READ: 0.0, COPY: 0.0})
+    lineup = Lineup(peak_mib={"cpu": 1.5, "eager": 2.5, READ: 0.0, COPY: 0.0})
     lineup.missing["vLLM"] = "not installed"
-    taken = {"native": [2.0, 4.0], "eager": [6.0, 8.0], READ: [1.0, 3.0], COPY: [4.0, 4.0]}
+    taken = {"cpu": [2.0, 4.0], "eager": [6.0, 8.0], READ: [1.0, 3.0], COPY: [4.0, 4.0]}
     return row_of(CASE, 1, [0.5, 1.0], lineup, taken, bounds.bound(CASE, taken))
 
 
 def test_a_row_holds_everything_that_was_measured():
     written = row()
     assert written["label"] == "MEASURED"
-    assert written["backend"].startswith("native@")
+    assert written["backend"].startswith("cpu@")
     assert (written["ms"], written["rounds"], written["load"]) == (3000, 2, [0.5, 1.0])
     assert written["peers"]["eager"]["ratio"] == {"median": 2.5, "min": 2.0, "max": 3.0}
     assert set(written["peers"]) == {"eager"}
@@ -52,7 +52,7 @@ def test_an_op_that_counts_flops_is_bound_by_a_product(monkeypatch):
     monkeypatch.setattr(bounds, "part", lambda op, name: stated)
     both_ways = replace(CASE, direction="forward+backward")
     product = 2 * bounds.MATRIX["cpu"] ** 3
-    bound = bounds.bound(both_ways, {"native": [2.0], bounds.MULTIPLY: [1.0]})
+    bound = bounds.bound(both_ways, {"cpu": [2.0], bounds.MULTIPLY: [1.0]})
     assert bound["flops"] == 3 * 640
     assert bound["multiply_tflop_s"] == pytest.approx(product / 1e12)
     assert bound["fraction"] == pytest.approx(3 * 640 / product / 2)
@@ -63,7 +63,7 @@ def test_a_decoded_token_is_timed_beside_a_native_call_on_no_rows():
     assert bounds.EMPTY in bounds.calls(replace(CASE, size=one))
     assert bounds.EMPTY not in bounds.calls(replace(CASE, size=many))
     assert bounds.EMPTY not in bounds.calls(replace(CASE, size=one, direction="backward"))
-    taken = {"native": [9e-6, 7e-6, 8e-6], "eager": [1e-5] * 3, bounds.EMPTY: [2e-6, 3e-6, 4e-6]}
+    taken = {"cpu": [9e-6, 7e-6, 8e-6], "eager": [1e-5] * 3, bounds.EMPTY: [2e-6, 3e-6, 4e-6]}
     lineup = Lineup(peak_mib=dict.fromkeys(taken, 0.0))
     written = row_of(CASE, 1, [0.5, 1.0], lineup, taken, None)
     assert written["above_empty_us"] == pytest.approx(4.0)
@@ -87,21 +87,21 @@ def test_every_row_counts_what_it_must_move_or_multiply(op):
     ],
 )
 def test_a_direction_has_traffic_of_its_own(op, size, forward, backward):
-    ways = [Case(op, "native", size, torch.bfloat16, way) for way in ("forward", "backward")]
+    ways = [Case(op, "cpu", size, torch.bfloat16, way) for way in ("forward", "backward")]
     tensor = 3 * 40 * 2
     assert [bounds.bytes_moved(case) for case in ways] == [forward * tensor, backward * tensor]
 
 
 def test_training_reads_the_logits_once_and_writes_a_gradient_for_every_row():
     size = {"tokens": 4, "classes": 10, "ignored": True}  # of four rows the second is ignored
-    case = Case("cross_entropy", "native", size, torch.bfloat16, "forward+backward")
+    case = Case("cross_entropy", "cpu", size, torch.bfloat16, "forward+backward")
     assert bounds.bytes_moved(case) == (3 + 4) * 10 * 2
 
 
 def test_sizes_of_scale_are_timed_in_the_last_direction_when_asked_for():
     plain, scaled = (contestants.cases("cross_entropy", scale=s) for s in (False, True))
     more = [case for case in scaled if case not in plain]
-    assert [case.size for case in more if case.backend == "native"] == part(
+    assert [case.size for case in more if case.backend == "cpu"] == part(
         "cross_entropy", "cases"
     ).SCALE
     assert {case.direction for case in more} == {"forward+backward"}
@@ -148,7 +148,7 @@ def test_thread_counts_of_a_case_stand_in_succession_and_scale_is_for_most_threa
     )
     listed = []
     generate(metafunc)
-    native = [(case, count) for case, count in listed if case.backend == "native"]
+    native = [(case, count) for case, count in listed if case.backend == "cpu"]
     (first, two), (second, one) = native[:2]
     assert first == second
     assert (two, one) == (2, 1)
@@ -181,7 +181,7 @@ def test_a_peer_that_the_compiler_leaves_as_it_is_is_not_timed_twice(monkeypatch
     monkeypatch.setitem(peers.FIELDS, "swiglu", peers.Field(eager.swiglu, uncompiled="same"))
     monkeypatch.setattr(contestants, "LARGE_RESULT", 0)
     lineup = contestants.lineup(CASE)
-    assert set(lineup.calls) == {"native", "eager", READ, COPY, bounds.EMPTY}
+    assert set(lineup.calls) == {"cpu", "eager", READ, COPY, bounds.EMPTY}
     assert lineup.missing == {peers.COMPILED: "same"}
 
 
@@ -325,7 +325,7 @@ def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch):
     entry = peers.Field(eager.swiglu, peers.FIELDS["swiglu"].peers)
     monkeypatch.setattr(contestants, "rivals", lambda _, inputs, __: uncompiled(entry, inputs))
     lineup = contestants.lineup(CASE)
-    assert set(lineup.calls) == {"native", "eager", READ, COPY, bounds.EMPTY}
+    assert set(lineup.calls) == {"cpu", "eager", READ, COPY, bounds.EMPTY}
     assert lineup.missing["vLLM"].endswith(peers.VLLM)
     peers.vllm.cache_clear()
 
@@ -353,14 +353,14 @@ def test_a_gpu_peer_that_is_not_installed_is_named_with_what_installs_it(op, mon
 def test_liger_takes_what_an_op_of_ours_takes(op, monkeypatch):
     """Its own host code and our adapter run here; its kernels, interpreted or not, do not."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is in the extra bench")
-    inputs = part(op, "cases").make(**part(op, "cases").TIME[0] | SMALL[op], **IN_BFLOAT16)
+    inputs = cases(op).make(**part(op, "cases").TIME[0] | SMALL[op], **IN_BFLOAT16)
     launches = []
     launched = lambda *args, **options: launches.append(args)  # noqa: E731
     monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", launched)
     monkeypatch.setattr("triton.runtime.jit.JITFunction.run", launched)
     results = contestants.as_tuple(gpu_peers.PEERS[op]["Liger"]()(**inputs))
     assert launches
-    plain = contestants.as_tuple(getattr(part(op, "reference"), op)(**inputs))
+    plain = contestants.as_tuple(reference(op)(**inputs))
     assert [r.shape for r in results] == [r.shape for r in plain]
 
 

@@ -1,8 +1,9 @@
 """What the generic suites share: which calls to make, and one call with all its gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 import emu3_kernels
 from emu3_kernels.ops import OPS
-from emu3_kernels.runtime import library
+from emu3_kernels.runtime import dispatch, library
+from emu3_kernels.runtime.cases import Cases
 from emu3_kernels.runtime.dispatch import path_of
 
 LIBRARIES = ("flash_attn", "xformers", "sdpa", "aten")
@@ -22,7 +24,38 @@ INTERPRETED = (torch.float32, torch.float16)
 
 
 def part(op: str, name: str) -> ModuleType:
+    """Until every family has CASES and Backends: a module of an op that has not."""
     return import_module(path_of(op, name))
+
+
+def cases(op: str) -> Cases:
+    """Return the sizes of ``op``."""
+    package = f"emu3_kernels.ops.{OPS[op]}"
+    if find_spec(f"{package}.cases"):
+        stated = getattr(import_module(f"{package}.cases"), "CASES", None)
+        if stated is not None:
+            return stated[op]
+    stated = vars(part(op, "cases"))
+    names = {"make": "make", "check": "CHECK", "time": "TIME", "decode": "DECODE"}
+    names |= {"scale": "SCALE", "constants": "CONSTANTS", "written": "WRITTEN"}
+    names |= {"cpu_dtypes": "NATIVE_DTYPES", "bytes_moved": "bytes_moved", "flops": "flops"}
+    names |= {"backward_bytes": "backward_bytes", "training_bytes": "training_bytes"}
+    return Cases(**{field: stated[name] for field, name in names.items() if name in stated})
+
+
+def backends_of(op: str) -> Mapping:
+    """Return the backends of ``op`` by name; of one that is not there, the reason why."""
+    if op in dispatch._by_op:
+        present = dispatch.backends(op)
+        return {name: present[name] for name in present if name != "reference"}
+    return part(op, "api").BACKENDS
+
+
+def reference(op: str) -> Callable:
+    """Return the definition of ``op`` in plain PyTorch."""
+    if op in dispatch._by_op:
+        return dispatch.backends(op)["reference"].function
+    return getattr(part(op, "reference"), op)
 
 
 def public(op: str) -> Callable:
@@ -30,18 +63,18 @@ def public(op: str) -> Callable:
 
 
 def backends(op: str) -> Iterator[str]:
-    """Name every backend of our own; the native one once per level: ``native@avx2``."""
-    for backend in part(op, "api").BACKENDS:
+    """Name every backend of our own; the native one once per level: ``cpu@avx2``."""
+    for backend in backends_of(op):
         if backend in LIBRARIES:
             continue
-        if backend == "native" and not library.MISSING:
-            yield from (f"native@{level}" for level in library.cpu_levels())
+        if backend == "cpu" and not library.MISSING:
+            yield from (f"cpu@{level}" for level in library.cpu_levels())
         else:
             yield backend
 
 
 def at_level(backend: str) -> tuple[str, AbstractContextManager]:
-    """Split ``native@avx2`` into the backend and the context that sets the level."""
+    """Split ``cpu@avx2`` into the backend and the context that sets the level."""
     name, _, level = backend.partition("@")
     return name, library.use_cpu_level(level) if level else nullcontext()
 
@@ -54,8 +87,8 @@ def runnable(backend: str, dtype: torch.dtype) -> torch.dtype:
 
 def must_run(op: str, backend: str) -> tuple[torch.dtype, ...]:
     """List the dtypes that a backend may not refuse; ttsem tests Triton in bfloat16."""
-    if backend == "native":
-        return getattr(part(op, "cases"), "NATIVE_DTYPES", library.DTYPES)
+    if backend == "cpu":
+        return cases(op).cpu_dtypes
     if backend == "triton" and not torch.cuda.is_available():
         return INTERPRETED
     return DTYPES
@@ -64,14 +97,14 @@ def must_run(op: str, backend: str) -> tuple[torch.dtype, ...]:
 def calls() -> Iterator[tuple[str, str, dict, torch.dtype]]:
     for op in OPS:
         for backend in backends(op):
-            for size in part(op, "cases").CHECK:
+            for size in cases(op).check:
                 for dtype in DTYPES:
                     yield op, backend, size, dtype
 
 
 def differentiable(op: str, inputs: dict) -> list[str]:
     """Name the inputs of ``op`` that have a gradient: its floating tensors less its CONSTANTS."""
-    constants = getattr(part(op, "cases"), "CONSTANTS", ())
+    constants = cases(op).constants
     return [
         name
         for name, value in inputs.items()
@@ -91,7 +124,7 @@ def value_and_gradients(op: str, function: Callable, inputs: dict) -> dict[str, 
 
     What an op has WRITTEN into its inputs, copies of them here, is a result too.
     """
-    written = {name: inputs[name].clone() for name in getattr(part(op, "cases"), "WRITTEN", ())}
+    written = {name: inputs[name].clone() for name in cases(op).written}
     inputs = inputs | written
     leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable(op, inputs)}
     results = function(**{**inputs, **leaves})

@@ -93,7 +93,7 @@ def equals_one_process(group, size: dict, backend: str, **settings: object) -> N
             definition = partial(reference.attention, **settings)
             exact = in_one_process(whole, torch.float64, definition)
             alone = [definition]
-            if backend in ("native", "triton"):
+            if backend in ("cpu", "triton"):
                 alone.append(partial(attention_api.attention, backend=backend, **settings))
             lows = zip(*(in_one_process(whole, dtype, one) for one in alone), strict=True)
             for name, x, low, truth in zip(NAMES, actual, lows, exact, strict=True):

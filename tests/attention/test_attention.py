@@ -50,20 +50,20 @@ def level(request):
 def test_every_even_width_of_a_head(level, width, dtype):
     inputs = cases.make(**SEVERAL_BLOCKS | {"width": width}, lse=True, dtype=dtype, device="cpu")
     # Of a flat softmax: no error is the lse's own rounding times the one key of a row.
-    check(inputs | {"scale": 0.3 / width**0.5}, backend="native")
+    check(inputs | {"scale": 0.3 / width**0.5}, backend="cpu")
 
 
 @pytest.mark.parametrize("width", [7, 258])
 def test_other_widths_are_refused_with_a_reason(width):
     inputs = cases.make(**SEVERAL_BLOCKS | {"width": width}, dtype=torch.float32, device="cpu")
     with pytest.raises(NotImplementedError, match=f"left to the reference, got {width}"):
-        attention(**inputs, backend="native")
+        attention(**inputs, backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_more_heads_than_a_block_has_rows_share_their_keys(dtype):
     size = {"batch": 1, "queries": 5, "keys": 9, "heads": 200, "groups": 1, "width": 8}
-    check(cases.make(**size, dtype=dtype, device="cpu"), backend="native")
+    check(cases.make(**size, dtype=dtype, device="cpu"), backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -72,7 +72,7 @@ def test_a_single_key_is_its_value(level, dtype):
     size = {"batch": 2, "queries": 1, "keys": 1, "heads": 2, "groups": 2, "width": 24}
     inputs = cases.make(**size, dtype=dtype, device="cpu")
     v, dout = inputs["v"].requires_grad_(), torch.randn(2, 1, 2, 24).to(dtype)
-    out = attention(**inputs, scale=0.3 / 24**0.5, backend="native")
+    out = attention(**inputs, scale=0.3 / 24**0.5, backend="cpu")
     (dv,) = torch.autograd.grad(out, v, dout)
     assert_as_accurate("out", out, v, v.double())
     assert_as_accurate("dv", dv, dout, dout.double())
@@ -81,7 +81,7 @@ def test_a_single_key_is_its_value(level, dtype):
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
 def test_no_query_or_no_key(queries, keys):
     size = SEVERAL_BLOCKS | {"queries": queries, "keys": keys}
-    check(cases.make(**size, dtype=torch.bfloat16, device="cpu"), backend="native")
+    check(cases.make(**size, dtype=torch.bfloat16, device="cpu"), backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -89,7 +89,7 @@ def test_no_query_or_no_key(queries, keys):
 def test_threads_and_repetition_change_no_bit(dtype, dropout):
     size = {"batch": 1, "queries": 700, "keys": 700, "heads": 4, "groups": 2, "width": 16}
     inputs = cases.make(**size, dropout=dropout, lse=True, dtype=dtype, device="cpu")
-    call = partial(value_and_gradients, "attention", partial(attention, backend="native"), inputs)
+    call = partial(value_and_gradients, "attention", partial(attention, backend="cpu"), inputs)
     before = torch.get_num_threads()
     results = []
     try:
@@ -113,10 +113,10 @@ def test_documents_are_calls_of_their_own(level, dtype):
         bounds = pairwise(starts)
         return torch.cat([function(q[:, i:j], k[:, i:j], v[:, i:j], **rest) for i, j in bounds], 1)
 
-    together = value_and_gradients("attention", partial(attention, backend="native"), inputs)
+    together = value_and_gradients("attention", partial(attention, backend="cpu"), inputs)
     oracle = partial(value_and_gradients, "attention", partial(apart, reference.attention))
     low, exact = oracle(inputs), oracle(double(inputs))
-    ours = partial(apart, partial(attention, backend="native"))
+    ours = partial(apart, partial(attention, backend="cpu"))
     ours = value_and_gradients("attention", ours, inputs)
     for name, value in together.items():
         assert_as_accurate(name, value, low[name], exact[name])
@@ -126,7 +126,7 @@ def test_documents_are_calls_of_their_own(level, dtype):
 def test_scores_of_ten_thousand_overflow_nothing(level):
     size = {"batch": 1, "queries": 1500, "keys": 1500, "heads": 1, "groups": 1, "width": 16}
     inputs = cases.make(**size, lse=True, dtype=torch.float32, device="cpu")
-    out, lse = attention(**inputs, scale=1e3, backend="native")
+    out, lse = attention(**inputs, scale=1e3, backend="cpu")
     low = reference.attention(**inputs, scale=1e3)
     exact = reference.attention(**double(inputs), scale=1e3)
     assert lse.abs().max() > 1e4
@@ -139,7 +139,7 @@ def test_a_scale_may_be_zero_or_negative(scale):
     inputs = cases.make(**SEVERAL_BLOCKS, dtype=torch.float32, device="cpu")
     oracle = partial(value_and_gradients, "attention", partial(reference.attention, scale=scale))
     low, exact = oracle(inputs), oracle(double(inputs))
-    call = partial(attention, scale=scale, backend="native")
+    call = partial(attention, scale=scale, backend="cpu")
     for name, value in value_and_gradients("attention", call, inputs).items():
         assert_as_accurate(name, value, low[name], exact[name])
 
@@ -249,14 +249,14 @@ def test_any_call_is_as_accurate_as_the_reference(data):
     for name in data.draw(st.sets(st.sampled_from("qkv"))):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     with library.use_cpu_level(data.draw(st.sampled_from(library.cpu_levels()))):
-        check(inputs | {"scale": 0.3 / size["width"] ** 0.5}, backend="native")
+        check(inputs | {"scale": 0.3 / size["width"] ** 0.5}, backend="cpu")
 
 
 def test_a_query_whose_scores_round_coarsely_still_sees_its_best_key(level):
     """Scores of 1e10 are 1,024 apart in float32; a width of 96 makes their scale no power of 2."""
     q, k = (3e5 * drawn for drawn in torch.randn(2, 1, 64, 1, 96))
     best = (q[0, :, 0].double() @ k[0, :, 0].double().T).argmax(-1)
-    out = attention(q, k, k, causal=False, backend="native")
+    out = attention(q, k, k, causal=False, backend="cpu")
     assert (out[0, :, 0] == k[0, best, 0]).all(-1).double().mean() > 0.9
     assert out.any(-1).all()
 
@@ -282,7 +282,7 @@ def test_dropout_reads_no_place_beyond_the_last_key(level):
 def test_more_sharers_of_a_key_head_than_the_kernel_takes_are_left_to_others():
     q, k = torch.randn(1, 3, 1100, 4), torch.randn(1, 3, 1, 4)
     with pytest.raises(NotImplementedError, match="more than 1024 query heads"):
-        attention(q, k, k, backend="native")
+        attention(q, k, k, backend="cpu")
     torch.testing.assert_close(attention(q, k, k), reference.attention(q, k, k, **PLAIN))
 
 

@@ -13,7 +13,7 @@ from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import at_level, backends, double, runnable
 
 BACKENDS = [*backends("decode_attention")]
-NATIVE = [backend for backend in BACKENDS if backend.startswith("native@")]
+NATIVE = [backend for backend in BACKENDS if backend.startswith("cpu@")]
 
 
 def call(backend, inputs):
@@ -206,10 +206,10 @@ def test_a_backend_that_cannot_run_says_why():
     swapped = inputs["k_cache"].transpose(2, 3).contiguous().transpose(2, 3).expand(1, 8, 2, 64)
     with pytest.raises(NotImplementedError, match="without unit stride in K"):
         decode_attention(**inputs | {"k_cache": swapped[..., ::2], "v_cache": swapped[..., ::2],
-                                     "q": inputs["q"][..., ::2]}, backend="native")  # fmt: skip
+                                     "q": inputs["q"][..., ::2]}, backend="cpu")  # fmt: skip
     if not library.MISSING:
         with pytest.raises(NotImplementedError, match="float64 is left to the reference"):
-            decode_attention(**double(inputs) | {"scale": 1.0}, backend="native")
+            decode_attention(**double(inputs) | {"scale": 1.0}, backend="cpu")
 
 
 @pytest.mark.parametrize("size", cases.CHECK)

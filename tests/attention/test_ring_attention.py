@@ -63,7 +63,7 @@ def test_triton_runs_the_ring_too(ranks):
     ranks(2).run(cases.all_equal_one_process, [size], "triton", {"dropout_p": 0.4})
 
 
-@pytest.mark.parametrize("name", ["native", "triton"])
+@pytest.mark.parametrize("name", ["cpu", "triton"])
 def test_a_required_backend_is_there(name):
     assert name not in REQUIRED or not isinstance(api.BACKENDS.get(name, "absent"), str)
 

@@ -24,7 +24,7 @@ def ran(**inputs: object) -> str:
 
 @pytest.mark.skipif(api.HAS_TILES, reason="oneDNN is faster on AMX")
 def test_bfloat16_is_native_and_the_rest_is_pytorch_s():
-    assert ran(**operands()) == "native"
+    assert ran(**operands()) == "cpu"
     assert ran(**operands(torch.float32)) == "aten"
     assert ran(**operands(shape=[9, 32, 40, 40])) == "aten"
 
@@ -39,23 +39,23 @@ def test_bfloat16_is_native_and_the_rest_is_pytorch_s():
     ],
 )
 def test_what_native_leaves_to_others_is_named(changes, reason):
-    with pytest.raises(NotImplementedError, match=f"^conv3x3: backend 'native' cannot.*{reason}"):
-        conv3x3(**operands(**changes), backend="native")
+    with pytest.raises(NotImplementedError, match=f"^conv3x3: backend 'cpu' cannot.*{reason}"):
+        conv3x3(**operands(**changes), backend="cpu")
 
 
 def test_its_mean_error_is_that_of_one_rounding():
     """Winograd in bfloat16 would be off by ten times as much: it multiplies in float32."""
     inputs = operands(shape=[1, 256, 48, 48])
     exact = reference(**double(inputs))
-    error = (conv3x3(**inputs, backend="native").double() - exact).abs().mean()
+    error = (conv3x3(**inputs, backend="cpu").double() - exact).abs().mean()
     once = (exact.bfloat16().double() - exact).abs().mean()
     assert error < 1.01 * once
 
 
 def test_a_picture_does_not_depend_on_its_batch_nor_on_the_threads():
     inputs = operands(shape=[3, 32, 45, 47])
-    whole = conv3x3(**inputs, backend="native")
-    apart = {"weight": inputs["weight"], "bias": inputs["bias"], "backend": "native"}
+    whole = conv3x3(**inputs, backend="cpu")
+    apart = {"weight": inputs["weight"], "bias": inputs["bias"], "backend": "cpu"}
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
@@ -70,7 +70,7 @@ def test_a_picture_does_not_depend_on_its_batch_nor_on_the_threads():
 @pytest.mark.parametrize("asked", [("x",), ("weight",), ("weight", "bias"), ("residual",)])
 def test_no_gradient_is_computed_that_nobody_asked_for(asked, monkeypatch):
     inputs, computed = operands(), []
-    y = conv3x3(**{name: t.requires_grad_() for name, t in inputs.items()}, backend="native")
+    y = conv3x3(**{name: t.requires_grad_() for name, t in inputs.items()}, backend="cpu")
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     every = dict(zip(inputs, torch.autograd.grad(y, inputs.values(), dy), strict=True))
 
@@ -82,7 +82,7 @@ def test_no_gradient_is_computed_that_nobody_asked_for(asked, monkeypatch):
     monkeypatch.setattr(native, "backward", kept)
     for name, tensor in inputs.items():
         tensor.requires_grad_(name in asked)
-    conv3x3(**inputs, backend="native").backward(dy)
+    conv3x3(**inputs, backend="cpu").backward(dy)
     names = ("x", "weight", "bias")
     assert [gradient is not None for gradient in computed] == [name in asked for name in names]
     assert all(inputs[name].grad.equal(every[name]) for name in asked)

@@ -148,7 +148,7 @@ def results_of(monkeypatch: pytest.MonkeyPatch, backend: object, name: str) -> l
     return results
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(
     "asked",
     [("x",), ("scale",), ("shift",), ("weight",), ("bias",), ("residual",), ("x", "weight")],
@@ -170,7 +170,7 @@ def test_no_gradient_is_computed_that_nobody_asked_for(backend, asked, monkeypat
         assert all((gradient is not None) == bool(names & set(asked)) for gradient in together)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(
     ("asked", "passes"),
     [
@@ -268,7 +268,7 @@ def test_float32_weights_of_a_bfloat16_video_round_nothing():
     """Neither the weights nor, for their gradient, the normed video."""
     x, bias = torch.ones(1, 1, 1, 1, 1, dtype=torch.bfloat16), torch.full((1,), -1.0)
     weight = torch.full((1, 1, 1, 1, 1), 1 + 2**-12, requires_grad=True)
-    assert causal_conv3d(x, weight, bias, backend="native").item() == 2**-12
+    assert causal_conv3d(x, weight, bias, backend="cpu").item() == 2**-12
     norm = {"scale": torch.full((1,), 1 + 2**-10), "shift": torch.zeros(1)}
     (dweight,) = torch.autograd.grad(causal_conv3d(x, weight, bias, **norm), weight)
     assert dweight.item() == 1 + 2**-10
@@ -334,15 +334,15 @@ def test_a_bad_block_is_named_in_one_line(name, value, message):
     ],
 )
 def test_what_native_leaves_to_the_reference_is_named(shape, reason):
-    with pytest.raises(NotImplementedError, match=f"backend 'native' cannot run .*{reason}"):
-        causal_conv3d(X, torch.zeros(shape), None, backend="native")
+    with pytest.raises(NotImplementedError, match=f"backend 'cpu' cannot run .*{reason}"):
+        causal_conv3d(X, torch.zeros(shape), None, backend="cpu")
 
 
 def test_more_tiles_than_partial_sums_are_all_in_the_gradient():
     """A batch of 19 is 19 tiles, whose sums 16 parts share."""
     inputs = {"x": draw(19, 2, 2, 3, 5), "weight": draw(2, 2, 3, 3, 3, seed=1), "bias": draw(2)}
     inputs |= {"scale": draw(2, seed=2), "shift": draw(2, seed=3), "activation": "silu"}
-    actual = value_and_gradients("causal_conv3d", partial(causal_conv3d, backend="native"), inputs)
+    actual = value_and_gradients("causal_conv3d", partial(causal_conv3d, backend="cpu"), inputs)
     low, exact = (
         value_and_gradients("causal_conv3d", reference.causal_conv3d, given)
         for given in (inputs, double(inputs))
@@ -352,9 +352,9 @@ def test_more_tiles_than_partial_sums_are_all_in_the_gradient():
 
 
 def test_native_is_the_default_here():
-    if isinstance(api.BACKENDS["native"], str) or library.MISSING:
+    if isinstance(api.BACKENDS["cpu"], str) or library.MISSING:
         pytest.fail("the native library is part of these tests")
     with emu3_kernels.record_backends() as ran:
         causal_conv3d(X, WEIGHT, None)
         temporal_residual(**block_inputs([1, 4, 1, 2, 2], torch.float32))
-    assert ran == {"causal_conv3d": "native", "temporal_residual": "native"}
+    assert ran == {"causal_conv3d": "cpu", "temporal_residual": "cpu"}

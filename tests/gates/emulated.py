@@ -15,7 +15,7 @@ from ttsem import sanitize
 
 from emu3_kernels.runtime import launch
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import double, part, public, value_and_gradients
+from emu3_kernels.testing.suite import cases, double, part, public, reference, value_and_gradients
 from tests.gates import faulty
 
 ROUND_TWICE = {"linear_cross_entropy", "attention", "causal_conv3d", "temporal_residual"}
@@ -41,14 +41,14 @@ def emulated() -> Iterator[sanitize.Session]:
 
 def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype, **settings: object) -> None:
     """Hold a call to the reference; ``settings`` are those of the op alone, such as its memory."""
-    inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
+    inputs = cases(op).make(**size, dtype=dtype, device="cpu")
     call = partial(public(op), backend="triton", **settings)
     with emulated() as session:
         actual = value_and_gradients(op, call, inputs)
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     tensors += actual.values()
     assert session.launches or not all(t.numel() for t in tensors), "no kernel was launched"
-    oracle = getattr(part(op, "reference"), op)
+    oracle = reference(op)
     low = value_and_gradients(op, oracle, inputs)
     exact = value_and_gradients(op, oracle, double(inputs))
     for name, value in actual.items():

@@ -14,12 +14,14 @@ from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import (
     at_level,
     backends,
+    backends_of,
     calls,
+    cases,
     differentiable,
     double,
     must_run,
-    part,
     public,
+    reference,
     value_and_gradients,
 )
 
@@ -28,17 +30,17 @@ REQUIRED = os.environ.get("EMU3_REQUIRE", "").split(",")
 
 def test_required_backends_are_there():
     for op in OPS:
-        present = part(op, "api").BACKENDS
+        present = backends_of(op)
         absent = {b: present[b] for b in REQUIRED if isinstance(present.get(b), str)}
         assert not absent, f"{op}: {absent}"
 
 
 @pytest.mark.parametrize(("op", "backend", "size", "dtype"), list(calls()))
 def test_value_and_gradients(op, backend, size, dtype, device):
-    inputs = part(op, "cases").make(**size, dtype=dtype, device=device)
+    inputs = cases(op).make(**size, dtype=dtype, device=device)
     name, level = at_level(backend)
     call = partial(public(op), backend=name)
-    oracle = getattr(part(op, "reference"), op)
+    oracle = reference(op)
     refusal, actual = None, {}
     try:
         with level:
@@ -71,8 +73,8 @@ def transposed(tensor):
 @pytest.mark.parametrize(("op", "backend"), [(op, b) for op in OPS for b in backends(op)])
 def test_the_layout_of_the_inputs_changes_nothing(op, backend, layout, device):
     name, level = at_level(backend)
-    size, dtype = part(op, "cases").CHECK[-1], must_run(op, name)[0]
-    inputs = part(op, "cases").make(**size, dtype=dtype, device=device)
+    size, dtype = cases(op).check[-1], must_run(op, name)[0]
+    inputs = cases(op).make(**size, dtype=dtype, device=device)
     call = partial(public(op), backend=name)
     relaid = inputs | {key: layout(inputs[key]) for key in differentiable(op, inputs)}
     with level:
@@ -82,14 +84,12 @@ def test_the_layout_of_the_inputs_changes_nothing(op, backend, layout, device):
         assert torch.equal(actual[value], expected[value]), value
 
 
-@pytest.mark.parametrize(
-    ("op", "backend"), [(op, b) for op in OPS for b in ("native", "reference")]
-)
+@pytest.mark.parametrize(("op", "backend"), [(op, b) for op in OPS for b in ("cpu", "reference")])
 def test_compiles_as_one_graph(op, backend):
     """Triton's own launches are traced on a GPU only: its interpreter is plain Python."""
     torch.compiler.reset()
-    size, dtype = part(op, "cases").CHECK[-1], must_run(op, backend)[0]
-    inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
+    size, dtype = cases(op).check[-1], must_run(op, backend)[0]
+    inputs = cases(op).make(**size, dtype=dtype, device="cpu")
     call = partial(public(op), backend=backend)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     actual = value_and_gradients(op, compiled, inputs)
@@ -112,10 +112,10 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("op", OPS)
 def test_native_ops_are_registered_right(op):
-    size, dtype = part(op, "cases").CHECK[-1], must_run(op, "native")[0]
-    inputs = part(op, "cases").make(**size, dtype=dtype, device="cpu")
+    size, dtype = cases(op).check[-1], must_run(op, "cpu")[0]
+    inputs = cases(op).make(**size, dtype=dtype, device="cpu")
     with Recorder() as recorder:
-        value_and_gradients(op, partial(public(op), backend="native"), inputs)
+        value_and_gradients(op, partial(public(op), backend="cpu"), inputs)
     assert recorder.calls
     for function, args in recorder.calls.items():
         torch.library.opcheck(function, args)
@@ -123,9 +123,7 @@ def test_native_ops_are_registered_right(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_unknown_backend_is_named(op):
-    inputs = part(op, "cases").make(
-        **part(op, "cases").CHECK[-1], dtype=torch.float32, device="cpu"
-    )
+    inputs = cases(op).make(**cases(op).check[-1], dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match=f"{op}: unknown backend 'cobol'; expected one of"):
         public(op)(**inputs, backend="cobol")
 

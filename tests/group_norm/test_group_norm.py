@@ -8,15 +8,24 @@ import torch.nn.functional as F
 
 from emu3_kernels import group_norm_silu, spatial_norm_silu
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import at_level, backends, double, part, public, value_and_gradients
+from emu3_kernels.testing.suite import (
+    at_level,
+    backends,
+    cases,
+    double,
+    part,
+    public,
+    reference,
+    value_and_gradients,
+)
 
 OPS = ("group_norm_silu", "spatial_norm_silu")
-NATIVE = [b for b in backends("group_norm_silu") if b.startswith("native")]
+NATIVE = [b for b in backends("group_norm_silu") if b.startswith("cpu")]
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def inputs_of(op: str, index: int = -1, dtype: torch.dtype = torch.float32) -> dict:
-    return part(op, "cases").make(**part(op, "cases").CHECK[index], dtype=dtype, device="cpu")
+    return cases(op).make(**cases(op).check[index], dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize("backend", [*NATIVE, "triton"])
@@ -34,11 +43,11 @@ def test_a_large_mean_costs_no_digits(backend):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("dims", [4, 5])
 def test_the_result_is_channels_last_whatever_the_input(op, backend, dims):
-    size = next(s for s in part(op, "cases").CHECK[3:] if len(s["shape"]) == dims)
-    inputs = part(op, "cases").make(**size, dtype=torch.float32, device="cpu")
+    size = next(s for s in cases(op).check[3:] if len(s["shape"]) == dims)
+    inputs = cases(op).make(**size, dtype=torch.float32, device="cpu")
     assert inputs["x"].is_contiguous(memory_format=LAST[dims])
     y = public(op)(**inputs, backend=backend)
     plain = public(op)(**inputs | {"x": inputs["x"].contiguous()}, backend=backend)
@@ -50,11 +59,11 @@ def test_the_result_is_channels_last_whatever_the_input(op, backend, dims):
 @pytest.mark.parametrize("op", OPS)
 def test_channels_last_memory_is_not_copied(op, monkeypatch):
     seen = []
-    native = part(op, "native")
+    native = part(op, "cpu")
     forward = native.forward
     monkeypatch.setattr(native, "forward", lambda x, *rest: seen.append(x) or forward(x, *rest))
     inputs = inputs_of(op)
-    public(op)(**inputs, backend="native")
+    public(op)(**inputs, backend="cpu")
     assert seen[0].data_ptr() == inputs["x"].data_ptr()
 
 
@@ -67,7 +76,7 @@ def shown_places(places: tuple[int, int], pixels: tuple[int, int], backend: str)
     return spatial_norm_silu(x, latent, weight, bias, ones, bias, ones, bias, **settings)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(
     ("places", "pixels"),
     [
@@ -84,7 +93,7 @@ def test_a_pixel_shows_the_place_that_interpolate_shows(places, pixels, backend)
     assert torch.equal(shown_places(places, pixels, backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(("places", "pixels"), [((2, 2), (164, 166)), ((7, 5), (19, 4))])
 def test_a_place_gets_the_gradients_of_the_pixels_that_show_it(places, pixels, backend):
     """Ones come back: a place counts the pixels that show it, as the gradient of interpolate."""
@@ -99,9 +108,9 @@ def test_a_place_gets_the_gradients_of_the_pixels_that_show_it(places, pixels, b
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_number_of_threads_changes_no_bit(op):
-    size = part(op, "cases").CHECK[5] | {"shape": [3, 128, 64, 40]}
-    inputs = part(op, "cases").make(**size, dtype=torch.bfloat16, device="cpu")
-    call = partial(public(op), backend="native")
+    size = cases(op).check[5] | {"shape": [3, 128, 64, 40]}
+    inputs = cases(op).make(**size, dtype=torch.bfloat16, device="cpu")
+    call = partial(public(op), backend="cpu")
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
@@ -115,10 +124,10 @@ def test_the_number_of_threads_changes_no_bit(op):
 @pytest.mark.parametrize("op", OPS)
 def test_an_image_beyond_the_caches(op):
     """Above 16 MiB results are written past the caches, and images are taken one at a time."""
-    size = part(op, "cases").CHECK[5] | {"shape": [2, 128, 144, 240]}
-    inputs = part(op, "cases").make(**size, dtype=torch.float32, device="cpu")
-    oracle = getattr(part(op, "reference"), op)
-    actual = value_and_gradients(op, partial(public(op), backend="native"), inputs)
+    size = cases(op).check[5] | {"shape": [2, 128, 144, 240]}
+    inputs = cases(op).make(**size, dtype=torch.float32, device="cpu")
+    oracle = reference(op)
+    actual = value_and_gradients(op, partial(public(op), backend="cpu"), inputs)
     low = value_and_gradients(op, oracle, inputs)
     exact = value_and_gradients(op, oracle, double(inputs))
     for name in actual:
@@ -145,5 +154,5 @@ def test_a_weight_of_another_dtype_is_refused_by_name_alone():
     inputs = inputs_of("group_norm_silu", dtype=torch.bfloat16)
     inputs["weight"] = inputs["weight"].float()
     with pytest.raises(NotImplementedError, match=r"float32 beside an x of torch\.bfloat16"):
-        group_norm_silu(**inputs, backend="native")
+        group_norm_silu(**inputs, backend="cpu")
     assert group_norm_silu(**inputs).dtype == torch.bfloat16

@@ -34,7 +34,7 @@ def ran(dtype: torch.dtype) -> str:
 
 
 def test_bfloat16_is_native_where_pytorch_is_slow():
-    assert ran(torch.bfloat16) == ("native" if gemm.SLOW_IN_BFLOAT16 else "aten")
+    assert ran(torch.bfloat16) == ("cpu" if gemm.SLOW_IN_BFLOAT16 else "aten")
     assert ran(torch.float32) == "aten"
 
 
@@ -44,8 +44,8 @@ def test_pytorch_is_slow_without_avx512_alone():
 
 
 def test_native_leaves_float32_to_others():
-    with pytest.raises(NotImplementedError, match=r"'native' cannot run this call: torch\.float32"):
-        linear(draw(2, 3).float(), draw(4, 3).float(), backend="native")
+    with pytest.raises(NotImplementedError, match=r"'cpu' cannot run this call: torch\.float32"):
+        linear(draw(2, 3).float(), draw(4, 3).float(), backend="cpu")
 
 
 @LEVELS
@@ -78,7 +78,7 @@ def test_no_result_depends_on_the_threads(rows, level):
         with library.use_cpu_level(level):
             for count in (1, 3):
                 torch.set_num_threads(count)
-                results.append(linear(x, weight, backend="native"))
+                results.append(linear(x, weight, backend="cpu"))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
@@ -89,7 +89,7 @@ def test_the_loss_of_a_head_multiplies_natively_too(memory, slow, monkeypatch):
     """A tile of classes at a time, or all of them."""
     monkeypatch.setattr(torch, "mm", None)
     inputs = loss_cases.make(**loss_cases.CHECK[-1], dtype=torch.bfloat16, device="cpu")
-    call = partial(linear_cross_entropy, backend="native", memory=memory)
+    call = partial(linear_cross_entropy, backend="cpu", memory=memory)
     actual = value_and_gradients("linear_cross_entropy", call, inputs)
     monkeypatch.undo()
     oracle = partial(
@@ -112,16 +112,16 @@ def test_a_gradient_alone_is_the_one_among_others():
     size = {"tokens": 20, "inputs": 30, "outputs": 40, "biased": True}
     leaves = cases.make(**size, dtype=torch.bfloat16, device="cpu")
     dy = draw(20, 40, seed=3)
-    y = linear(**{name: leaf.requires_grad_() for name, leaf in leaves.items()}, backend="native")
+    y = linear(**{name: leaf.requires_grad_() for name, leaf in leaves.items()}, backend="cpu")
     every = torch.autograd.grad(y, leaves.values(), dy)
     for wanted, expected in zip(leaves, every, strict=True):
         for name, leaf in leaves.items():
             leaf.requires_grad_(name == wanted)
-        y = linear(**leaves, backend="native")
+        y = linear(**leaves, backend="cpu")
         assert torch.autograd.grad(y, leaves[wanted], dy)[0].equal(expected)
 
 
-@pytest.mark.parametrize("backend", ["native", "aten"])
+@pytest.mark.parametrize("backend", ["cpu", "aten"])
 def test_autocast_narrows_it_as_it_does_pytorch_s(backend):
     x, weight, bias = (draw(*shape).float() for shape in ((9, 30), (40, 30), (40,)))
     narrow = (tensor.bfloat16() for tensor in (x, weight, bias))
@@ -134,7 +134,7 @@ def test_single_vectors_and_empty_batches_keep_their_shape():
     weight, bias = draw(5, 3), draw(5)
     for shape in ((3,), (0, 3), (2, 0, 3), (2, 4, 3)):
         x = draw(*shape)
-        y, expected = (linear(x, weight, bias, backend=b) for b in ("native", "reference"))
+        y, expected = (linear(x, weight, bias, backend=b) for b in ("cpu", "reference"))
         assert y.shape == expected.shape
         torch.testing.assert_close(y, expected)
 
@@ -163,7 +163,7 @@ def test_bad_input_is_named_in_one_line(changes, error, message):
 @pytest.mark.parametrize("bias", [draw(1).expand(96), draw(192)[::2]])
 def test_a_bias_may_have_any_stride(rows, bias):
     assert not bias.is_contiguous()
-    y = linear(draw(rows, 8), torch.zeros_like(draw(96, 8)), bias, backend="native")
+    y = linear(draw(rows, 8), torch.zeros_like(draw(96, 8)), bias, backend="cpu")
     assert y.equal(bias.expand(rows, 96))
 
 

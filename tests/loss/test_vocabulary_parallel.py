@@ -36,10 +36,10 @@ SETTINGS = {
 }
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 CASES = [
-    *(("native", s, FEW, d, 0, r) for s in SETTINGS for d in (FLOAT, BFLOAT) for r in UNEVEN),
+    *(("cpu", s, FEW, d, 0, r) for s in SETTINGS for d in (FLOAT, BFLOAT) for r in UNEVEN),
     *(("reference", s, FEW, d, 0, (0, 1, 2, 3)) for s in SETTINGS for d in (FLOAT, BFLOAT)),
-    ("native", "mean", FEW, BFLOAT, MEMORY, (0, 1, 2, 3)),
-    ("native", "sum", MANY, BFLOAT, SUMMED, (2, 3)),
+    ("cpu", "mean", FEW, BFLOAT, MEMORY, (0, 1, 2, 3)),
+    ("cpu", "sum", MANY, BFLOAT, SUMMED, (2, 3)),
 ]
 
 
@@ -85,7 +85,7 @@ def dropped(rank, group):
     inputs["targets"][:] = -100
     return [
         value_and_gradients(OP, partial(call, group=group, backend=backend), inputs)
-        for backend in ("native", "reference")
+        for backend in ("cpu", "reference")
     ]
 
 
@@ -175,7 +175,7 @@ def test_the_cases_cut_the_logits_in_every_way():
     for backend, _, tokens, dtype, memory, ranks in CASES:
         kept, largest = tokens * 2 // 3, max(UNEVEN[ranks])
         cut = tile(kept, largest, WIDTH, dtype, memory, wants_head=True)
-        if backend == "native":
+        if backend == "cpu":
             size = dtype.itemsize
             cuts.add((size, cut.tokens < kept, cut.classes < largest, cut.sums_dhead))
     assert cuts == {

@@ -106,7 +106,7 @@ def test_heads_are_rotated_in_place(backend, dtype):
     assert torch.equal(k, expected[1])
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("native")])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")])
 @pytest.mark.parametrize("width", [64, 128, 160])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_result_that_is_written_past_the_caches_is_the_same(backend, dtype, width):
@@ -120,7 +120,7 @@ def test_a_large_result_that_is_written_past_the_caches_is_the_same(backend, dty
     assert torch.equal(rotated_k, k)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_rotating_in_place_compiles_as_one_graph(backend):
     q, k, *where = some_heads(torch.float32)
     expected = rope(q, k, *where, backend=backend)
@@ -134,7 +134,7 @@ def test_rotating_in_place_compiles_as_one_graph(backend):
     assert torch.equal(k, expected[1])
 
 
-@pytest.mark.skipif("native@base" not in BACKENDS, reason="the native library was not built")
+@pytest.mark.skipif("cpu@base" not in BACKENDS, reason="the native library was not built")
 def test_the_native_op_that_writes_into_out_is_registered_right():
     q, k, *where = some_heads(torch.float32)
     out = torch.empty_like(q), torch.empty_like(k)
@@ -157,7 +157,7 @@ def test_an_out_that_cannot_take_the_results_is_named():
         rope(q, k, *tables, out=(q, k))
 
 
-@pytest.mark.skipif("native@base" not in BACKENDS, reason="the native library was not built")
+@pytest.mark.skipif("cpu@base" not in BACKENDS, reason="the native library was not built")
 def test_the_native_kernel_checks_positions_that_a_traced_call_could_not():
     q, cos = torch.randn(1, 1, 1, 8), torch.ones(4, 4)
     with pytest.raises(ValueError, match=r"rope: positions must lie in \[0, 4\), got 4"):

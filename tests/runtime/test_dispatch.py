@@ -20,17 +20,17 @@ def test_use_backend_holds_inside_its_block_alone():
 
 
 def test_use_backend_can_name_the_ops_it_is_for():
-    with emu3_kernels.record_backends() as used, emu3_kernels.use_backend("native"):
+    with emu3_kernels.record_backends() as used, emu3_kernels.use_backend("cpu"):
         with emu3_kernels.use_backend("reference", "rms_norm"):
             emu3_kernels.rms_norm(X, WEIGHT)
             emu3_kernels.swiglu(X, X)
-        assert used == {"rms_norm": "reference", "swiglu": "native"}
+        assert used == {"rms_norm": "reference", "swiglu": "cpu"}
         emu3_kernels.rms_norm(X, WEIGHT)
-    assert used["rms_norm"] == "native"
+    assert used["rms_norm"] == "cpu"
 
 
 def test_a_backend_asked_for_by_name_wins_over_use_backend():
-    with emu3_kernels.record_backends() as used, emu3_kernels.use_backend("native"):
+    with emu3_kernels.record_backends() as used, emu3_kernels.use_backend("cpu"):
         emu3_kernels.rms_norm(X, WEIGHT, backend="reference")
     assert used == {"rms_norm": "reference"}
 
@@ -38,9 +38,9 @@ def test_a_backend_asked_for_by_name_wins_over_use_backend():
 def test_a_backend_that_cannot_run_is_never_swapped():
     with pytest.raises(
         NotImplementedError,
-        match=r"^rms_norm: backend 'native' cannot run this call: torch.float64 is left to",
+        match=r"^rms_norm: backend 'cpu' cannot run this call: torch.float64 is left to",
     ):
-        emu3_kernels.rms_norm(X.double(), WEIGHT.double(), backend="native")
+        emu3_kernels.rms_norm(X.double(), WEIGHT.double(), backend="cpu")
 
 
 def test_an_unknown_level_names_the_known_ones():
@@ -52,7 +52,7 @@ def test_an_unknown_level_names_the_known_ones():
 
 
 def test_the_innermost_use_backend_wins_whatever_it_names():
-    with emu3_kernels.record_backends() as used, emu3_kernels.use_backend("native", "rms_norm"):
+    with emu3_kernels.record_backends() as used, emu3_kernels.use_backend("cpu", "rms_norm"):
         emu3_kernels.swiglu(X, X)
         with emu3_kernels.use_backend("reference"):
             emu3_kernels.rms_norm(X, WEIGHT)

@@ -181,7 +181,7 @@ def dropped_inputs():
 
 
 @pytest.mark.parametrize("drawn", [True, False])
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_dropout_compiles_as_one_graph(backend, drawn):
     torch.compiler.reset()
     inputs = dropped_inputs() | {"backend": backend}

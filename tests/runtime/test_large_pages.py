@@ -36,7 +36,7 @@ def asked_for(tensor: torch.Tensor) -> bool:
 
 def test_a_large_result():
     gate, up = torch.randn(2, 16 * MIB // 4)[:, None]
-    assert asked_for(swiglu(gate, up, backend="native"))
+    assert asked_for(swiglu(gate, up, backend="cpu"))
 
 
 def test_a_cache():

@@ -10,7 +10,7 @@ from emu3_kernels.ops.vq import reference
 from emu3_kernels.runtime import library
 from emu3_kernels.testing.suite import at_level, backends
 
-NATIVE = [f"native@{level}" for level in library.cpu_levels()]
+NATIVE = [f"cpu@{level}" for level in library.cpu_levels()]
 ALL = [*backends("nearest_code")]
 
 
@@ -201,8 +201,8 @@ def test_threads_share_the_latents(num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        assert torch.equal(nearest_code(z, codes, backend="native"), expected)
-        assert torch.equal(nearest_code(z, CodeIndex(codes), backend="native"), expected)
+        assert torch.equal(nearest_code(z, codes, backend="cpu"), expected)
+        assert torch.equal(nearest_code(z, CodeIndex(codes), backend="cpu"), expected)
     finally:
         torch.set_num_threads(before)
 

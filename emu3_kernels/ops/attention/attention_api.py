@@ -10,7 +10,7 @@ from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load
 from emu3_kernels.runtime.dropout import check_dropout, draw_seed
 
-BACKENDS = load("attention", "native", "flash_attn", "triton", "xformers", "sdpa")
+BACKENDS = load("attention", "cpu", "flash_attn", "triton", "xformers", "sdpa")
 
 WHOLE = ("flash_attn", "xformers", "sdpa")
 """Backends that are other libraries' ops, gradient and all; the others are kernels of ours."""

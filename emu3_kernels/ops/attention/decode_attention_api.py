@@ -11,7 +11,7 @@ from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load
 
-BACKENDS = load("decode_attention", "native", "triton", "sdpa")
+BACKENDS = load("decode_attention", "cpu", "triton", "sdpa")
 
 MOST_NEW = 16
 
@@ -58,7 +58,7 @@ def decode_attention(
     if needs_gradient(q, k_cache, v_cache):
         raise ValueError("decode_attention: has no gradient, got inputs that require one")
     chosen = choose("decode_attention", BACKENDS, backend, q, k_cache, v_cache, page_table)
-    if chosen != "native":  # the native kernel looks for itself
+    if chosen != "cpu":  # the native kernel looks for itself
         _check_values(q, k_cache, lengths, page_table)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":

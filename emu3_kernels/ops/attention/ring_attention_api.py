@@ -15,7 +15,7 @@ from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load
 from emu3_kernels.runtime.dropout import check_dropout, draw_seed
 
-BACKENDS = load("ring_attention", "native", "triton")
+BACKENDS = load("ring_attention", "cpu", "triton")
 
 
 def ring_attention(

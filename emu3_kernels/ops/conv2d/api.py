@@ -17,7 +17,7 @@ from emu3_kernels.runtime.layout import from_channels_last, to_channels_last
 
 HAS_TILES = library.cpu_levels()[-1:] == ("amx",)
 """Tiles of bfloat16 have sixteen times the rate of float32: oneDNN comes first where they are."""
-BACKENDS = load("conv3x3", *(("aten", "native") if HAS_TILES else ("native", "aten")))
+BACKENDS = load("conv3x3", *(("aten", "cpu") if HAS_TILES else ("cpu", "aten")))
 
 
 def conv3x3(

@@ -22,7 +22,7 @@ from emu3_kernels.ops.conv3d.reference import convolve
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.dispatch import choose, load
 
-BACKENDS = load("causal_conv3d", "native", "triton")
+BACKENDS = load("causal_conv3d", "cpu", "triton")
 ACTIVATIONS = (None, "silu")
 
 

@@ -9,7 +9,7 @@ from emu3_kernels.ops.conv3d.plan import Plan, Wanted, check_vectors, check_weig
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.dispatch import choose, load
 
-BACKENDS = load("temporal_residual", "native", "triton")
+BACKENDS = load("temporal_residual", "cpu", "triton")
 PLAN = Plan(silu=True)
 KERNEL = (3, 3, 3)
 

@@ -13,7 +13,7 @@ from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.dispatch import choose, load
 from emu3_kernels.runtime.layout import from_channels_last, to_channels_last
 
-BACKENDS = load("group_norm_silu", "native", "triton")
+BACKENDS = load("group_norm_silu", "cpu", "triton")
 
 
 def group_norm_silu(

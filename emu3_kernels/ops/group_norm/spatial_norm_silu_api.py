@@ -15,7 +15,7 @@ from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load
 from emu3_kernels.runtime.layout import from_channels_last, to_channels_last, with_frames
 
-BACKENDS = load("spatial_norm_silu", "native", "triton")
+BACKENDS = load("spatial_norm_silu", "cpu", "triton")
 
 
 def spatial_norm_silu(

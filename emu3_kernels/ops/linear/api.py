@@ -15,7 +15,7 @@ from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load
 from emu3_kernels.runtime.gemm import SLOW_IN_BFLOAT16, autocast
 
-BACKENDS = load("linear", *(("native", "aten") if SLOW_IN_BFLOAT16 else ("aten", "native")))
+BACKENDS = load("linear", *(("cpu", "aten") if SLOW_IN_BFLOAT16 else ("aten", "cpu")))
 
 
 def linear(

@@ -9,7 +9,7 @@ from emu3_kernels.ops.loss.token_loss import check_settings, check_targets, redu
 from emu3_kernels.runtime.checks import check_floating, check_has_channels, rows
 from emu3_kernels.runtime.dispatch import choose, load
 
-BACKENDS = load("cross_entropy", "native", "triton")
+BACKENDS = load("cross_entropy", "cpu", "triton")
 
 
 def cross_entropy(

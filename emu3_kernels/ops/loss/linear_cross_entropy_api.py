@@ -21,7 +21,7 @@ from emu3_kernels.runtime.checks import check_floating, check_has_channels, desc
 from emu3_kernels.runtime.dispatch import choose, load
 from emu3_kernels.runtime.gemm import autocast
 
-BACKENDS = load("linear_cross_entropy", "native", "triton")
+BACKENDS = load("linear_cross_entropy", "cpu", "triton")
 
 
 def linear_cross_entropy(

@@ -17,7 +17,7 @@ from emu3_kernels.runtime.checks import (
 from emu3_kernels.runtime.dispatch import choose, load
 from emu3_kernels.runtime.dropout import check_dropout, draw_seed
 
-BACKENDS = load("add_rms_norm", "native", "triton")
+BACKENDS = load("add_rms_norm", "cpu", "triton")
 
 
 def add_rms_norm(

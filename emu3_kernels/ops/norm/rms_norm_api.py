@@ -9,7 +9,7 @@ from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_channel_weight, rows, unrows
 from emu3_kernels.runtime.dispatch import choose, load
 
-BACKENDS = load("rms_norm", "native", "triton")
+BACKENDS = load("rms_norm", "cpu", "triton")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:

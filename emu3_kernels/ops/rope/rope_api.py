@@ -16,7 +16,7 @@ from emu3_kernels.runtime.autograd import mark_written, needs_gradient
 from emu3_kernels.runtime.checks import check_no_gradient, copied, describe
 from emu3_kernels.runtime.dispatch import choose, load
 
-BACKENDS = load("rope", "native", "triton")
+BACKENDS = load("rope", "cpu", "triton")
 
 
 def rope_tables(
@@ -87,7 +87,7 @@ def rope(
             f"rope: positions must lie in [0, {cos.shape[0]}), got 0 … {q.shape[1] - 1}"
         )
     chosen = choose("rope", BACKENDS, backend, q, k, cos, sin, positions)
-    if chosen != "native" and positions is not None:  # the native kernel looks for itself
+    if chosen != "cpu" and positions is not None:  # the native kernel looks for itself
         check_inside("rope", "positions", positions, cos.shape[0])
     if chosen == "reference":
         results = reference.rope(q, k, cos, sin, positions)

@@ -17,7 +17,7 @@ from emu3_kernels.runtime.autograd import mark_written, needs_gradient
 from emu3_kernels.runtime.checks import describe
 from emu3_kernels.runtime.dispatch import choose, load
 
-BACKENDS = load("rope_append", "native", "triton")
+BACKENDS = load("rope_append", "cpu", "triton")
 
 
 def rope_append(
@@ -69,7 +69,7 @@ def rope_append(
         check_indices("rope_append", "positions", positions, q)
     inputs = q, k, v, cos, sin, key_cache, value_cache, slots, positions
     chosen = choose("rope_append", BACKENDS, backend, *inputs)
-    if chosen != "native":  # the native kernel looks for itself
+    if chosen != "cpu":  # the native kernel looks for itself
         check_inside("rope_append", "slots", slots, key_cache.shape[1])
         check_inside("rope_append", "positions", positions, cos.shape[0])
     if chosen == "reference":

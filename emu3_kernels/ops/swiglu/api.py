@@ -15,7 +15,7 @@ from emu3_kernels.runtime.checks import (
 )
 from emu3_kernels.runtime.dispatch import choose, load
 
-BACKENDS = load("swiglu", "native", "triton")
+BACKENDS = load("swiglu", "cpu", "triton")
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:

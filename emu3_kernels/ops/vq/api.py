@@ -8,7 +8,7 @@ from emu3_kernels.ops.vq import reference
 from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import choose, load
 
-BACKENDS = load("nearest_code", "native", "triton")
+BACKENDS = load("nearest_code", "cpu", "triton")
 
 LARGEST_DIM = 32
 MOST_CODES = 1 << 24

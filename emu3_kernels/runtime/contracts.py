@@ -1,0 +1,45 @@
+"""What the machine code of a GPU kernel is held to: data that stands beside the kernel."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the compiled code of a kernel keeps on every target; the code-generation gate counts.
+
+    That there is no stack, no spill and no more shared memory than the chip has goes without
+    saying. An access narrower than ``access_bytes`` is allowed only as one of the scalars.
+    """
+
+    max_registers: int
+    """Of a thread: 65,536 over it is the number of threads that a multiprocessor holds."""
+    access_bytes: int = 16
+    scalar_loads: int = 0
+    scalar_stores: int = 0
+    tensor_cores: bool = False
+    async_copies: bool = False
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    """Reason by ``"target: fact"`` (``"gfx942: async_copies"``): there, that fact is not held."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A call whose launches are compiled for every target and held to their contracts.
+
+    ``call`` runs the op's own host code on :func:`meta` tensors, so that tiles, strides and
+    alignment are those of a real launch and cannot drift from it.
+    """
+
+    name: str
+    call: Callable[[], object]
+    contracts: Mapping[str, Contract]
+    """Contract by the name of the kernel: one for each that ``call`` launches."""
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Make a tensor without memory, as aligned as an allocation: the argument of a Config."""
+    return torch.empty(shape, dtype=dtype, device="meta")
