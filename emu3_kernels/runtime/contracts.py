@@ -40,6 +40,19 @@ class Config:
     """Contract by the name of the kernel: one for each that ``call`` launches."""
 
 
+@dataclass(frozen=True)
+class CudaKernel:
+    """An instance of a CUDA C++ kernel, which nvcc compiles for every target."""
+
+    header: str
+    """Of ``csrc/cuda``, which defines it."""
+    kernel: str
+    """With its template arguments."""
+    arguments: str
+    """Types of its parameters, in parentheses."""
+    contract: Contract
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Make a tensor without memory, as aligned as an allocation: the argument of a Config."""
     return torch.empty(shape, dtype=dtype, device="meta")
