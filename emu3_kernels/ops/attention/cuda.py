@@ -1,38 +1,37 @@
-"""decode_attention natively: csrc/cpu/decode_attention.cpp, csrc/cuda/decode_attention.cuh."""
+"""decode_attention in CUDA C++: csrc/cuda/decode_attention.cuh."""
 
 import torch
 from torch import Tensor
 
 from emu3_kernels.runtime import library
+from emu3_kernels.runtime.dispatch import Backend
 
-HAS_CUDA_KERNEL = not library.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
+HAS_KERNEL = not library.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
     "emu3_kernels::decode_attention", "CUDA"
 )
-CUDA_WIDTHS = (64, 128)
+HEAD_DIMS = (64, 128)
 
 
 def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
-    if k_cache.stride()[3] != 1 or v_cache.stride()[3] != 1:
-        return "a cache without unit stride in K is left to the reference"
-    if q.is_cuda and HAS_CUDA_KERNEL:
-        return _why_not_cuda(q, k_cache, v_cache)
-    return library.why_not_cpu(q)
-
-
-def _why_not_cuda(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+    if not HAS_KERNEL:
+        return library.MISSING or "the native library was built without CUDA"
+    if not q.is_cuda:
+        return f"no kernel for a {q.device.type} tensor"
     if q.dtype not in library.DTYPES:
         return f"{q.dtype} is left to the others"
-    if q.shape[3] not in CUDA_WIDTHS:
-        return f"the head width must be 64 or 128, got {q.shape[3]}"
-    if not all(_starts_at_16_bytes(cache) for cache in (k_cache, v_cache)):
-        return "a cache whose heads do not start at 16 bytes is left to the others"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"head_dim must be 64 or 128, got {q.shape[3]}"
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        return "a cache without unit stride in K is left to the reference"
+    if not (_is_aligned(k_cache) and _is_aligned(v_cache)):
+        return "a cache whose heads are not aligned to 16 bytes is left to the others"
     return None
 
 
-def _starts_at_16_bytes(x: Tensor) -> bool:
-    """Say so of every head; an allocation does."""
-    places = (x.storage_offset(), *x.stride()[:3])
-    return all(place * x.element_size() % 16 == 0 for place in places)
+def _is_aligned(x: Tensor) -> bool:
+    """Say whether every head starts at a multiple of 16 bytes, as an allocation does."""
+    elements = (x.storage_offset(), *x.stride()[:3])
+    return all(n * x.element_size() % 16 == 0 for n in elements)
 
 
 def forward(
@@ -40,10 +39,11 @@ def forward(
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
-    page_table: Tensor | None,
+    *,
     scale: float,
+    page_table: Tensor | None,
 ) -> Tensor:
-    if q.stride()[3] != 1 or (q.is_cuda and not _starts_at_16_bytes(q)):
+    if q.stride(3) != 1 or not _is_aligned(q):
         q = q.clone(memory_format=torch.contiguous_format)
     if page_table is not None and page_table.stride(1) != 1:
         page_table = page_table.contiguous()
@@ -51,15 +51,4 @@ def forward(
     return torch.ops.emu3_kernels.decode_attention(q, k_cache, v_cache, lengths, page_table, scale)
 
 
-if not library.MISSING:
-
-    @torch.library.register_fake("emu3_kernels::decode_attention")
-    def _(
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        lengths: Tensor,
-        page_table: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        return q.new_empty(q.shape)
+BACKENDS = {"decode_attention": Backend(why_not, forward)}
