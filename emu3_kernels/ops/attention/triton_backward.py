@@ -178,11 +178,12 @@ def queries_of_block(query_ranges_ptr, offset, block, num_queries, num_keys, BLO
         first = clip(block * BLOCK_N + 1 - offset, num_queries)
         high = tl.minimum((block + 1) * BLOCK_N, num_keys)
         return first, num_queries, clip(high - offset, num_queries), num_queries
-    query_ranges_ptr += 4 * block
-    return (
-        tl.load(query_ranges_ptr), tl.load(query_ranges_ptr + 1),
-        tl.load(query_ranges_ptr + 2), tl.load(query_ranges_ptr + 3),
-    )  # fmt: skip
+    else:  # noqa: RET505 (Triton compiles what follows a branch that returns)
+        query_ranges_ptr += 4 * block
+        return (
+            tl.load(query_ranges_ptr), tl.load(query_ranges_ptr + 1),
+            tl.load(query_ranges_ptr + 2), tl.load(query_ranges_ptr + 3),
+        )  # fmt: skip
 
 
 @triton.jit

@@ -84,10 +84,11 @@ def keys_of_block(
     high = tl.minimum(low + BLOCK_M, num_queries) - 1
     if first_ptr is None:
         return 0, clip(high + offset, num_keys), 0, clip(low + offset, num_keys)
-    return (
-        tl.load(first_ptr + low), tl.load(end_ptr + high),
-        tl.load(first_ptr + high), tl.load(end_ptr + low),
-    )  # fmt: skip
+    else:  # noqa: RET505 (Triton compiles what follows a branch that returns)
+        return (
+            tl.load(first_ptr + low), tl.load(end_ptr + high),
+            tl.load(first_ptr + high), tl.load(end_ptr + low),
+        )  # fmt: skip
 
 
 @triton.jit
@@ -95,8 +96,9 @@ def load_key_range(first_ptr, end_ptr, offset, i, num_keys):
     """Return the first key to which each of the queries attends, and the number of its keys."""
     if first_ptr is None:
         return tl.zeros_like(i), clip(i + offset, num_keys)
-    first = tl.load(first_ptr + i)
-    return first, tl.maximum(tl.load(end_ptr + i) - first, 0)
+    else:  # noqa: RET505
+        first = tl.load(first_ptr + i)
+        return first, tl.maximum(tl.load(end_ptr + i) - first, 0)
 
 
 @triton.jit

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from emu3_kernels.ops.attention import attention_cases as cases
-from emu3_kernels.ops.attention import attention_reference as reference
-from emu3_kernels.ops.attention.attention_api import attention
+from emu3_kernels import attention
+from emu3_kernels.ops.attention import reference
 from emu3_kernels.runtime import library
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import double, value_and_gradients
+from emu3_kernels.testing.suite import cases, double, value_and_gradients
 
+CASES = cases("attention")
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = [ROOT / "csrc/cpu/attention.cpp", ROOT / "csrc/cpu/attention_backward.cpp"]
@@ -82,15 +82,15 @@ def check(inputs, calls):
 
 
 @pytest.mark.parametrize("dtype", library.DTYPES)
-@pytest.mark.parametrize("size", cases.CHECK)
+@pytest.mark.parametrize("size", CASES.check)
 def test_every_size(on_amx, size, dtype):
-    check(cases.make(**size, dtype=dtype, device="cpu"), on_amx)
+    check(CASES.make(**size, dtype=dtype, device="cpu"), on_amx)
 
 
 @pytest.mark.parametrize("width", [6, 40, 80, 256])
 def test_widths_that_fill_no_tile(on_amx, width):
     size = {"batch": 1, "queries": 290, "keys": 410, "heads": 4, "groups": 2, "width": width}
-    inputs = cases.make(**size, dtype=torch.bfloat16, device="cpu")
+    inputs = CASES.make(**size, dtype=torch.bfloat16, device="cpu")
     check(inputs | {"scale": 0.3 / width**0.5}, on_amx)
 
 
@@ -98,7 +98,7 @@ def test_widths_that_fill_no_tile(on_amx, width):
 def test_padding_lets_nothing_through(on_amx, name):
     """A tile is wider than a head of 40: what lies beside it may be infinite."""
     size = {"batch": 1, "queries": 33, "keys": 33, "heads": 1, "groups": 1, "width": 40}
-    inputs = cases.make(**size, dtype=torch.bfloat16, device="cpu")
+    inputs = CASES.make(**size, dtype=torch.bfloat16, device="cpu")
     inputs[name][:, -1] = torch.inf  # seen by the last query alone
     out = attention(**inputs, backend="cpu")
     assert on_amx == ["attention"]
