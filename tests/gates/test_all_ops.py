@@ -10,18 +10,16 @@ from torch.utils._pytree import tree_map_only
 
 import emu3_kernels
 from emu3_kernels.ops import OPS
-from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import (
     at_level,
     backends,
     backends_of,
     calls,
     cases,
+    check_call,
     differentiable,
-    double,
     must_run,
     public,
-    reference,
     value_and_gradients,
 )
 
@@ -37,24 +35,7 @@ def test_required_backends_are_there():
 
 @pytest.mark.parametrize(("op", "backend", "size", "dtype"), list(calls()))
 def test_value_and_gradients(op, backend, size, dtype, device):
-    inputs = cases(op).make(**size, dtype=dtype, device=device)
-    name, level = at_level(backend)
-    call = partial(public(op), backend=name)
-    oracle = reference(op)
-    refusal, actual = None, {}
-    try:
-        with level:
-            actual = value_and_gradients(op, call, inputs)
-    except NotImplementedError as error:
-        refusal = str(error)
-    if refusal:
-        assert dtype not in must_run(op, name), refusal
-        assert refusal.startswith(f"{op}: backend '{name}' cannot run this call: ")
-        return
-    low = value_and_gradients(op, oracle, inputs)
-    exact = value_and_gradients(op, oracle, double(inputs))
-    for value in actual:
-        assert_as_accurate(value, actual[value], low[value], exact[value])
+    check_call(op, backend, size, dtype, device)
 
 
 def strided(tensor):
