@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from benchmarks.codegen import judge
-from benchmarks.machine_code import Facts, nvidia_facts
 from emu3_kernels.runtime.launch import Contract
+from emu3_kernels.testing.codegen import judge
+from emu3_kernels.testing.machine_code import Facts, nvidia_facts
 from tests.gates.fibers.fiber import ROOT
 
 SOURCES = ROOT / "csrc/cuda"

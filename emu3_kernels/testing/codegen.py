@@ -1,47 +1,51 @@
 """The code-generation gate: what the compiler makes of every Triton kernel, without a GPU.
 
-Every entry of every op's CONFIGS is launched on tensors without memory; each launch is compiled
-for each target, its machine code is counted and held to the contract that stands beside the
-kernel. The numbers are COUNTED: nothing here is timed.
+Every entry of every family's ``CONFIGS`` is called on tensors without memory. Each launch is
+compiled for each target; its machine code is counted and compared with the contract beside it. The
+numbers are COUNTED: nothing here is timed. What was counted once is kept on disk.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import chain, product
-from multiprocessing import get_context
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
 from unittest import mock
 
 import torch
 import triton
-import typer
-from rich.console import Console
-from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks import machine
-from benchmarks.machine_code import Facts, amd_facts, nvidia_facts
 from emu3_kernels.ops import OPS
 from emu3_kernels.runtime import launch as launching
-from emu3_kernels.runtime.launch import INTERPRETED, Config, Contract
+from emu3_kernels.runtime.contracts import Config, Contract
+from emu3_kernels.runtime.launch import INTERPRETED, Gpu, assume_gpu
+from emu3_kernels.testing import machine_code
+from emu3_kernels.testing.cache import cached
+from emu3_kernels.testing.machine_code import Facts, amd_facts, nvidia_facts
+
+GPUS = {
+    "sm_80": Gpu(warp_size=32, num_sms=108),  # A100
+    "sm_90": Gpu(warp_size=32, num_sms=132),  # H100
+    "sm_100": Gpu(warp_size=32, num_sms=148),  # B200
+    "gfx942": Gpu(warp_size=64, num_sms=304),  # MI300X
+}
+"""The GPU that host code chooses tiles and grids for, by target."""
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that one block may ask for: one entry a target."""
-
-_counted: dict[tuple[str, str, str], Facts] = {}
+"""Bytes of shared memory that one block may use, by target."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a Triton launcher was given, in place of a launch."""
+    """The arguments of one launch of a Triton kernel, recorded in place of the launch."""
 
     kernel: JITFunction
     args: tuple
@@ -54,7 +58,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Row:
-    """One launch compiled for one target, and how its contract fares."""
+    """One launch compiled for one target, and which terms of its contract it keeps."""
 
     op: str
     kernel: str
@@ -62,13 +66,13 @@ class Row:
     target: str
     facts: Facts
     num_bytes: int
-    """Size of all tensors that the launch is given, each once."""
+    """Size of all tensor arguments of the launch, each counted once."""
     broken: tuple[str, ...]
-    """A line for each term that is not kept, and for each exception that is not needed."""
+    """A line for each term that is broken, and for each exception that is not needed."""
     excused: tuple[str, ...]
-    """A line for each term that is not kept for a reason, which stands in the contract."""
+    """A line for each term that is broken for a reason given in the contract."""
     held: bool = True
-    """False for the kernels of others, which have no contract."""
+    """False for kernels of peers, which have no contract."""
 
 
 def count(ops: Iterable[str] = OPS, targets: Iterable[str] = SHARED_LIMIT) -> Iterator[Row]:
@@ -85,14 +89,31 @@ def by_config(of_targets: Iterable[list[list[Row]]]) -> Iterator[Row]:
 
 def rows_of_op(op: str, target: str) -> list[list[Row]]:
     """Return the rows of each config of ``op``; an op without Triton has none."""
-    name = f"emu3_kernels.ops.{op}.triton"
-    configs = import_module(name).CONFIGS if find_spec(name) else ()
-    return [list(rows_of(op, config, target)) for config in configs]
+    return [list(rows_of(op, config, target)) for config in configs_of(op)]
+
+
+def configs_of(op: str) -> Sequence[Config]:
+    """Return what the ``contracts.py`` of the family has for ``op``: ``CONFIGS[op]``."""
+    family = f"emu3_kernels.ops.{OPS[op]}"
+    if find_spec(f"{family}.contracts"):
+        configs = import_module(f"{family}.contracts").CONFIGS
+        if isinstance(configs, Mapping):
+            return configs.get(op, ())
+    return _configs_beside_the_kernels(op, family)
+
+
+# MERGER: delete this function, its call and the patch of WARP when every family has contracts.py.
+def _configs_beside_the_kernels(op: str, family: str) -> Sequence[Config]:
+    for module in (f"{family}.{op}_triton", f"{family}.triton"):
+        if find_spec(module):
+            return getattr(import_module(module), "CONFIGS", ())
+    return ()
 
 
 def rows_of(op: str, config: Config, target: str) -> Iterator[Row]:
-    """Compile what ``config`` launches for ``target`` and hold it to its contracts."""
-    with mock.patch.object(launching, "WARP", gpu_of(target).warp_size):
+    """Compile what ``config`` launches for ``target`` and compare it with its contracts."""
+    gpu = GPUS[target]
+    with assume_gpu(gpu), mock.patch.object(launching, "WARP", gpu.warp_size, create=True):
         launches = launches_of(config)
     for launch in launches:
         kernel = launch.kernel.__name__
@@ -120,7 +141,7 @@ def launches_of(config: Config) -> list[Launch]:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Keep every Triton launch inside the block instead of making it."""
+    """Record every Triton launch inside the block; none is made."""
     launches: list[Launch] = []
 
     def run(kernel, *args, grid, warmup, **options):
@@ -130,37 +151,58 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
-def gpu_of(target: str) -> GPUTarget:
+def compiler_target(target: str) -> GPUTarget:
     if target.startswith("gfx"):
-        return GPUTarget("hip", target, 64)
-    return GPUTarget("cuda", int(target[3:]), 32)
+        return GPUTarget("hip", target, GPUS[target].warp_size)
+    return GPUTarget("cuda", int(target[3:]), GPUS[target].warp_size)
 
 
 def facts_of(launch: Launch, target: str) -> Facts:
-    """Compile ``launch``, specialised as Triton's launcher would, and count; the like of it once.
+    """Compile ``launch``, specialised as Triton's launcher would, and count in its machine code.
 
-    Triton's cache is passed by: what is counted is what this source and this compiler make.
+    The key of the cache is the source with all that it calls, the specialisation, the options, the
+    target, Triton's version and how the facts are counted.
     """
-    gpu = gpu_of(target)
-    amd = gpu.backend == "hip"
-    backend = make_backend(gpu)
+    compiler = compiler_target(target)
+    backend = make_backend(compiler)
     kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound = bind(*launch.args, **launch.options)
     options, *specialised = kernel._pack_args(backend, launch.options, *bound)
     source = ASTSource(kernel, *specialised)
-    key = (source.hash(), options.hash(), target)
-    if key not in _counted:
+
+    def compiled() -> bytes:
+        # Triton's own cache is not used: the facts are those of this compiler.
         with triton.knobs.compilation.scope():
             triton.knobs.compilation.always_compile = True
-            compiled = triton.compile(source, target=gpu, options=vars(options))
-        code = compiled.asm["amdgcn" if amd else "cubin"]
-        _counted[key] = (amd_facts if amd else nvidia_facts)(code, compiled.metadata.shared)
-    return _counted[key]
+            binary = triton.compile(source, target=compiler, options=vars(options))
+        if compiler.backend == "hip":
+            facts = amd_facts(binary.asm["amdgcn"], binary.metadata.shared)
+        else:
+            facts = nvidia_facts(binary.asm["cubin"], binary.metadata.shared)
+        return json.dumps(asdict(facts)).encode()
+
+    key = ("machine code", source.hash(), options.hash(), target, *_counter())
+    return _facts(cached("\n".join(key), compiled))
+
+
+@cache
+def _counter() -> tuple[str, str]:
+    source = Path(machine_code.__file__).read_bytes()
+    return triton.__version__, sha256(source).hexdigest()
+
+
+def _facts(stored: bytes) -> Facts:
+    """Read facts from JSON, which has made the bytes of an access text."""
+    facts = json.loads(stored)
+    accesses = {
+        way: {int(width): n for width, n in facts[way].items()} for way in ("loads", "stores")
+    }
+    return Facts(**facts | accesses)
 
 
 def judge(contract: Contract, facts: Facts, target: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what ``facts`` break of ``contract``: without an excuse, and with one."""
+    """Return the terms of ``contract`` that ``facts`` break: without an exception, and with one."""
     broken = dict(_broken_terms(contract, facts, SHARED_LIMIT[target]))
     reasons = {
         key.removeprefix(f"{target}: "): reason
@@ -193,7 +235,7 @@ def _broken_terms(contract: Contract, facts: Facts, shared: int) -> Iterator[tup
             yield (
                 way,
                 f"must be {contract.access_bytes} bytes wide but for {allowed}, "
-                f"got {_listed(accesses)}",
+                f"got {listed(accesses)}",
             )
     if contract.tensor_cores and not facts.matrix_ops:
         yield "tensor_cores", "must be used, got no matrix opcode"
@@ -201,74 +243,6 @@ def _broken_terms(contract: Contract, facts: Facts, shared: int) -> Iterator[tup
         yield "async_copies", "must be used, got none"
 
 
-def _listed(counts: dict) -> str:
+def listed(counts: dict) -> str:
     """Write counts as ``2x16 1x4``: two of 16 bytes, one of 4."""
     return " ".join(f"{n}x{what}" for what, n in sorted(counts.items(), reverse=True)) or "-"
-
-
-def table(rows: Iterable[Row]) -> Table:
-    out = Table(title="COUNTED in the machine code; accesses are count x bytes a thread")
-    for column in ("op", "kernel", "config", "target"):
-        out.add_column(column, no_wrap=True)
-    for column in ("registers", "stack", "spills", "shared", "loads", "stores", "matrix", "async"):
-        out.add_column(column, justify="right", no_wrap=True)
-    out.add_column("contract")
-    for row in rows:
-        facts = row.facts
-        numbers = (facts.registers, facts.stack, facts.spills, facts.shared)
-        counts = (facts.loads, facts.stores, facts.matrix_ops)
-        out.add_row(
-            *(row.op, row.kernel, row.config, row.target),
-            *(str(n) for n in numbers),
-            *(_listed(c) for c in counts),
-            str(facts.async_copies),
-            _verdict(row),
-        )
-    return out
-
-
-def _verdict(row: Row) -> str:
-    if not row.held:
-        return "none"
-    excuses = [f"[yellow]excused {line}" for line in row.excused]
-    return "\n".join([*(f"[red]{line}" for line in row.broken), *excuses]) or "[green]kept"
-
-
-def codegen(
-    op: Annotated[list[str] | None, typer.Option(help="Op to compile; all by default.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
-    peers: Annotated[bool, typer.Option(help="Count Liger-Kernel's kernels beside ours.")] = False,
-) -> None:
-    """Compile every Triton kernel for every target and hold it to its contract; no GPU needed."""
-    ops = op or list(OPS)
-    if unknown := sorted(set(ops) - set(OPS)):
-        raise typer.BadParameter(f"--op must be of {', '.join(OPS)}, got {', '.join(unknown)}")
-    rows = rows_beside(ops, peers)
-    # Columns that are cut short say nothing: a narrow terminal wraps whole lines instead.
-    Console(width=max(Console().width, 210)).print(table(rows))
-    if json_path:
-        write(json_path, rows)
-    if any(row.broken for row in rows):
-        raise typer.Exit(1)
-
-
-def rows_beside(ops: Iterable[str], peers: bool) -> list[Row]:
-    """Count as ``count`` does, in a process for each core, then Liger-Kernel's if ``peers``.
-
-    A process compiles what one op launches for one target at a time.
-    """
-    counters = [rows_of_op]
-    if peers:
-        counters.append(import_module("benchmarks.codegen_peers").rows_of_op)
-    with ProcessPoolExecutor(machine.cores(), get_context("spawn")) as pool:
-        asked = [
-            [pool.submit(counter, op, target) for target in SHARED_LIMIT]
-            for counter, op in product(counters, ops)
-        ]
-        return [row for futures in asked for row in by_config(f.result() for f in futures)]
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    """Write ``rows`` as ``report`` reads them."""
-    stated = {"label": "COUNTED", "triton": triton.__version__}
-    path.write_text(json.dumps(stated | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")

@@ -14,9 +14,9 @@ INTRODUCTION = """# Machine code
 Everything here is COUNTED, without a GPU, by `python -m benchmarks codegen --peers` with
 Triton {triton}: every kernel is compiled for every target, ours as `CONFIGS` launches it,
 Liger-Kernel's as its own host code does. `loads` and `stores` are the accesses of global memory in
-the code, count x bytes a thread; `bytes` is the size of all tensors that the launch is given, each
-once. Ours are held to a contract that stands beside the kernel; an excused term has its reason
-there.
+the code, count x bytes a thread; `bytes` is the size of all tensor arguments of the launch, each
+counted once. Ours are checked against a contract in `contracts.py`, which gives the reason of each
+excused term.
 """
 
 

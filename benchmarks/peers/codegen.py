@@ -1,7 +1,7 @@
-"""Liger-Kernel's Triton kernels for the ops we share, compiled and counted like ours.
+"""Liger-Kernel's Triton kernels for the ops that we share, compiled and counted like ours.
 
-Their own host code launches them and is told which GPU there is, since it asks for more or fewer
-warps by that. They promise nothing, so they are held to nothing.
+Its own host code launches them; it chooses the number of warps by the architecture of the GPU, so
+that architecture is patched in. These kernels have no contract.
 """
 
 import sys
@@ -11,10 +11,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks.codegen import Row, facts_of, recorded
+from emu3_kernels.testing.codegen import Row, facts_of, recorded
 
 ARCHITECTURE = {"sm_80": "ampere_ada", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3"}
-"""Their name for each target."""
+"""Liger's name of each target."""
 
 
 def rows_of_op(op: str, target: str) -> list[list[Row]]:
@@ -23,7 +23,7 @@ def rows_of_op(op: str, target: str) -> list[list[Row]]:
 
 
 def rows_of(op: str, config: str, call: Callable[[], None], target: str) -> Iterator[Row]:
-    call_once_to_import(call)
+    _import_all(call)
     with pretending(target), recorded() as launches:
         call()
     kernels = {launch.kernel.__name__: launch for launch in launches}
@@ -32,14 +32,14 @@ def rows_of(op: str, config: str, call: Callable[[], None], target: str) -> Iter
         yield Row(op, f"Liger {name}", config, target, facts, moved, (), (), held=False)
 
 
-def call_once_to_import(call: Callable[[], None]) -> None:
+def _import_all(call: Callable[[], None]) -> None:
     with recorded():
         call()
 
 
 @contextmanager
 def pretending(target: str) -> Iterator[None]:
-    """Let every module of Liger's believe that ``target`` is the GPU of this machine."""
+    """Make every module of Liger's detect ``target`` as the GPU of this machine."""
     answers = {
         "is_hip": lambda: target.startswith("gfx"),
         "infer_device_arch": lambda: ARCHITECTURE[target],

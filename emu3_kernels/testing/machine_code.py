@@ -1,4 +1,4 @@
-"""Count what stands in the machine code of one compiled kernel."""
+"""Count registers, spills, accesses and opcodes in the machine code of one compiled kernel."""
 
 import re
 import subprocess
@@ -36,7 +36,7 @@ class Facts:
 
 
 def nvidia_facts(cubin: bytes, shared: int) -> Facts:
-    """Count in a cubin, through the tools of CUDA that Triton's wheel brings along."""
+    """Count in a cubin, with the CUDA tools in the wheel of Triton."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)

@@ -1,4 +1,4 @@
-"""Other processes in which Triton compiles: where there is no GPU, this one interprets."""
+"""Fixtures: processes in which Triton compiles, since this one interprets where there is no GPU."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -31,12 +31,13 @@ def emulating() -> Iterator[Callable]:
 
 @contextmanager
 def _process() -> Iterator[Callable]:
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_poison) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare) as pool:
         with mock.patch.dict(os.environ):
             os.environ.pop("TRITON_INTERPRET", None)
             pool.submit(int).result()
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
-def _poison() -> None:
+def _prepare() -> None:
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
