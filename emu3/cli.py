@@ -16,13 +16,14 @@ from rich.console import Console
 from torch import Tensor
 from typer.core import TyperGroup
 
-from emu3.bulk import Outcome
-from emu3.config import load_model, load_recipe, parse
+from emu3.config import load_model, parse
 from emu3.files import replacing
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.model import Emu3
+from emu3.tasks import load_recipe
+from emu3.tasks import train as train_recipe
 from emu3.text import ByteTokenizer
-from emu3.train.loop import train as train_recipe
+from emu3.tools.bulk import Outcome
 from emu3.vision import VisionTokenizer, postprocess
 from emu3.weights import load_decoder, load_vision
 
@@ -154,7 +155,7 @@ def tokenize(
     """Encode pictures and videos; what has its codes is left out. Shards under torchrun."""
     # Here, as below, because PyAV is slow to import.
     from emu3.data.codes import Making
-    from emu3.tokenize import tokenize
+    from emu3.tools.tokenize import tokenize
 
     how = {"min_pixels": min_pixels, "max_pixels": max_pixels, "fps": fps, "clips": clips.value}
     making, tokenizer = parse(Making, how), _vision_on(device, vision)
@@ -171,7 +172,7 @@ def detokenize(
     overwrite: Overwrite = False,
 ) -> None:
     """Decode codes into PNG and MP4; what is newer than its codes is left out."""
-    from emu3.tokenize import detokenize
+    from emu3.tools.tokenize import detokenize
 
     tokenizer, resized = _vision_on(device, vision), {"original_size": original_size}
     _tell(detokenize(inputs, out, tokenizer, overwrite=overwrite, **resized), out)
@@ -190,8 +191,8 @@ def profile(
 ) -> None:
     """Show where the time of a prefill and a decode goes, with random weights."""
     # Here, because matplotlib is slow to import.
-    from emu3.profile.report import write_report
-    from emu3.profile.run import run_profile
+    from emu3.tools.profile.report import write_report
+    from emu3.tools.profile.run import run_profile
 
     found = run_profile(
         load_model(preset, overrides or ()),

@@ -143,26 +143,6 @@ class VisionSettings(Settings):
         return self
 
 
-class DataSettings(Settings):
-    """The handwritten digits, and how far each draw is moved."""
-
-    held_out: float = Field(0.25, gt=0, lt=1)
-    """Share of the digits that no stage may see."""
-    batch_size: PositiveInt = 64
-    describe: float = Field(0.6, ge=0, le=1)
-    """Share of the documents in which the caption follows the picture."""
-    null_caption: float = Field(0.1, ge=0, le=1)
-    """Share of the pictures to draw that come without a caption, for guidance."""
-    shift: NonNegativeFloat = 0.02
-    """Largest shift, as a share of the picture."""
-    rotate: NonNegativeFloat = 4.0
-    """Largest rotation in degrees."""
-    scale: float = Field(0.04, ge=0, lt=1)
-    """Largest relative change of size."""
-    tokenizer: Path | None = None
-    """Trained vision tokenizer; the decoder's stage reads it."""
-
-
 class OptimSettings(Settings):
     """AdamW under a linear warm-up and a cosine decay."""
 
@@ -230,12 +210,11 @@ class TrainSettings(Settings):
 
 
 class Recipe(Settings):
-    """One training run."""
+    """One training run; a task may add a table for its data."""
 
     train: TrainSettings
     model: ModelSettings
     vision: VisionSettings
-    data: DataSettings = DataSettings()
     media: MediaSettings = MediaSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     optim: OptimSettings = OptimSettings()
@@ -331,22 +310,30 @@ VISION_PRESETS: Mapping[str, VisionSettings] = {
 }
 
 
-def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    name: str | Path, overrides: Iterable[str] = (), kind: type[Recipe] = Recipe
+) -> Any:
     """Read a recipe and apply ``key=value`` overrides to it.
 
     Args:
         name: a TOML file, or the name of a recipe that ships with the package.
         overrides: words such as ``optim.lr=1e-4``; the value is TOML, or else a plain string.
+        kind: ``Recipe``, or a subclass with the settings of a task.
 
     Raises:
         SettingsError: one line that names the setting and, if it is unknown, the known ones.
     """
+    return parse(kind, recipe_tree(name, overrides))
+
+
+def recipe_tree(name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The tables of ``load_recipe``, its preset filled in, not yet validated."""
     tree = read_toml(name, RECIPES)
     for word in overrides:
         override(tree, word)
     preset = tree.pop("preset", "mini")
     filled = {"model": _preset(preset), "vision": VISION_PRESETS[preset].model_dump()}
-    return parse(Recipe, merge(filled, tree))
+    return merge(filled, tree)
 
 
 def load_model(preset: str, overrides: Iterable[str] = ()) -> ModelSettings:

@@ -153,18 +153,3 @@ class Emu3(nn.Module):
             tokens[:, 1:].flatten(),
             weights=weights[:, 1:].flatten(),
         )
-
-
-@torch.no_grad()
-def seed_visual_rows(model: Emu3, codebook: Tensor) -> None:
-    """Start visual embeddings as one random projection of their code vectors ``[N, D]``.
-
-    Codes that look alike then start alike, and what is learned of one holds for its
-    neighbours; a miniature has too little data to find that out code by code. The rows have
-    unit variance, so that the projection outlives the first steps.
-    """
-    ids = model.settings.vocabulary
-    centred = codebook - codebook.mean(0)
-    projection = torch.randn(codebook.shape[1], model.settings.width)
-    rows = (centred / centred.std(0)) @ projection / codebook.shape[1] ** 0.5
-    model.embedding.weight[ids.visual_start : ids.size] = rows

@@ -78,7 +78,7 @@ def _one_line(kind: type[Settings], fault: ValidationError) -> str:
         group: Any = kind
         for part in path[:-1]:
             group = group.model_fields[part].annotation
-        name = path[-2] if len(path) > 1 else kind.__name__.lower()
+        name = path[-2] if len(path) > 1 else kind.model_config.get("title", kind.__name__.lower())
         return f"{where}: unknown setting; {name} has {', '.join(sorted(group.model_fields))}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}, got {first['input']!r}" if where else message

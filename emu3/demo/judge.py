@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 from torch import Tensor
 
-from emu3.config import DataSettings
-from emu3.data.digits import (
+from emu3.demo.config import DigitSettings
+from emu3.demo.digits import (
     BACKGROUND,
     COLORS,
     PALETTE,
@@ -29,7 +29,7 @@ _MOVED_COPIES = 3
 class DigitJudge:
     """A support-vector classifier fitted on real digits in random colours."""
 
-    def __init__(self, digits: Digits, settings: DataSettings, size: int) -> None:
+    def __init__(self, digits: Digits, settings: DigitSettings, size: int) -> None:
         generator = torch.Generator().manual_seed(0)
         count = len(digits)
         motions = [at_rest(count)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import emu3_kernels
-from emu3.data.digits import COLORS, DIGITS, Digits, at_rest, caption, read_caption, render
+from emu3.demo.digits import COLORS, DIGITS, Digits, at_rest, caption, read_caption, render
 from emu3.demo.judge import DigitJudge, judge_color
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.model import Emu3

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from emu3.data.digits import BACKGROUND, COLORS, DIGITS, PALETTE
+from emu3.demo.digits import BACKGROUND, COLORS, DIGITS, PALETTE
 from emu3.files import replacing
 from emu3.vision.images import to_levels
 

@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from emu3.compare import fidelity
 from emu3.config import MediaSettings, load_recipe
 from emu3.data.crops import Collection, CropStream, load_split
 from emu3.data.media import write_image, write_video
 from emu3.demo.run import machine
 from emu3.files import replacing
+from emu3.tools.compare import fidelity
 from emu3.train.loop import train
+from emu3.train.tokenizer import tokenizer_stage
 from emu3.train.usage import perplexity
 from emu3.vision import VisionTokenizer
 from emu3.vision.images import to_levels
@@ -65,7 +66,7 @@ def run_redraw(folder: Path, recipe: str = "tokenizer", words: Sequence[str] = (
     """
     settings = load_recipe(recipe, words)
     started = time.perf_counter()
-    weights = train(settings, folder / "run", resume=True)
+    weights = train(settings, folder / "run", tokenizer_stage, resume=True)
     seconds = time.perf_counter() - started
     tokenizer = load_vision(weights)
     learned, held_out = load_split(settings.media)

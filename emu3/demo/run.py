@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from emu3.config import Recipe, load_recipe
-from emu3.data.digits import Digits, caption, load_split
-from emu3.data.stream import DocumentStream
+from emu3.config import load_recipe
 from emu3.demo import pictures
+from emu3.demo.config import DigitRecipe
+from emu3.demo.digits import Digits, caption, load_split
 from emu3.demo.judge import DigitJudge, judge_color
 from emu3.demo.measure import (
     Described,
@@ -28,6 +28,8 @@ from emu3.demo.measure import (
     paint_held_out,
     share,
 )
+from emu3.demo.stages import decoder_stage, vision_stage
+from emu3.demo.stream import DocumentStream
 from emu3.files import replacing
 from emu3.model import Emu3
 from emu3.text import ByteTokenizer
@@ -45,7 +47,7 @@ _ROUNDS = 4
 class Miniature:
     """What the two trainings leave, and the digits they did and did not see."""
 
-    recipe: Recipe
+    recipe: DigitRecipe
     model: Emu3
     tokenizer: VisionTokenizer
     text: ByteTokenizer
@@ -109,18 +111,19 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
 
 def _train(runs: Path, clock: Clock, vision: Sequence[str], decoder: Sequence[str]) -> Miniature:
     shutil.rmtree(runs, ignore_errors=True)
-    first = load_recipe("vision", vision)
+    first = load_recipe("vision", vision, DigitRecipe)
     learned, held_out = load_split(first.data.held_out)
     with clock.stage("train_tokenizer"):
-        vision_file = train(first, runs / "vision")
-    recipe = load_recipe("digits", [f"data.tokenizer={json.dumps(str(vision_file))}", *decoder])
+        vision_file = train(first, runs / "vision", vision_stage)
+    words = [f"data.tokenizer={json.dumps(str(vision_file))}", *decoder]
+    recipe = load_recipe("digits", words, DigitRecipe)
     if recipe.data.held_out != first.data.held_out:
         raise ValueError(
             "demo: both recipes must hold out the same digits, got data.held_out "
             f"{first.data.held_out} and {recipe.data.held_out}"
         )
     with clock.stage("train_decoder"):
-        decoder_file = train(recipe, runs / "decoder")
+        decoder_file = train(recipe, runs / "decoder", decoder_stage)
     return Miniature(
         recipe,
         load_decoder(decoder_file),

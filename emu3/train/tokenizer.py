@@ -17,12 +17,25 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from emu3.config import Recipe
 from emu3.train.adversary import PatchDiscriminator, discriminator_loss, generator_loss
 from emu3.train.optim import build_optimizer, learning_rate, take_step
+from emu3.train.perceptual import load_lpips
 from emu3.train.stage import Figures, Stream
+from emu3.train.start import begin
 from emu3.train.usage import CodeUsage
 from emu3.vision import VisionTokenizer
 from emu3.weights import save_vision
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+def tokenizer_stage(recipe: Recipe) -> "TokenizerStage":
+    """The stage of a recipe, on crops of its files."""
+    # Imported here: PyAV is slow to import and no other stage needs it.
+    from emu3.data.crops import CropStream, load_split
+
+    learned, _ = load_split(recipe.media)
+    stream = CropStream(learned, recipe.media, recipe.train.seed)
+    perceptual = load_lpips(recipe.objective.lpips) if recipe.objective.lpips else None
+    return TokenizerStage(recipe, begin(recipe), stream, perceptual)
 
 
 class TokenizerStage:

@@ -5,20 +5,18 @@ codes and pixels differ from those of the picture at once. Where tiles overlap t
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from emu3.vision.tokenizer import VisionTokenizer
+from emu3.vision.tokenizer import VisionTokenizer
 
 TILE, OVERLAP = 512, 128
 
 
 @torch.no_grad()
 def encode_tiled(
-    tokenizer: "VisionTokenizer", pixels: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
+    tokenizer: VisionTokenizer, pixels: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
 ) -> Tensor:
     """Codes as ``tokenizer.encode`` returns them, approximately; latents are blended, then rounded.
 
@@ -36,7 +34,7 @@ def encode_tiled(
 
 @torch.no_grad()
 def decode_tiled(
-    tokenizer: "VisionTokenizer", codes: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
+    tokenizer: VisionTokenizer, codes: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
 ) -> Tensor:
     """Pixels as ``tokenizer.decode`` returns them, approximately; sides as in ``encode_tiled``."""
     tokenizer.check_codes(codes)

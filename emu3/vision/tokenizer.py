@@ -16,7 +16,6 @@ from emu3.config import VisionSettings
 from emu3.vision.decoder import Decoder
 from emu3.vision.encoder import Encoder
 from emu3.vision.quantizer import Quantizer
-from emu3.vision.streaming import decode_stream, encode_stream
 from emu3.vision.temporal import CausalConv
 from emu3_kernels.modules import Memory
 
@@ -65,15 +64,28 @@ class VisionTokenizer(nn.Module):
         """
         if self.check_pixels(pixels):
             return self.quantize.codes(self.latents(pixels[:, None]))[:, 0]
-        pieces = pixels.split(self.settings.temporal_factor, dim=1)
-        return torch.cat(list(encode_stream(self, pieces)), dim=1)
+        return self.encode_clip(pixels, {})
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Pixels of codes, the shapes of ``encode`` the other way round; not clamped to [-1, 1]."""
         if self.check_codes(codes):
             return self.pixels(self.quantize.lookup(codes[:, None]), still=True)[:, 0]
-        return torch.cat(list(decode_stream(self, codes.split(1, dim=1))), dim=1)
+        return self.decode_clip(codes, {})
+
+    @torch.no_grad()
+    def encode_clip(self, pixels: Tensor, memory: Memory) -> Tensor:
+        """Codes ``[B, t, h, w]`` of the next ``[B, T, 3, H, W]`` of a video, after ``memory``."""
+        pieces = pixels.split(self.settings.temporal_factor, dim=1)
+        codes = [self.quantize.codes(self.latents(piece, memory)) for piece in pieces]
+        return torch.cat(codes, dim=1)
+
+    @torch.no_grad()
+    def decode_clip(self, codes: Tensor, memory: Memory) -> Tensor:
+        """Pixels ``[B, T, 3, H, W]`` of the next ``[B, t, h, w]`` of a video, after ``memory``."""
+        frames = (self.quantize.lookup(frame) for frame in codes.split(1, dim=1))
+        pixels = [self.pixels(frame, still=False, memory=memory) for frame in frames]
+        return torch.cat(pixels, dim=1)
 
     def latents(self, frames: Tensor, memory: Memory | None = None) -> Tensor:
         """``[B, D, t, h, w]`` of ``frames [B, T, 3, H, W]``, before they are rounded to codes.

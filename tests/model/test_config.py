@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from emu3.config import PRESETS, RECIPES, SettingsError, load_recipe
+from emu3.config import PRESETS, RECIPES, SettingsError
+from emu3.tasks import load_recipe
 
 
 def test_the_real_vocabulary_ends_where_the_official_one_does():

@@ -11,7 +11,8 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from emu3.cache import KeyValueCache
 from emu3.config import PRESETS
-from emu3.model import Emu3, seed_visual_rows
+from emu3.demo.stages import seed_visual_rows
+from emu3.model import Emu3
 from emu3.weights import load_decoder_into
 from emu3_kernels import use_backend
 from emu3_kernels.testing.budget import assert_as_accurate

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from emu3.cache import KeyValueCache
-from emu3.profile.cost import Cost, Machine
-from emu3.profile.report import write_report
-from emu3.profile.run import contexts_up_to, count, decode_call, prefill_call, run_profile
+from emu3.tools.profile.cost import Cost, Machine
+from emu3.tools.profile.report import write_report
+from emu3.tools.profile.run import contexts_up_to, count, decode_call, prefill_call, run_profile
 from tests.model.tiny import TINY, tiny_model
 
 
@@ -110,8 +110,10 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_is_measured(
     against, fault, line, tmp_path, monkeypatch
 ):
     measured = []
-    monkeypatch.setattr("emu3.profile.run.measure_machine", lambda *_: measured.append("machine"))
-    monkeypatch.setattr("emu3.profile.run.random_model", lambda *_: measured.append("model"))
+    monkeypatch.setattr(
+        "emu3.tools.profile.run.measure_machine", lambda *_: measured.append("machine")
+    )
+    monkeypatch.setattr("emu3.tools.profile.run.random_model", lambda *_: measured.append("model"))
     with pytest.raises(fault, match=line):
         run_profile(TINY, context=8, prefill=8, out=tmp_path, against=against)
     assert measured == []

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from emu3.config import Recipe, load_recipe
+from emu3.config import Recipe
 from emu3.data.media import write_image, write_video
+from emu3.tasks import load_recipe
 from emu3.vision import VisionTokenizer
 from emu3.weights import save_vision
 from tests.train.clips import clip

@@ -8,8 +8,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from emu3.cli import _read, app
-from emu3.config import load_recipe
 from emu3.model import Emu3
+from emu3.tasks import load_recipe
 from emu3.vision import VisionTokenizer
 from emu3.weights import save_decoder, save_vision
 from tests.train.recipes import decoder_words, vision_words

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from emu3.config import DataSettings
-from emu3.data.digits import COLORS, at_rest, load_split, render
+from emu3.demo.config import DigitSettings
+from emu3.demo.digits import COLORS, at_rest, load_split, render
 from emu3.demo.judge import DigitJudge, judge_color
 from emu3.demo.run import run_demo
 from tests.train.recipes import DECODER_WORDS, VISION_WORDS
@@ -63,6 +63,6 @@ def test_the_judges_know_real_digits_they_never_saw():
     learned, held_out = load_split(0.25)
     colors = torch.arange(len(held_out)) % len(COLORS)
     pictures = render(held_out.scans, colors, at_rest(len(held_out)), 48)
-    right = DigitJudge(learned, DataSettings(), 48)(pictures) == held_out.labels
+    right = DigitJudge(learned, DigitSettings(), 48)(pictures) == held_out.labels
     assert right.double().mean() > 0.97
     assert judge_color(pictures).equal(colors)

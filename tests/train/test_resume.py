@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from emu3.train.loop import train
+from emu3.tasks import train
 from emu3.train.metrics import Metrics
 from emu3.weights import read_tensors, save_tensors
 from tests.train.recipes import tiny_recipe
@@ -18,7 +18,7 @@ from tests.train.recipes import tiny_recipe
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from emu3.train import loop
+from emu3.tasks import train
 from emu3.train.metrics import Metrics
 from emu3 import files
 from tests.train.recipes import tiny_recipe
@@ -36,7 +36,7 @@ def count_down(*args, **named):
     return real(*args, **named)
 
 setattr(module, name, count_down)
-loop.train(tiny_recipe(stage, folder), folder / "killed", resume=True)
+train(tiny_recipe(stage, folder), folder / "killed", resume=True)
 """
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import emu3.tokenize
+import emu3.tools.tokenize
 from emu3.cli import app
 from emu3.data.codes import load_codes
 from emu3.data.media import open_video, read_image, write_image, write_video
@@ -324,8 +324,8 @@ def test_a_run_stopped_in_the_middle_goes_on_to_the_same_codes(folder, weights, 
             raise KeyboardInterrupt
         save_codes(*args)
 
-    save_codes = emu3.tokenize.save_codes
-    monkeypatch.setattr(emu3.tokenize, "save_codes", save)
+    save_codes = emu3.tools.tokenize.save_codes
+    monkeypatch.setattr(emu3.tools.tokenize, "save_codes", save)
     assert emu3_("tokenize", folder, weights).exit_code != 0
     assert files(folder / "codes") == ALL[:1]
     done = emu3_("tokenize", folder, weights)

@@ -12,8 +12,8 @@ from torch import nn
 from emu3.data.crops import CropStream, load_split
 from emu3.data.media import open_video, read_image, write_image
 from emu3.demo.redraw import run_redraw
+from emu3.tasks import train
 from emu3.train.adversary import PatchDiscriminator, discriminator_loss, generator_loss
-from emu3.train.loop import train
 from emu3.train.metrics import read_metrics
 from emu3.train.start import LIFT, begin
 from emu3.train.tokenizer import TokenizerStage

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emu3.bulk import Item, Outcome, Tell, each, find
 from emu3.data.codes import Header, Making, fingerprint, load_codes, load_header, save_codes
 from emu3.data.media import (
     IMAGES,
@@ -27,6 +26,7 @@ from emu3.data.media import (
     write_image,
     write_video,
 )
+from emu3.tools.bulk import Item, Outcome, Tell, each, find
 from emu3.vision import (
     VisionTokenizer,
     decode_pieces,
@@ -162,7 +162,7 @@ class _Tokenize:
         """The codes come last: where they are, all the rest is there."""
         if self.compare:
             # Here, because torchmetrics is slow to import.
-            from emu3.compare import compare
+            from emu3.tools.compare import compare
 
             pairs = zip(pixels, _decode(self.tokenizer, codes, header), strict=True)
             images = ((_image(one), _image(other)) for one, other in pairs)

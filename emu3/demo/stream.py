@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from emu3.config import DataSettings, Recipe
-from emu3.data.digits import COLORS, Digits, caption, draw_motion, load_split, render
 from emu3.data.documents import Lesson, collate
+from emu3.demo.config import DigitRecipe, DigitSettings
+from emu3.demo.digits import COLORS, Digits, caption, draw_motion, load_split, render
 from emu3.prompt import (
     generation_document,
     generation_prompt,
@@ -23,7 +23,7 @@ class DigitStream:
     it is the whole state.
     """
 
-    def __init__(self, digits: Digits, settings: DataSettings, size: int, seed: int) -> None:
+    def __init__(self, digits: Digits, settings: DigitSettings, size: int, seed: int) -> None:
         self.digits, self.settings, self.size = digits, settings, size
         self.generator = torch.Generator().manual_seed(seed)
         self.rest = torch.empty(0, dtype=torch.int64)
@@ -48,7 +48,7 @@ class DigitStream:
         self.rest = state["rest"].clone()
 
 
-class PictureStream(DigitStream):
+class ImageStream(DigitStream):
     """Pictures alone, for the vision tokenizer."""
 
     def next_batch(self) -> tuple[Tensor]:
@@ -63,7 +63,7 @@ class DocumentStream(DigitStream):
     """
 
     def __init__(
-        self, digits: Digits, recipe: Recipe, tokenizer: VisionTokenizer, text: TextTokenizer
+        self, digits: Digits, recipe: DigitRecipe, tokenizer: VisionTokenizer, text: TextTokenizer
     ) -> None:
         size = tokenizer.settings.image_size
         super().__init__(digits, recipe.data, size, recipe.train.seed)
@@ -87,6 +87,6 @@ class DocumentStream(DigitStream):
         return collate(lessons, self.text.vocabulary, self.vision_weight)
 
 
-def digits_to_learn(settings: DataSettings) -> Digits:
+def training_digits(settings: DigitSettings) -> Digits:
     """The digits that training may see."""
     return load_split(settings.held_out)[0]

@@ -9,7 +9,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from emu3.files import replacing
-from emu3.profile.run import Anatomy, Profile, Row
+from emu3.tools.profile.run import Anatomy, Profile, Row
 
 SMALLEST_SHARE = 0.005
 """Ops below this share of the time become one row."""

@@ -15,7 +15,7 @@ from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
 from emu3.files import replacing
 from emu3.model import Emu3
-from emu3.profile.cost import (
+from emu3.tools.profile.cost import (
     Cost,
     CostCounter,
     Machine,

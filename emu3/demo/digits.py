@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3.config import DataSettings
+from emu3.demo.config import DigitSettings
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -93,7 +93,7 @@ def read_caption(text: str) -> tuple[int | None, int | None]:
     )
 
 
-def draw_motion(count: int, settings: DataSettings, generator: torch.Generator) -> Tensor:
+def draw_motion(count: int, settings: DigitSettings, generator: torch.Generator) -> Tensor:
     """``[count, 2, 3]`` affine maps: a rotation, a change of size and a shift, all small."""
     rotate, scale, x, y = 2 * torch.rand(4, count, generator=generator) - 1
     angle = rotate * math.radians(settings.rotate)
