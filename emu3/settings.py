@@ -1,4 +1,4 @@
-"""Groups of settings: frozen, checked, read from TOML, and their faults told in one line."""
+"""Groups of settings: frozen, checked, read from TOML; errors of one line."""
 
 import sys
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ else:
 
 
 class Settings(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
+    """A frozen group of settings; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SettingsError(ValueError):
-    """A setting that is unknown, missing or out of range, told in one line."""
+    """A setting that is unknown, missing or out of range, in one line."""
 
 
 def parse(kind: type[Settings], tree: Mapping[str, Any]) -> Any:
-    """Validate ``tree`` as ``kind``, with the first fault told in one line."""
+    """Validate ``tree`` as ``kind``, the first error in one line."""
     try:
         return kind.model_validate(tree)
     except ValidationError as fault:
@@ -46,7 +46,7 @@ def read_toml(name: str | Path, folder: Path) -> dict[str, Any]:
 
 
 def override(tree: dict[str, Any], word: str) -> None:
-    """Set what ``word``, such as ``optim.lr=1e-4``, says; the value is TOML, or a plain string."""
+    """Apply a ``word`` such as ``optim.lr=1e-4``; the value is TOML, or a plain string."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise SettingsError(f"{word}: an override must read key=value")

@@ -11,15 +11,15 @@ from emu3.settings import Settings
 class DigitSettings(Settings):
     """The handwritten digits, and how far each sample is moved."""
 
-    held_out: float = Field(0.25, gt=0, lt=1)
-    """Share of the digits that no stage may see."""
+    validation: float = Field(0.25, gt=0, lt=1)
+    """Share of the digits that is kept for validation, unseen by every stage."""
     batch_size: PositiveInt = 64
     describe: float = Field(0.6, ge=0, le=1)
-    """Share of the documents in which the caption follows the picture."""
+    """Share of the documents in which the caption follows the image."""
     null_caption: float = Field(0.1, ge=0, le=1)
-    """Share of the pictures to draw that come without a caption, for guidance."""
+    """Share of the images to generate that come without a caption, for guidance."""
     shift: NonNegativeFloat = 0.02
-    """Largest shift, as a share of the picture."""
+    """Largest shift, as a share of the image."""
     rotate: NonNegativeFloat = 4.0
     """Largest rotation in degrees."""
     scale: float = Field(0.04, ge=0, lt=1)

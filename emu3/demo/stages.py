@@ -49,6 +49,6 @@ def seed_visual_rows(model: Emu3, codebook: Tensor) -> None:
     """
     ids = model.settings.vocabulary
     centred = codebook - codebook.mean(0)
-    projection = torch.randn(codebook.shape[1], model.settings.width)
+    projection = torch.randn(codebook.shape[1], model.settings.hidden_size)
     rows = (centred / centred.std(0)) @ projection / codebook.shape[1] ** 0.5
     model.embedding.weight[ids.visual_start : ids.size] = rows

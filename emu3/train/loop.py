@@ -40,17 +40,17 @@ def train(
     stage = build(recipe)
     done = checkpoint.restore(saved, recipe, stage) if saved.exists() else 0
     steps = recipe.train.steps
-    with closing(Metrics(folder, done)) as metrics, _progress() as progress:
+    with closing(Metrics(folder, done)) as log, _progress() as progress:
         task = progress.add_task(recipe.train.stage, total=steps, completed=done, loss=math.nan)
         for step in range(done, steps):
             started = time.perf_counter()
-            figures = stage.step(step, *stage.stream.next_batch())
+            metrics = stage.step(step, *stage.stream.next_batch())
             if step % recipe.train.log_every == 0:
-                metrics.log(step, figures, seconds=time.perf_counter() - started)
+                log.log(step, metrics, seconds=time.perf_counter() - started)
             if (step + 1) % recipe.train.save_every == 0 or step + 1 == steps:
-                metrics.flush()
+                log.flush()
                 checkpoint.save(saved, step + 1, recipe, stage)
-            progress.update(task, advance=1, loss=float(figures["loss"]))
+            progress.update(task, advance=1, loss=float(metrics["loss"]))
     weights = folder / f"{recipe.train.stage}.safetensors"
     stage.save(weights)
     return weights

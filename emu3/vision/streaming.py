@@ -1,4 +1,4 @@
-"""A long video piece by piece, in memory that does not grow with its length."""
+"""A long video piece by piece, in constant memory."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,8 +11,8 @@ from emu3_kernels.modules import Memory
 def encode_stream(tokenizer: VisionTokenizer, clips: Iterable[Tensor]) -> Iterator[Tensor]:
     """Codes ``[B, t, h, w]`` of each ``[B, T, 3, H, W]`` in turn, T a multiple of 4.
 
-    Bit for bit those of ``tokenizer.encode`` on the whole video: each temporal layer remembers
-    the frames that it has still to see.
+    Bit for bit those of ``tokenizer.encode`` on the whole video: each temporal layer keeps
+    the frames that its next call needs.
     """
     memory: Memory = {}
     for clip in clips:
@@ -29,9 +29,9 @@ def decode_stream(tokenizer: VisionTokenizer, codes: Iterable[Tensor]) -> Iterat
 
 
 def encode_pieces(tokenizer: VisionTokenizer, clips: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Codes as ``encode_stream`` returns them, but of every 4 frames by themselves.
+    """Codes as ``encode_stream`` returns them, but of every 4 frames independently.
 
-    This is how the official ``autoencode.py`` encodes video, and what Emu3 reconstructs best.
+    This is how the official ``autoencode.py`` encodes video, and gives the best reconstruction.
     """
     for clip in clips:
         _check_clip(tokenizer, clip)
@@ -40,7 +40,7 @@ def encode_pieces(tokenizer: VisionTokenizer, clips: Iterable[Tensor]) -> Iterat
 
 
 def decode_pieces(tokenizer: VisionTokenizer, codes: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Pixels as ``decode_stream`` returns them, but of every frame of codes by itself."""
+    """Pixels as ``decode_stream`` returns them, but of every frame of codes independently."""
     for part in codes:
         _check_codes(tokenizer, part)
         apart = part.flatten(0, 1).unsqueeze(1)
@@ -50,7 +50,7 @@ def decode_pieces(tokenizer: VisionTokenizer, codes: Iterable[Tensor]) -> Iterat
 def _check_clip(tokenizer: VisionTokenizer, clip: Tensor) -> None:
     if tokenizer.check_pixels(clip):
         raise ValueError(
-            f"VisionTokenizer: a clip is [B, T, 3, H, W], got {tuple(clip.shape)}, a picture"
+            f"VisionTokenizer: a clip is [B, T, 3, H, W], got {tuple(clip.shape)}, an image"
         )
 
 

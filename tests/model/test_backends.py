@@ -13,7 +13,12 @@ from emu3_kernels import linear_cross_entropy, use_backend
 from emu3_kernels.testing.budget import assert_as_accurate
 
 # Emu3's own layers, two of them, over a vocabulary and positions that no kernel's shape turns on.
-SHORT = {"layers": 2, "vocabulary": BYTE_VOCABULARY, "max_positions": 64, "dropout": 0.0}
+SHORT = {
+    "num_layers": 2,
+    "vocabulary": BYTE_VOCABULARY,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+}
 MODELS = {"mini": PRESETS["mini"], "8b, 2 layers": PRESETS["8b"].model_copy(update=SHORT)}
 PROMPT, NEW = 37, 3
 

@@ -103,10 +103,10 @@ def test_weights_keep_their_dtype_and_convolutions_their_memory_format(tmp_path)
 
 def test_running_means_start_again_at_the_codebook(tmp_path):
     tokenizer = VisionTokenizer(TINY_VISION)
-    tokenizer.quantize.members.fill_(7.0)
+    tokenizer.quantize.cluster_size.fill_(7.0)
     save_vision(tmp_path / "vision.safetensors", tokenizer)
     again = load_vision(tmp_path / "vision.safetensors").quantize
-    assert again.members.eq(1.0).all()
+    assert again.cluster_size.eq(1.0).all()
     assert again.sums.equal(tokenizer.codebook)
 
 
@@ -177,7 +177,7 @@ def test_the_file_has_the_official_layout(tmp_path):
     assert shapes["model.layers.1.self_attn.q_proj.weight"] == (64, 48)
     assert shapes["model.layers.1.self_attn.k_proj.weight"] == (32, 48)
     assert shapes["model.layers.0.mlp.gate_proj.weight"] == (80, 48)
-    assert len(shapes) == 3 + 9 * TINY.layers
+    assert len(shapes) == 3 + 9 * TINY.num_layers
 
 
 @pytest.mark.parametrize("layout", ["text_model.model", "model.text_model"])
@@ -203,9 +203,9 @@ def test_hugging_face_layouts_in_shards_load_and_their_vision_part_is_passed_ove
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"ff_width": 64}, r"down_proj.weight is \(48, 80\), expected \(48, 64\)"),
-        ({"layers": 1}, r"model.layers.1.input_layernorm.weight has no place here"),
-        ({"layers": 3}, r"it lacks model.layers.2.self_attn.q_proj.weight and 8 more"),
+        ({"intermediate_size": 64}, r"down_proj.weight is \(48, 80\), expected \(48, 64\)"),
+        ({"num_layers": 1}, r"model.layers.1.input_layernorm.weight has no place here"),
+        ({"num_layers": 3}, r"it lacks model.layers.2.self_attn.q_proj.weight and 8 more"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_gives_one_line(changes, line, tmp_path):

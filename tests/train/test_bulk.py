@@ -63,8 +63,8 @@ def test_a_bad_file_costs_only_itself_and_names_itself_once(capsys):
 
     outcome = each(ITEMS, str, work, lambda item: item.name.name == "3")
     assert worked == [*ITEMS[:3], *ITEMS[4:]]
-    assert (outcome.done, outcome.kept) == (4, 1)
-    assert outcome.faults == ["/in/2: broken", "broken /in/5"]
+    assert (outcome.done, outcome.skipped) == (4, 1)
+    assert outcome.errors == ["/in/2: broken", "broken /in/5"]
     assert capsys.readouterr().err == "emu3: /in/2: broken\nemu3: broken /in/5\n"
 
 
@@ -95,7 +95,7 @@ def test_what_was_read_reaches_its_own_file_and_a_bad_read_costs_only_itself():
         ITEMS, overtaken, lambda item, given, _: pairs.append((item, given)), lambda item: False
     )
     assert pairs == [(item, int(item.name.name)) for item in ITEMS if item.name.name != "4"]
-    assert outcome.faults == ["/in/4: broken"]
+    assert outcome.errors == ["/in/4: broken"]
     assert len(read) == len(ITEMS)
 
 

@@ -1,4 +1,4 @@
-"""Pictures and videos, from files and to files: what is read, what is refused, and how."""
+"""Images and videos, from files and to files: what is read, what is refused, and how."""
 
 import struct
 import subprocess
@@ -58,7 +58,7 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
     assert read_image(tmp_path / "x.png").permute(1, 2, 0).tolist() == turned.tolist()
 
 
-def test_a_telephone_s_picture_of_two_is_its_first(tmp_path):
+def test_a_telephone_s_image_of_two_is_its_first(tmp_path):
     first, second = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8))
     first.save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[second])
     assert read_image(tmp_path / "x.jpg").eq(255).all()
@@ -97,17 +97,17 @@ def damaged_dds(path) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
-        ("nothing", "is no picture, or one without pixels or of unknown channels"),
-        ("words", "is no picture, or one without pixels or of unknown channels"),
-        ("no width", "is no picture, or one without pixels or of unknown channels"),
+        ("nothing", "is not an image, or has no pixels or unknown channels"),
+        ("words", "is not an image, or has no pixels or unknown channels"),
+        ("no width", "is not an image, or has no pixels or unknown channels"),
         ("cut", "cannot be read: "),
         ("float", "has pixels of mode F; expected RGB, RGBA"),
         ("five channels", "of unknown channels"),
-        ("another format", "is no picture, or one without pixels or of unknown channels"),
+        ("another format", "is not an image, or has no pixels or unknown channels"),
         ("missing", "No such file"),
     ],
 )
-def test_a_bad_picture_gives_one_line_that_names_it(kind, line, tmp_path):
+def test_a_bad_image_gives_one_line_that_names_it(kind, line, tmp_path):
     path = tmp_path / "x.png"
     photograph = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
     write_image(tmp_path / "whole.png", photograph)
@@ -234,14 +234,14 @@ def remux(path, since: int = 0, **options) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "line"),
     [
-        ("end.mp4", {}, "is no video, or was cut short"),
+        ("end.mp4", {}, "is not a video, or is truncated"),
         (
             "begin.mp4",
             {"movflags": "faststart"},
-            r"is cut short: \d+ of its 250 frames are missing",
+            r"is truncated: \d+ of its 250 frames are missing",
         ),
-        ("pieces.mp4", {"movflags": "frag_keyframe+empty_moov"}, "is cut short: "),
-        ("x.mkv", {}, r"is cut short: \d+ frames, \d\.\d of 10\.0 s"),
+        ("pieces.mp4", {"movflags": "frag_keyframe+empty_moov"}, "is truncated: "),
+        ("x.mkv", {}, r"is truncated: \d+ frames, \d\.\d of 10\.0 s"),
     ],
     ids=["index at the end", "index at the beginning", "fragments", "matroska"],
 )
@@ -268,7 +268,7 @@ def test_a_truncated_avi_is_named(tmp_path):
         container.mux(stream.encode())
     assert sum(1 for _ in open_video(path)) == 100
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"is cut short: \d+ frames, \d\.\d of 4\.0 s|after \d+"):
+    with pytest.raises(ValueError, match=r"is truncated: \d+ frames, \d\.\d of 4\.0 s|after \d+"):
         list(open_video(path))
 
 

@@ -1,4 +1,4 @@
-"""Pictures and videos to codes and back, from the command line."""
+"""Images and videos to codes and back, from the command line."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two pictures and a video of 10 frames, so that its last four are not full."""
+    """Two images and a video of 10 frames, so that its last four are not full."""
     torch.manual_seed(1)
     write_image(tmp_path / "in/b.png", torch.randint(256, (3, 30, 41), dtype=torch.uint8))
     write_image(tmp_path / "in/a/b.png", torch.randint(256, (3, 16, 16), dtype=torch.uint8))
@@ -85,10 +85,10 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
 ALL = ["a/b.png.safetensors", "a/c.mp4.safetensors", "b.png.safetensors"]
 
 
-def test_the_folder_is_mirrored_and_pictures_have_the_codes_of_the_tokenizer(folder, weights):
+def test_the_folder_is_mirrored_and_images_have_the_codes_of_the_tokenizer(folder, weights):
     done = emu3_("tokenize", folder, weights)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert "3 files made, 0 were there" in done.stdout
+    assert "3 files written, 0 skipped" in done.stdout
     assert files(folder / "codes") == ALL
     codes, header = load_codes(folder / "codes/b.png.safetensors")
     pixels = preprocess(Image.open(folder / "in/b.png"), **BOUNDS)
@@ -127,8 +127,8 @@ def test_codes_come_back_as_png_and_mp4(clips, folder, weights):
     assert files(folder / "back") == ["a/b.png.png", "a/c.mp4.mp4", "b.png.png"]
     tokenizer = load_vision(weights)
     codes, _ = load_codes(folder / "codes/b.png.safetensors")
-    (picture,) = postprocess(tokenizer.decode(codes[None]))
-    assert (np.array(picture) == np.array(Image.open(folder / "back/b.png.png"))).all()
+    (image,) = postprocess(tokenizer.decode(codes[None]))
+    assert (np.array(image) == np.array(Image.open(folder / "back/b.png.png"))).all()
     codes, _ = load_codes(folder / "codes/a/c.mp4.safetensors")
     video = open_video(folder / "back/a/c.mp4.mp4")
     assert (video.height, video.width, video.fps) == (32, 48, Fraction(30000, 1001))
@@ -156,27 +156,27 @@ def test_what_is_there_is_left_out_and_made_again_on_request(folder, weights):
         assert emu3_(command, folder, weights).exit_code == 0
         before = state(folder / out)
         done = emu3_(command, folder, weights)
-        assert "0 files made, 3 were there" in done.stdout
+        assert "0 files written, 3 skipped" in done.stdout
         assert state(folder / out) == before
         done = emu3_(command, folder, weights, "--overwrite")
-        assert "3 files made, 0 were there" in done.stdout
+        assert "3 files written, 0 skipped" in done.stdout
         again = state(folder / out)
         assert all(again[name][1] > before[name][1] for name in before)
 
 
-def test_codes_newer_than_their_picture_are_decoded_again(folder, weights):
+def test_codes_newer_than_their_image_are_decoded_again(folder, weights):
     assert emu3_("tokenize", folder, weights).exit_code == 0
     assert emu3_("detokenize", folder, weights).exit_code == 0
     later = time.time() + 9
     os.utime(folder / "codes/b.png.safetensors", (later, later))
-    assert "1 files made, 2 were there" in emu3_("detokenize", folder, weights).stdout
+    assert "1 files written, 2 skipped" in emu3_("detokenize", folder, weights).stdout
 
 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (["--clips", "stream"], "a/c.mp4.safetensors was made otherwise"),
-        (["--max-pixels", "1024"], "a/b.png.safetensors was made otherwise"),
+        (["--clips", "stream"], "a/c.mp4.safetensors was made with other settings"),
+        (["--max-pixels", "1024"], "a/b.png.safetensors was made with other settings"),
         (["--vision", "OTHER"], "a/b.png.safetensors is of another tokenizer"),
     ],
 )
@@ -219,11 +219,11 @@ def test_comparing_writes_both_side_by_side_and_their_figures(folder, weights):
 def test_a_comparison_asked_for_later_is_made(folder, weights):
     assert emu3_("tokenize", folder, weights).exit_code == 0
     done = emu3_("tokenize", folder, weights, "--compare", folder / "side")
-    assert "3 files made" in done.stdout
+    assert "3 files written" in done.stdout
     done = emu3_("tokenize", folder, weights, "--compare", folder / "side")
-    assert "0 files made, 3 were there" in done.stdout
+    assert "0 files written, 3 skipped" in done.stdout
     done = emu3_("tokenize", folder, weights, "--compare", folder / "in/side")
-    assert "must not lie in a folder that is tokenized" in done.stderr
+    assert "must not be in a folder that is tokenized" in done.stderr
 
 
 def spoil(folder: Path) -> None:
@@ -235,8 +235,8 @@ def spoil(folder: Path) -> None:
 
 
 SPOILT = [
-    ("cut.mp4", "is no video, or was cut short"),
-    ("empty.jpg", "is no picture, or one without pixels or of unknown channels"),
+    ("cut.mp4", "is not a video, or is truncated"),
+    ("empty.jpg", "is not an image, or has no pixels or unknown channels"),
     ("float.tif", "has pixels of mode F; expected RGB"),
     ("strip.png", "smart_resize: a side may be 5 times the other at most, got 8 x 48"),
 ]
@@ -246,7 +246,7 @@ def test_bad_files_are_named_one_line_each_and_all_others_are_done(folder, weigh
     spoil(folder)
     done = emu3_("tokenize", folder, weights)
     assert done.exit_code == 1
-    assert "3 files made, 0 were there" in done.stdout
+    assert "3 files written, 0 skipped" in done.stdout
     assert files(folder / "codes") == ALL
     lines = done.stderr.splitlines()
     assert len(lines) == len(SPOILT)
@@ -273,7 +273,7 @@ def test_a_video_that_breaks_off_in_the_middle_leaves_nothing(folder, weights):
         ("x.safetensors", b"", "is not a safetensors file"),
         ("x.safetensors", b"words", "is not a safetensors file"),
         ("b.png.safetensors", "half", "is not a safetensors file"),
-        ("x.safetensors", "weights", "is no file of codes"),
+        ("x.safetensors", "weights", "is not a file of codes"),
     ],
 )
 def test_corrupt_codes_are_named_and_all_others_are_done(name, content, line, folder, weights):
@@ -285,7 +285,7 @@ def test_corrupt_codes_are_named_and_all_others_are_done(name, content, line, fo
     good = len(files(folder / "codes")) - 1
     done = emu3_("detokenize", folder, weights)
     assert done.exit_code == 1
-    assert f"{good} files made" in done.stdout
+    assert f"{good} files written" in done.stdout
     assert line in done.stderr
     assert str(path) in done.stderr
     assert done.stderr.count("\n") == 1
@@ -329,7 +329,7 @@ def test_a_run_stopped_in_the_middle_goes_on_to_the_same_codes(folder, weights, 
     assert emu3_("tokenize", folder, weights).exit_code != 0
     assert files(folder / "codes") == ALL[:1]
     done = emu3_("tokenize", folder, weights)
-    assert "2 files made, 1 were there" in done.stdout
+    assert "2 files written, 1 skipped" in done.stdout
     assert {name: content for name, (content, _) in state(folder / "codes").items()} == exact
 
 
@@ -354,7 +354,7 @@ def test_a_run_killed_at_any_time_leaves_whole_files_alone(folder, weights):
     for path in there:
         load_codes(path)
     done = emu3_("tokenize", folder, weights)
-    assert f"{33 - len(there)} files made, {len(there)} were there" in done.stdout
+    assert f"{33 - len(there)} files written, {len(there)} skipped" in done.stdout
     assert len(list((folder / "codes").rglob("[!.]*.safetensors"))) == 33
 
 
@@ -370,7 +370,7 @@ def test_a_rank_that_met_a_bad_file_does_not_stop_the_others(folder, weights):
     )
     _, told = process.communicate()
     assert process.returncode != 0
-    assert "0.png is no picture" in told
+    assert "0.png is not an image" in told
     assert files(folder / "codes") == ["1.mp4.safetensors"]
     assert len(load_codes(folder / "codes/1.mp4.safetensors")[0]) == 150
 
