@@ -1,8 +1,6 @@
 """Video in pieces and images in tiles."""
 
 import resource
-import subprocess
-import sys
 from itertools import islice
 
 import pytest
@@ -18,6 +16,7 @@ from emu3.vision import (
     encode_tiled,
 )
 from emu3.vision.tiling import blend
+from tests import children
 from tests.model import official_vision
 from tests.model.vision_parts import images, random_tokenizer
 from tests.train.clips import BIKES
@@ -50,10 +49,7 @@ def test_a_filmed_clip_in_pieces_is_one_pass_bit_for_bit():
 
 def test_the_memory_of_a_stream_does_not_grow_with_a_filmed_clip():
     """The most that a process held after 48 frames, above that after 8; a frame has 0.4 MiB."""
-    script = "from tests.model.test_vision_streaming import peak_growth; print(peak_growth(8, 48))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 4
+    assert children.run(peak_growth, 8, 48) < 4
 
 
 def test_latents_remember_what_came_before_bit_for_bit():

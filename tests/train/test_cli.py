@@ -1,6 +1,8 @@
 """The command line: what it writes, and one line for every mistake."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,6 +82,14 @@ def test_a_mistake_gives_one_line_an_exit_code_and_no_file(
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_ends_as_the_command_does():
+    """The other tests call commands in their own process."""
+    command = [sys.executable, "-m", "emu3", "train", "digitz"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("emu3: recipe: no file 'digitz'; those that ship are digits")
 
 
 def test_chat_refuses_what_is_no_image(tmp_path, files):

@@ -43,7 +43,8 @@ def test_every_image_is_a_large_png(folder, name):
         assert image.height >= 400
 
 
-def test_a_second_demo_reports_the_same_figures(folder):
+@pytest.mark.e2e
+def test_a_second_demo_reports_the_same_numbers(folder):
     """All but seconds and speeds; the second run also replaces the runs of the first."""
     first = json.loads((folder / "report.json").read_text())
     second = run_demo(folder, VISION_WORDS, DECODER_WORDS)

@@ -1,11 +1,11 @@
 """Images and videos, from files and to files: what is read, what is refused, and how."""
 
+import resource
 import struct
-import subprocess
-import sys
 import tracemalloc
 import zlib
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from emu3.data.media import open_video, read_image, write_image, write_video
+from tests import children
 from tests.train.clips import BIKES, clip
 
 RED_OVER_BLUE = np.array([[[255, 0, 0]] * 3, [[0, 0, 255]] * 3], dtype=np.uint8)
@@ -298,31 +299,24 @@ def test_sound_alone_is_no_video(tmp_path):
         open_video(tmp_path / "x.mp4")
 
 
-FULL_DISK = """
-import resource, sys
-from fractions import Fraction
-from pathlib import Path
-import torch
-from emu3.data.media import write_image, write_video
-noise = torch.randint(256, (3, 256, 256), dtype=torch.uint8)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-for write in (
-    lambda: write_image(Path("x.png"), noise),
-    lambda: write_video(Path("x.mp4"), [noise] * 9, Fraction(25)),
-):
-    try:
-        write()
-    except OSError as fault:
-        print(fault.strerror)
-"""
+def write_to_a_full_disk(folder: Path) -> list[str]:
+    """Errors of a process whose files the kernel refuses to grow past 20 kB."""
+    noise = torch.randint(256, (3, 256, 256), dtype=torch.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    errors = []
+    for write in (
+        lambda: write_image(folder / "x.png", noise),
+        lambda: write_video(folder / "x.mp4", [noise] * 9, Fraction(25)),
+    ):
+        try:
+            write()
+        except OSError as error:
+            errors.append(error.strerror)
+    return errors
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
-    """The kernel refuses every file's bytes past 20 kB."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout == "File too large\n" * 2, done.stderr
+    assert children.run(write_to_a_full_disk, tmp_path) == ["File too large"] * 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,43 +1,40 @@
 """A run that is killed and resumed leaves what the unbroken run leaves, to the byte."""
 
+import os
 import random
 import signal
-import subprocess
-import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from emu3 import files
 from emu3.tasks import train
 from emu3.train.metrics import Metrics
 from emu3.weights import read_tensors, save_tensors
+from tests import children
 from tests.train.recipes import tiny_recipe
 
-# Ends its own process by SIGKILL: at a step, or inside a save with the new file written and
-# the old one still in place. SIGKILL cannot be caught, so nothing is tidied up.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from emu3.tasks import train
-from emu3.train.metrics import Metrics
-from emu3 import files
-from tests.train.recipes import tiny_recipe
 
-stage, folder, where, count = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-module, name = (Metrics, "log") if where == "step" else (files, "_flush")
-real = getattr(module, name)
-calls = 0
+def train_until_killed(stage: str, folder: Path, where: str, count: int) -> None:
+    """End this process by SIGKILL: at a step, or inside a save.
 
-def count_down(*args, **named):
-    global calls
-    calls += 1
-    if calls == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **named)
+    There the new file is written and the old one still in place. SIGKILL cannot be caught, so
+    nothing is cleaned up.
+    """
+    module, name = (Metrics, "log") if where == "step" else (files, "_flush")
+    real, calls = getattr(module, name), 0
 
-setattr(module, name, count_down)
-train(tiny_recipe(stage, folder), folder / "killed", resume=True)
-"""
+    def count_down(*args, **named):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **named)
+
+    setattr(module, name, count_down)
+    train(tiny_recipe(stage, folder), folder / "killed", resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +47,16 @@ def saved(tmp_path_factory):
     return recipe, *read_tensors(folder / "checkpoint.safetensors")
 
 
-def run_until_killed(stage, folder, where, count):
-    command = [sys.executable, "-c", KILLED, stage, str(folder), where, str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
 @pytest.mark.parametrize("stage", ["vision", "tokenizer", "decoder"])
 def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
     """Killed at a random step past the first checkpoint, then inside a save, then left alone."""
     recipe = tiny_recipe(stage, tmp_path)
     unbroken = train(recipe, tmp_path / "unbroken")
     step = random.Random(stage).randint(recipe.train.save_every + 2, recipe.train.steps - 1)
-    run_until_killed(stage, tmp_path, "step", step)
+    killed = partial(children.exit_code, train_until_killed, stage, tmp_path)
+    assert killed("step", step) == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint.safetensors").exists()
-    run_until_killed(stage, tmp_path, "save", 3)
+    assert killed("save", 3) == -signal.SIGKILL
     resumed = train(recipe, tmp_path / "killed", resume=True)
     curves = [tmp_path / run / "metrics.jsonl" for run in ("unbroken", "killed")]
     assert curves[0].read_bytes() == curves[1].read_bytes()

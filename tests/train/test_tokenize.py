@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import resource
 import subprocess
 import sys
 import time
@@ -22,22 +22,13 @@ from emu3.data.media import open_video, read_image, write_image, write_video
 from emu3.vision import VisionTokenizer, postprocess, preprocess
 from emu3.vision.images import to_levels
 from emu3.weights import load_vision, save_vision
+from tests import children
 from tests.model.tiny import TINY_VISION
 from tests.train.clips import BIKES, clip
 
 SMALL = ["--min-pixels", "256", "--max-pixels", "4096"]
 PLACES = {"tokenize": ("in", "codes", SMALL), "detokenize": ("codes", "back", [])}
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 BOUNDS = {"min_pixels": 256, "max_pixels": 4096}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors so small take longer on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -333,22 +324,16 @@ def test_a_run_stopped_in_the_middle_goes_on_to_the_same_codes(folder, weights, 
     assert {name: content for name, (content, _) in state(folder / "codes").items()} == exact
 
 
-def started(folder: Path, weights: Path, *launcher: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", *launcher, *words("tokenize", folder, weights)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=ONE_THREAD, **pipes)
-
-
 def test_a_run_killed_at_any_time_leaves_whole_files_alone(folder, weights):
     """Killed where it stands, as soon as the first codes are there: no handler runs."""
     for number in range(30):
         write_image(folder / f"in/{number:03}.png", torch.full((3, 32, 32), number % 256).byte())
-    process = started(folder, weights, "emu3")
+    process, _ = children.start(invoke, words("tokenize", folder, weights))
     while not list((folder / "codes").glob("0*.safetensors")):
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), process.exitcode
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     there = list((folder / "codes").rglob("[!.]*.safetensors"))
     assert 0 < len(there) < 33
     for path in there:
@@ -358,41 +343,38 @@ def test_a_run_killed_at_any_time_leaves_whole_files_alone(folder, weights):
     assert len(list((folder / "codes").rglob("[!.]*.safetensors"))) == 33
 
 
+@pytest.mark.e2e
 def test_a_rank_that_met_a_bad_file_does_not_stop_the_others(folder, weights):
     """torchrun ends all ranks when one has failed; rank 0 has the bad file and is done at once."""
     for path in list((folder / "in").rglob("*.*")):
         path.unlink()
     (folder / "in/0.png").touch()
     write_video(folder / "in/1.mp4", clip(600, 16, 24), Fraction(25))
-    process = started(
-        *(folder, weights, "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("-m", "emu3"),
-    )
-    _, told = process.communicate()
-    assert process.returncode != 0
-    assert "0.png is not an image" in told
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", "-m", "emu3", *words("tokenize", folder, weights)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "0.png is not an image" in done.stderr
     assert files(folder / "codes") == ["1.mp4.safetensors"]
     assert len(load_codes(folder / "codes/1.mp4.safetensors")[0]) == 150
 
 
-FULL_DISK = """
-import resource, sys
-from emu3.cli import app
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
-app()
-"""
+def invoke(words: list[str], largest_file: int | None = None) -> tuple[int, str]:
+    """Exit code and stderr of a command, in this process; the kernel refuses larger files."""
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    done = CliRunner().invoke(app, words)
+    return done.exit_code, done.stderr
 
 
 @pytest.mark.parametrize(("size", "more"), [(100, []), (8000, ["--compare", "side"])])
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_no_half_file(size, more, folder, weights):
     """The kernel refuses the bytes of a file past ``size``."""
     more = [str(folder / "side") if word == "side" else word for word in more]
-    command = [sys.executable, "-c", FULL_DISK, str(size)]
-    command += words("tokenize", folder, weights, *more)
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("emu3: [Errno 27] File too large")
-    assert done.stderr.count("\n") == 1
+    code, stderr = children.run(invoke, words("tokenize", folder, weights, *more), size)
+    assert code == 1
+    assert stderr.startswith("emu3: [Errno 27] File too large")
+    assert stderr.count("\n") == 1
     for out in ("codes", "side"):
         assert all(not Path(name).name.startswith(".") for name in files(folder / out))
     assert files(folder / "codes") == ([] if size == 100 else ALL[:1])

@@ -23,15 +23,6 @@ from emu3.weights import load_vision, save_vision
 from tests.train.recipes import tiny_recipe, tokenizer_words
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors so small take longer on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def recipe(tmp_path):
     return tiny_recipe("tokenizer", tmp_path)
