@@ -27,8 +27,8 @@ def parse(kind: type[Settings], tree: Mapping[str, Any]) -> Any:
     """Validate ``tree`` as ``kind``, the first error in one line."""
     try:
         return kind.model_validate(tree)
-    except ValidationError as fault:
-        raise SettingsError(_one_line(kind, fault)) from None
+    except ValidationError as error:
+        raise SettingsError(_one_line(kind, error)) from None
 
 
 def read_toml(name: str | Path, folder: Path) -> dict[str, Any]:
@@ -41,8 +41,8 @@ def read_toml(name: str | Path, folder: Path) -> dict[str, Any]:
         raise SettingsError(f"recipe: no file {str(name)!r}; those that ship are {known}")
     try:
         return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as fault:
-        raise SettingsError(f"{path}: not valid TOML: {fault}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: not valid TOML: {error}") from None
 
 
 def override(tree: dict[str, Any], word: str) -> None:
@@ -70,8 +70,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _one_line(kind: type[Settings], fault: ValidationError) -> str:
-    first = fault.errors()[0]
+def _one_line(kind: type[Settings], error: ValidationError) -> str:
+    first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":

@@ -18,7 +18,7 @@ from emu3.data.samples import sample_files
 
 @dataclass(frozen=True)
 class Collection:
-    """Images ``[3, H, W]`` and clips ``[T, 3, H, W]`` by name, uint8, held in memory.
+    """Images ``[3, H, W]`` and clips ``[T, 3, H, W]`` by name, uint8, in memory.
 
     A name is the file's own without its ending; of several the second ends in ``-2``.
     """

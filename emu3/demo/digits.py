@@ -29,7 +29,7 @@ PALETTE = {
 BACKGROUND = (16, 18, 28)
 COLORS = tuple(PALETTE)
 
-# The 8x8 scans touch their border; a margin of 6 % leaves room for the motion.
+# The 8x8 scans touch their border; the motion needs a margin of 6 %.
 _ZOOM = 0.88
 
 
@@ -104,7 +104,7 @@ def sample_motion(count: int, settings: DigitSettings, generator: torch.Generato
 
 
 def at_rest(count: int) -> Tensor:
-    """``[count, 2, 3]`` affine maps that only leave the margin."""
+    """``[count, 2, 3]`` affine maps of the margin alone."""
     return torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).div(_ZOOM).expand(count, 2, 3)
 
 

@@ -56,8 +56,8 @@ def judge_color(images: Tensor) -> Tensor:
     ink = _ink(images)
     bright = (ink >= 0.6 * ink.amax((2, 3), keepdim=True)).to(images.dtype)
     mean = (images * bright).sum((2, 3)) / bright.sum((2, 3))
-    seen = F.normalize((mean + 1) * 127.5 - ground, dim=1)
-    return (seen @ F.normalize(paint - ground, dim=1).T).argmax(1)
+    direction = F.normalize((mean + 1) * 127.5 - ground, dim=1)
+    return (direction @ F.normalize(paint - ground, dim=1).T).argmax(1)
 
 
 def _ink(images: Tensor) -> Tensor:

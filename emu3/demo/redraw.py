@@ -92,23 +92,23 @@ def measure(
 ) -> dict:
     """Reconstruct the validation files, of clips the beginning; write both side by side."""
     report: dict = {"images": {}, "clips": {}}
-    seen = torch.zeros(tokenizer.settings.num_codes, dtype=torch.int64)
+    counts = torch.zeros(tokenizer.settings.num_codes, dtype=torch.int64)
     for name, image in validation_set.images.items():
         found = reconstruct(tokenizer, image[None])
         write_image(
             folder / f"{name}.png", torch.cat((found.real[0], found.reconstructed[0]), dim=2)
         )
         report["images"][name] = found.metrics()
-        seen += _counts(found.codes, tokenizer)
+        counts += _counts(found.codes, tokenizer)
     for name, clip in validation_set.clips.items():
         found = reconstruct(tokenizer, clip[:_LONGEST])
         beside = torch.cat((found.real, found.reconstructed), dim=3)
         write_video(folder / f"{name}.mp4", beside, _FPS)
         write_image(folder / f"{name}.png", _strip(found))
         report["clips"][name] = found.metrics()
-        seen += _counts(found.codes, tokenizer)
-    both = seen + _train_counts(tokenizer, train_set, settings)
-    return {**report, "validation_codes": _usage(seen), "all_codes": _usage(both)}
+        counts += _counts(found.codes, tokenizer)
+    total = counts + _train_counts(tokenizer, train_set, settings)
+    return {**report, "validation_codes": _usage(counts), "all_codes": _usage(total)}
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def reconstruct(tokenizer: VisionTokenizer, frames: Tensor) -> Reconstruction:
 
 
 def _strip(found: Reconstruction) -> Tensor:
-    """Four frames over the length of a clip, above their reconstructions, large enough to see."""
+    """Four frames over the length of a clip, above their reconstructions, enlarged."""
     frames = [i * len(found.real) // 4 for i in range(4)]
     rows = (torch.cat(list(part[frames]), dim=2) for part in (found.real, found.reconstructed))
     strip = torch.cat(list(rows), dim=1)

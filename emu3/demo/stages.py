@@ -43,8 +43,8 @@ def decoder_stage(recipe: DigitRecipe) -> Stage:
 def seed_visual_rows(model: Emu3, codebook: Tensor) -> None:
     """Set the visual embeddings to one random projection of their code vectors ``[N, D]``.
 
-    Similar codes then have similar embeddings, and what is learned of one holds for its
-    neighbours; a miniature has too little data to find that out code by code. The rows have
+    Similar codes then have similar embeddings, and training one
+    improves its neighbours; a miniature has too little data for every code alone. The rows have
     unit variance, so that the projection survives the first steps.
     """
     ids = model.settings.vocabulary

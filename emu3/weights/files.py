@@ -47,8 +47,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     with replacing(path) as draft:
         try:
             save_file(dict(tensors), draft, metadata=dict(metadata))
-        except SafetensorError as fault:
-            raise OSError(f"weights: cannot write {path}: {fault}") from None
+        except SafetensorError as error:
+            raise OSError(f"weights: cannot write {path}: {error}") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -63,8 +63,8 @@ def opened(path: Path) -> safe_open:
         raise ValueError(f"weights: no file {path}")
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as fault:
-        raise ValueError(f"weights: {path} is not a safetensors file: {fault}") from None
+    except SafetensorError as error:
+        raise ValueError(f"weights: {path} is not a safetensors file: {error}") from None
 
 
 def shards_of(path: Path) -> list[Path]:
@@ -83,8 +83,8 @@ def read_settings(path: Path, part: str, kind: type[Settings]) -> Settings | Non
         return None
     try:
         return parse(kind, renamed(json.loads(metadata[part]), part))
-    except ValueError as fault:
-        raise ValueError(f"weights: {path}: metadata {part}: {fault}") from None
+    except ValueError as error:
+        raise ValueError(f"weights: {path}: metadata {part}: {error}") from None
 
 
 def parts_of(path: Path) -> str:

@@ -88,8 +88,8 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
     codebook = tensors.get(_CODEBOOK, torch.empty(0, 0))
     if codebook.ndim != 2 or not codebook.is_floating_point():
         raise ValueError(
-            f"weights: {where} is no such vision tokenizer: {_CODEBOOK} must be floats [N, D], "
-            f"got {codebook.dtype} {tuple(codebook.shape)}"
+            f"weights: {where} does not fit the vision tokenizer: {_CODEBOOK} must be floats "
+            f"[N, D], got {codebook.dtype} {tuple(codebook.shape)}"
         )
     settings = settings or _shape_of(tensors, where)
     with torch.device("meta"):
@@ -158,8 +158,8 @@ def _shape_of(tensors: Mapping[str, Tensor], where: str) -> VisionSettings:
     }
     try:
         return parse(VisionSettings, shape)
-    except SettingsError as fault:
-        raise ValueError(f"weights: {where} is no such vision tokenizer: {fault}") from None
+    except SettingsError as error:
+        raise ValueError(f"weights: {where} does not fit the vision tokenizer: {error}") from None
 
 
 @torch.no_grad()
@@ -176,10 +176,10 @@ def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], where: str)
         for name, value in tensors.items()
         if name in own and own[name].shape != value.shape
     ]
-    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    if any(faults.values()):
-        told = "; ".join(f"{kind} {_listed(names)}" for kind, names in faults.items() if names)
-        raise ValueError(f"weights: {where} is no such vision tokenizer: {told}")
+    errors = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(errors.values()):
+        found = "; ".join(f"{kind} {_listed(names)}" for kind, names in errors.items() if names)
+        raise ValueError(f"weights: {where} does not fit the vision tokenizer: {found}")
     for name, view in own.items():
         if name in tensors:
             view.copy_(tensors[name])

@@ -1,5 +1,7 @@
 """Checkpoints: there and back, foreign names, and one clear line for a wrong file."""
 
+import json
+
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -27,6 +29,25 @@ def test_a_decoder_comes_back_bit_for_bit(tmp_path):
     assert again.settings == TINY
     assert not again.training
     assert_same_state(model, again)
+
+
+def test_settings_are_read_under_the_names_of_older_files(tmp_path):
+    model, tokenizer = tiny_model(), VisionTokenizer(TINY_VISION)
+    former = {new: old for names in files.FORMER_NAMES.values() for old, new in names.items()}
+    settings = {"decoder": TINY, "vision": TINY_VISION}
+    told = {
+        part: json.dumps({former.get(k, k): v for k, v in s.model_dump(mode="json").items()})
+        for part, s in settings.items()
+    }
+    assert '"ff_width"' in told["decoder"]
+    assert '"revive_below"' in told["vision"]
+    weights = {name: view.clone() for name, view in official_views(model).items()}
+    save_file(weights, tmp_path / "decoder.safetensors", metadata=told)
+    save_vision(tmp_path / "new.safetensors", tokenizer)
+    tensors = load_file(tmp_path / "new.safetensors")
+    save_file(tensors, tmp_path / "vision.safetensors", metadata=told)
+    assert_same_state(model, load_decoder(tmp_path / "decoder.safetensors"))
+    assert load_vision(tmp_path / "vision.safetensors").settings == TINY_VISION
 
 
 def test_a_disk_that_takes_no_more_is_told_in_one_line(tmp_path, monkeypatch):
@@ -115,7 +136,7 @@ def test_all_faults_of_a_vision_file_are_named_in_one_line():
     del tensors["encoder.mid.block_1.conv1.bias"], tensors["decoder.conv_out.weight"]
     tensors["encoder.extra"] = torch.zeros(1)
     tensors["decoder.conv_in.bias"] = torch.zeros(3)
-    with pytest.raises(ValueError, match="is no such vision tokenizer") as fault:
+    with pytest.raises(ValueError, match="does not fit the vision tokenizer") as fault:
         load_vision(tensors)
     for part in (
         "missing encoder.mid.block_1.conv1.bias, decoder.conv_out.weight",
@@ -149,7 +170,9 @@ def test_tensors_of_no_possible_shape_give_one_line(name, value, line):
     tensors = {**VisionTokenizer(SMALL).state_dict(), name: value}
     with pytest.raises(ValueError, match=line) as fault:
         load_vision(tensors)
-    assert str(fault.value).startswith("weights: the state dict is no such vision tokenizer: ")
+    assert str(fault.value).startswith(
+        "weights: the state dict does not fit the vision tokenizer: "
+    )
     assert "\n" not in str(fault.value)
 
 

@@ -1,5 +1,6 @@
 """A run that is killed and resumed leaves what the unbroken run leaves, to the byte."""
 
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from emu3 import files
 from emu3.tasks import train
 from emu3.train.metrics import Metrics
 from emu3.weights import read_tensors, save_tensors
+from emu3.weights.files import FORMER_NAMES
 from tests import children
 from tests.train.recipes import tiny_recipe
 
@@ -64,6 +66,24 @@ def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
     assert resumed.read_bytes() == unbroken.read_bytes()
     left = {path.name for path in (tmp_path / "killed").iterdir() if path.is_file()}
     assert left == {"checkpoint.safetensors", "metrics.jsonl", f"{stage}.safetensors"}
+
+
+@pytest.mark.parametrize("stage", ["vision", "tokenizer", "decoder"])
+def test_a_checkpoint_of_an_older_version_is_resumed(stage, tmp_path):
+    """Its recipe has the former names of settings, and tables that its stage no longer has."""
+    recipe = tiny_recipe(stage, tmp_path)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})})
+    first = train(recipe, tmp_path / "run").read_bytes()
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    tensors, metadata = read_tensors(path)
+    tables = json.loads(metadata["recipe"])
+    for table, names in FORMER_NAMES.items():
+        for old, new in names.items() if table in tables else ():
+            tables[table][old] = tables[table].pop(new)
+    tables.setdefault("data", {"held_out": 0.25})
+    tensors = {name.replace(".cluster_size", ".members"): v for name, v in tensors.items()}
+    save_tensors(path, tensors, metadata | {"recipe": json.dumps(tables)})
+    assert train(recipe, tmp_path / "run", resume=True).read_bytes() == first
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):

@@ -92,7 +92,7 @@ def run_profile(
         context: tokens in the cache of the longest decode.
         prefill: tokens of the longest prompt, at most ``context``.
         out: folder for the trace.
-        against: another backend of attention and decode_attention to time beside the default.
+        against: another backend of attention and decode_attention to time against the default.
         repeats: timed calls, the median is reported.
     """
     if context > settings.max_position_embeddings:
