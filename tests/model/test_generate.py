@@ -37,9 +37,9 @@ def test_under_autocast_keys_and_values_are_kept_narrow():
     with torch.autocast("cpu", torch.bfloat16):
         written = generate_captions(model, TEXT, codes, max_new_tokens=10)
         assert written == [write_without_a_cache(model, one, 10) for one in codes]
-        drawn = generate_images(model, TEXT, CAPTIONS, GRID, Sampling(top_k=1))
+        sampled = generate_images(model, TEXT, CAPTIONS, GRID, Sampling(top_k=1))
         generate_captions(model.double(), TEXT, codes, max_new_tokens=2)  # which stays as it is
-    assert drawn.shape == (3, *GRID)
+    assert sampled.shape == (3, *GRID)
 
 
 def test_an_ended_caption_stays_ended_while_others_go_on():
@@ -77,13 +77,13 @@ def draw_without_a_cache(model, how, generator):
             )
             logits = apply_cfg(cond, uncond, how.guidance)
             logits[:, : IDS.visual_start] = -torch.inf
-            drawn = sample(
+            sampled = sample(
                 logits[:, IDS.visual_start :],
                 top_k=how.top_k,
                 temperature=how.temperature,
                 generator=generator,
             )
-            tokens = (drawn + IDS.visual_start).tolist()
+            tokens = (sampled + IDS.visual_start).tolist()
         else:
             tokens = [token] * len(rows)
         for prompts in (rows, others):

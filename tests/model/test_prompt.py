@@ -31,9 +31,9 @@ def images(draw):
 
 @given(caption=st.text(max_size=12), codes=images(), text=st.sampled_from([TEXT, OFFICIAL]))
 def test_documents_read_back_as_they_were_built(caption, codes, text):
-    drawn = parse_document(generation_document(caption, codes, text), text)
-    assert (drawn.before, drawn.after) == (caption, "")
-    assert drawn.codes.equal(codes)
+    parsed = parse_document(generation_document(caption, codes, text), text)
+    assert (parsed.before, parsed.after) == (caption, "")
+    assert parsed.codes.equal(codes)
     described = parse_document(understanding_document(codes, caption, text), text)
     assert (described.before, described.after) == ("", caption)
     assert described.codes.equal(codes)

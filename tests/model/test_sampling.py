@@ -35,14 +35,14 @@ def test_samples_follow_the_softmax_of_the_kept_logits():
     """Chi-squared over 20,000 draws: 4 degrees of freedom, 18.5 is exceeded once in 1,000."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -3.0])
     count, kept = 20_000, top_k_logits(logits[None], 5)[0]
-    drawn = sample(
+    sampled = sample(
         logits.expand(count, -1),
         top_k=5,
         temperature=0.7,
         generator=torch.Generator().manual_seed(0),
     )
     expected = count * torch.softmax(kept / 0.7, -1)
-    seen = torch.bincount(drawn, minlength=6)
+    seen = torch.bincount(sampled, minlength=6)
     assert seen[5] == 0
     assert ((seen - expected)[:5].square() / expected[:5]).sum() < 18.5
 
@@ -80,8 +80,8 @@ def test_the_coldest_draw_is_greedy(temperature):
     """The quotient overflowed, and the draw died of chances that were NaN."""
     logits = torch.tensor([[1.0, -70.0, 3.0, 2.9], [0.0, 500.0, -1.0, 0.0]])
     generator = torch.Generator().manual_seed(0)
-    drawn = sample(logits, top_k=3, temperature=temperature, generator=generator)
-    assert drawn.tolist() == [2, 1]
+    sampled = sample(logits, top_k=3, temperature=temperature, generator=generator)
+    assert sampled.tolist() == [2, 1]
 
 
 def test_the_strongest_guidance_still_leaves_chances():

@@ -101,10 +101,10 @@ def test_eval_mode_leaves_the_codebook_alone():
 @pytest.mark.parametrize("shape", [(2, 3, 40, 32), (2, 8, 3, 16, 24)])
 def test_training_reaches_every_parameter(shape):
     tokenizer = VisionTokenizer(SMALL).train()
-    redrawn, codes, commitment = tokenizer(images(*shape))
-    assert redrawn.shape == shape
+    reconstructed, codes, commitment = tokenizer(images(*shape))
+    assert reconstructed.shape == shape
     assert codes.shape == (shape[0], *(s // 4 for s in shape[1:-3]), shape[-2] // 8, shape[-1] // 8)
-    (redrawn.square().mean() + commitment).backward()
+    (reconstructed.square().mean() + commitment).backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
         # A batch norm takes the mean away, and with it the bias ahead of it.
@@ -117,8 +117,8 @@ def test_a_tokenizer_works_and_trains_under_autocast(shape):
     tokenizer, x = random_tokenizer(TINY_VISION), images(*shape)
     with torch.autocast("cpu", torch.bfloat16):
         assert tokenizer.decode(tokenizer.encode(x)).shape == x.shape
-        redrawn, _, commitment = tokenizer.train()(x)
-        (redrawn.square().mean() + commitment).backward()
+        reconstructed, _, commitment = tokenizer.train()(x)
+        (reconstructed.square().mean() + commitment).backward()
     assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
@@ -150,8 +150,8 @@ def test_a_tokenizer_learns_one_image():
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=3e-3)
     errors = []
     for _ in range(60):
-        redrawn, _, commitment = tokenizer(image)
-        error = F.mse_loss(redrawn, image)
+        reconstructed, _, commitment = tokenizer(image)
+        error = F.mse_loss(reconstructed, image)
         optimizer.zero_grad()
         (error + commitment).backward()
         optimizer.step()

@@ -54,8 +54,8 @@ def assert_same_images(
     sizes = torch.tensor([size[2:]] * size[0])
     assert codes.equal(torch.stack(theirs.encode(x, image_sizes=sizes).image_tokens))
     assert codes.unique().numel() > min(codes.numel(), ours.settings.num_codes) // 8
-    redrawn, expected = ours.decode(codes), theirs.decode(codes)
-    differences = (redrawn - expected).abs() / expected.abs().max()
+    reconstructed, expected = ours.decode(codes), theirs.decode(codes)
+    differences = (reconstructed - expected).abs() / expected.abs().max()
     assert differences.quantile(0.99) <= SAME
     assert differences.max() <= largest
 
@@ -125,10 +125,10 @@ def test_an_image_is_the_first_frame_of_four_alike():
 def test_forward_draws_what_decode_draws_from_what_encode_reads():
     ours = random_tokenizer()
     for x in (images(2, 3, 40, 32), images(1, 8, 3, 40, 32)):
-        redrawn, codes, _ = ours(x)
+        reconstructed, codes, _ = ours(x)
         assert codes.equal(ours.encode(x))
         expected = ours.decode(codes)
-        assert (redrawn - expected).abs().max() <= SAME * expected.abs().max()
+        assert (reconstructed - expected).abs().max() <= SAME * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,8 +29,8 @@ def test_a_video_in_pieces_is_the_whole_bit_for_bit(lengths):
     assert [part.shape[1] for part in streamed] == [length // 4 for length in lengths]
     codes = tokenizer.encode(video)
     assert torch.cat(streamed, 1).equal(codes)
-    redrawn = list(decode_stream(tokenizer, codes.split([n // 4 for n in lengths], dim=1)))
-    assert torch.cat(redrawn, 1).equal(tokenizer.decode(codes))
+    reconstructed = list(decode_stream(tokenizer, codes.split([n // 4 for n in lengths], dim=1)))
+    assert torch.cat(reconstructed, 1).equal(tokenizer.decode(codes))
 
 
 @torch.no_grad()
@@ -43,8 +43,8 @@ def test_a_filmed_clip_in_pieces_is_one_pass_bit_for_bit():
     assert torch.cat(pieces, 2).equal(latents)
     codes = tokenizer.quantize.codes(latents)
     assert torch.cat(list(encode_stream(tokenizer, clip.split(8, dim=1))), 1).equal(codes)
-    redrawn = torch.cat(list(decode_stream(tokenizer, codes.split(1, dim=1))), 1)
-    assert redrawn.equal(tokenizer.pixels(tokenizer.quantize.lookup(codes), is_image=False))
+    reconstructed = torch.cat(list(decode_stream(tokenizer, codes.split(1, dim=1))), 1)
+    assert reconstructed.equal(tokenizer.pixels(tokenizer.quantize.lookup(codes), is_image=False))
 
 
 def test_the_memory_of_a_stream_does_not_grow_with_a_filmed_clip():
@@ -72,9 +72,9 @@ def test_every_four_frames_by_themselves_are_the_released_script_s():
     codes = torch.cat(list(encode_pieces(tokenizer, [video])), 1)
     assert codes.equal(expected)
     assert not codes.equal(tokenizer.encode(video))
-    redrawn = torch.cat(list(decode_pieces(tokenizer, codes.split(1, dim=1))), 1)
+    reconstructed = torch.cat(list(decode_pieces(tokenizer, codes.split(1, dim=1))), 1)
     exact = official_vision.decode(weights, codes.view(4, 1, 2, 3)).view(video.shape)
-    torch.testing.assert_close(redrawn, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reconstructed, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_stream_remembers_does_not_grow():
@@ -90,16 +90,16 @@ def test_what_a_stream_remembers_does_not_grow():
 
 
 def test_a_stream_asks_for_a_piece_only_when_the_last_is_used():
-    tokenizer, drawn = random_tokenizer(), []
+    tokenizer, requested = random_tokenizer(), []
 
     def clips():
         for number in range(3):
-            drawn.append(number)
+            requested.append(number)
             yield images(1, 4, 3, 8, 8, seed=number)
 
     stream = encode_stream(tokenizer, clips())
     next(stream)
-    assert drawn == [0]
+    assert requested == [0]
 
 
 @pytest.mark.parametrize("call", [encode_stream, encode_pieces])
@@ -138,9 +138,9 @@ def test_tiles_cover_images_and_clips_and_meet_without_a_seam():
     x = images(1, 3, 96, 128)
     codes = encode_tiled(tokenizer, x, tile=64, overlap=16)
     assert codes.shape == (1, 12, 16)
-    redrawn = decode_tiled(tokenizer, codes, tile=64, overlap=24)
-    assert redrawn.shape == x.shape
-    assert largest_step(redrawn) < 1.5 * largest_step(tokenizer.decode(codes))
+    reconstructed = decode_tiled(tokenizer, codes, tile=64, overlap=24)
+    assert reconstructed.shape == x.shape
+    assert largest_step(reconstructed) < 1.5 * largest_step(tokenizer.decode(codes))
     clip = images(1, 4, 3, 72, 64)
     codes = encode_tiled(tokenizer, clip, tile=64, overlap=16)
     assert codes.shape == (1, 1, 9, 8)
@@ -163,11 +163,11 @@ def largest_step(pixels: torch.Tensor) -> float:
 
 
 def peak_growth(early: int, late: int) -> float:
-    """MiB that the most memory of this process grows between two frames of a redrawn stream."""
+    """MiB that the most memory of this process grows between two frames of a reconstructed stream."""
     tokenizer, peak = random_tokenizer(), {}
     frames = (f[:, 64:192, :256] / 127.5 - 1 for f in islice(open_video(BIKES), late))
     pieces = (torch.stack(piece)[None] for piece in zip(*[frames] * 4, strict=True))
-    redrawn = decode_stream(tokenizer, encode_stream(tokenizer, pieces))
-    for number, _ in enumerate(redrawn, 1):
+    reconstructed = decode_stream(tokenizer, encode_stream(tokenizer, pieces))
+    for number, _ in enumerate(reconstructed, 1):
         peak[4 * number] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return peak[late] - peak[early]

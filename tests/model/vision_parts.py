@@ -13,7 +13,7 @@ FACTORS = (
     *(f"{norm}.weight" for norm in ("norm", "norm1", "norm2", "norm_out", "norm_layer")),
     *("conv_y.bias", "running_var"),
 )
-"""What multiplies, and is drawn around 1; the rest of the norms is drawn around 0."""
+"""Factors are sampled around 1; the rest of the norms around 0."""
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The demo, end to end on the smallest shapes; its figures at full size are its own report."""
+"""The demo, end to end on the smallest shapes; its numbers at full size are in its report."""
 
 import json
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_report_has_every_figure(folder):
+def test_the_report_has_every_metric(folder):
     report = json.loads((folder / "report.json").read_text())
     assert all(0 <= report[name] <= 1 for name in ACCURACIES)
     assert report["generated_images"] == 320
@@ -60,7 +60,7 @@ def test_a_second_demo_reports_the_same_numbers(folder):
 
 
 def test_stages_that_validate_on_different_digits_are_refused(tmp_path):
-    """Else the tokenizer would have learned from digits that the decoder is measured on."""
+    """Otherwise the tokenizer would be trained on digits that the decoder is measured on."""
     with pytest.raises(ValueError, match=r"have the same validation digits, got .* 0.25 and 0.5"):
         run_demo(tmp_path, VISION_WORDS, [*DECODER_WORDS, "data.validation=0.5"])
 

@@ -29,10 +29,10 @@ def test_distances_and_gradients_are_those_of_torchmetrics(kind, ours, tmp_path,
     real = torch.rand(2, 3, 64, 64) * 2 - 1
     results = []
     for network in (load_lpips(tmp_path / "lpips.safetensors"), oracle):
-        drawn = torch.full_like(real, 0.1).requires_grad_()
-        distance = network(drawn, real).flatten()
-        (slope,) = torch.autograd.grad(distance.sum(), drawn)
-        results.append((distance.detach(), slope))
+        reconstructed = torch.full_like(real, 0.1).requires_grad_()
+        distance = network(reconstructed, real).flatten()
+        (derivative,) = torch.autograd.grad(distance.sum(), reconstructed)
+        results.append((distance.detach(), derivative))
     torch.testing.assert_close(results[0], results[1])
 
 

@@ -184,7 +184,7 @@ def test_codes_of_another_making_stop_the_run_before_it_begins(change, line, fol
     assert state(folder / "codes") == before
 
 
-def test_comparing_writes_both_side_by_side_and_their_figures(folder, weights):
+def test_comparing_writes_both_side_by_side_with_psnr_and_ssim(folder, weights):
     done = emu3_("tokenize", folder, weights, "--compare", folder / "side")
     assert (done.exit_code, done.stderr) == (0, "")
     assert files(folder / "side") == [

@@ -49,9 +49,9 @@ def moved(module: nn.Module, before: dict[str, torch.Tensor]) -> bool:
 
 
 def test_the_hinge_asks_for_a_margin_of_one_and_no_more():
-    real, drawn = torch.tensor([3.0, 0.5, -1.0]), torch.tensor([-2.0, 0.5])
-    assert discriminator_loss(real, drawn).item() == pytest.approx((2.5 / 3 + 1.5 / 2) / 2)
-    assert generator_loss(drawn).item() == 0.75
+    real, reconstructed = torch.tensor([3.0, 0.5, -1.0]), torch.tensor([-2.0, 0.5])
+    assert discriminator_loss(real, reconstructed).item() == pytest.approx((2.5 / 3 + 1.5 / 2) / 2)
+    assert generator_loss(reconstructed).item() == 0.75
 
 
 def test_a_score_sees_34_pixels_a_side_and_the_next_one_four_further():
@@ -60,8 +60,8 @@ def test_a_score_sees_34_pixels_a_side_and_the_next_one_four_further():
     scores = judge(images)
     seen = []
     for column in (8, 9):
-        (slope,) = torch.autograd.grad(scores[0, 0, 8, column], images, retain_graph=True)
-        columns = slope.abs().sum((0, 1, 2)).nonzero().flatten()
+        (derivative,) = torch.autograd.grad(scores[0, 0, 8, column], images, retain_graph=True)
+        columns = derivative.abs().sum((0, 1, 2)).nonzero().flatten()
         seen.append((columns.min().item(), len(columns)))
     assert seen[0][1] == seen[1][1] == 34
     assert seen[1][0] - seen[0][0] == 4
@@ -69,12 +69,12 @@ def test_a_score_sees_34_pixels_a_side_and_the_next_one_four_further():
 
 def test_usage_forgets_after_a_window_and_perplexity_counts_even_codes():
     usage = CodeUsage(8)
-    figures = usage.update(torch.arange(4))
-    assert figures == {"usage": 0.5, "perplexity": pytest.approx(4)}
+    metrics = usage.update(torch.arange(4))
+    assert metrics == {"usage": 0.5, "perplexity": pytest.approx(4)}
     for _ in range(WINDOW - 1):
-        figures = usage.update(torch.tensor([0]))
-    assert figures["usage"] == 0.5
-    assert 1 < figures["perplexity"] < 2
+        metrics = usage.update(torch.tensor([0]))
+    assert metrics["usage"] == 0.5
+    assert 1 < metrics["perplexity"] < 2
     assert usage.update(torch.tensor([0]))["usage"] == 0.125
 
 
@@ -158,19 +158,19 @@ def test_nothing_as_large_as_a_crop_is_refused(recipe):
 def test_the_discriminator_learns_from_its_first_step_on_and_only_then(recipe):
     stage = make_stage(recipe)
     before = copied(stage.discriminator.body[0])
-    figures = stage.step(2, *stage.stream.next_batch())
+    metrics = stage.step(2, *stage.stream.next_batch())
     assert not moved(stage.discriminator.body[0], before)
-    assert "adversarial" not in figures
-    figures = stage.step(3, *stage.stream.next_batch())
+    assert "adversarial" not in metrics
+    metrics = stage.step(3, *stage.stream.next_batch())
     assert moved(stage.discriminator.body[0], before)
-    assert {"adversarial", "discriminator"} <= figures.keys()
+    assert {"adversarial", "discriminator"} <= metrics.keys()
 
 
 def test_each_player_moves_on_its_own_loss_alone(recipe):
     """The tokenizer's step must not teach the discriminator, nor the other way round."""
     stage = make_stage(recipe)
-    real, drawn, _, _ = stage._reconstruct(*stage.stream.next_batch())
-    loss = generator_loss(stage.discriminator(drawn))
+    real, reconstructed, _, _ = stage._reconstruct(*stage.stream.next_batch())
+    loss = generator_loss(stage.discriminator(reconstructed))
     weights = {n: p.clone() for n, p in stage.discriminator.named_parameters()}
     loss.backward()
     stage.optimizer.step()
@@ -178,7 +178,7 @@ def test_each_player_moves_on_its_own_loss_alone(recipe):
     before = copied(stage.tokenizer)
     stage.discriminator.zero_grad()
     clean = [p.grad.clone() for p in stage.tokenizer.parameters() if p.grad is not None]
-    stage._train_discriminator(real, drawn.detach(), 1e-2)
+    stage._train_discriminator(real, reconstructed.detach(), 1e-2)
     assert not moved(stage.tokenizer, before)
     kept = [p.grad for p in stage.tokenizer.parameters() if p.grad is not None]
     assert all(one.equal(two) for one, two in zip(clean, kept, strict=True))
@@ -186,7 +186,9 @@ def test_each_player_moves_on_its_own_loss_alone(recipe):
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(recipe):
     recipe = changed(recipe, "objective", perceptual_weight=0.3, adversarial_weight=0.2)
-    stage = make_stage(recipe, perceptual=lambda drawn, real: (drawn - real).abs().mean((1, 2, 3)))
+    stage = make_stage(
+        recipe, perceptual=lambda reconstructed, real: (reconstructed - real).abs().mean((1, 2, 3))
+    )
     f = stage.step(5, *stage.stream.next_batch())
     beside = 0.3 * f["perceptual"] + 0.2 * f["adversarial"]
     total = f["error"] + recipe.vision.commitment * f["commitment"] + beside
@@ -219,26 +221,28 @@ def test_the_averaged_weights_are_what_a_run_leaves(recipe, tmp_path):
     torch.testing.assert_close(saved, 0.75 * first + 0.25 * second)
 
 
-def test_before_training_every_block_is_drawn_in_its_colour(recipe):
+def test_before_training_every_block_is_reconstructed_in_its_colour(recipe):
     """Unrounded; what is lost is an eighth of the variance at most, and nearly all at random."""
     torch.manual_seed(0)
     tokenizer = begin(recipe).eval()
     colours = torch.rand(4, 3, 12, 12) * 2 - 1
     images = colours.repeat_interleave(2, 2).repeat_interleave(2, 3)
     with torch.no_grad():
-        drawn = tokenizer.pixels(tokenizer.latents(images[:, None]), is_image=True)[:, 0]
-    assert (drawn - images).square().mean() < images.var() / 8
+        reconstructed = tokenizer.pixels(tokenizer.latents(images[:, None]), is_image=True)[:, 0]
+    assert (reconstructed - images).square().mean() < images.var() / 8
 
 
-def test_a_still_clip_is_drawn_as_its_image_before_training(recipe):
+def test_a_still_clip_is_reconstructed_as_its_image_before_training(recipe):
     torch.manual_seed(0)
     tokenizer = begin(recipe).eval()
     image = torch.rand(1, 3, 16, 16) * 2 - 1
     clip = image[:, None].expand(-1, 4, -1, -1, -1)
     assert tokenizer.encode(clip)[:, 0].equal(tokenizer.encode(image))
     codes = tokenizer.encode(image)
-    drawn = tokenizer.decode(codes[:, None])
-    torch.testing.assert_close(drawn, tokenizer.decode(codes)[:, None].expand_as(drawn))
+    reconstructed = tokenizer.decode(codes[:, None])
+    torch.testing.assert_close(
+        reconstructed, tokenizer.decode(codes)[:, None].expand_as(reconstructed)
+    )
 
 
 def test_a_run_starts_from_a_tokenizer_of_images(recipe, tmp_path):
@@ -296,7 +300,7 @@ def test_training_lowers_the_error(recipe, tmp_path):
     assert sum(errors[-10:]) < 0.9 * sum(errors[:10])
 
 
-def test_the_demo_writes_figures_and_images_of_what_was_held_out(tmp_path):
+def test_the_demo_writes_metrics_and_images_of_what_was_held_out(tmp_path):
     words = tokenizer_words(tmp_path)
     report = run_redraw(tmp_path / "demo", words=words)
     assert json.loads((tmp_path / "demo" / "report.json").read_text()) == report
