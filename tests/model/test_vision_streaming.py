@@ -163,7 +163,7 @@ def largest_step(pixels: torch.Tensor) -> float:
 
 
 def peak_growth(early: int, late: int) -> float:
-    """MiB that the most memory of this process grows between two frames of a reconstructed stream."""
+    """MiB that the peak memory of this process grows between two frames of a decoded stream."""
     tokenizer, peak = random_tokenizer(), {}
     frames = (f[:, 64:192, :256] / 127.5 - 1 for f in islice(open_video(BIKES), late))
     pieces = (torch.stack(piece)[None] for piece in zip(*[frames] * 4, strict=True))
