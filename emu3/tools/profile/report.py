@@ -1,4 +1,4 @@
-"""A profile as a Markdown table, JSON and a picture."""
+"""A profile as Markdown, JSON and a plot."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from emu3.files import replacing
-from emu3.profile.run import Anatomy, Profile, Row
+from emu3.tools.profile.run import Breakdown, Profile, Row
 
 SMALLEST_SHARE = 0.005
-"""Ops below this share of the time become one row."""
+"""Ops below this share of the time are merged into one row."""
 
 
 def write_report(found: Profile, out: Path) -> None:
@@ -20,7 +20,7 @@ def write_report(found: Profile, out: Path) -> None:
     with replacing(out / "profile.md") as draft:
         draft.write_text(markdown(found))
     with replacing(out / "profile.json") as draft:
-        draft.write_text(json.dumps(figures(found), indent=1))
+        draft.write_text(json.dumps(as_json(found), indent=1))
     with replacing(out / "time_per_token.png") as draft:
         draw(found, draft)
 
@@ -30,13 +30,13 @@ def markdown(found: Profile) -> str:
     head = [
         "# Profile",
         "",
-        f"{s.layers} layers of width {s.width}, {s.heads}/{s.kv_heads} heads, "
+        f"{s.num_layers} layers of size {s.hidden_size}, {s.num_heads}/{s.num_kv_heads} heads, "
         f"{str(found.dtype).removeprefix('torch.')}, random weights, one row. "
         f"Peak memory {found.peak_bytes / 2**30:.2f} GiB (MEASURED). Bounds are BOUND by "
         f"{machine.bytes_per_second / 1e9:.1f} GB/s and "
         f"{machine.flops_per_second / 1e12:.2f} TFLOP/s (MEASURED).",
     ]
-    tables = [table(anatomy, found) for anatomy in found.anatomies]
+    tables = [table(breakdown, found) for breakdown in found.breakdowns]
     return "\n".join([*head, "", by_context(found), *tables])
 
 
@@ -54,17 +54,17 @@ def by_context(found: Profile) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(anatomy: Anatomy, found: Profile) -> str:
+def table(breakdown: Breakdown, found: Profile) -> str:
     """The ops of one call, longest first; they add up to its time."""
-    large = [row for row in anatomy.rows if row.seconds >= SMALLEST_SHARE * anatomy.seconds]
-    small = [row for row in anatomy.rows if row not in large]
+    large = [row for row in breakdown.rows if row.seconds >= SMALLEST_SHARE * breakdown.seconds]
+    small = [row for row in breakdown.rows if row not in large]
     rest = Row(f"{len(small)} others", sum(r.calls for r in small), _sum(small), None)
     lines = [
-        f"## {anatomy.title[0].upper()}{anatomy.title[1:]}: {1e3 * anatomy.seconds:,.2f} ms",
+        f"## {breakdown.title[0].upper()}{breakdown.title[1:]}: {1e3 * breakdown.seconds:,.2f} ms",
         "",
         "| op | calls | time (MEASURED) | share | bytes (COUNTED) | GB/s | of the bound (BOUND) |",
         "|---|---:|---:|---:|---:|---:|---:|",
-        *(_line(row, anatomy.seconds, found) for row in [*large, rest]),
+        *(_line(row, breakdown.seconds, found) for row in [*large, rest]),
         "",
     ]
     return "\n".join(lines)
@@ -90,7 +90,7 @@ def _sum(rows: list[Row]) -> float:
     return sum(row.seconds for row in rows)
 
 
-def figures(found: Profile) -> dict:
+def as_json(found: Profile) -> dict:
     return {
         "settings": found.settings.model_dump(mode="json"),
         "dtype": str(found.dtype),
@@ -101,7 +101,7 @@ def figures(found: Profile) -> dict:
         "prefill_seconds": found.prefill,
         "decode_bound_seconds": found.bounds,
         "ops": {
-            anatomy.title: [
+            breakdown.title: [
                 {
                     "op": row.name,
                     "calls": row.calls,
@@ -109,9 +109,9 @@ def figures(found: Profile) -> dict:
                     "bytes": row.cost and row.cost.num_bytes,
                     "flops": row.cost and row.cost.flops,
                 }
-                for row in anatomy.rows
+                for row in breakdown.rows
             ]
-            for anatomy in found.anatomies
+            for breakdown in found.breakdowns
         },
     }
 

@@ -1,4 +1,4 @@
-"""The same work on many files: found, shared among ranks, counted, and no bad one in the way."""
+"""The same work on many files: found, sharded over ranks, with progress; a bad file is skipped."""
 
 import os
 from collections import deque
@@ -24,33 +24,33 @@ from rich.progress import (
 T = TypeVar("T")
 
 _READERS = 4
-# Ranks finish when their files do, so that the first may wait for long.
+# Ranks finish at different times; the first may wait long for the last.
 _PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file, and its path below the folder in which it was found."""
+    """A file, and its path relative to the input folder."""
 
     source: Path
     name: PurePath
 
 
 def find(inputs: Sequence[Path], suffixes: Iterable[str]) -> list[Item]:
-    """The files of ``suffixes`` among ``inputs`` and in their folders, hidden ones left out.
+    """The files with ``suffixes`` among ``inputs`` and in their folders, without hidden ones.
 
-    They are in the order of their names, whatever the file system's.
+    Sorted by name.
 
     Raises:
-        ValueError: an input is missing or of another kind, nothing is found, or two files have
-            one name.
+        ValueError: an input is missing or has another suffix, nothing is found, or two files
+            have one name.
     """
     suffixes = sorted(suffixes)
     items: dict[PurePath, Item] = {}
     for given in inputs:
         for path in given.rglob("*") if given.is_dir() else [given]:
             name = path.relative_to(given) if given.is_dir() else PurePath(path.name)
-            if given.is_dir() and not _counts(path, name, suffixes):
+            if given.is_dir() and not _matches(path, name, suffixes):
                 continue
             if not path.is_file():
                 raise ValueError(f"no file or folder {path}")
@@ -65,61 +65,60 @@ def find(inputs: Sequence[Path], suffixes: Iterable[str]) -> list[Item]:
     return [items[name] for name in sorted(items)]
 
 
-def _counts(path: Path, name: PurePath, suffixes: Iterable[str]) -> bool:
+def _matches(path: Path, name: PurePath, suffixes: Iterable[str]) -> bool:
     hidden = any(part.startswith(".") for part in name.parts)
     return not hidden and path.suffix.lower() in suffixes and path.is_file()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many files were worked on with success, how many had been, and a line for each other."""
+    """Number of files done, number already done before, and an error line for each failed file."""
 
     done: int
-    kept: int
-    faults: list[str]
+    skipped: int
+    errors: list[str]
 
 
-Tell = Callable[[str], None]
-"""Shows how far the work on one file has come."""
+Report = Callable[[str], None]
+"""Shows the progress within one file."""
 
 
 def each(
     items: Sequence[Item],
     read: Callable[[Item], T],
-    work: Callable[[Item, T, Tell], None],
+    work: Callable[[Item, T, Report], None],
     is_done: Callable[[Item], bool],
 ) -> Outcome:
-    """Do ``work`` on what ``read`` makes of this rank's share, with a progress bar on rank 0.
+    """Run ``read`` and then ``work`` on this rank's files, with a progress bar on rank 0.
 
-    A ``ValueError`` is the fault of one file: its line goes to stderr at once, so that a run that
-    is killed has told it, and the next file follows. Any other exception, a full disk above all,
-    ends the run. Under torchrun a rank that has finished
-    waits for the others, which would be stopped if it failed before them.
+    A ``ValueError`` concerns one file: its line is printed to stderr at once, and the next file
+    follows. Any other exception, such as a full disk, ends the run. Under torchrun a rank that has
+    finished waits for the others, which torchrun would stop if it failed before them.
 
     Args:
-        read: runs in threads, for the next few files while one is worked on.
-        is_done: whether a file can be left out; asked of all files before the first is worked on.
+        read: runs in threads, for the next few files while ``work`` runs on one.
+        is_done: whether a file can be skipped; called for all files before the first ``work``.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     share = items[rank::ranks]
     todo = [item for item in share if not is_done(item)]
-    faults = []
+    errors = []
     with _progress(visible=rank == 0) as progress:
         task = progress.add_task("", total=len(todo))
         for item, reading in _ahead(read, todo):
-            tell = partial(_tell, progress, task, item)
-            tell("")
+            report = partial(_report, progress, task, item)
+            report("")
             try:
-                work(item, reading.result(), tell)
-            except ValueError as fault:
-                faults.append(_line(item, fault))
-                progress.console.print(f"emu3: {faults[-1]}", markup=False, soft_wrap=True)
+                work(item, reading.result(), report)
+            except ValueError as error:
+                errors.append(_line(item, error))
+                progress.console.print(f"emu3: {errors[-1]}", markup=False, soft_wrap=True)
             progress.advance(task)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=_PATIENCE)
         dist.barrier()
         dist.destroy_process_group()
-    return Outcome(len(todo) - len(faults), len(share) - len(todo), faults)
+    return Outcome(len(todo) - len(errors), len(share) - len(todo), errors)
 
 
 def _ahead(read: Callable[[Item], T], items: Sequence[Item]) -> Iterator[tuple[Item, Future[T]]]:
@@ -132,7 +131,7 @@ def _ahead(read: Callable[[Item], T], items: Sequence[Item]) -> Iterator[tuple[I
         yield from waiting
 
 
-def _tell(progress: Progress, task: TaskID, item: Item, text: str) -> None:
+def _report(progress: Progress, task: TaskID, item: Item, text: str) -> None:
     progress.update(task, description=f"{item.name} {text}")
 
 
@@ -143,6 +142,6 @@ def _progress(*, visible: bool) -> Progress:
     return Progress(*columns, console=console, disable=not (visible and console.is_terminal))
 
 
-def _line(item: Item, fault: ValueError) -> str:
-    line = " ".join(str(fault).split())
+def _line(item: Item, error: ValueError) -> str:
+    line = " ".join(str(error).split())
     return line if str(item.source) in line else f"{item.source}: {line}"

@@ -1,8 +1,8 @@
-"""Pictures and videos to files of codes, and back: the work of ``emu3 tokenize | detokenize``.
+"""Images and videos to files of codes, and back: ``emu3 tokenize`` and ``emu3 detokenize``.
 
-A file of codes is named as its source, with ``.safetensors`` behind it: ``a/b.jpg`` becomes
-``a/b.jpg.safetensors``, and back ``a/b.jpg.png``; a video comes back as ``.mp4``. So no two
-sources share a name. Every file is there whole or not at all.
+A file of codes has its source's name and ``.safetensors``: ``a/b.jpg`` becomes
+``a/b.jpg.safetensors``, decoded ``a/b.jpg.png``; a decoded video is ``.mp4``. So no two sources
+share a name. Every file is written atomically.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from emu3.bulk import Item, Outcome, Tell, each, find
 from emu3.data.codes import Header, Making, fingerprint, load_codes, load_header, save_codes
 from emu3.data.media import (
     IMAGES,
@@ -27,6 +26,7 @@ from emu3.data.media import (
     write_image,
     write_video,
 )
+from emu3.tools.bulk import Item, Outcome, Report, each, find
 from emu3.vision import (
     VisionTokenizer,
     decode_pieces,
@@ -50,19 +50,19 @@ def tokenize(
     compare: Path | None = None,
     overwrite: bool = False,
 ) -> Outcome:
-    """Encode every picture and video among ``inputs`` into the folder ``out``.
+    """Encode every image and video among ``inputs`` into the folder ``out``.
 
-    A file that has its codes is left out; so a run that was stopped goes on.
+    Files that have their codes are skipped, so a stopped run can be continued.
 
     Args:
         compare: folder for original and reconstruction side by side, with PSNR and SSIM.
-        overwrite: encode again what is there.
+        overwrite: encode files that have their codes again.
 
     Raises:
-        ValueError: codes in ``out`` are of another tokenizer or made in another way.
+        ValueError: codes in ``out`` are of another tokenizer or of other settings.
     """
     if compare and any(compare.resolve().is_relative_to(given.resolve()) for given in inputs):
-        raise ValueError(f"{compare}: must not lie in a folder that is tokenized")
+        raise ValueError(f"{compare}: must not be in a folder that is tokenized")
     run = _Tokenize(out, tokenizer, making, fingerprint(tokenizer), compare)
     items = find(inputs, IMAGES | VIDEOS)
     return each(items, run.read, run.work, lambda item: not overwrite and run.is_done(item))
@@ -78,11 +78,11 @@ def detokenize(
 ) -> Outcome:
     """Decode every file of codes among ``inputs`` into a PNG or MP4 in the folder ``out``.
 
-    A file that is there and newer than its codes is left out.
+    A decoded file newer than its codes is skipped.
 
     Args:
-        original_size: resize (bicubic) to the size of the source; otherwise as it was encoded.
-        overwrite: decode again what is there.
+        original_size: resize (bicubic) to the size of the source; otherwise the encoded size.
+        overwrite: decode existing files again.
     """
     run = _Detokenize(out, tokenizer, fingerprint(tokenizer), original_size)
     items = find(inputs, [".safetensors"])
@@ -94,41 +94,43 @@ class _Tokenize:
     out: Path
     tokenizer: VisionTokenizer
     making: Making
-    mark: str
+    fingerprint: str
     compare: Path | None
 
     def is_done(self, item: Item) -> bool:
         path = self._codes_of(item)
-        figures = self.compare and Path(f"{self.compare / item.name}.json")
-        if not path.exists() or (figures and not figures.exists()):
+        metrics = self.compare and Path(f"{self.compare / item.name}.json")
+        if not path.exists() or (metrics and not metrics.exists()):
             return False
         header = load_header(path)
-        making = self.making if _is_video(item) else self.making.of_pictures()
-        if header.tokenizer != self.mark:
+        making = self.making if _is_video(item) else self.making.of_images()
+        if header.tokenizer != self.fingerprint:
             raise ValueError(f"{path} is of another tokenizer: choose another folder or overwrite")
         if header.making != making:
-            raise ValueError(f"{path} was made otherwise: choose another folder or overwrite")
+            raise ValueError(
+                f"{path} was made with other settings: choose another folder or overwrite"
+            )
         return True
 
     def read(self, item: Item) -> Video | tuple[torch.Size, Tensor]:
-        """A video, whose frames are read when they are due, or a picture's size and its pixels."""
+        """A video, whose frames are read lazily, or an image's size and its pixels."""
         if _is_video(item):
             return open_video(item.source, Fraction(self.making.fps) if self.making.fps else None)
         image = read_image(item.source)
         return image.shape[1:], self._pixels(image)
 
-    def work(self, item: Item, given: Video | tuple[torch.Size, Tensor], tell: Tell) -> None:
+    def work(self, item: Item, given: Video | tuple[torch.Size, Tensor], report: Report) -> None:
         if isinstance(given, Video):
-            self._video(item, given, tell)
+            self._encode_video(item, given, report)
         else:
-            self._picture(item, *given)
+            self._encode_image(item, *given)
 
-    def _picture(self, item: Item, size: torch.Size, pixels: Tensor) -> None:
+    def _encode_image(self, item: Item, size: torch.Size, pixels: Tensor) -> None:
         codes = self.tokenizer.encode(self._on_device(pixels[None]))[0]
-        header = self._header(item, size, codes, making=self.making.of_pictures())
+        header = self._header(item, size, codes, making=self.making.of_images())
         self._finish(item, [pixels], codes, header)
 
-    def _video(self, item: Item, video: Video, tell: Tell) -> None:
+    def _encode_video(self, item: Item, video: Video, report: Report) -> None:
         making = self.making
         num_frames = 0
 
@@ -136,7 +138,7 @@ class _Tokenize:
             nonlocal num_frames
             for frame in video:
                 num_frames += 1
-                tell(f"frame {num_frames}")
+                report(f"frame {num_frames}")
                 yield self._pixels(frame)
 
         clips = map(self._on_device, _clips(frames(), self.tokenizer.settings.temporal_factor))
@@ -153,16 +155,16 @@ class _Tokenize:
             source=item.name.as_posix(),
             height=size[0],
             width=size[1],
-            resized=tuple(side * places for places in codes.shape[-2:]),
-            tokenizer=self.mark,
+            resized=tuple(side * size for size in codes.shape[-2:]),
+            tokenizer=self.fingerprint,
             **more,
         )
 
     def _finish(self, item: Item, pixels: Iterable[Tensor], codes: Tensor, header: Header) -> None:
-        """The codes come last: where they are, all the rest is there."""
+        """The codes are written last: if they exist, so does the comparison."""
         if self.compare:
-            # Here, because torchmetrics is slow to import.
-            from emu3.compare import compare
+            # Imported here: torchmetrics is slow to import.
+            from emu3.tools.compare import compare
 
             pairs = zip(pixels, _decode(self.tokenizer, codes, header), strict=True)
             images = ((_image(one), _image(other)) for one, other in pairs)
@@ -185,7 +187,7 @@ class _Tokenize:
 class _Detokenize:
     out: Path
     tokenizer: VisionTokenizer
-    mark: str
+    fingerprint: str
     original_size: bool
 
     def is_done(self, item: Item) -> bool:
@@ -195,18 +197,18 @@ class _Detokenize:
 
     def read(self, item: Item) -> tuple[Tensor, Header]:
         codes, header = load_codes(item.source)
-        if header.tokenizer != self.mark:
+        if header.tokenizer != self.fingerprint:
             raise ValueError(f"codes: {item.source} is of another tokenizer")
         return codes, header
 
-    def work(self, item: Item, given: tuple[Tensor, Header], tell: Tell) -> None:
+    def work(self, item: Item, given: tuple[Tensor, Header], report: Report) -> None:
         codes, header = given
         size = (header.height, header.width) if self.original_size else header.resized
         source = self._source(item)
 
         def images() -> Iterator[Tensor]:
             for number, pixels in enumerate(_decode(self.tokenizer, codes, header), 1):
-                tell(f"frame {number} of {header.frames or 1}")
+                report(f"frame {number} of {header.frames or 1}")
                 yield _image(pixels, size)
 
         if header.fps is None:
@@ -223,13 +225,13 @@ def _is_video(item: Item) -> bool:
 
 
 def _clips(frames: Iterator[Tensor], length: int) -> Iterator[Tensor]:
-    """``[1, length, 3, H, W]`` each; the last is filled up with its last frame."""
+    """``[1, length, 3, H, W]`` each; the last is padded with its last frame."""
     while clip := list(islice(frames, length)):
         yield torch.stack(clip + [clip[-1]] * (length - len(clip)))[None]
 
 
 def _decode(tokenizer: VisionTokenizer, codes: Tensor, header: Header) -> Iterator[Tensor]:
-    """Pixels ``[3, H, W]`` of the picture, or of every frame of the video."""
+    """Pixels ``[3, H, W]`` of the image, or of every frame of the video."""
     codes = codes.to(tokenizer.codebook.device)
     if header.frames is None:
         yield tokenizer.decode(codes[None])[0]
@@ -244,7 +246,7 @@ def _decode(tokenizer: VisionTokenizer, codes: Tensor, header: Header) -> Iterat
 
 def _image(pixels: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """``[3, H, W]`` uint8 of pixels in [-1, 1], resized to ``size``."""
-    (picture,) = postprocess(pixels[None])
-    if size is not None and size != (picture.height, picture.width):
-        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    (image,) = postprocess(pixels[None])
+    if size is not None and size != (image.height, image.width):
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,7 +1,7 @@
-"""Handwritten digits in colour: the real scans inside scikit-learn, drawn large.
+"""Handwritten digits in colour: the real scans inside scikit-learn, enlarged.
 
-Held-out digits are split off before anything else sees the data. Colour and a small motion
-are drawn anew every time a digit is used.
+Validation digits are split off before anything else reads the data. Colour and a small motion
+are sampled every time a digit is used.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3.config import DataSettings
+from emu3.demo.config import DigitSettings
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -29,7 +29,7 @@ PALETTE = {
 BACKGROUND = (16, 18, 28)
 COLORS = tuple(PALETTE)
 
-# The 8x8 scans touch their border; a margin of 6 % leaves room for the motion.
+# The 8x8 scans touch their border; the motion needs a margin of 6 %.
 _ZOOM = 0.88
 
 
@@ -47,37 +47,37 @@ class Digits:
         return Digits(self.scans[index], self.labels[index])
 
 
-def load_split(held_out: float, seed: int = 0) -> tuple[Digits, Digits]:
-    """Split the digits, each class in the same proportion: those to learn from, and the rest.
+def load_split(validation: float, seed: int = 0) -> tuple[Digits, Digits]:
+    """Split the digits, each class in the same proportion: training digits and validation digits.
 
-    The split depends on ``held_out`` and ``seed`` alone.
+    The split depends on ``validation`` and ``seed`` alone.
 
     Raises:
-        ValueError: no digit is left to learn from.
+        ValueError: no digit is left to train on.
     """
-    # Here, because the painting and the captions below need no scikit-learn.
+    # Imported here: the rendering and the captions below need no scikit-learn.
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     scans = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16
     digits = Digits(scans, torch.tensor(bunch.target))
     generator = torch.Generator().manual_seed(seed)
-    kept, spared = [], []
+    train_set, validation_set = [], []
     for digit in range(len(DIGITS)):
         members = (digits.labels == digit).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
-        cut = round(len(members) * held_out)
-        spared.append(members[:cut])
-        kept.append(members[cut:])
-    if not any(len(members) for members in kept):
+        cut = round(len(members) * validation)
+        validation_set.append(members[:cut])
+        train_set.append(members[cut:])
+    if not any(len(members) for members in train_set):
         raise ValueError(
-            f"data.held_out: a digit at least must be left to learn from, got {held_out}"
+            f"data.validation: at least one digit must be left to train on, got {validation}"
         )
-    return digits[torch.cat(kept)], digits[torch.cat(spared)]
+    return digits[torch.cat(train_set)], digits[torch.cat(validation_set)]
 
 
 def caption(digit: int, color: int) -> str:
-    """What a picture is called: "a red seven", "an orange one"."""
+    """The caption of an image: "a red seven", "an orange one"."""
     name = COLORS[color]
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name} {DIGITS[digit]}"
 
@@ -93,7 +93,7 @@ def read_caption(text: str) -> tuple[int | None, int | None]:
     )
 
 
-def draw_motion(count: int, settings: DataSettings, generator: torch.Generator) -> Tensor:
+def sample_motion(count: int, settings: DigitSettings, generator: torch.Generator) -> Tensor:
     """``[count, 2, 3]`` affine maps: a rotation, a change of size and a shift, all small."""
     rotate, scale, x, y = 2 * torch.rand(4, count, generator=generator) - 1
     angle = rotate * math.radians(settings.rotate)
@@ -104,17 +104,17 @@ def draw_motion(count: int, settings: DataSettings, generator: torch.Generator) 
 
 
 def at_rest(count: int) -> Tensor:
-    """``[count, 2, 3]`` affine maps that only leave the margin."""
+    """``[count, 2, 3]`` affine maps of the margin alone."""
     return torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).div(_ZOOM).expand(count, 2, 3)
 
 
 def render(scans: Tensor, colors: Tensor | Sequence[int], motion: Tensor, size: int) -> Tensor:
-    """Draw ``scans [n, 1, 8, 8]`` as pictures ``[n, 3, size, size]`` in [-1, 1].
+    """Render ``scans [n, 1, 8, 8]`` as images ``[n, 3, size, size]`` in [-1, 1].
 
     Args:
         colors: ``[n]`` indices into ``COLORS``.
-        motion: ``[n, 2, 3]`` affine maps from the picture to the scan.
-        size: side of the picture.
+        motion: ``[n, 2, 3]`` affine maps from the image to the scan.
+        size: side of the image.
     """
     where = F.affine_grid(motion, (len(scans), 1, size, size), align_corners=False)
     ink = F.grid_sample(scans, where, mode="bicubic", align_corners=False).clamp(0, 1)

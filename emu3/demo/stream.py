@@ -1,11 +1,11 @@
-"""Endless batches whose place can be saved and found again, to the bit."""
+"""Endless batches of digits; a restored stream continues bit for bit."""
 
 import torch
 from torch import Tensor
 
-from emu3.config import DataSettings, Recipe
-from emu3.data.digits import COLORS, Digits, caption, draw_motion, load_split, render
-from emu3.data.documents import Lesson, collate
+from emu3.data.documents import Example, collate
+from emu3.demo.config import DigitRecipe, DigitSettings
+from emu3.demo.digits import COLORS, Digits, caption, load_split, render, sample_motion
 from emu3.prompt import (
     generation_document,
     generation_prompt,
@@ -17,19 +17,19 @@ from emu3.vision import VisionTokenizer
 
 
 class DigitStream:
-    """Shuffled epochs of digits, each draw in a random colour and slightly moved.
+    """Shuffled epochs of digits, each sample in a random colour and slightly moved.
 
     One generator decides the order, the colours and the motion; with the rest of the epoch
     it is the whole state.
     """
 
-    def __init__(self, digits: Digits, settings: DataSettings, size: int, seed: int) -> None:
+    def __init__(self, digits: Digits, settings: DigitSettings, size: int, seed: int) -> None:
         self.digits, self.settings, self.size = digits, settings, size
         self.generator = torch.Generator().manual_seed(seed)
         self.rest = torch.empty(0, dtype=torch.int64)
 
-    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Next batch: pictures ``[B, 3, H, W]``, digits ``[B]``, colours ``[B]``."""
+    def sample(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Next batch: images ``[B, 3, H, W]``, digits ``[B]``, colours ``[B]``."""
         count = self.settings.batch_size
         while len(self.rest) < count:
             epoch = torch.randperm(len(self.digits), generator=self.generator)
@@ -37,7 +37,7 @@ class DigitStream:
         index, self.rest = self.rest[:count], self.rest[count:]
         chosen = self.digits[index]
         colors = torch.randint(len(COLORS), (count,), generator=self.generator)
-        motion = draw_motion(count, self.settings, self.generator)
+        motion = sample_motion(count, self.settings, self.generator)
         return render(chosen.scans, colors, motion, self.size), chosen.labels, colors
 
     def state(self) -> dict[str, Tensor]:
@@ -48,22 +48,22 @@ class DigitStream:
         self.rest = state["rest"].clone()
 
 
-class PictureStream(DigitStream):
-    """Pictures alone, for the vision tokenizer."""
+class ImageStream(DigitStream):
+    """Images alone, for the vision tokenizer."""
 
     def next_batch(self) -> tuple[Tensor]:
-        return (self.draw()[0],)
+        return (self.sample()[0],)
 
 
 class DocumentStream(DigitStream):
-    """Documents for the decoder: caption before picture, or picture before caption.
+    """Documents for the decoder: caption before image, or image before caption.
 
-    Only what comes second is learned, as in Emu3's fine-tuning. Some pictures come without
-    their caption, which is what guidance leads away from.
+    Only the second part has a loss, as in Emu3's fine-tuning. Some images come without their
+    caption: the unconditional branch of classifier-free guidance.
     """
 
     def __init__(
-        self, digits: Digits, recipe: Recipe, tokenizer: VisionTokenizer, text: TextTokenizer
+        self, digits: Digits, recipe: DigitRecipe, tokenizer: VisionTokenizer, text: TextTokenizer
     ) -> None:
         size = tokenizer.settings.image_size
         super().__init__(digits, recipe.data, size, recipe.train.seed)
@@ -72,21 +72,21 @@ class DocumentStream(DigitStream):
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Ids ``[B, T]`` and their loss weights ``[B, T]``."""
-        pictures, labels, colors = self.draw()
+        images, labels, colors = self.sample()
         describe, silent = torch.rand(2, len(labels), generator=self.generator)
-        lessons = []
-        for number, codes in enumerate(self.tokenizer.encode(pictures)):
+        examples = []
+        for number, codes in enumerate(self.tokenizer.encode(images)):
             words = caption(int(labels[number]), int(colors[number]))
             if describe[number] < self.settings.describe:
                 start = len(understanding_prompt(codes, self.text))
-                lessons.append(Lesson(understanding_document(codes, words, self.text), start))
+                examples.append(Example(understanding_document(codes, words, self.text), start))
             else:
                 words = "" if silent[number] < self.settings.null_caption else words
                 start = len(generation_prompt(words, tuple(codes.shape), self.text))
-                lessons.append(Lesson(generation_document(words, codes, self.text), start))
-        return collate(lessons, self.text.vocabulary, self.vision_weight)
+                examples.append(Example(generation_document(words, codes, self.text), start))
+        return collate(examples, self.text.vocabulary, self.vision_weight)
 
 
-def digits_to_learn(settings: DataSettings) -> Digits:
-    """The digits that training may see."""
-    return load_split(settings.held_out)[0]
+def training_digits(settings: DigitSettings) -> Digits:
+    """The training digits."""
+    return load_split(settings.validation)[0]

@@ -1,4 +1,4 @@
-"""Times prefill and decode of a model with random weights, and takes one decode apart."""
+"""Times prefill and decode of a model with random weights, and profiles one call of each."""
 
 import resource
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
 from emu3.files import replacing
 from emu3.model import Emu3
-from emu3.profile.cost import (
+from emu3.tools.profile.cost import (
     Cost,
     CostCounter,
     Machine,
@@ -31,7 +31,7 @@ ATTENTION_OPS = "attention", "decode_attention"
 
 @dataclass(frozen=True)
 class Row:
-    """One op of a profiled call: seconds of its own in all of its calls, and what it cost."""
+    """One op of a profiled call: its own seconds over all calls, and its cost."""
 
     name: str
     calls: int
@@ -40,8 +40,8 @@ class Row:
 
 
 @dataclass
-class Anatomy:
-    """A call taken apart; the rows add up to ``seconds``, what no op took included."""
+class Breakdown:
+    """A call by op; the rows add up to ``seconds``, time outside ops included."""
 
     title: str
     seconds: float
@@ -50,7 +50,7 @@ class Anatomy:
 
 @dataclass
 class Profile:
-    """All that ``emu3 profile`` found out."""
+    """The result of ``emu3 profile``."""
 
     settings: ModelSettings
     dtype: torch.dtype
@@ -60,8 +60,8 @@ class Profile:
     prefill: dict[str, dict[int, float]] = field(default_factory=dict)
     """Seconds of a whole prompt, likewise."""
     bounds: dict[int, float] = field(default_factory=dict)
-    """Seconds that a decoded token takes at the least, by context."""
-    anatomies: list[Anatomy] = field(default_factory=list)
+    """Lower bound of the seconds of a decoded token, by context."""
+    breakdowns: list[Breakdown] = field(default_factory=list)
     peak_bytes: int = 0
 
 
@@ -92,13 +92,13 @@ def run_profile(
         context: tokens in the cache of the longest decode.
         prefill: tokens of the longest prompt, at most ``context``.
         out: folder for the trace.
-        against: another backend of attention and decode_attention to time beside the default.
-        repeats: timed calls, of which the median counts.
+        against: another backend of attention and decode_attention to time against the default.
+        repeats: timed calls, the median is reported.
     """
-    if context > settings.max_positions:
+    if context > settings.max_position_embeddings:
         raise ValueError(
-            f"profile: context must be at most max_positions {settings.max_positions}, "
-            f"got {context}"
+            "profile: context must be at most max_position_embeddings "
+            f"{settings.max_position_embeddings}, got {context}"
         )
     prefill = min(prefill, context)
     try_attention(settings, dtype, device, against)
@@ -121,9 +121,9 @@ def run_profile(
     for n in contexts_up_to(context):
         found.bounds[n] = machine.bound(count(decode_call(model, cache, n)).total)
     decode, prompt = decode_call(model, cache, context), prefill_call(model, cache, prefill)
-    found.anatomies = [
-        take_apart(f"one token after {context - 1:,}", decode, device, out / "trace.json"),
-        take_apart(f"a prompt of {prefill:,}", prompt, device),
+    found.breakdowns = [
+        break_down(f"one token after {context - 1:,}", decode, device, out / "trace.json"),
+        break_down(f"a prompt of {prefill:,}", prompt, device),
     ]
     found.peak_bytes = peak_bytes(device)
     return found
@@ -148,9 +148,9 @@ def backends(against: str | None) -> Iterator[tuple[str, object]]:
 def try_attention(
     settings: ModelSettings, dtype: torch.dtype, device: str, against: str | None
 ) -> None:
-    """Let a backend that is unknown, or cannot run, fail before anything is measured."""
-    q = torch.ones(1, 2, settings.heads, settings.head_width, dtype=dtype, device=device)
-    keys = torch.ones(1, 2, settings.kv_heads, settings.head_width, dtype=dtype, device=device)
+    """Fail on a backend that is unknown or cannot run, before anything is measured."""
+    q = torch.ones(1, 2, settings.num_heads, settings.head_dim, dtype=dtype, device=device)
+    keys = torch.ones(1, 2, settings.num_kv_heads, settings.head_dim, dtype=dtype, device=device)
     lengths = torch.tensor([2], dtype=torch.int32, device=device)
     for _, forced in backends(against):
         with forced:
@@ -159,7 +159,7 @@ def try_attention(
 
 
 def decode_call(model: Emu3, cache: KeyValueCache, context: int) -> Callable[[], None]:
-    """One token that fills the context, and the logits of the visual codes that may follow."""
+    """One token that fills the context, and the logits of the next visual code."""
     ids = model.settings.vocabulary
     token = torch.full((1, 1), ids.visual_start, device=cache.keys.device)
     visual_head = model.head.weight[ids.visual_start : ids.size]
@@ -199,10 +199,10 @@ def count(call: Callable[[], None]) -> CostCounter:
     return counter
 
 
-def take_apart(
+def break_down(
     title: str, call: Callable[[], None], device: str, trace: Path | None = None
-) -> Anatomy:
-    """Profile one call; time that the profiler gives to no op becomes a row of its own."""
+) -> Breakdown:
+    """Profile one call; time outside ops is a row of its own."""
     costs = count(call).costs
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
@@ -218,7 +218,7 @@ def take_apart(
     if trace is not None:
         with replacing(trace) as draft:
             profiled.export_chrome_trace(str(draft))
-    return Anatomy(title, seconds, sorted([*rows, outside], key=lambda row: -row.seconds))
+    return Breakdown(title, seconds, sorted([*rows, outside], key=lambda row: -row.seconds))
 
 
 def own_seconds(event, device: str) -> float:
@@ -227,7 +227,7 @@ def own_seconds(event, device: str) -> float:
 
 
 def peak_bytes(device: str) -> int:
-    """Most memory that was held: of the device, or of the process on a CPU."""
+    """Peak memory of the device, or of the process on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

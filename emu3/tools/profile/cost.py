@@ -1,4 +1,4 @@
-"""COUNTED: the bytes and FLOPs of every op of a call. BOUND: what this machine needs for them."""
+"""COUNTED: the bytes and FLOPs of every op of a call. BOUND: the least time on this machine."""
 
 import time
 from collections import defaultdict
@@ -17,7 +17,7 @@ from emu3_kernels import linear
 
 @dataclass
 class Cost:
-    """What the calls of one op move and multiply."""
+    """Bytes and FLOPs of the calls of one op."""
 
     num_bytes: int = 0
     flops: int = 0
@@ -25,18 +25,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates measured here: bytes a second read from memory, FLOPs a second of a product."""
+    """Rates measured here: bytes a second read from memory, FLOPs a second of a matmul."""
 
     bytes_per_second: float
     flops_per_second: float
 
     def bound(self, cost: Cost) -> float:
-        """Seconds that ``cost`` takes at the least."""
+        """Lower bound of the seconds of ``cost``."""
         return max(cost.num_bytes / self.bytes_per_second, cost.flops / self.flops_per_second)
 
 
 def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
-    """Time the sum of 1 GiB and the product of two square matrices in ``dtype``."""
+    """Time the sum of 1 GiB and the matmul of two square matrices in ``dtype``."""
     numbers = torch.ones(1 << 28, device=device)
     left, right = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
     return Machine(
@@ -46,7 +46,7 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Time one call, the work it leaves on a device included."""
+    """Seconds of one call, its asynchronous work included."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -60,7 +60,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class CostCounter(TorchDispatchMode):
-    """Counts every op inside the block, under the name that the profiler gives it."""
+    """Counts every op inside the block, under its name in the profiler."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,10 +81,10 @@ class CostCounter(TorchDispatchMode):
 
 
 def _bytes(function, args: tuple, kwargs: dict, result: object) -> int:
-    """Inputs read once and results written once; an op that reads a part states which."""
+    """Inputs read once and results written once; ops that read a part have a formula."""
     name = function._schema.name
-    if name in _PARTLY_READ:
-        return _PARTLY_READ[name](result, *args, **kwargs)
+    if name in _BYTES:
+        return _BYTES[name](result, *args, **kwargs)
     if function.is_view or "empty" in name:
         return 0
     tensors = {t.data_ptr(): t for t in tree_leaves((args, kwargs, result)) if _is_tensor(t)}
@@ -92,8 +92,8 @@ def _bytes(function, args: tuple, kwargs: dict, result: object) -> int:
 
 
 def _flops(function, args: tuple, kwargs: dict, result: object) -> int:
-    if function._schema.name in _MULTIPLIED:
-        return _MULTIPLIED[function._schema.name](*args, **kwargs)
+    if function._schema.name in _FLOPS:
+        return _FLOPS[function._schema.name](*args, **kwargs)
     formula = flop_registry.get(function._overloadpacket)
     return formula(*args, **kwargs, out_val=result) if formula else 0
 
@@ -103,7 +103,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes behind a tensor: one that is expanded has fewer than its shape says."""
+    """Bytes behind a tensor: an expanded one has fewer than its shape implies."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
@@ -117,20 +117,20 @@ def _decode_bytes(result, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: 
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, *_) -> int:
-    seen = int((end - first).clamp_min(0).sum()) * (q.shape[0] // first.shape[0])
-    return 4 * q.shape[2] * q.shape[3] * seen
+    pairs = int((end - first).clamp_min(0).sum()) * (q.shape[0] // first.shape[0])
+    return 4 * q.shape[2] * q.shape[3] * pairs
 
 
 def _decode_flops(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *_) -> int:
     return 4 * q.shape[1] * q.shape[2] * q.shape[3] * int(lengths.sum())
 
 
-_PARTLY_READ = {
+_BYTES = {
     "aten::embedding": lambda result, *_, **__: 2 * _size(result),
     "emu3_kernels::rope_append": _rope_append_bytes,
     "emu3_kernels::decode_attention": _decode_bytes,
 }
-_MULTIPLIED = {
+_FLOPS = {
     "emu3_kernels::matmul": lambda a, b, *_: 2 * a.shape[0] * b.numel(),
     "emu3_kernels::attention": _attention_flops,
     "emu3_kernels::decode_attention": _decode_flops,
