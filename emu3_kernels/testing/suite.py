@@ -65,7 +65,7 @@ def public(op: str) -> Callable:
 def backends(op: str) -> Iterator[str]:
     """Name every backend of our own; the native one once per level: ``cpu@avx2``."""
     for backend in backends_of(op):
-        if backend in LIBRARIES:
+        if backend in LIBRARIES or (backend == "cuda" and not torch.cuda.is_available()):
             continue
         if backend == "cpu" and not library.MISSING:
             yield from (f"cpu@{level}" for level in library.cpu_levels())
