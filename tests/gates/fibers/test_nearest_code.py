@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from emu3_kernels.ops.vq import cases, reference
+from emu3_kernels.ops.vq import reference
+from emu3_kernels.testing.suite import cases
 from tests.gates.fibers import fiber
 
 FEW, MANY = 10_000, 1
@@ -36,7 +37,7 @@ def on_fibers(z, codebook, num_multiprocessors, seed=0):
 
 def make(batch, dim, places, num_codes, dtype=torch.float32, on_grid=False):
     size = {"shape": (batch, dim, places), "num_codes": num_codes, "on_grid": on_grid}
-    return cases.make(**size, dtype=dtype, device="cpu").values()
+    return cases("nearest_code").make(**size, dtype=dtype, device="cpu").values()
 
 
 @pytest.mark.parametrize("num_multiprocessors", [FEW, MANY])
