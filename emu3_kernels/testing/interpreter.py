@@ -1,4 +1,4 @@
-"""Triton's interpreter, made exact in ``tl.dot`` and faster; call :func:`improve` once a process."""
+"""Triton's interpreter, exact in ``tl.dot`` and faster: call :func:`improve` once a process."""
 
 import numpy as np
 from triton.runtime import interpreter
@@ -13,7 +13,7 @@ _patched: set[int] = set()
 
 
 def improve() -> None:
-    """Replace two functions of the interpreter; what kernels compute stays the same or more exact."""
+    """Replace functions of the interpreter; what kernels compute stays the same or gets exact."""
     InterpreterBuilder.create_dot = _dot
     interpreter._patch_lang = _patch_language_once
     GridExecutor.__call__ = _launch_anew
