@@ -63,22 +63,11 @@ def _families(item: pytest.Item) -> set[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def exact_products_of_the_interpreter() -> None:
-    """Make Triton's interpreter accumulate ``tl.dot`` in float64, which is as good as exact.
+def improved_interpreter() -> None:
+    if find_spec("triton"):
+        from emu3_kernels.testing.interpreter import improve
 
-    It calls the BLAS of the machine, whose float32 sums depend on the processor and on the position
-    of a row in its matrix; those of a GPU do not.
-    """
-    if not find_spec("triton"):
-        return
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        product = np.matmul(a.data, b.data, dtype=np.float64)
-        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
-
-    InterpreterBuilder.create_dot = dot
+        improve()
 
 
 @pytest.fixture(scope="session")

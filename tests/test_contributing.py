@@ -1,5 +1,6 @@
 """The example of CONTRIBUTING.md runs: a backend in one file, checked by one command."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,8 @@ def checked(example: str, folder: Path) -> subprocess.CompletedProcess:
     (folder / "my_backend.py").write_text(example)
     (command,) = re.findall(r"```sh\npython (-m emu3_kernels\.testing .*)\n```", TEXT)
     command = [sys.executable, *command.split()]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_the_example_is_accurate(tmp_path):

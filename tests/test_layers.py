@@ -20,9 +20,9 @@ MAY_NOT_IMPORT = {
     "tests": ("benchmarks",),
 }
 EMU3 = (
-    *({"config", "settings", "files", "text", "prompt", "vision", "weights", "__init__"},),
-    *({"model", "cache", "sampling"}, {"generate"}, {"data", "train"}),
-    *({"tools", "serve", "demo"}, {"tasks", "cli", "__main__"}),
+    {"config", "settings", "files", "model", "vision", "text", "prompt", "cache", "sampling"}
+    | {"weights", "__init__"},
+    *({"generate"}, {"data", "train"}, {"tools", "serve", "demo"}, {"tasks", "cli", "__main__"}),
 )
 """Parts of ``emu3``, lowest first: each imports its own layer and those below."""
 FAMILIES = sorted(
