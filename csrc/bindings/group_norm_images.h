@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../cpu/group_norm.h"
-#include "torch_stable.h"
+#include "cpu/group_norm/group_norm.h"
+#include "bindings/torch_stable.h"
 
 namespace emu3 {
 

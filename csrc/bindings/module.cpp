@@ -2,7 +2,7 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
-#include "torch_stable.h"
+#include "bindings/torch_stable.h"
 
 namespace emu3 {
 namespace {

@@ -1,9 +1,9 @@
-#include "../cpu/rope.h"
+#include "cpu/rope/rope.h"
 
 #include <optional>
 #include <tuple>
 
-#include "torch_stable.h"
+#include "bindings/torch_stable.h"
 
 namespace emu3 {
 namespace {

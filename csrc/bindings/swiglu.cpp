@@ -1,6 +1,6 @@
-#include "../cpu/swiglu.h"
+#include "cpu/swiglu/swiglu.h"
 
-#include "torch_stable.h"
+#include "bindings/torch_stable.h"
 
 namespace emu3 {
 namespace {

@@ -17,9 +17,9 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "../cpu/dropout.h"
-#include "../cpu/dtype.h"
-#include "../cpu/levels.h"
+#include "cpu/lib/dropout.h"
+#include "cpu/lib/dtype.h"
+#include "cpu/lib/levels.h"
 
 namespace emu3 {
 

@@ -4,7 +4,7 @@
 #include "fiber.h"
 
 #include "guarded.h"
-#include "temporal_residual.cuh"
+#include "cuda/conv3d/temporal_residual.cuh"
 
 namespace {
 

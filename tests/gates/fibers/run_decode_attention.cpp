@@ -2,7 +2,7 @@
 // inputs end where unmapped memory begins, so that a read past them is a segmentation fault.
 #include "fiber.h"
 
-#include "decode_attention.cuh"
+#include "cuda/attention/decode_attention.cuh"
 #include "guarded.h"
 
 namespace {

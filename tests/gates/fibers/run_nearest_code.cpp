@@ -3,7 +3,7 @@
 #include "fiber.h"
 
 #include "guarded.h"
-#include "nearest_code.cuh"
+#include "cuda/vq/nearest_code.cuh"
 
 namespace {
 
