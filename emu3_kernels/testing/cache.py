@@ -14,7 +14,7 @@ def cached(key: str, make: Callable[[], bytes]) -> bytes:
     """Return ``make()``, computed once for ``key`` on this machine.
 
     ``key`` must contain everything that the result depends on: sources, versions, sizes. A file
-    starts with the SHA-256 of its content, so that a damaged one is made anew. Processes may ask for
+    starts with the SHA-256 of its content, and a damaged one is made anew. Processes may ask for
     the same key at the same time: each writes a file of its own and renames it. Where the folder
     cannot be written to, nothing is kept.
     """

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +20,7 @@ INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
 def with_includes(source: str, *folders: Path) -> str:
-    """Return ``source`` and every header of ours that it includes, in whatever depth, each once.
+    """Return ``source`` and every header of ours that it includes, directly or not, each once.
 
     Headers are searched in ``folders``, then in ``csrc``.
     """
@@ -27,9 +28,8 @@ def with_includes(source: str, *folders: Path) -> str:
     while waiting:
         name = waiting.pop()
         if name not in texts:
-            texts[name] = next(
-                p for p in (f / name for f in (*folders, CSRC)) if p.exists()
-            ).read_text()
+            paths = (folder / name for folder in (*folders, CSRC))
+            texts[name] = next(path for path in paths if path.exists()).read_text()
             waiting += INCLUDE.findall(texts[name])
     return "\n".join(texts[name] for name in sorted(texts))
 
@@ -41,7 +41,7 @@ def version_of(compiler: str) -> str:
     return done.stdout
 
 
-def file_of(key: str, make, suffix: str) -> Path:
+def file_of(key: str, make: Callable[[], bytes], suffix: str) -> Path:
     """Return an executable file that lives as long as this process, with ``cached(key, make)``."""
     path = _folder() / f"{sha256(key.encode()).hexdigest()[:16]}{suffix}"
     if not path.exists():

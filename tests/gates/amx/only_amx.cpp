@@ -1,4 +1,4 @@
-// What the bindings of attention are linked with where there is no level but AMX.
+// Links the bindings of attention with no level but AMX.
 #include "cpu/attention/attention.h"
 #include "cpu/attention/decode_attention.h"
 

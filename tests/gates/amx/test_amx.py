@@ -1,6 +1,8 @@
-"""attention as it runs on processors with AMX: the real kernels and bindings, every tile
-instruction replaced by the plain C++ of amx.h; where the processor has AMX, the generic suite runs
-them as they are."""
+"""attention at the AMX level on processors without AMX.
+
+The real kernels and bindings run with the tile intrinsics replaced by the plain C++ of amx.h. Where
+the processor has AMX, the generic suite tests them as they are.
+"""
 
 import subprocess
 from functools import partial
@@ -26,7 +28,7 @@ OF_BINDINGS = ["-Demu3_kernels=emu3_kernels_amx", "-DTORCH_TARGET_VERSION=0x020B
 
 pytestmark = pytest.mark.skipif(
     "avx512_bf16" not in library.cpu_levels(),
-    reason="beside its tiles, the AMX level needs a processor with AVX-512 and bfloat16",
+    reason="besides tiles, the AMX level needs AVX-512 with bfloat16",
 )
 
 
@@ -94,11 +96,11 @@ def test_a_head_dim_that_fills_no_tile(on_amx, width):
 
 
 @pytest.mark.parametrize("name", ["k", "v"])
-def test_padding_lets_nothing_through(on_amx, name):
-    """A tile is wider than a head of 40: what lies beside it may be infinite."""
+def test_padding_of_a_tile_changes_no_output(on_amx, name):
+    """A tile is wider than a head of 40: its padding must not be multiplied by infinity."""
     size = {"batch": 1, "queries": 33, "keys": 33, "heads": 1, "groups": 1, "width": 40}
     inputs = cases("attention").make(**size, dtype=torch.bfloat16, device="cpu")
-    inputs[name][:, -1] = torch.inf  # seen by the last query alone
+    inputs[name][:, -1] = torch.inf  # the last query alone attends to it
     out = attention(**inputs)
     assert on_amx == ["attention"]
     assert out[:, :-1].isfinite().all()

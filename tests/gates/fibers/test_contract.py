@@ -15,12 +15,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import triton
+from emu3_kernels.testing.codegen import judge
+from emu3_kernels.testing.machine_code import Facts, nvidia_facts
 
-from benchmarks import machine_code
-from benchmarks.codegen import judge
-from benchmarks.machine_code import Facts, nvidia_facts
 from emu3_kernels.ops import OPS
 from emu3_kernels.runtime.contracts import Contract, CudaKernel
+from emu3_kernels.testing import machine_code
 from emu3_kernels.testing.cache import cached
 from tests.gates.compiled import CSRC, version_of, with_includes
 

@@ -10,7 +10,7 @@ from emu3_kernels.testing.suite import cases, reference
 from tests.gates.fibers import fiber
 
 FEW, MANY = 10_000, 1
-"""Multiprocessors of a machine that the queries do not fill, and of one that they do."""
+"""SMs of a GPU that the queries do not fill, and of one that they do."""
 
 
 def raw(tensor):
@@ -22,20 +22,20 @@ def raw(tensor):
 
 def on_fibers(z, codebook, num_multiprocessors, seed=0):
     """nearest_code of ``z`` ``[B, D, P]`` by the CUDA kernel, called as its binding calls it."""
-    batch, dim, places = z.shape
+    batch, dim, positions = z.shape
     padded = next(width for width in (4, 8, 16, 32) if dim <= width)
     codes = F.pad(codebook.float(), (0, padded - dim))
     data = raw(z)
     header = struct.pack(
-        "11q", z.dtype == torch.bfloat16, batch * places, places, *z.stride(), dim, len(data),
+        "11q", z.dtype == torch.bfloat16, batch * positions, positions, *z.stride(), dim, len(data),
         len(codebook), num_multiprocessors, seed,
     )  # fmt: skip
     out = fiber.run(fiber.build("run_nearest_code.cpp"), stdin=header + data + raw(codes))
-    return torch.frombuffer(bytearray(out), dtype=torch.int64).view(batch, places)
+    return torch.frombuffer(bytearray(out), dtype=torch.int64).view(batch, positions)
 
 
-def make(batch, dim, places, num_codes, dtype=torch.float32, on_grid=False):
-    size = {"shape": (batch, dim, places), "num_codes": num_codes, "on_grid": on_grid}
+def make(batch, dim, positions, num_codes, dtype=torch.float32, on_grid=False):
+    size = {"shape": (batch, dim, positions), "num_codes": num_codes, "on_grid": on_grid}
     return cases("nearest_code").make(**size, dtype=dtype, device="cpu").values()
 
 
@@ -43,7 +43,7 @@ def make(batch, dim, places, num_codes, dtype=torch.float32, on_grid=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [1, 3, 4, 8, 13, 32])
 def test_every_dimension(dim, dtype, num_multiprocessors):
-    """4,099 codes of D 4 are four whole tiles and a ragged one; 301 places, blocks and a rest."""
+    """4,099 codes of D 4 are four whole tiles and a ragged one; 301 positions are ragged."""
     z, codebook = make(2, dim, 301, 16384 // dim + 3, dtype)
     actual = on_fibers(z, codebook, num_multiprocessors)
     assert torch.equal(actual, reference("nearest_code")(z, codebook))
