@@ -26,12 +26,12 @@ struct Settings {
   bool silu, post_silu;
 };
 
-// p // 2 + p % 2 zeros ahead of rows and columns, `front` ahead of the frames.
+// Pads p // 2 + p % 2 zeros before rows and columns, and `front` before frames.
 Axis axis(const Tensor& x, const Tensor& weight, const Settings& settings, int i) {
   const int64_t kernel = weight.size(2 + i), stride = settings.stride[i], size = x.size(2 + i);
-  const int64_t before = i ? (kernel - stride + 1) / 2 : settings.front;
-  const int64_t frames = std::max<int64_t>(0, (size + before - kernel + stride) / stride);
-  return {kernel, stride, before, size, i ? size / stride : frames, false};
+  const int64_t padding = i ? (kernel - stride + 1) / 2 : settings.front;
+  const int64_t frames = std::max<int64_t>(0, (size + padding - kernel + stride) / stride);
+  return {kernel, stride, padding, size, i ? size / stride : frames, false};
 }
 
 Conv convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -43,7 +43,7 @@ Conv convolution(const Tensor& x, const Tensor& weight, const std::optional<Tens
       .columns = axis(x, weight, settings, 2),
       .in = x.size(1),
       .out = weight.size(0),
-      .together = 1,
+      .channels_per_word = 1,
       .weight = nullptr,
       .bias = data<float>(bias),
       .scale = data<float>(scale),
@@ -53,21 +53,20 @@ Conv convolution(const Tensor& x, const Tensor& weight, const std::optional<Tens
   };
 }
 
-// From the gradient of the results to that of the source: the taps are the same, the channels and
-// the columns the other way round.
+// Returns the transposed convolution, from the gradient of the outputs to that of the source.
 Conv gradient(const Conv& conv) {
-  const auto turned = [](Axis axis) {
-    std::swap(axis.source, axis.results);
+  const auto transposed = [](Axis axis) {
+    std::swap(axis.source, axis.outputs);
     axis.gradient = true;
     return axis;
   };
   return {
-      .time = turned(conv.time),
-      .rows = turned(conv.rows),
-      .columns = turned(conv.columns),
+      .time = transposed(conv.time),
+      .rows = transposed(conv.rows),
+      .columns = transposed(conv.columns),
       .in = conv.out,
       .out = conv.in,
-      .together = 1,
+      .channels_per_word = 1,
       .weight = nullptr,
       .bias = nullptr,
       .scale = nullptr,
@@ -77,64 +76,65 @@ Conv gradient(const Conv& conv) {
   };
 }
 
-// Gives `conv` its weights, float32 or bfloat16, in the order in which its kernel reads them, zeros
-// for missing channels. Pairs of channels are multiplied where both they and the source are
-// bfloat16.
+// Packs float32 or bfloat16 weights for `conv`, with zeros for missing channels, and returns their
+// memory. A word has two input channels if weights and source are bfloat16 and the level has a
+// bfloat16 dot product.
 std::vector<uint32_t> pack(Conv& conv, Dtype source, const Tensor& weight) {
-  const bool halves = dtype_of(weight) == Dtype::bfloat16;
-  if (halves && source == Dtype::bfloat16) conv.together = causal_conv().halves_together;
+  const bool is_bfloat16 = dtype_of(weight) == Dtype::bfloat16;
+  if (is_bfloat16 && source == Dtype::bfloat16)
+    conv.channels_per_word = causal_conv().bfloat16_channels_per_word;
   const auto* const words = static_cast<const uint32_t*>(weight.const_data_ptr());
   const auto* const half = static_cast<const uint16_t*>(weight.const_data_ptr());
   const int64_t planes = conv.time.kernel * conv.rows.kernel, columns = conv.columns.kernel;
-  const bool turned = conv.columns.gradient;
-  const int64_t by_out = turned ? conv.taps() : conv.in * conv.taps();
-  const int64_t by_in = turned ? conv.out * conv.taps() : conv.taps();
+  const bool transposed = conv.columns.gradient;
+  const int64_t by_out = transposed ? conv.taps() : conv.in * conv.taps();
+  const int64_t by_in = transposed ? conv.out * conv.taps() : conv.taps();
   const int64_t block = conv.words() * conv.taps() * kOut;
-  std::vector<uint32_t> to(whole(conv.out, kOut) / kOut * block);
+  std::vector<uint32_t> to(round_up(conv.out, kOut) / kOut * block);
   for (int64_t o = 0; o < conv.out; ++o)
     for (int64_t plane = 0; plane < planes; ++plane)
       for (int64_t c = 0; c < conv.in; ++c)
         for (int64_t k = 0; k < columns; ++k) {
           const int64_t from =
-              o * by_out + c * by_in + plane * columns + (turned ? columns - 1 - k : k);
-          const int64_t word = (plane * conv.words() + c / conv.together) * columns + k;
-          // The second of a pair is the upper half, as is a bfloat16 of its float.
-          const int shift = halves && (conv.together == 1 || c % 2) ? 16 : 0;
+              o * by_out + c * by_in + plane * columns + (transposed ? columns - 1 - k : k);
+          const int64_t word = (plane * conv.words() + c / conv.channels_per_word) * columns + k;
+          // The upper half of a word is the second channel of a pair, or a bfloat16 as a float.
+          const int shift = is_bfloat16 && (conv.channels_per_word == 1 || c % 2) ? 16 : 0;
           to[o / kOut * block + word * kOut + o % kOut] |=
-              halves ? uint32_t{half[from]} << shift : words[from];
+              is_bfloat16 ? uint32_t{half[from]} << shift : words[from];
         }
   conv.weight = to.data();
   return to;
 }
 
-// The results of a batch cut into tiles, about `wanted` of them or more: few enough rows that the
-// staged source of one stays in a cache of the second level. What a tile holds changes no result.
+// Divides the outputs of a batch into tiles, about `wanted` or more, of few enough rows that the
+// staged source of one fits the L2 cache. No output depends on the tiles.
 std::vector<Tile> tiles(const Conv& conv, int64_t batch, int64_t wanted) {
-  constexpr int64_t kFewest = 32, kCache = 96 << 10;  // rows; floats
-  const int64_t rows = conv.rows.results, frames = conv.time.results;
-  if (!rows || !frames || !batch || !conv.columns.results) return {};
-  const int64_t fit = std::max(kFewest / 8, rows * kCache / window_size(conv, rows));
-  const int64_t asked = (wanted + batch - 1) / batch;
-  const int64_t parts =
-      std::max((rows + fit - 1) / fit, std::min(asked, std::max<int64_t>(1, rows / kFewest)));
-  const int64_t pieces = std::min(frames, (asked + parts - 1) / parts);
+  constexpr int64_t kMinRows = 32, kCache = 96 << 10;  // rows; floats
+  const int64_t rows = conv.rows.outputs, frames = conv.time.outputs;
+  if (!rows || !frames || !batch || !conv.columns.outputs) return {};
+  const int64_t fit = std::max(kMinRows / 8, rows * kCache / window_size(conv, rows));
+  const int64_t wanted_per_image = (wanted + batch - 1) / batch;
+  const int64_t parts = std::max((rows + fit - 1) / fit,
+                                 std::min(wanted_per_image, std::max<int64_t>(1, rows / kMinRows)));
+  const int64_t slices = std::min(frames, (wanted_per_image + parts - 1) / parts);
   std::vector<Tile> all;
   for (int64_t b = 0; b < batch; ++b)
-    for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int64_t slice = 0; slice < slices; ++slice)
       for (int64_t part = 0; part < parts; ++part)
-        all.push_back({b, frames * piece / pieces, frames * (piece + 1) / pieces,
+        all.push_back({b, frames * slice / slices, frames * (slice + 1) / slices,
                        rows * part / parts, rows * (part + 1) / parts});
   return all;
 }
 
-int64_t most_rows(const std::vector<Tile>& all) {
+int64_t max_rows(const std::vector<Tile>& all) {
   int64_t rows = 0;
   for (const Tile& tile : all) rows = std::max(rows, tile.row_end - tile.row);
   return rows;
 }
 
-// Runs body(tile, part, scratch) for every tile, `size` floats of zeros each. Tiles i, i + parts, …
-// are part i, and run in this order; a thread takes the next part when it is free.
+// Calls body(tile, part, scratch) for every tile, with `size` zeroed floats. Tiles i, i + parts, …
+// are part i and run in this order; a free thread takes the next part.
 template <typename Body>
 void over_tiles(const std::vector<Tile>& all, int64_t parts, int64_t size, Body body) {
   const int64_t count = static_cast<int64_t>(all.size());
@@ -166,9 +166,9 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   Conv conv = convolution(x, weight, bias, scale, shift, settings);
   const auto weights = pack(conv, dtype_of(x), weight);
   Tensor y = torch::stable::new_empty(
-      x, {x.size(0), conv.out, conv.time.results, conv.rows.results, conv.columns.results});
+      x, {x.size(0), conv.out, conv.time.outputs, conv.rows.outputs, conv.columns.outputs});
   const std::vector<Tile> all = tiles(conv, x.size(0), 2 * threads());
-  over_tiles(all, conv_scratch(conv, most_rows(all)),
+  over_tiles(all, conv_scratch(conv, max_rows(all)),
              [&](const Tile& tile, int64_t, float* scratch) {
                causal_conv().forward(conv, tile, dtype_of(x), x.const_data_ptr(),
                                      residual ? residual->const_data_ptr() : nullptr,
@@ -177,13 +177,13 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   return y;
 }
 
-// dy * silu'(z), where z is what SiLU was applied to.
+// Returns dy * silu'(z), where z is the input of SiLU, which is computed again.
 Tensor before_silu(const Conv& conv, const Tensor& dy, const Tensor& x, const Tensor& weight) {
   Conv again = conv;
   const auto weights = pack(again, dtype_of(x), weight);
   Tensor dz = torch::stable::new_empty(dy, dy.sizes(), ScalarType::Float);
   const std::vector<Tile> all = tiles(conv, x.size(0), 2 * threads());
-  over_tiles(all, conv_scratch(conv, most_rows(all)),
+  over_tiles(all, conv_scratch(conv, max_rows(all)),
              [&](const Tile& tile, int64_t, float* scratch) {
                causal_conv().activation_gradient(again, tile, dtype_of(x), x.const_data_ptr(),
                                                  dy.const_data_ptr(), mutable_floats(dz), scratch);
@@ -191,7 +191,7 @@ Tensor before_silu(const Conv& conv, const Tensor& dy, const Tensor& x, const Te
   return dz;
 }
 
-// Sums of tiles that are kept: settled by the shape alone, so that the results do not depend on the
+// The number of partial sums depends on the shape alone, so that gradients do not depend on the
 // threads.
 constexpr int64_t kParts = 16;
 
@@ -199,7 +199,7 @@ int64_t num_parts(const std::vector<Tile>& all) {
   return std::min(kParts, static_cast<int64_t>(all.size()));
 }
 
-// dx, and dscale and dshift [2, in].
+// Returns dx, and dscale and dshift [2, in].
 std::tuple<Tensor, Tensor> input_gradient(const Conv& conv, const Tensor& dz, const Tensor& x,
                                           const Tensor& weight) {
   Conv back = gradient(conv);
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor> input_gradient(const Conv& conv, const Tensor& dz, co
   Tensor dx = torch::stable::new_empty(x, x.sizes());
   Tensor dnorm = torch::stable::new_empty(x, {2, conv.in}, ScalarType::Float);
   const std::vector<Tile> all = tiles(back, x.size(0), kParts);
-  const int64_t size = 2 * conv.in, rows = most_rows(all), parts = num_parts(all);
+  const int64_t size = 2 * conv.in, rows = max_rows(all), parts = num_parts(all);
   std::vector<double> sums(parts * size);
   const Activated input{dtype_of(x), x.const_data_ptr(), conv.scale, conv.shift, conv.silu};
   over_tiles(
@@ -223,19 +223,19 @@ std::tuple<Tensor, Tensor> input_gradient(const Conv& conv, const Tensor& dz, co
   return {dx, dnorm};
 }
 
-// dweight and dbias, float32.
+// Returns dweight and dbias in float32.
 std::tuple<Tensor, Tensor> weight_gradient(const Conv& conv, const Tensor& dz, const Tensor& x,
                                            const Tensor& weight) {
   Tensor dweight = torch::stable::new_empty(weight, weight.sizes(), ScalarType::Float);
   Tensor dbias = torch::stable::new_empty(weight, {conv.out}, ScalarType::Float);
   const std::vector<Tile> all = tiles(conv, x.size(0), kParts);
-  const int64_t size = partial_size(conv), rows = most_rows(all), parts = num_parts(all);
+  const int64_t size = partial_size(conv), rows = max_rows(all), parts = num_parts(all);
   std::vector<float> partial(parts * size);
-  const bool halves = dtype_of(weight) == Dtype::bfloat16;
+  const bool is_bfloat16 = dtype_of(weight) == Dtype::bfloat16;
   over_tiles(all, parts, weight_scratch(conv, rows),
              [&](const Tile& tile, int64_t part, float* scratch) {
                causal_conv_gradient().of_weight(conv, tile, dtype_of(x), x.const_data_ptr(),
-                                                dtype_of(dz), dz.const_data_ptr(), halves,
+                                                dtype_of(dz), dz.const_data_ptr(), is_bfloat16,
                                                 partial.data() + part * size, scratch);
              });
   const int64_t num_weights = size / 4 - conv.out;
@@ -255,8 +255,8 @@ std::tuple<Tensor, Tensor> weight_gradient(const Conv& conv, const Tensor& dz, c
 using Gradients = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
                              std::optional<Tensor>>;
 
-// dx in the dtype of x; dweight, dbias [O] and [dscale, dshift] in float32. dx comes with the norm,
-// if `of_input`, and dweight with the bias, if `of_weight`.
+// Returns dx in the dtype of x, and dweight, dbias [O] and [dscale, dshift] in float32: dx and the
+// gradients of the norm if `of_input`, dweight and dbias if `of_weight`.
 Gradients backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                    const std::optional<Tensor>& shift, std::vector<int64_t> stride, int64_t front,
@@ -280,7 +280,7 @@ Tensor block(const Tensor& x, const Tensor& scale1, const Tensor& shift1, const 
   const auto weights2 = pack(second, dtype_of(x), weight2);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   const std::vector<Tile> all = tiles(second, x.size(0), threads());
-  const int64_t size = block_scratch(first, second, most_rows(all));
+  const int64_t size = block_scratch(first, second, max_rows(all));
   over_tiles(all, size, [&](const Tile& tile, int64_t, float* scratch) {
     causal_conv().block(first, second, tile, dtype_of(x), x.const_data_ptr(), y.mutable_data_ptr(),
                         scratch);

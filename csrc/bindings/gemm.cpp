@@ -8,23 +8,22 @@
 namespace emu3 {
 namespace {
 
-int64_t blocks(int64_t size, int64_t most) { return (size + most - 1) / most; }
+int64_t ceil_div(int64_t size, int64_t most) { return (size + most - 1) / most; }
 
-// The end of part i of `parts` equal ones, in whole units.
-int64_t cut(int64_t size, int64_t parts, int64_t unit, int64_t i) {
-  return std::min(size, blocks(blocks(size, parts), unit) * unit * i);
+// Returns the end of part i - 1 of `parts` equal parts of `size`, a multiple of `unit`.
+int64_t part_end(int64_t size, int64_t parts, int64_t unit, int64_t i) {
+  return std::min(size, ceil_div(ceil_div(size, parts), unit) * unit * i);
 }
 
-// c [rows, columns] = a [rows, depth] @ b [depth, columns] + plus: a and b bfloat16 with a stride
-// of 1, the columns of c and plus side by side, plus [rows or 1, columns] in the dtype of c, which
-// it may be.
-void into(const Tensor& a, const Tensor& b, const std::optional<Tensor>& plus, Tensor c) {
+// C [M, N] = A [M, K] @ B [K, N] + plus. A and B are bfloat16 and have unit stride in one
+// dimension; C and plus [M or 1, N] share a dtype and have unit stride in N. plus may be C.
+void matmul_into(const Tensor& a, const Tensor& b, const std::optional<Tensor>& plus, Tensor c) {
   STD_TORCH_CHECK(!plus || plus->stride(1) == 1 || plus->size(1) == 1,
-                  "matmul: the columns of plus must lie side by side");
+                  "matmul: plus must have unit stride in N");
   const MatmulCall call{
-      .rows = a.size(0),
-      .depth = a.size(1),
-      .columns = b.size(1),
+      .M = a.size(0),
+      .K = a.size(1),
+      .N = b.size(1),
       .a = {a.const_data_ptr(), a.stride(0), a.stride(1)},
       .b = {b.const_data_ptr(), b.stride(0), b.stride(1)},
       .plus = plus ? plus->const_data_ptr() : nullptr,
@@ -33,34 +32,34 @@ void into(const Tensor& a, const Tensor& b, const std::optional<Tensor>& plus, T
       .c_dtype = dtype_of(c),
       .c_stride = c.stride(0),
   };
-  if (call.rows <= kFewRows && call.b.row_stride == 1) {
-    constexpr int64_t kProducts = 1 << 17;  // of one thread at the least
-    const int64_t grain = 1 + kProducts / (1 + call.rows * call.depth);
-    torch::stable::parallel_for(0, call.columns, grain, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float, Free> scratch = uninitialised(few_rows_scratch(call));
-      matmul().few_rows(call, begin, end, scratch.get());
+  if (call.M <= kSmallM && call.b.row_stride == 1) {
+    constexpr int64_t kMinMultiplyAdds = 1 << 17;  // of a thread
+    const int64_t grain = 1 + kMinMultiplyAdds / (1 + call.M * call.K);
+    torch::stable::parallel_for(0, call.N, grain, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float, Free> scratch = uninitialised(small_m_scratch(call));
+      matmul().small_m(call, begin, end, scratch.get());
     });
     return;
   }
-  const int64_t down = blocks(call.rows, kBlockRows), across = blocks(call.columns, kBlockColumns);
+  const int64_t down = ceil_div(call.M, kMC), across = ceil_div(call.N, kNC);
   torch::stable::parallel_for(0, down * across, 1, [&](int64_t task, int64_t end) {
     const std::unique_ptr<float, Free> scratch = uninitialised(kBlockScratch);
     for (; task < end; ++task) {
       const int64_t i = task / across, j = task % across;
       const Block block{
-          .row = cut(call.rows, down, kUnitRows, i),
-          .row_end = cut(call.rows, down, kUnitRows, i + 1),
-          .column = cut(call.columns, across, kUnitColumns, j),
-          .column_end = cut(call.columns, across, kUnitColumns, j + 1),
+          .row = part_end(call.M, down, kMUnit, i),
+          .row_end = part_end(call.M, down, kMUnit, i + 1),
+          .column = part_end(call.N, across, kNUnit, j),
+          .column_end = part_end(call.N, across, kNUnit, j + 1),
       };
       matmul().block(call, block, scratch.get());
     }
   });
 }
 
-Tensor product(const Tensor& a, const Tensor& b, const std::optional<Tensor>& plus) {
-  Tensor c = fresh(a, {a.size(0), b.size(1)});
-  into(a, b, plus, c);
+Tensor matmul_new(const Tensor& a, const Tensor& b, const std::optional<Tensor>& plus) {
+  Tensor c = empty(a, {a.size(0), b.size(1)});
+  matmul_into(a, b, plus, c);
   return c;
 }
 
@@ -72,8 +71,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
-  m.impl("matmul", TORCH_BOX(&product));
-  m.impl("matmul_into", TORCH_BOX(&into));
+  m.impl("matmul", TORCH_BOX(&matmul_new));
+  m.impl("matmul_into", TORCH_BOX(&matmul_into));
 }
 
 }  // namespace emu3

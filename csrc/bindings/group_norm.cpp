@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_fwd(const Tensor& x, const Tensor&
   Tensor rstd = torch::stable::new_empty(x, {m.batch, groups}, ScalarType::Float);
   const bool past = past_caches(y);
   over_images(m, [&](int64_t first, int64_t count) {
-    take_statistics(m, x, first, count, eps, mean, rstd);
+    compute_statistics(m, x, first, count, eps, mean, rstd);
     const Floats affine = affine_of(m, first, count, mean, rstd, weight, bias);
     over_chunks(m, count, true, [&](int64_t image, int64_t, int64_t row, int64_t rows) {
       const int64_t offset = m.offset(first + image, row);
@@ -36,10 +36,10 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd(const Tensor& dy, const Tensor
   Tensor dbias = torch::stable::new_empty(bias, {m.channels});
   const bool past = past_caches(dx);
   const int64_t size = 2 * m.padded;
-  std::vector<double> totals(size);
+  std::vector<double> grad_sums(size);
   over_images(m, [&](int64_t first, int64_t count) {
     const Floats affine = affine_of(m, first, count, mean, rstd, weight, bias);
-    Floats parts(count * m.chunks * size), slopes(count * size);
+    Floats parts(count * m.chunks * size), stat_grads(count * size);
     over_chunks(m, count, false, [&](int64_t image, int64_t unit, int64_t row, int64_t rows) {
       const int64_t offset = m.offset(first + image, row);
       group_norm().sums(m.dtype, at(dy, offset), at(x, offset), rows, m.channels,
@@ -47,42 +47,42 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd(const Tensor& dy, const Tensor
     });
     std::vector<double> sums = sum_parts(parts, count, m.chunks, size);
     over_each(count, [&](int64_t i) {
-      take_slopes(m, &sums[i * size], rstd, weight, first + i, slopes.at(i * size));
+      compute_stat_grads(m, &sums[i * size], rstd, weight, first + i, stat_grads.at(i * size));
     });
-    for (int64_t i = 0; i < count * size; ++i) totals[i % size] += sums[i];
+    for (int64_t i = 0; i < count * size; ++i) grad_sums[i % size] += sums[i];
     over_chunks(m, count, true, [&](int64_t image, int64_t, int64_t row, int64_t rows) {
       const int64_t offset = m.offset(first + image, row);
       group_norm().backward(m.dtype, at(dy, offset), at(x, offset), mutable_at(dx, offset), rows,
-                            m.channels, affine.at(image * 3 * m.padded), slopes.at(image * size),
-                            silu, past);
+                            m.channels, affine.at(image * 3 * m.padded),
+                            stat_grads.at(image * size), silu, past);
     });
   });
-  group_norm().write(m.dtype, totals.data(), mutable_at(dbias, 0), m.channels, 1);
-  group_norm().write(m.dtype, totals.data() + m.padded, mutable_at(dweight, 0), m.channels, 1);
+  group_norm().write(m.dtype, grad_sums.data(), mutable_at(dbias, 0), m.channels, 1);
+  group_norm().write(m.dtype, grad_sums.data() + m.padded, mutable_at(dweight, 0), m.channels, 1);
   return {dx, dweight, dbias};
 }
 
-// The place that F.interpolate(mode="nearest") shows at a pixel, in its own float32.
-int64_t nearest(int64_t pixel, int64_t places, int64_t pixels) {
-  const float scale = static_cast<float>(places) / static_cast<float>(pixels);
-  return std::min(static_cast<int64_t>(static_cast<float>(pixel) * scale), places - 1);
+// Returns the source position of a pixel as F.interpolate(mode="nearest") computes it, in float32.
+int64_t nearest(int64_t pixel, int64_t positions, int64_t pixels) {
+  const float scale = static_cast<float>(positions) / static_cast<float>(pixels);
+  return std::min(static_cast<int64_t>(static_cast<float>(pixel) * scale), positions - 1);
 }
 
-// Pixels starts[p] to starts[p + 1] show place p.
-std::vector<int64_t> starts_of(int64_t places, int64_t pixels) {
-  std::vector<int64_t> starts(places + 1, pixels);
+// Returns starts such that pixels [starts[p], starts[p + 1]) have source position p.
+std::vector<int64_t> starts_of(int64_t positions, int64_t pixels) {
+  std::vector<int64_t> starts(positions + 1, pixels);
   for (int64_t pixel = pixels - 1; pixel >= 0; --pixel)
-    starts[nearest(pixel, places, pixels)] = pixel;
-  for (int64_t p = places - 1; p >= 0; --p) starts[p] = std::min(starts[p], starts[p + 1]);
+    starts[nearest(pixel, positions, pixels)] = pixel;
+  for (int64_t p = positions - 1; p >= 0; --p) starts[p] = std::min(starts[p], starts[p + 1]);
   return starts;
 }
 
-// Lines of an image, counted over its frames, that show one row of its latent.
+// Lines of an image, counted through its frames, with the same source row of the latent.
 struct Lines {
   int64_t first, count, row;
 };
 
-// An image has 64 strips at least where it has as many lines, so that all threads have work.
+// Returns at least 64 strips if the image has as many lines, so that all threads have work.
 std::vector<Lines> strips_of(const Tensor& x, const Tensor& latent) {
   const int64_t frames = x.size(1), height = x.size(2), lines = frames * height;
   const int64_t most = std::max<int64_t>(1, lines / 64);
@@ -101,16 +101,16 @@ struct Parameters {
   const Tensor &weight, &bias, &y_weight, &y_bias, &b_weight, &b_bias;
 };
 
-// x [B, T, H, W, C] beside its latent [B, t, h, w, L].
-struct Pictures {
+// x [B, T, H, W, C] and its latent [B, t, h, w, L].
+struct LatentImages {
   const Tensor &x, &latent;
   Images images;
-  int64_t line_pixels, places, latent_rows, width;
+  int64_t line_pixels, positions, latent_rows, width;
   std::vector<int64_t> starts;
   std::vector<Lines> strips;
   Floats tables;
 
-  int64_t row_size() const { return places * width; }
+  int64_t row_size() const { return positions * width; }
   int64_t offset(int64_t image, const Lines& lines) const {
     return images.offset(image, lines.first * line_pixels);
   }
@@ -119,7 +119,7 @@ struct Pictures {
         .lines = lines.count,
         .line_pixels = line_pixels,
         .channels = images.channels,
-        .places = places,
+        .positions = positions,
         .width = width,
         .starts = starts.data(),
         .latent = at(latent, (image * latent_rows + lines.row) * row_size()),
@@ -130,15 +130,16 @@ struct Pictures {
   }
 };
 
-Pictures pictures_of(const Tensor& x, const Tensor& latent, int64_t groups, const Parameters& p) {
+LatentImages latent_images_of(const Tensor& x, const Tensor& latent, int64_t groups,
+                              const Parameters& p) {
   const Images images = images_of(x, groups);
   const int64_t width = latent.size(4);
-  Pictures m{
+  LatentImages m{
       .x = x,
       .latent = latent,
       .images = images,
       .line_pixels = x.size(3),
-      .places = latent.size(3),
+      .positions = latent.size(3),
       .latent_rows = latent.size(1) * latent.size(2),
       .width = width,
       .starts = starts_of(latent.size(3), x.size(3)),
@@ -150,10 +151,11 @@ Pictures pictures_of(const Tensor& x, const Tensor& latent, int64_t groups, cons
   return m;
 }
 
-// Calls body(image, unit, strip, offset of its pixels) in parallel, `unit` counting all strips. In
-// reverse, the pixels that a pass before has left in the caches come first.
+// Calls body(image, unit, strip, offset of its pixels) in parallel; `unit` is the index of the
+// strip in the batch. The reverse order starts with the pixels that the previous pass left in the
+// caches.
 template <typename Body>
-void over_strips(const Pictures& m, int64_t first, int64_t count, bool reverse,
+void over_strips(const LatentImages& m, int64_t first, int64_t count, bool reverse,
                  const Floats& affine, Body body) {
   const int64_t each = m.strips.size(), units = count * each;
   const int64_t size = m.images.rows * m.images.channels / std::max<int64_t>(1, each);
@@ -174,15 +176,15 @@ std::tuple<Tensor, Tensor, Tensor> spatial_norm_fwd(const Tensor& x, const Tenso
                                                     const Tensor& y_weight, const Tensor& y_bias,
                                                     const Tensor& b_weight, const Tensor& b_bias,
                                                     int64_t groups, double eps, bool silu) {
-  const Pictures m =
-      pictures_of(x, latent, groups, {weight, bias, y_weight, y_bias, b_weight, b_bias});
+  const LatentImages m =
+      latent_images_of(x, latent, groups, {weight, bias, y_weight, y_bias, b_weight, b_bias});
   const Images& images = m.images;
   Tensor y = torch::stable::new_empty(x, x.sizes());
   Tensor mean = torch::stable::new_empty(x, {images.batch, groups}, ScalarType::Float);
   Tensor rstd = torch::stable::new_empty(x, {images.batch, groups}, ScalarType::Float);
   const bool past = past_caches(y);
   over_images(images, [&](int64_t first, int64_t count) {
-    take_statistics(images, x, first, count, eps, mean, rstd);
+    compute_statistics(images, x, first, count, eps, mean, rstd);
     const Floats affine = affine_of(images, first, count, mean, rstd, weight, bias);
     over_strips(m, first, count, true, affine,
                 [&](int64_t, int64_t, const Strip& strip, int64_t offset) {
@@ -193,10 +195,10 @@ std::tuple<Tensor, Tensor, Tensor> spatial_norm_fwd(const Tensor& x, const Tenso
   return {y, mean, rstd};
 }
 
-// Of each image, the sums of spatial_norm.h; what its pixels give back to the latent is added to
-// `dlatent`, strip by strip.
-std::vector<double> sums_of(const Pictures& m, int64_t first, int64_t count, const Floats& affine,
-                            const Tensor& dy, bool silu, float* dlatent) {
+// Returns the sums of spatial_norm.h for each image and adds the gradient of the latent to
+// `dlatent`.
+std::vector<double> sums_of(const LatentImages& m, int64_t first, int64_t count,
+                            const Floats& affine, const Tensor& dy, bool silu, float* dlatent) {
   const int64_t each = m.strips.size(), row = m.row_size();
   const int64_t size = (4 + 2 * m.width) * m.images.padded;
   Floats parts(count * each * size), rows(count * each * row);
@@ -212,15 +214,16 @@ std::vector<double> sums_of(const Pictures& m, int64_t first, int64_t count, con
   return sum_parts(parts, count, each, size);
 }
 
-// `totals` are those of spatial_norm.h, but that the second is the gradient of the weight.
-void write_gradients(const Images& m, int64_t width, const double* totals, const Tensor& dweight,
+// `grad_sums` are the sums of spatial_norm.h over the batch; the second is the gradient of the
+// weight.
+void write_gradients(const Images& m, int64_t width, const double* grad_sums, const Tensor& dweight,
                      const Tensor& dbias, const Tensor& dy_weight, const Tensor& dy_bias,
                      const Tensor& db_weight, const Tensor& db_bias) {
   const Tensor* plain[] = {&dbias, &dweight, &dy_bias, &db_bias};
   for (int64_t a = 0; a < 4 + 2 * width; ++a) {
     const Tensor& matrix = a < 4 + width ? dy_weight : db_weight;
     char* to = a < 4 ? mutable_at(*plain[a], 0) : mutable_at(matrix, (a - 4) % width);
-    group_norm().write(m.dtype, totals + a * m.padded, to, m.channels, a < 4 ? 1 : width);
+    group_norm().write(m.dtype, grad_sums + a * m.padded, to, m.channels, a < 4 ? 1 : width);
   }
 }
 
@@ -230,35 +233,35 @@ Gradients spatial_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& late
                            const Tensor& weight, const Tensor& bias, const Tensor& y_weight,
                            const Tensor& y_bias, const Tensor& b_weight, const Tensor& b_bias,
                            const Tensor& mean, const Tensor& rstd, int64_t groups, bool silu) {
-  const Pictures m =
-      pictures_of(x, latent, groups, {weight, bias, y_weight, y_bias, b_weight, b_bias});
+  const LatentImages m =
+      latent_images_of(x, latent, groups, {weight, bias, y_weight, y_bias, b_weight, b_bias});
   const Images& images = m.images;
   const int64_t size = (4 + 2 * m.width) * images.padded;
   Tensor dx = torch::stable::new_empty(x, x.sizes());
   Tensor dlatent = torch::stable::new_zeros(latent, latent.sizes(), ScalarType::Float);
   const bool past = past_caches(dx);
-  std::vector<double> totals(size);
+  std::vector<double> grad_sums(size);
   over_images(images, [&](int64_t first, int64_t count) {
     const Floats affine = affine_of(images, first, count, mean, rstd, weight, bias);
     std::vector<double> sums =
         sums_of(m, first, count, affine, dy, silu, (float*)mutable_at(dlatent, 0));
-    Floats slopes(count * 2 * images.padded);
+    Floats stat_grads(count * 2 * images.padded);
     over_each(count, [&](int64_t i) {
-      take_slopes(images, &sums[i * size], rstd, weight, first + i,
-                  slopes.at(i * 2 * images.padded));
+      compute_stat_grads(images, &sums[i * size], rstd, weight, first + i,
+                         stat_grads.at(i * 2 * images.padded));
     });
-    for (int64_t i = 0; i < count * size; ++i) totals[i % size] += sums[i];
+    for (int64_t i = 0; i < count * size; ++i) grad_sums[i % size] += sums[i];
     over_strips(m, first, count, true, affine,
                 [&](int64_t image, int64_t, const Strip& strip, int64_t offset) {
                   spatial_norm().backward(images.dtype, strip, at(dy, offset), at(x, offset),
                                           mutable_at(dx, offset),
-                                          slopes.at(image * 2 * images.padded), silu, past);
+                                          stat_grads.at(image * 2 * images.padded), silu, past);
                 });
   });
   const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
   Tensor dweight = like(weight), dbias = like(bias), dy_weight = like(y_weight);
   Tensor dy_bias = like(y_bias), db_weight = like(b_weight), db_bias = like(b_bias);
-  write_gradients(images, m.width, totals.data(), dweight, dbias, dy_weight, dy_bias, db_weight,
+  write_gradients(images, m.width, grad_sums.data(), dweight, dbias, dy_weight, dy_bias, db_weight,
                   db_bias);
   return {dx, dlatent, dweight, dbias, dy_weight, dy_bias, db_weight, db_bias};
 }

@@ -11,7 +11,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Calls body(row) for every row, a row being the work of one thread.
+// Calls body(row) for every row in parallel.
 template <typename Body>
 void each(const Tensor& logits, Body body) {
   const int64_t grain = row_grain(logits.size(1));
@@ -20,7 +20,7 @@ void each(const Tensor& logits, Body body) {
   });
 }
 
-// Rows of logits, and what each is compared with. A row of weight 0 is not read.
+// Rows of logits with their targets and weights. A row of weight 0 is not read.
 struct Rows {
   Dtype dtype;
   int64_t count, classes, stride;
@@ -40,38 +40,37 @@ struct Rows {
   }
 };
 
-LossSettings settings(double z_loss, double label_smoothing, int64_t num_classes) {
+LossSettings settings_of(double z_loss, double label_smoothing, int64_t num_classes) {
   return {static_cast<float>(z_loss), static_cast<float>(label_smoothing), num_classes};
 }
 
 // lse - (1 - s) * logits[target] - s * mean(logits) + z * lse^2.
-float loss_of(const Sums& sums, const LossSettings& chosen) {
-  const double smoothing = chosen.label_smoothing, lse = sums.highest + std::log(sums.sum);
-  const double loss = lse - (1 - smoothing) * sums.target + chosen.z_loss * lse * lse;
-  return static_cast<float>(smoothing ? loss - smoothing * sums.total / chosen.num_classes : loss);
+float loss_of(const PartialSums& sums, const LossSettings& options) {
+  const double smoothing = options.label_smoothing, lse = sums.m + std::log(sums.l);
+  const double loss = lse - (1 - smoothing) * sums.target + options.z_loss * lse * lse;
+  return static_cast<float>(smoothing ? loss - smoothing * sums.sum / options.num_classes : loss);
 }
 
-// logits [rows, V] with unit stride in V; targets and weights [rows], contiguous. Returns the loss
-// of each row and its Denominator, [rows, 2]; 0 where the weight is 0.
+// logits [rows, V] have unit stride in V; targets and weights [rows] are contiguous. Returns the
+// loss and the Denominator [rows, 2] of each row; both are 0 where the weight is 0.
 std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& targets,
                                              const Tensor& weights, double z_loss,
                                              double label_smoothing) {
   const Rows rows(logits, targets, weights);
-  Tensor losses = fresh(logits, {rows.count}, ScalarType::Float);
-  Tensor denominators = fresh(logits, {rows.count, 2}, ScalarType::Float);
+  Tensor losses = empty(logits, {rows.count}, ScalarType::Float);
+  Tensor denominators = empty(logits, {rows.count, 2}, ScalarType::Float);
   auto* const to = static_cast<float*>(losses.mutable_data_ptr());
   auto* const denominator_of = static_cast<Denominator*>(denominators.mutable_data_ptr());
-  const LossSettings chosen = settings(z_loss, label_smoothing, rows.classes);
+  const LossSettings options = settings_of(z_loss, label_smoothing, rows.classes);
   each(logits, [&](int64_t row) {
     to[row] = 0;
     denominator_of[row] = {0, 0};
     if (rows.weights[row] == 0) return;
-    Sums sums;
+    PartialSums sums;
     cross_entropy().add(rows.dtype, at(logits, row * rows.stride), rows.classes, rows.targets[row],
-                        chosen, &sums);
-    to[row] = loss_of(sums, chosen);
-    denominator_of[row] = {static_cast<float>(sums.highest),
-                           static_cast<float>(std::log2(sums.sum))};
+                        options, &sums);
+    to[row] = loss_of(sums, options);
+    denominator_of[row] = {static_cast<float>(sums.m), static_cast<float>(std::log2(sums.l))};
   });
   return {losses, denominators};
 }
@@ -80,10 +79,10 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor&
 Tensor cross_entropy_bwd(const Tensor& dlosses, const Tensor& logits, const Tensor& targets,
                          const Tensor& denominators, double z_loss, double label_smoothing) {
   const Rows rows(logits, targets, dlosses);
-  Tensor dlogits = fresh(logits, {rows.count, rows.classes});
+  Tensor dlogits = empty(logits, {rows.count, rows.classes});
   const auto* const denominator_of = static_cast<const Denominator*>(denominators.const_data_ptr());
   const bool past = past_caches(dlogits);
-  const LossSettings chosen = settings(z_loss, label_smoothing, rows.classes);
+  const LossSettings options = settings_of(z_loss, label_smoothing, rows.classes);
   each(logits, [&](int64_t row) {
     char* const to = mutable_at(dlogits, row * rows.classes);
     if (rows.weights[row] == 0) {
@@ -91,31 +90,32 @@ Tensor cross_entropy_bwd(const Tensor& dlosses, const Tensor& logits, const Tens
       return;
     }
     cross_entropy().backward(rows.dtype, at(logits, row * rows.stride), to, rows.classes,
-                             rows.targets[row], denominator_of[row], rows.weights[row], chosen,
+                             rows.targets[row], denominator_of[row], rows.weights[row], options,
                              past);
   });
   return dlogits;
 }
 
-// The steps of linear_cross_entropy between its matrix products, on one block of the vocabulary:
-// logits [rows, block], the classes from `first` on, unit stride.
+// The steps of linear_cross_entropy between its GEMMs, for one block of the vocabulary: logits
+// [rows, block] are those of the classes from `first` on, with unit stride in the block.
 
-// Adds a block to sums, float64 [rows, 4] (highest, sum, total, target); the block at 0 starts
-// them.
+// Adds a block to sums, float64 [rows, 4] (m, l, sum, target), which the block with first = 0
+// initialises.
 void add_block_(const Tensor& logits, const Tensor& targets, Tensor sums, int64_t first,
                 double label_smoothing) {
   const auto* const target_of = static_cast<const int64_t*>(targets.const_data_ptr());
-  auto* const sums_of = static_cast<Sums*>(sums.mutable_data_ptr());
+  auto* const sums_of = static_cast<PartialSums*>(sums.mutable_data_ptr());
   const Dtype dtype = dtype_of(logits);
-  const LossSettings chosen = settings(0, label_smoothing, 0);
+  const LossSettings options = settings_of(0, label_smoothing, 0);
   each(logits, [&](int64_t row) {
-    if (first == 0) sums_of[row] = Sums{};
+    if (first == 0) sums_of[row] = PartialSums{};
     cross_entropy().add(dtype, at(logits, row * logits.stride(0)), logits.size(1),
-                        target_of[row] - first, chosen, sums_of + row);
+                        target_of[row] - first, options, sums_of + row);
   });
 }
 
-// Overwrites a block with the gradient of Σ dlosses * losses; denominators are float32 [rows, 2].
+// Overwrites the logits of a block with their gradient of Σ dlosses * losses; denominators are
+// float32 [rows, 2].
 void block_gradient_(Tensor logits, const Tensor& targets, const Tensor& denominators,
                      const Tensor& dlosses, int64_t first, int64_t num_classes, double z_loss,
                      double label_smoothing) {
@@ -123,35 +123,35 @@ void block_gradient_(Tensor logits, const Tensor& targets, const Tensor& denomin
   const auto* const denominator_of = static_cast<const Denominator*>(denominators.const_data_ptr());
   const auto* const dloss_of = static_cast<const float*>(dlosses.const_data_ptr());
   const Dtype dtype = dtype_of(logits);
-  const LossSettings chosen = settings(z_loss, label_smoothing, num_classes);
+  const LossSettings options = settings_of(z_loss, label_smoothing, num_classes);
   each(logits, [&](int64_t row) {
     char* const block = mutable_at(logits, row * logits.stride(0));
     cross_entropy().backward(dtype, block, block, logits.size(1), target_of[row] - first,
-                             denominator_of[row], dloss_of[row], chosen, false);
+                             denominator_of[row], dloss_of[row], options, false);
   });
 }
 
-// Calls body(i) for every element of dense halves of numbers.
+// Calls body(i) for every element in parallel.
 template <typename Body>
-void each_half(const Tensor& halves, Body body) {
-  torch::stable::parallel_for(0, halves.numel(), 1 << 15, [&](int64_t i, int64_t end) {
+void over_halves(const Tensor& parts, Body body) {
+  torch::stable::parallel_for(0, parts.numel(), 1 << 15, [&](int64_t i, int64_t end) {
     for (; i < end; ++i) body(i);
   });
 }
 
-// The bits of float32 numbers, `upper` and `lower` 16 of them.
+// Joins the upper and the lower 16 bits of float32 numbers; split_halves is the inverse.
 void join_halves(const Tensor& upper, const Tensor& lower, Tensor numbers) {
   const auto* const high = static_cast<const uint16_t*>(upper.const_data_ptr());
   const auto* const low = static_cast<const uint16_t*>(lower.const_data_ptr());
   auto* const bits = static_cast<uint32_t*>(numbers.mutable_data_ptr());
-  each_half(upper, [=](int64_t i) { bits[i] = static_cast<uint32_t>(high[i]) << 16 | low[i]; });
+  over_halves(upper, [=](int64_t i) { bits[i] = static_cast<uint32_t>(high[i]) << 16 | low[i]; });
 }
 
 void split_halves(Tensor upper, Tensor lower, const Tensor& numbers) {
   auto* const high = static_cast<uint16_t*>(upper.mutable_data_ptr());
   auto* const low = static_cast<uint16_t*>(lower.mutable_data_ptr());
   const auto* const bits = static_cast<const uint32_t*>(numbers.const_data_ptr());
-  each_half(upper, [=](int64_t i) { high[i] = bits[i] >> 16, low[i] = bits[i]; });
+  over_halves(upper, [=](int64_t i) { high[i] = bits[i] >> 16, low[i] = bits[i]; });
 }
 
 }  // namespace

@@ -18,9 +18,9 @@ struct Forward {
 Tensor run_forward_into(Tensor& y, Tensor& summed, const Tensor& x, const Tensor* residual,
                         const Tensor& weight, double eps, const Dropout* dropout) {
   const int64_t rows = x.size(0), width = x.size(1);
-  Tensor rstd = fresh(x, {rows}, ScalarType::Float);
+  Tensor rstd = empty(x, {rows}, ScalarType::Float);
   const Dtype dtype = dtype_of(x);
-  const bool in_place = y.const_data_ptr() == x.const_data_ptr();  // then its lines are at hand
+  const bool in_place = y.const_data_ptr() == x.const_data_ptr();  // then its lines are cached
   const bool past = past_caches(y) && !in_place;
   torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
     rms_norm().forward(
@@ -35,8 +35,8 @@ Tensor run_forward_into(Tensor& y, Tensor& summed, const Tensor& x, const Tensor
 
 Forward run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps,
                     const Dropout* dropout) {
-  Tensor y = fresh(x, {x.size(0), x.size(1)});
-  Tensor summed = residual ? fresh(x, {x.size(0), x.size(1)}) : Tensor();
+  Tensor y = empty(x, {x.size(0), x.size(1)});
+  Tensor summed = residual ? empty(x, {x.size(0), x.size(1)}) : Tensor();
   Tensor rstd = run_forward_into(y, summed, x, residual, weight, eps, dropout);
   return {y, summed, rstd};
 }
@@ -49,14 +49,14 @@ struct Backward {
 // over the blocks: the same numbers on any number of threads.
 Backward run_backward(const Tensor& dy, const Tensor* dsummed, const Tensor& x,
                       const Tensor& weight, const Tensor& rstd, const Dropout* dropout) {
-  constexpr int64_t kMostBlocks = 32, kLeastRows = 16;
+  constexpr int64_t kMaxBlocks = 32, kMinRows = 16;
   const int64_t rows = x.size(0), width = x.size(1);
-  const int64_t block = std::max(kLeastRows, (rows + kMostBlocks - 1) / kMostBlocks);
+  const int64_t block = std::max(kMinRows, (rows + kMaxBlocks - 1) / kMaxBlocks);
   const int64_t blocks = (rows + block - 1) / block;
-  Tensor dx = fresh(x, {rows, width});
-  Tensor dresidual = dropout ? fresh(x, {rows, width}) : Tensor();
-  Tensor dweight = fresh(weight, {width});
-  Tensor partial = fresh(x, {blocks, padded_width(width)}, ScalarType::Float);
+  Tensor dx = empty(x, {rows, width});
+  Tensor dresidual = dropout ? empty(x, {rows, width}) : Tensor();
+  Tensor dweight = empty(weight, {width});
+  Tensor partial = empty(x, {blocks, padded_width(width)}, ScalarType::Float);
   const Dtype dtype = dtype_of(x);
   const bool past = past_caches(dx);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {

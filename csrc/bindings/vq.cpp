@@ -7,20 +7,20 @@
 namespace emu3 {
 namespace {
 
-// A tree costs about 250 queries' worth of scanning, and one query of it as much as scanning 800
-// codes (measured). Above 8 dimensions it seldom prunes.
+// Building a tree costs as much as scanning all codes for 250 queries, and a query of it as much as
+// scanning 800 codes (measured). Above 8 dimensions it seldom prunes.
 bool tree_pays(int64_t num_queries, int64_t num_codes, int64_t dim) {
   return dim <= 8 && num_queries * (num_codes - 800) > 250 * num_codes;
 }
 
-constexpr int64_t kFewestCodesOfTree = 512;
+constexpr int64_t kMinCodesOfTree = 512;
 constexpr int kAllLevels = 31;
 
 Tensor build_tree(const Tensor& codebook) {
   const int64_t num_codes = codebook.size(0);
   const int dim = static_cast<int>(codebook.size(1));
   const auto words = [&](int64_t count) {
-    return fresh(codebook, {count}, torch::headeronly::ScalarType::Int);
+    return empty(codebook, {count}, torch::headeronly::ScalarType::Int);
   };
   Tensor memory = words(code_tree_size(num_codes, dim));
   Tensor scratch = words(code_order_size(num_codes, dim));
@@ -41,15 +41,15 @@ Tensor build_tree(const Tensor& codebook) {
   return memory;
 }
 
-// z [batch, dim, places] with any strides, codebook [codes, dim] float32 contiguous.
+// z [batch, dim, positions] has any strides, codebook [codes, dim] float32 contiguous.
 Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor> tree) {
-  const int64_t batch = z.size(0), places = z.size(2), num_queries = batch * places;
+  const int64_t batch = z.size(0), positions = z.size(2), num_queries = batch * positions;
   const int64_t num_codes = codebook.size(0), dim = codebook.size(1);
-  Tensor ids = fresh(z, {batch, places}, torch::headeronly::ScalarType::Long);
-  const Queries queries{dtype_of(z), z.const_data_ptr(), places,
+  Tensor ids = empty(z, {batch, positions}, torch::headeronly::ScalarType::Long);
+  const Queries queries{dtype_of(z), z.const_data_ptr(), positions,
                         z.stride(0), z.stride(1),        z.stride(2)};
   if (!tree && tree_pays(num_queries, num_codes, dim)) tree = build_tree(codebook);
-  if (num_codes < kFewestCodesOfTree) tree.reset();
+  if (num_codes < kMinCodesOfTree) tree.reset();
   const float* codes = static_cast<const float*>(codebook.const_data_ptr());
   const void* nodes = tree ? tree->const_data_ptr() : nullptr;
   int64_t* out = static_cast<int64_t*>(ids.mutable_data_ptr());

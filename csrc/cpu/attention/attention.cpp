@@ -1,150 +1,150 @@
-// Attention forward. Scores of a panel of query rows are kept one query to a lane, keys below each
-// other: the softmax needs no sum across lanes, and its probabilities are a right factor at once.
+// Attention forward with an online softmax. Scores are stored as [keys, query rows], one query to a
+// lane: the softmax needs no reduction across lanes, and p already has the layout of a B operand.
 #include "cpu/attention/attention_dropout.h"
 #include "cpu/attention/attention_pack.h"
 
 namespace emu3::EMU3_LEVEL {
 namespace {
 
-// A panel's scores and probabilities and its share of the packed keys stay in a 1 MB L2 cache.
-constexpr int64_t kQueryRows = 4 * kPanel, kKeys = 192;
-// In place of a highest score that is not there: e^-kNone is 0 to any score.
-constexpr float kNone = -1e38f;
+// The scores and probabilities of a panel and the packed keys of a block fit a 1 MB L2 cache.
+constexpr int64_t kQueryRows = 4 * kNR, kKeys = 192;
+// m_i before the first key; finite, so that the difference of two is not NaN.
+constexpr float kNegInf = -1e38f;
 
 void plan(AttentionCall& call) {
-  call.query_block = most(1, kQueryRows / most(1, call.shared()));
+  call.query_block = max(1, kQueryRows / max(1, call.heads_per_kv()));
   call.key_block = kKeys;
 }
 
 template <typename T>
 struct PackedKeys {
-  uint32_t *keys, *values;  // [keys][depth], [columns][keys / kPer]
+  uint32_t *keys, *values;  // [keys][depth], [columns][keys / kPerWord]
   uintptr_t end;
 
-  PackedKeys(const Extents<T>& extents, const char* memory) {
-    Pieces pieces(memory);
-    pieces.take(keys, extents.keys * extents.depth);
-    pieces.take(values, extents.columns * extents.key_words());
-    end = pieces.next;
+  PackedKeys(const Sizes<T>& sizes, const char* memory) {
+    Arena arena(memory);
+    arena.take(keys, sizes.keys * sizes.depth);
+    arena.take(values, sizes.columns * sizes.key_words());
+    end = arena.next;
   }
 };
 
 template <typename T>
 struct Scratch {
-  QueryLanes lanes;
-  uint32_t* lines;                  // before they are transposed
-  uint32_t* queries;                // [panels][words][kPanel]
-  float *scores, *sums;             // [keys][kPanel], [panels][columns][kPanel]
-  uint32_t* weights;                // [keys / kPer][kPanel]
-  float *highest, *total, *result;  // [rows], [rows], one row
+  QueryInfo info;
+  uint32_t* lines;      // a buffer for transposition
+  uint32_t* queries;    // [panels][words][kNR]
+  float *scores, *acc;  // [keys][kNR], [panels][columns][kNR]
+  uint32_t* p;          // [keys / kPerWord][kNR]
+  float *m_i, *l_i;     // [rows]
   uintptr_t end;
 
-  Scratch(const Extents<T>& extents, const char* memory) {
-    Pieces pieces(memory);
-    lanes.take(pieces, extents.rows);
-    pieces.take(lines, kLanes * most(extents.words, extents.columns));
-    pieces.take(queries, extents.panels * extents.words * kPanel);
-    pieces.take(scores, extents.keys * kPanel);
-    pieces.take(sums, extents.panels * extents.columns * kPanel);
-    pieces.take(weights, extents.key_words() * kPanel);
-    pieces.take(highest, extents.rows);
-    pieces.take(total, extents.rows);
-    end = pieces.next;
+  Scratch(const Sizes<T>& sizes, const char* memory) {
+    Arena arena(memory);
+    info.take(arena, sizes.rows);
+    arena.take(lines, kLanes * max(sizes.words, sizes.columns));
+    arena.take(queries, sizes.panels * sizes.words * kNR);
+    arena.take(scores, sizes.keys * kNR);
+    arena.take(acc, sizes.panels * sizes.columns * kNR);
+    arena.take(p, sizes.key_words() * kNR);
+    arena.take(m_i, sizes.rows);
+    arena.take(l_i, sizes.rows);
+    end = arena.next;
   }
 };
 
-// One vector of rows: raises its highest score, adds to its total, turns scores into weights.
-// Returns what the sums so far are to be multiplied by.
-template <typename Word, bool kHidden, bool kDropout>
-Vec softmax(const float* scores, Seen seen, IntVec first, IntVec end, Vec scale, float* highest,
-            float* total, Kept& kept, int64_t first_key, uint32_t* weights) {
-  const auto visible = [&](int64_t key) {
-    const IntVec place = (int32_t)(first_key + key) - IntVec{};
-    return (first <= place) & (place < end);
+// The online softmax of one vector of rows: updates m_i and l_i, and writes p. Returns alpha, by
+// which the accumulated output must be multiplied.
+template <typename Dot, bool kMasked, bool kDropout>
+Vec softmax(const float* scores, KeyRange range, IntVec first, IntVec end, Vec scale, float* m_i,
+            float* l_i, DropoutMask& mask, int64_t first_key, uint32_t* p) {
+  const auto attends = [&](int64_t key) {
+    const IntVec index = (int32_t)(first_key + key) - IntVec{};
+    return (first <= index) & (index < end);
   };
-  const Vec before = load(highest);
-  Vec top = before;
-  for (int64_t key = seen.from; key < seen.to; ++key) {
-    const Vec x = load(scores + key * kPanel) * scale;
-    if constexpr (kHidden) {
-      top = visible(key) ? max(top, x) : top;
+  const Vec m_old = load(m_i);
+  Vec m_new = m_old;
+  for (int64_t key = range.from; key < range.to; ++key) {
+    const Vec x = load(scores + key * kNR) * scale;
+    if constexpr (kMasked) {
+      m_new = attends(key) ? max(m_new, x) : m_new;
     } else {
-      top = max(top, x);
+      m_new = max(m_new, x);
     }
   }
-  const auto weight = [&](int64_t key) {
-    const Vec x = exp(load(scores + key * kPanel) * scale - top);  // as top was rounded
-    if constexpr (kHidden) return visible(key) ? x : Vec{};
+  const auto p_of = [&](int64_t key) {
+    const Vec x = exp(load(scores + key * kNR) * scale - m_new);  // as m_new was rounded
+    if constexpr (kMasked) return attends(key) ? x : Vec{};
     return x;
   };
   Vec sum{};
-  for (int64_t key = seen.from; key < seen.to; key += 2) {
-    Pair x{weight(key), weight(key + 1)};
+  for (int64_t key = range.from; key < range.to; key += 2) {
+    Pair x{p_of(key), p_of(key + 1)};
     sum += x.a + x.b;
-    if constexpr (kDropout) x.a *= kept.factor(key), x.b *= kept.factor(key + 1);
-    Word::store_column(weights + key / Word::kPer * kPanel, kPanel, x);
+    if constexpr (kDropout) x.a *= mask.scale(key), x.b *= mask.scale(key + 1);
+    Dot::store_column(p + key / Dot::kPerWord * kNR, kNR, x);
   }
-  const Vec factor = exp(before - top);
-  store(highest, top);
-  store(total, fma(load(total), factor, sum));
-  return factor;
+  const Vec alpha = exp(m_old - m_new);
+  store(m_i, m_new);
+  store(l_i, fma(load(l_i), alpha, sum));
+  return alpha;
 }
 
 template <typename T>
-void attend_panel(const AttentionCall& call, const Extents<T>& extents, const Scratch<T>& scratch,
+void attend_panel(const AttentionCall& call, const Sizes<T>& sizes, const Scratch<T>& scratch,
                   const PackedKeys<T>& packed, int64_t first_key, int64_t panel) {
-  typedef typename Extents<T>::Word Word;
-  const int64_t keys = least(extents.keys, call.keys - first_key);
-  const Seen seen(scratch.lanes, panel, first_key, keys);
-  if (seen.from >= seen.to) return;
-  const Words queries{scratch.queries + panel * extents.words * kPanel, kPanel};
-  const Words left{packed.keys, extents.depth};
-  multiply_panel<Word>(left.at(seen.from, 0), seen.to - seen.from, queries, extents.depth,
-                       Sums{scratch.scores, kPanel}.at(seen.from, 0), true);
-  const Sums sums{scratch.sums + panel * extents.columns * kPanel, kPanel};
+  typedef typename Sizes<T>::Dot Dot;
+  const int64_t keys = min(sizes.keys, call.keys - first_key);
+  const KeyRange range(scratch.info, panel, first_key, keys);
+  if (range.from >= range.to) return;
+  const Operand queries{scratch.queries + panel * sizes.words * kNR, kNR};
+  const Operand a{packed.keys, sizes.depth};
+  gemm_panel<Dot>(a.at(range.from, 0), range.to - range.from, queries, sizes.depth,
+                  Accumulator{scratch.scores, kNR}.at(range.from, 0), true);
+  const Accumulator acc{scratch.acc + panel * sizes.columns * kNR, kNR};
   const bool drops = call.dropout.drop_below != 0;
-  const auto turn = drops
-                        ? (seen.hidden ? softmax<Word, true, true> : softmax<Word, false, true>)
-                        : (seen.hidden ? softmax<Word, true, false> : softmax<Word, false, false>);
-  for (int64_t n = 0; n < kPanel; n += kLanes) {
-    const int64_t row = panel * kPanel + n;
-    const QueryLanes& lanes = scratch.lanes;
-    Kept kept{call.dropout, call.columns + (drops ? first_key : 0), call.keys - first_key,
-              load_words(lanes.position + row), load_words(lanes.head + row)};
-    const Vec factor =
-        turn(scratch.scores + n, seen, (IntVec)load_words((uint32_t*)lanes.first + row),
-             (IntVec)load_words((uint32_t*)lanes.end + row), splat(call.scale),
-             scratch.highest + row, scratch.total + row, kept, first_key, scratch.weights + n);
-    if (reduce_max(1.0f - factor) > 0)
-      for (int64_t c = 0; c < extents.width; ++c) {
-        float* const sum = sums.data + c * kPanel + n;
-        store(sum, load(sum) * factor);
+  const auto update = drops
+                          ? (range.masked ? softmax<Dot, true, true> : softmax<Dot, false, true>)
+                          : (range.masked ? softmax<Dot, true, false> : softmax<Dot, false, false>);
+  for (int64_t n = 0; n < kNR; n += kLanes) {
+    const int64_t row = panel * kNR + n;
+    const QueryInfo& info = scratch.info;
+    DropoutMask mask{call.dropout, call.columns + (drops ? first_key : 0), call.keys - first_key,
+                     load_words(info.position + row), load_words(info.head + row)};
+    const Vec alpha =
+        update(scratch.scores + n, range, (IntVec)load_words((uint32_t*)info.first + row),
+               (IntVec)load_words((uint32_t*)info.end + row), splat(call.scale), scratch.m_i + row,
+               scratch.l_i + row, mask, first_key, scratch.p + n);
+    if (reduce_max(1.0f - alpha) > 0)
+      for (int64_t c = 0; c < sizes.head_dim; ++c) {
+        float* const sum = acc.data + c * kNR + n;
+        store(sum, load(sum) * alpha);
       }
   }
-  const Words values{packed.values, extents.key_words()};
-  const Words weights{scratch.weights, kPanel};
-  multiply_panel<Word>(values.at(0, seen.from / Word::kPer), round_up(extents.width, kTall),
-                       weights.at(seen.from / Word::kPer, 0), (seen.to - seen.from) / Word::kPer,
-                       sums, false);
+  const Operand values{packed.values, sizes.key_words()};
+  const Operand p{scratch.p, kNR};
+  gemm_panel<Dot>(values.at(0, range.from / Dot::kPerWord), round_up(sizes.head_dim, kMR),
+                  p.at(range.from / Dot::kPerWord, 0), (range.to - range.from) / Dot::kPerWord, acc,
+                  false);
 }
 
 template <typename T>
-void write(const AttentionCall& call, const Extents<T>& extents, const Scratch<T>& scratch,
+void write(const AttentionCall& call, const Sizes<T>& sizes, const Scratch<T>& scratch,
            const QueryRows<T>& rows) {
   auto* const lines = (float*)scratch.lines;
   for (int64_t row = 0; row < rows.count; row += kLanes) {
-    const Vec total = load(scratch.total + row);
-    const Vec inverse = total == 0 ? Vec{} : 1.0f / total;
-    float* const sums = scratch.sums + row / kPanel * kPanel * extents.columns + row % kPanel;
-    for (int64_t c = 0; c < extents.columns; ++c)
-      store(sums + c * kPanel, load(sums + c * kPanel) * inverse);
-    for (int64_t c = 0; c < extents.columns; c += kLanes)
-      transpose((uint32_t*)sums + c * kPanel, kPanel, (uint32_t*)lines + c, extents.columns);
-    for (int64_t i = row; i < least(row + kLanes, rows.count); ++i) {
+    const Vec l_i = load(scratch.l_i + row);
+    const Vec inverse = l_i == 0 ? Vec{} : 1.0f / l_i;
+    float* const acc = scratch.acc + row / kNR * kNR * sizes.columns + row % kNR;
+    for (int64_t c = 0; c < sizes.columns; ++c) store(acc + c * kNR, load(acc + c * kNR) * inverse);
+    for (int64_t c = 0; c < sizes.columns; c += kLanes)
+      transpose((uint32_t*)acc + c * kNR, kNR, (uint32_t*)lines + c, sizes.columns);
+    for (int64_t i = row; i < min(row + kLanes, rows.count); ++i) {
       const int64_t head = rows.head_of(i), token = rows.token(i);
-      write_row(call.out, rows.batch, token, head, lines + (i - row) * extents.columns, call.width);
+      write_row(call.out, rows.batch, token, head, lines + (i - row) * sizes.columns,
+                call.head_dim);
       call.lse[(rows.batch * call.heads + head) * call.queries + token] =
-          scratch.highest[i] + __builtin_logf(scratch.total[i]);
+          scratch.m_i[i] + __builtin_logf(scratch.l_i[i]);
     }
   }
 }
@@ -152,39 +152,39 @@ void write(const AttentionCall& call, const Extents<T>& extents, const Scratch<T
 template <typename T>
 void attend_block(const AttentionCall& call, int64_t sequence, int64_t block, const char* packed,
                   char* memory) {
-  const Extents<T> extents(call);
-  const Scratch<T> scratch(extents, memory);
+  const Sizes<T> sizes(call);
+  const Scratch<T> scratch(sizes, memory);
   const QueryRows<T> rows(call, call.q, sequence, block);
   const TileUse tiles;
-  scratch.lanes.fill(call, rows, extents.rows);
-  pack_panels(extents, rows, scratch.queries, scratch.lines);
-  __builtin_memset(scratch.sums, 0, extents.rows * extents.columns * sizeof(float));
-  for (int64_t r = 0; r < extents.rows; ++r) scratch.highest[r] = kNone, scratch.total[r] = 0;
-  const int64_t block_size = PackedKeys<T>(extents, nullptr).end;
-  const KeyBlocks met = call.met(sequence, block);
-  for (int64_t b = met.first; b < met.end; ++b) {
-    const PackedKeys<T> keys(extents, packed + b * block_size);
-    for (int64_t panel = 0; panel < extents.panels; ++panel)
-      attend_panel(call, extents, scratch, keys, b * extents.keys, panel);
+  scratch.info.fill(call, rows, sizes.rows);
+  pack_panels(sizes, rows, scratch.queries, scratch.lines);
+  __builtin_memset(scratch.acc, 0, sizes.rows * sizes.columns * sizeof(float));
+  for (int64_t r = 0; r < sizes.rows; ++r) scratch.m_i[r] = kNegInf, scratch.l_i[r] = 0;
+  const int64_t block_size = PackedKeys<T>(sizes, nullptr).end;
+  const KeyBlocks attended = call.key_blocks_of(sequence, block);
+  for (int64_t b = attended.first; b < attended.end; ++b) {
+    const PackedKeys<T> keys(sizes, packed + b * block_size);
+    for (int64_t panel = 0; panel < sizes.panels; ++panel)
+      attend_panel(call, sizes, scratch, keys, b * sizes.keys, panel);
   }
-  write(call, extents, scratch, rows);
+  write(call, sizes, scratch, rows);
 }
 
 template <typename T>
 void pack_block(const AttentionCall& call, int64_t sequence, int64_t block, char* memory) {
-  const Extents<T> extents(call);
-  const PackedKeys<T> packed(extents, memory);
+  const Sizes<T> sizes(call);
+  const PackedKeys<T> packed(sizes, memory);
   const KeyRows<T> keys(call, call.k, sequence, block), values(call, call.v, sequence, block);
-  const int64_t count = round_up(keys.count, kStep);
-  alignas(64) uint32_t lines[kLanes * kMostWidth];
-  pack_rows(extents, keys, count, packed.keys, lines);
-  pack_transposed(extents, values, packed.values, lines);
+  const int64_t count = round_up(keys.count, kMAlign);
+  alignas(64) uint32_t lines[kLanes * kMaxHeadDim];
+  pack_rows(sizes, keys, count, packed.keys, lines);
+  pack_transposed(sizes, values, packed.values, lines);
 }
 
 int64_t packed_size(const AttentionCall& call) {
   int64_t size = 0;
   with_type(call.q.dtype, [&](auto type) {
-    size = PackedKeys<decltype(type)>(Extents<decltype(type)>(call), nullptr).end;
+    size = PackedKeys<decltype(type)>(Sizes<decltype(type)>(call), nullptr).end;
   });
   return size;
 }
@@ -192,7 +192,7 @@ int64_t packed_size(const AttentionCall& call) {
 int64_t scratch_size(const AttentionCall& call) {
   int64_t size = 0;
   with_type(call.q.dtype, [&](auto type) {
-    size = Scratch<decltype(type)>(Extents<decltype(type)>(call), nullptr).end;
+    size = Scratch<decltype(type)>(Sizes<decltype(type)>(call), nullptr).end;
   });
   return size;
 }

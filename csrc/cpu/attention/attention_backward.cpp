@@ -1,254 +1,256 @@
-// Attention backward. As in the forward pass, a panel keeps one query row to a lane and keys below
-// each other; all five products of two blocks are then taken from forms packed once, or made with
-// the probabilities: nothing is transposed on the way.
+// Attention backward. Scores are stored as [keys, query rows], as in the forward pass. The five
+// GEMMs of a block of queries and a block of keys read operands that are packed once per block or
+// written with p and ds in both layouts, so that none is transposed in the inner loop.
 #include "cpu/attention/attention_dropout.h"
 #include "cpu/attention/attention_pack.h"
 
 namespace emu3::EMU3_LEVEL {
 namespace {
 
-constexpr int64_t kQueryRows = 4 * kPanel, kKeys = 192;
-constexpr int64_t kMostPanels = 4 + kMostShared / kPanel;
+constexpr int64_t kQueryRows = 4 * kNR, kKeys = 192;
+constexpr int64_t kMaxPanels = 4 + kMaxHeadsPerKVHead / kNR;
 
 void plan(AttentionCall& call) {
-  call.query_block = most(1, kQueryRows / most(1, call.shared()));
+  call.query_block = max(1, kQueryRows / max(1, call.heads_per_kv()));
   call.key_block = kKeys;
 }
 
-// A block of queries: q and dout as right factors of scores (panels) and of dk and dv (columns).
+// A packed block of queries: q and dout as B operands of scores and dp (panels) and of dk and dv
+// (columns).
 template <typename T>
 struct PackedQueries {
-  QueryLanes lanes;
+  QueryInfo info;
   float *lse, *delta;                  // [rows]; delta times the scale
-  uint32_t *q_panels, *dout_panels;    // [panels][words][kPanel]
-  uint32_t *q_columns, *dout_columns;  // [rows / kPer][columns]
-  float* dq;                           // [panels][columns][kPanel]
+  uint32_t *q_panels, *dout_panels;    // [panels][words][kNR]
+  uint32_t *q_columns, *dout_columns;  // [rows / kPerWord][columns]
+  float* dq;                           // [panels][columns][kNR]
   uintptr_t end;
 
-  PackedQueries(const Extents<T>& extents, const char* memory) {
-    Pieces pieces(memory);
-    lanes.take(pieces, extents.rows);
-    pieces.take(lse, extents.rows);
-    pieces.take(delta, extents.rows);
-    pieces.take(q_panels, extents.panels * extents.words * kPanel);
-    pieces.take(dout_panels, extents.panels * extents.words * kPanel);
-    pieces.take(q_columns, extents.row_words() * extents.columns);
-    pieces.take(dout_columns, extents.row_words() * extents.columns);
-    pieces.take(dq, extents.panels * extents.columns * kPanel);
-    end = pieces.next;
+  PackedQueries(const Sizes<T>& sizes, const char* memory) {
+    Arena arena(memory);
+    info.take(arena, sizes.rows);
+    arena.take(lse, sizes.rows);
+    arena.take(delta, sizes.rows);
+    arena.take(q_panels, sizes.panels * sizes.words * kNR);
+    arena.take(dout_panels, sizes.panels * sizes.words * kNR);
+    arena.take(q_columns, sizes.row_words() * sizes.columns);
+    arena.take(dout_columns, sizes.row_words() * sizes.columns);
+    arena.take(dq, sizes.panels * sizes.columns * kNR);
+    end = arena.next;
   }
 };
 
-// A block of keys, its gradients, and what it and a block of queries have between them.
+// A packed block of keys, its gradients, and the scores, p, dp and ds of a pair of blocks.
 template <typename T>
 struct Scratch {
-  uint32_t* lines;              // before they are transposed
-  uint32_t *k, *v;              // [keys][depth]
-  uint32_t* k_transposed;       // [columns][keys / kPer]
-  float *dk, *dv;               // [keys][columns]
-  float *scores, *dweights;     // [keys][kPanel]
-  uint32_t* dscores_panel;      // [keys / kPer][kPanel]
-  uint32_t *weights, *dscores;  // [keys][rows / kPer]
+  uint32_t* lines;         // a buffer for transposition
+  uint32_t *k, *v;         // [keys][depth]
+  uint32_t* k_transposed;  // [columns][keys / kPerWord]
+  float *dk, *dv;          // [keys][columns]
+  float *scores, *dp;      // [keys][kNR]
+  uint32_t* ds_panel;      // [keys / kPerWord][kNR]
+  uint32_t *p, *ds;        // [keys][rows / kPerWord]
   uintptr_t end;
 
-  Scratch(const Extents<T>& extents, const char* memory) {
-    Pieces pieces(memory);
-    pieces.take(lines, kLanes * most(extents.words, extents.columns));
-    pieces.take(k, extents.keys * extents.depth);
-    pieces.take(v, extents.keys * extents.depth);
-    pieces.take(k_transposed, extents.columns * extents.key_words());
-    pieces.take(dk, extents.keys * extents.columns);
-    pieces.take(dv, extents.keys * extents.columns);
-    pieces.take(scores, extents.keys * kPanel);
-    pieces.take(dweights, extents.keys * kPanel);
-    pieces.take(dscores_panel, extents.key_words() * kPanel);
-    pieces.take(weights, extents.keys * extents.row_words());
-    pieces.take(dscores, extents.keys * extents.row_words());
-    end = pieces.next;
+  Scratch(const Sizes<T>& sizes, const char* memory) {
+    Arena arena(memory);
+    arena.take(lines, kLanes * max(sizes.words, sizes.columns));
+    arena.take(k, sizes.keys * sizes.depth);
+    arena.take(v, sizes.keys * sizes.depth);
+    arena.take(k_transposed, sizes.columns * sizes.key_words());
+    arena.take(dk, sizes.keys * sizes.columns);
+    arena.take(dv, sizes.keys * sizes.columns);
+    arena.take(scores, sizes.keys * kNR);
+    arena.take(dp, sizes.keys * kNR);
+    arena.take(ds_panel, sizes.key_words() * kNR);
+    arena.take(p, sizes.keys * sizes.row_words());
+    arena.take(ds, sizes.keys * sizes.row_words());
+    end = arena.next;
   }
 };
 
 template <typename T>
 void pack_block(const AttentionCall& call, int64_t sequence, int64_t block, char* memory) {
-  const Extents<T> extents(call);
-  const PackedQueries<T> packed(extents, memory);
+  const Sizes<T> sizes(call);
+  const PackedQueries<T> packed(sizes, memory);
   const QueryRows<T> q(call, call.q, sequence, block), dout(call, call.dout, sequence, block);
-  packed.lanes.fill(call, q, extents.rows);
-  for (int64_t r = 0; r < extents.rows; ++r) {
+  packed.info.fill(call, q, sizes.rows);
+  for (int64_t r = 0; r < sizes.rows; ++r) {
     const int64_t head = q.batch * call.heads + q.head_of(r);
     const int64_t at = r < q.count ? head * call.queries + q.token(r) : -1;
     packed.lse[r] = at < 0 ? 0 : call.lse[at];
     packed.delta[r] = at < 0 ? 0 : call.delta[at] * call.scale;
   }
-  alignas(64) uint32_t lines[kLanes * kMostWidth];
-  pack_panels(extents, q, packed.q_panels, lines);
-  pack_panels(extents, dout, packed.dout_panels, lines);
-  pack_columns(extents, q, extents.rows, packed.q_columns);
-  pack_columns(extents, dout, extents.rows, packed.dout_columns);
+  alignas(64) uint32_t lines[kLanes * kMaxHeadDim];
+  pack_panels(sizes, q, packed.q_panels, lines);
+  pack_panels(sizes, dout, packed.dout_panels, lines);
+  pack_columns(sizes, q, sizes.rows, packed.q_columns);
+  pack_columns(sizes, dout, sizes.rows, packed.dout_columns);
 }
 
-// What a vector of rows takes from a block of queries.
-struct Lanes {
+// The values of one vector of query rows.
+struct RowVectors {
   IntVec first, end;
   Vec lse, delta;
 };
 
-// One vector of rows: weights and the gradients of scores, from scores and gradients of weights.
-template <typename T, bool kHidden, bool kDropout>
-void differentiate(const AttentionCall& call, const Scratch<T>& scratch, int64_t stride, Seen seen,
-                   const Lanes& lanes, Kept& kept, int64_t first_key, int64_t panel, int64_t n) {
-  typedef typename WordsOf<T>::type Word;
+// One vector of rows: p and ds from the scores and dp.
+template <typename T, bool kMasked, bool kDropout>
+void softmax_bwd(const AttentionCall& call, const Scratch<T>& scratch, int64_t stride,
+                 KeyRange range, const RowVectors& info, DropoutMask& mask, int64_t first_key,
+                 int64_t panel, int64_t n) {
+  typedef typename DotOf<T>::type Dot;
   const Vec scale = splat(call.scale);
-  const auto pair_of = [&](int64_t key, Vec& weight, Vec& dscore) {
-    weight = exp(fma(load(scratch.scores + key * kPanel + n), scale, -lanes.lse));
-    if constexpr (kHidden) {
-      const IntVec place = (int32_t)(first_key + key) - IntVec{};
-      weight = (lanes.first <= place) & (place < lanes.end) ? weight : Vec{};
+  const auto pair_of = [&](int64_t key, Vec& p, Vec& ds) {
+    p = exp(fma(load(scratch.scores + key * kNR + n), scale, -info.lse));
+    if constexpr (kMasked) {
+      const IntVec index = (int32_t)(first_key + key) - IntVec{};
+      p = (info.first <= index) & (index < info.end) ? p : Vec{};
     }
-    Vec dweight = load(scratch.dweights + key * kPanel + n);
-    Vec dropped = weight;
+    Vec dp = load(scratch.dp + key * kNR + n);
+    Vec dropped = p;
     if constexpr (kDropout) {
-      const Vec factor = kept.factor(key);
-      dweight *= factor, dropped *= factor;
+      const Vec keep = mask.scale(key);
+      dp *= keep, dropped *= keep;
     }
-    dscore = weight * fma(dweight, scale, -lanes.delta);
-    weight = dropped;
+    ds = p * fma(dp, scale, -info.delta);
+    p = dropped;
   };
-  const int64_t column = (panel * kPanel + n) / Word::kPer;
-  for (int64_t key = seen.from; key < seen.to; key += 2) {
-    Pair weight, dscore;
-    pair_of(key, weight.a, dscore.a);
-    pair_of(key + 1, weight.b, dscore.b);
+  const int64_t column = (panel * kNR + n) / Dot::kPerWord;
+  for (int64_t key = range.from; key < range.to; key += 2) {
+    Pair p, ds;
+    pair_of(key, p.a, ds.a);
+    pair_of(key + 1, p.b, ds.b);
     const int64_t a = key * stride + column, b = a + stride;
-    Word::store_rows(scratch.weights + a, scratch.weights + b, weight);
-    Word::store_both(scratch.dscores_panel + key / Word::kPer * kPanel + n, kPanel,
-                     scratch.dscores + a, scratch.dscores + b, dscore);
+    Dot::store_rows(scratch.p + a, scratch.p + b, p);
+    Dot::store_both(scratch.ds_panel + key / Dot::kPerWord * kNR + n, kNR, scratch.ds + a,
+                    scratch.ds + b, ds);
   }
 }
 
-// Everything of a panel but its share of dk and dv.
+// The scores, p, dp, ds and dq of a panel of query rows.
 template <typename T>
-void step_panel(const AttentionCall& call, const Extents<T>& extents, const Scratch<T>& scratch,
-                const PackedQueries<T>& packed, Seen seen, int64_t first_key, int64_t panel,
-                bool from_zero) {
-  typedef typename Extents<T>::Word Word;
-  const int64_t keys = seen.to - seen.from, at = panel * extents.words * kPanel;
-  multiply_panel<Word>(Words{scratch.k, extents.depth}.at(seen.from, 0), keys,
-                       {packed.q_panels + at, kPanel}, extents.depth,
-                       Sums{scratch.scores, kPanel}.at(seen.from, 0), true);
-  multiply_panel<Word>(Words{scratch.v, extents.depth}.at(seen.from, 0), keys,
-                       {packed.dout_panels + at, kPanel}, extents.depth,
-                       Sums{scratch.dweights, kPanel}.at(seen.from, 0), true);
+void step_panel(const AttentionCall& call, const Sizes<T>& sizes, const Scratch<T>& scratch,
+                const PackedQueries<T>& packed, KeyRange range, int64_t first_key, int64_t panel,
+                bool overwrite) {
+  typedef typename Sizes<T>::Dot Dot;
+  const int64_t keys = range.to - range.from, at = panel * sizes.words * kNR;
+  gemm_panel<Dot>(Operand{scratch.k, sizes.depth}.at(range.from, 0), keys,
+                  {packed.q_panels + at, kNR}, sizes.depth,
+                  Accumulator{scratch.scores, kNR}.at(range.from, 0), true);
+  gemm_panel<Dot>(Operand{scratch.v, sizes.depth}.at(range.from, 0), keys,
+                  {packed.dout_panels + at, kNR}, sizes.depth,
+                  Accumulator{scratch.dp, kNR}.at(range.from, 0), true);
   const bool drops = call.dropout.drop_below != 0;
-  const auto turn =
-      drops ? (seen.hidden ? differentiate<T, true, true> : differentiate<T, false, true>)
-            : (seen.hidden ? differentiate<T, true, false> : differentiate<T, false, false>);
-  for (int64_t n = 0; n < kPanel; n += kLanes) {
-    const int64_t row = panel * kPanel + n;
-    const QueryLanes& places = packed.lanes;
-    const Lanes lanes{(IntVec)load_words((uint32_t*)places.first + row),
-                      (IntVec)load_words((uint32_t*)places.end + row), load(packed.lse + row),
-                      load(packed.delta + row)};
-    Kept kept{call.dropout, call.columns + (drops ? first_key : 0), call.keys - first_key,
-              load_words(places.position + row), load_words(places.head + row)};
-    turn(call, scratch, extents.row_words(), seen, lanes, kept, first_key, panel, n);
+  const auto update =
+      drops ? (range.masked ? softmax_bwd<T, true, true> : softmax_bwd<T, false, true>)
+            : (range.masked ? softmax_bwd<T, true, false> : softmax_bwd<T, false, false>);
+  for (int64_t n = 0; n < kNR; n += kLanes) {
+    const int64_t row = panel * kNR + n;
+    const QueryInfo& query = packed.info;
+    const RowVectors info{(IntVec)load_words((uint32_t*)query.first + row),
+                          (IntVec)load_words((uint32_t*)query.end + row), load(packed.lse + row),
+                          load(packed.delta + row)};
+    DropoutMask mask{call.dropout, call.columns + (drops ? first_key : 0), call.keys - first_key,
+                     load_words(query.position + row), load_words(query.head + row)};
+    update(call, scratch, sizes.row_words(), range, info, mask, first_key, panel, n);
   }
-  const Words left{scratch.k_transposed + seen.from / Word::kPer, extents.key_words()};
-  const Words right{scratch.dscores_panel + seen.from / Word::kPer * kPanel, kPanel};
-  multiply_panel<Word>(left, round_up(extents.width, kTall), right, keys / Word::kPer,
-                       {packed.dq + panel * extents.columns * kPanel, kPanel}, from_zero);
+  const Operand a{scratch.k_transposed + range.from / Dot::kPerWord, sizes.key_words()};
+  const Operand b{scratch.ds_panel + range.from / Dot::kPerWord * kNR, kNR};
+  gemm_panel<Dot>(a, round_up(sizes.head_dim, kMR), b, keys / Dot::kPerWord,
+                  {packed.dq + panel * sizes.columns * kNR, kNR}, overwrite);
 }
 
-// c += a b: kFlat keys at a time, of each the panels between them that see it.
+// dk or dv += A B, kMRWide keys at a time, over the panels of query rows that attend to them.
 template <typename T>
-void add_to_keys(const Extents<T>& extents, const Seen* seen, const uint32_t* left,
-                 const uint32_t* right, float* sums) {
-  typedef typename Extents<T>::Word Word;
-  const int64_t panel_words = kPanel / Word::kPer;
-  for (int64_t column = 0; column < extents.columns; column += kWide * kLanes)
-    for (int64_t key = 0; key < extents.keys; key += kFlat) {
-      int64_t panel = 0, end = extents.panels;
-      while (panel < end && (key < seen[panel].from || key >= seen[panel].to)) ++panel;
-      while (panel < end && (key < seen[end - 1].from || key >= seen[end - 1].to)) --end;
+void add_to_keys(const Sizes<T>& sizes, const KeyRange* ranges, const uint32_t* a_words,
+                 const uint32_t* b_words, float* acc) {
+  typedef typename Sizes<T>::Dot Dot;
+  const int64_t panel_words = kNR / Dot::kPerWord;
+  for (int64_t column = 0; column < sizes.columns; column += kNRWide * kLanes)
+    for (int64_t key = 0; key < sizes.keys; key += kMRWide) {
+      int64_t panel = 0, end = sizes.panels;
+      while (panel < end && (key < ranges[panel].from || key >= ranges[panel].to)) ++panel;
+      while (panel < end && (key < ranges[end - 1].from || key >= ranges[end - 1].to)) --end;
       if (panel == end) continue;
-      const Words a{left + key * extents.row_words() + panel * panel_words, extents.row_words()};
-      const Words b{right + panel * panel_words * extents.columns + column, extents.columns};
-      add_flat<Word>(a, b, (end - panel) * panel_words,
-                     {sums + key * extents.columns + column, extents.columns},
-                     least(extents.columns - column, kWide * kLanes) / kLanes);
+      const Operand a{a_words + key * sizes.row_words() + panel * panel_words, sizes.row_words()};
+      const Operand b{b_words + panel * panel_words * sizes.columns + column, sizes.columns};
+      gemm_wide<Dot>(a, b, (end - panel) * panel_words,
+                     {acc + key * sizes.columns + column, sizes.columns},
+                     min(sizes.columns - column, kNRWide * kLanes) / kLanes);
     }
 }
 
 template <typename T>
 void step_block(const AttentionCall& call, int64_t sequence, int64_t key_block, int64_t query_block,
                 char* packed_memory, char* memory) {
-  const Extents<T> extents(call);
-  const PackedQueries<T> packed(extents, packed_memory);
-  const Scratch<T> scratch(extents, memory);
-  const int64_t first_key = key_block * extents.keys;
-  const int64_t keys = least(extents.keys, call.keys - first_key);
-  const bool from_zero = call.met(sequence, query_block).first == key_block;
+  const Sizes<T> sizes(call);
+  const PackedQueries<T> packed(sizes, packed_memory);
+  const Scratch<T> scratch(sizes, memory);
+  const int64_t first_key = key_block * sizes.keys;
+  const int64_t keys = min(sizes.keys, call.keys - first_key);
+  const bool overwrite = call.key_blocks_of(sequence, query_block).first == key_block;
   const TileUse tiles;
-  Seen seen[kMostPanels];
-  for (int64_t panel = 0; panel < extents.panels; ++panel) {
-    seen[panel] = Seen(packed.lanes, panel, first_key, keys);
-    if (seen[panel].from < seen[panel].to) {
-      step_panel(call, extents, scratch, packed, seen[panel], first_key, panel, from_zero);
-    } else if (from_zero) {
-      float* const dq = packed.dq + panel * extents.columns * kPanel;
-      __builtin_memset(dq, 0, extents.columns * kPanel * sizeof *dq);
+  KeyRange ranges[kMaxPanels];
+  for (int64_t panel = 0; panel < sizes.panels; ++panel) {
+    ranges[panel] = KeyRange(packed.info, panel, first_key, keys);
+    if (ranges[panel].from < ranges[panel].to) {
+      step_panel(call, sizes, scratch, packed, ranges[panel], first_key, panel, overwrite);
+    } else if (overwrite) {
+      float* const dq = packed.dq + panel * sizes.columns * kNR;
+      __builtin_memset(dq, 0, sizes.columns * kNR * sizeof *dq);
     }
   }
-  add_to_keys(extents, seen, scratch.weights, packed.dout_columns, scratch.dv);
-  add_to_keys(extents, seen, scratch.dscores, packed.q_columns, scratch.dk);
+  add_to_keys(sizes, ranges, scratch.p, packed.dout_columns, scratch.dv);
+  add_to_keys(sizes, ranges, scratch.ds, packed.q_columns, scratch.dk);
 }
 
 template <typename T>
 void begin_block(const AttentionCall& call, int64_t sequence, int64_t block, char* memory) {
-  const Extents<T> extents(call);
-  const Scratch<T> scratch(extents, memory);
+  const Sizes<T> sizes(call);
+  const Scratch<T> scratch(sizes, memory);
   const KeyRows<T> k(call, call.k, sequence, block), v(call, call.v, sequence, block);
-  const int64_t count = round_up(k.count, kStep);
-  pack_rows(extents, k, count, scratch.k, scratch.lines);
-  pack_rows(extents, v, count, scratch.v, scratch.lines);
-  pack_transposed(extents, k, scratch.k_transposed, scratch.lines);
-  __builtin_memset(scratch.dk, 0, extents.keys * extents.columns * sizeof(float));
-  __builtin_memset(scratch.dv, 0, extents.keys * extents.columns * sizeof(float));
+  const int64_t count = round_up(k.count, kMAlign);
+  pack_rows(sizes, k, count, scratch.k, scratch.lines);
+  pack_rows(sizes, v, count, scratch.v, scratch.lines);
+  pack_transposed(sizes, k, scratch.k_transposed, scratch.lines);
+  __builtin_memset(scratch.dk, 0, sizes.keys * sizes.columns * sizeof(float));
+  __builtin_memset(scratch.dv, 0, sizes.keys * sizes.columns * sizeof(float));
 }
 
 template <typename T>
 void end_block(const AttentionCall& call, int64_t sequence, int64_t block, char* memory) {
-  const Extents<T> extents(call);
-  const Scratch<T> scratch(extents, memory);
+  const Sizes<T> sizes(call);
+  const Scratch<T> scratch(sizes, memory);
   const KeyRows<T> keys(call, call.k, sequence, block);
   for (int64_t r = 0; r < keys.count; ++r) {
-    const int64_t token = keys.first + r, at = r * extents.columns;
-    write_row(call.dk, keys.batch, token, keys.group, scratch.dk + at, call.width);
-    write_row(call.dv, keys.batch, token, keys.group, scratch.dv + at, call.width);
+    const int64_t token = keys.first + r, at = r * sizes.columns;
+    write_row(call.dk, keys.batch, token, keys.kv_head, scratch.dk + at, call.head_dim);
+    write_row(call.dv, keys.batch, token, keys.kv_head, scratch.dv + at, call.head_dim);
   }
 }
 
 template <typename T>
 void write_block(const AttentionCall& call, int64_t sequence, int64_t block, const char* memory) {
-  const Extents<T> extents(call);
-  const PackedQueries<T> packed(extents, memory);
+  const Sizes<T> sizes(call);
+  const PackedQueries<T> packed(sizes, memory);
   const QueryRows<T> rows(call, call.q, sequence, block);
-  const KeyBlocks met = call.met(sequence, block);
-  alignas(64) uint32_t lines[kLanes * kMostWidth] = {};
+  const KeyBlocks attended = call.key_blocks_of(sequence, block);
+  alignas(64) uint32_t lines[kLanes * kMaxHeadDim] = {};
   for (int64_t row = 0; row < rows.count; row += kLanes) {
-    const float* const dq = packed.dq + row / kPanel * kPanel * extents.columns + row % kPanel;
-    for (int64_t c = 0; met.first < met.end && c < extents.columns; c += kLanes)
-      transpose((const uint32_t*)dq + c * kPanel, kPanel, lines + c, extents.columns);
-    for (int64_t i = row; i < least(row + kLanes, rows.count); ++i)
+    const float* const dq = packed.dq + row / kNR * kNR * sizes.columns + row % kNR;
+    for (int64_t c = 0; attended.first < attended.end && c < sizes.columns; c += kLanes)
+      transpose((const uint32_t*)dq + c * kNR, kNR, lines + c, sizes.columns);
+    for (int64_t i = row; i < min(row + kLanes, rows.count); ++i)
       write_row(call.dq, rows.batch, rows.token(i), rows.head_of(i),
-                (const float*)lines + (i - row) * extents.columns, call.width);
+                (const float*)lines + (i - row) * sizes.columns, call.head_dim);
   }
 }
 
 int64_t packed_size(const AttentionCall& call) {
   int64_t size = 0;
   with_type(call.q.dtype, [&](auto type) {
-    size = PackedQueries<decltype(type)>(Extents<decltype(type)>(call), nullptr).end;
+    size = PackedQueries<decltype(type)>(Sizes<decltype(type)>(call), nullptr).end;
   });
   return size;
 }
@@ -256,7 +258,7 @@ int64_t packed_size(const AttentionCall& call) {
 int64_t scratch_size(const AttentionCall& call) {
   int64_t size = 0;
   with_type(call.q.dtype, [&](auto type) {
-    size = Scratch<decltype(type)>(Extents<decltype(type)>(call), nullptr).end;
+    size = Scratch<decltype(type)>(Sizes<decltype(type)>(call), nullptr).end;
   });
   return size;
 }

@@ -1,4 +1,5 @@
-// The factors of dropout for a vector of query rows, key by key; _dropout.py defines the words.
+// The dropout mask of a vector of query rows, key by key, as emu3_kernels/runtime/dropout.py
+// defines it.
 #pragma once
 
 #include "cpu/attention/attention.h"
@@ -6,15 +7,15 @@
 
 namespace emu3::EMU3_LEVEL {
 
-// Four keys share the words of one counter if their positions do, so keys are asked for in order.
-struct Kept {
+// Four neighbouring positions share one counter: call scale() for the keys in order.
+struct DropoutMask {
   const Dropout& dropout;
   const int32_t* columns;
-  int64_t keys;  // that have a column; a block is asked for in whole steps
+  int64_t keys;  // size of columns; a block of keys is padded beyond it
   BitVec row, head, word[4];
   int64_t quad = -1;
 
-  Vec factor(int64_t key) {
+  Vec scale(int64_t key) {
     const auto column = (uint32_t)columns[key < keys ? key : keys - 1];
     if (quad != column / 4) draw(column / 4);
     return word[column % 4] >= dropout.drop_below ? splat(dropout.scale) : Vec{};

@@ -1,6 +1,6 @@
-// The forms in which the kernels of attention keep blocks of rows: words along a row, words down a
-// column, and both transposed; and which keys a block of queries sees. Included, like simd.h, only
-// by files that are compiled once per level.
+// Packed layouts of blocks of rows as GEMM operands, with K along a row or down a column, and both
+// transposed; and the key range of a block of queries. Include only in files that are compiled once
+// per level, as simd.h.
 #pragma once
 
 #include "cpu/attention/attention.h"
@@ -9,40 +9,40 @@
 
 namespace emu3::EMU3_LEVEL {
 
-// Right where the argument comes of a difference: the factor does not meet what has cancelled.
+// e^x. The factor is applied to the difference x, after the cancellation, so that it adds no error.
 inline Vec exp(Vec x) { return exp2(x * 1.44269504f); }
 
-// Deals out a buffer in pieces of whole cache lines; from null, it counts them.
-struct Pieces {
+// Divides a buffer into arrays of whole cache lines; from null, `next` is the size.
+struct Arena {
   uintptr_t next;
 
-  explicit Pieces(const char* buffer) : next(reinterpret_cast<uintptr_t>(buffer)) {}
+  explicit Arena(const char* buffer) : next(reinterpret_cast<uintptr_t>(buffer)) {}
 
   template <typename T>
-  void take(T*& piece, int64_t count) {
-    piece = reinterpret_cast<T*>(next);
+  void take(T*& array, int64_t count) {
+    array = reinterpret_cast<T*>(next);
     next += round_up(count * sizeof(T), 64);
   }
 };
 
-// The extents of a call's blocks. Columns and words of a row are padded to whole vectors and tiles,
-// query rows to whole panels.
+// Sizes of the blocks of a call. head_dim is padded to whole vectors and tiles, query rows to whole
+// panels.
 template <typename T>
-struct Extents {
-  typedef typename WordsOf<T>::type Word;
-  int64_t width, columns, depth, words, rows, panels, keys;
+struct Sizes {
+  typedef typename DotOf<T>::type Dot;
+  int64_t head_dim, columns, depth, words, rows, panels, keys;
 
-  explicit Extents(const AttentionCall& call)
-      : width(call.width),
-        columns(round_up(width, kBroad)),
-        depth(round_up((width + Word::kPer - 1) / Word::kPer, kDeep)),
+  explicit Sizes(const AttentionCall& call)
+      : head_dim(call.head_dim),
+        columns(round_up(head_dim, kNAlign)),
+        depth(round_up((head_dim + Dot::kPerWord - 1) / Dot::kPerWord, kKAlign)),
         words(round_up(depth, kLanes)),
-        rows(round_up(call.query_block * call.shared(), kPanel)),
-        panels(rows / kPanel),
+        rows(round_up(call.query_block * call.heads_per_kv(), kNR)),
+        panels(rows / kNR),
         keys(call.key_block) {}
 
-  int64_t key_words() const { return keys / Word::kPer; }
-  int64_t row_words() const { return rows / Word::kPer; }
+  int64_t key_words() const { return keys / Dot::kPerWord; }
+  int64_t row_words() const { return rows / Dot::kPerWord; }
 };
 
 template <typename T>
@@ -51,31 +51,31 @@ inline T* row_of(const TokenHeads& x, int64_t batch, int64_t token, int64_t head
 }
 
 inline void write_row(const TokenHeads& x, int64_t batch, int64_t token, int64_t head,
-                      const float* from, int64_t width) {
+                      const float* from, int64_t head_dim) {
   with_type(x.dtype, [&](auto type) {
     auto* const to = row_of<decltype(type)>(x, batch, token, head);
-    for (int64_t c = 0; c < width; c += kLanes) store_some(to + c, load(from + c), width - c);
+    for (int64_t c = 0; c < head_dim; c += kLanes) store_head(to + c, load(from + c), head_dim - c);
   });
 }
 
-// Words of two numbers of a row; null is a row of zeros.
+// Packs words with K along the row; null is a row of zeros.
 template <typename T>
-inline void along_row(Singles, const T* row, int64_t width, uint32_t* to) {
-  if (!row) return void(__builtin_memset(to, 0, round_up(width, kLanes) * sizeof *to));
-  widen_row(row, width, (float*)to);
+inline void along_row(FloatDot, const T* row, int64_t head_dim, uint32_t* to) {
+  if (!row) return void(__builtin_memset(to, 0, round_up(head_dim, kLanes) * sizeof *to));
+  row_to_float(row, head_dim, (float*)to);
 }
 
-// Words of a number of `a` and the one of `b` below it.
+// Packs words with K down the column: an element of `a` and the one of `b` below it.
 template <typename T>
-inline void down_column(Singles, const T* a, const T*, int64_t width, uint32_t* to) {
-  along_row(Singles{}, a, width, to);
+inline void down_column(FloatDot, const T* a, const T*, int64_t head_dim, uint32_t* to) {
+  along_row(FloatDot{}, a, head_dim, to);
 }
 
 #if defined(__AVX512BF16__)
-inline void along_row(Pairs, const bfloat16* row, int64_t width, uint32_t* to) {
-  const int64_t words = round_up((width + 1) / 2, kLanes);
-  if (!row || width % kPair) __builtin_memset(to, 0, words * sizeof *to);
-  if (row) __builtin_memcpy(to, row, width * sizeof *row);
+inline void along_row(Bfloat16PairDot, const bfloat16* row, int64_t head_dim, uint32_t* to) {
+  const int64_t words = round_up((head_dim + 1) / 2, kLanes);
+  if (!row || head_dim % kPair) __builtin_memset(to, 0, words * sizeof *to);
+  if (row) __builtin_memcpy(to, row, head_dim * sizeof *row);
 }
 
 inline BitVec halves(const bfloat16* from, int64_t count) {
@@ -89,122 +89,122 @@ inline BitVec halves(const bfloat16* from, int64_t count) {
   return __builtin_convertvector(half, BitVec);
 }
 
-inline void down_column(Pairs, const bfloat16* a, const bfloat16* b, int64_t width, uint32_t* to) {
-  for (int64_t c = 0; c < width; c += kLanes) {
-    const BitVec upper = halves(b ? b + c : b, width - c) << 16;
-    store_words(to + c, halves(a ? a + c : a, width - c) | upper);
+inline void down_column(Bfloat16PairDot, const bfloat16* a, const bfloat16* b, int64_t head_dim,
+                        uint32_t* to) {
+  for (int64_t c = 0; c < head_dim; c += kLanes) {
+    const BitVec upper = halves(b ? b + c : b, head_dim - c) << 16;
+    store_words(to + c, halves(a ? a + c : a, head_dim - c) | upper);
   }
 }
 #endif
 
-// kLanes rows of `words`, a multiple of kLanes.
+// Transposes kLanes rows of `words` words, a multiple of kLanes.
 inline void transpose_rows(const uint32_t* from, int64_t words, uint32_t* to, int64_t to_stride) {
   for (int64_t c = 0; c < words; c += kLanes)
     transpose(from + c, words, to + c * to_stride, to_stride);
 }
 
-// The rows of a block of queries in one group: all heads of a query, then those of the next. Rows
-// beyond the last are null.
+// The rows of a block of queries for one KV head: all its heads of a query, then those of the next.
+// Rows beyond the last are null.
 template <typename T>
 struct QueryRows {
   const TokenHeads& x;
-  int64_t batch, head, shared, first, count;
+  int64_t batch, head, heads_per_kv, first, count;
 
   QueryRows(const AttentionCall& call, const TokenHeads& x, int64_t sequence, int64_t block)
       : x(x),
-        batch(sequence / call.groups),
-        head(sequence % call.groups * call.shared()),
-        shared(call.shared()),
+        batch(sequence / call.kv_heads),
+        head(sequence % call.kv_heads * call.heads_per_kv()),
+        heads_per_kv(call.heads_per_kv()),
         first(block * call.query_block),
-        count(least(call.query_block, call.queries - first) * shared) {}
+        count(min(call.query_block, call.queries - first) * heads_per_kv) {}
 
-  int64_t token(int64_t row) const { return first + row / shared; }
-  int64_t head_of(int64_t row) const { return head + row % shared; }
+  int64_t token(int64_t row) const { return first + row / heads_per_kv; }
+  int64_t head_of(int64_t row) const { return head + row % heads_per_kv; }
   T* operator()(int64_t row) const {
     return row < count ? row_of<T>(x, batch, token(row), head_of(row)) : nullptr;
   }
 };
 
-// The rows of a block of keys; beyond the last, null.
+// The rows of a block of keys. Rows beyond the last are null.
 template <typename T>
 struct KeyRows {
   const TokenHeads& x;
-  int64_t batch, group, first, count;
+  int64_t batch, kv_head, first, count;
 
   KeyRows(const AttentionCall& call, const TokenHeads& x, int64_t sequence, int64_t block)
       : x(x),
-        batch(sequence / call.groups),
-        group(sequence % call.groups),
+        batch(sequence / call.kv_heads),
+        kv_head(sequence % call.kv_heads),
         first(block * call.key_block),
-        count(least(call.key_block, call.keys - first)) {}
+        count(min(call.key_block, call.keys - first)) {}
 
   T* operator()(int64_t row) const {
-    return row < count ? row_of<T>(x, batch, first + row, group) : nullptr;
+    return row < count ? row_of<T>(x, batch, first + row, kv_head) : nullptr;
   }
 };
 
 // [rows][depth]
 template <typename T, typename Rows>
-inline void pack_rows(const Extents<T>& extents, const Rows& row, int64_t rows, uint32_t* to,
+inline void pack_rows(const Sizes<T>& sizes, const Rows& row, int64_t rows, uint32_t* to,
                       uint32_t* line) {
   for (int64_t r = 0; r < rows; ++r) {
-    along_row(typename Extents<T>::Word{}, row(r), extents.width, line);
-    __builtin_memcpy(to + r * extents.depth, line, extents.depth * sizeof *to);
+    along_row(typename Sizes<T>::Dot{}, row(r), sizes.head_dim, line);
+    __builtin_memcpy(to + r * sizes.depth, line, sizes.depth * sizeof *to);
   }
 }
 
-// [panels][words][kPanel]
+// [panels][words][kNR]
 template <typename T, typename Rows>
-inline void pack_panels(const Extents<T>& extents, const Rows& row, uint32_t* to, uint32_t* lines) {
-  for (int64_t r = 0; r < extents.rows; r += kLanes) {
+inline void pack_panels(const Sizes<T>& sizes, const Rows& row, uint32_t* to, uint32_t* lines) {
+  for (int64_t r = 0; r < sizes.rows; r += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i)
-      along_row(typename Extents<T>::Word{}, row(r + i), extents.width, lines + i * extents.words);
-    uint32_t* const panel = to + r / kPanel * kPanel * extents.words;
-    transpose_rows(lines, extents.words, panel + r % kPanel, kPanel);
+      along_row(typename Sizes<T>::Dot{}, row(r + i), sizes.head_dim, lines + i * sizes.words);
+    uint32_t* const panel = to + r / kNR * kNR * sizes.words;
+    transpose_rows(lines, sizes.words, panel + r % kNR, kNR);
   }
 }
 
-// [rows / kPer][columns]
+// [rows / kPerWord][columns]
 template <typename T, typename Rows>
-inline void pack_columns(const Extents<T>& extents, const Rows& row, int64_t rows, uint32_t* to) {
-  typedef typename Extents<T>::Word Word;
-  for (int64_t r = 0; r < rows; r += Word::kPer)
-    down_column(Word{}, row(r), row(r + 1), extents.width, to + r / Word::kPer * extents.columns);
+inline void pack_columns(const Sizes<T>& sizes, const Rows& row, int64_t rows, uint32_t* to) {
+  typedef typename Sizes<T>::Dot Dot;
+  for (int64_t r = 0; r < rows; r += Dot::kPerWord)
+    down_column(Dot{}, row(r), row(r + 1), sizes.head_dim, to + r / Dot::kPerWord * sizes.columns);
 }
 
-// [columns][keys / kPer]
+// [columns][keys / kPerWord]
 template <typename T, typename Rows>
-inline void pack_transposed(const Extents<T>& extents, const Rows& row, uint32_t* to,
-                            uint32_t* lines) {
-  typedef typename Extents<T>::Word Word;
-  for (int64_t word = 0; word < extents.key_words(); word += kLanes) {
+inline void pack_transposed(const Sizes<T>& sizes, const Rows& row, uint32_t* to, uint32_t* lines) {
+  typedef typename Sizes<T>::Dot Dot;
+  for (int64_t word = 0; word < sizes.key_words(); word += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
-      const int64_t r = (word + i) * Word::kPer;
-      down_column(Word{}, row(r), row(r + 1), extents.width, lines + i * extents.columns);
+      const int64_t r = (word + i) * Dot::kPerWord;
+      down_column(Dot{}, row(r), row(r + 1), sizes.head_dim, lines + i * sizes.columns);
     }
-    transpose_rows(lines, extents.columns, to + word, extents.key_words());
+    transpose_rows(lines, sizes.columns, to + word, sizes.key_words());
   }
 }
 
-// Of each row of a block of queries: its span and, where any is dropped, its place.
-struct QueryLanes {
+// The key range of each row of a block of queries and, with dropout, its position and head.
+struct QueryInfo {
   int32_t *first, *end;
   uint32_t *position, *head;
 
-  void take(Pieces& pieces, int64_t rows) {
-    pieces.take(first, rows);
-    pieces.take(end, rows);
-    pieces.take(position, rows);
-    pieces.take(head, rows);
+  void take(Arena& arena, int64_t rows) {
+    arena.take(first, rows);
+    arena.take(end, rows);
+    arena.take(position, rows);
+    arena.take(head, rows);
   }
 
-  // Rows beyond the last see what the last sees, so that they hide nothing.
+  // Rows beyond the last get the key range of the last, so that they need no mask.
   template <typename T>
   void fill(const AttentionCall& call, const QueryRows<T>& rows, int64_t count) const {
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = least(r, rows.count - 1), token = rows.token(row);
-      const int64_t span = rows.batch * call.span_stride + token;
-      first[r] = call.first[span], end[r] = call.end[span];
+      const int64_t row = min(r, rows.count - 1), token = rows.token(row);
+      const int64_t offset = rows.batch * call.range_stride + token;
+      first[r] = call.first[offset], end[r] = call.end[offset];
       if (!call.dropout.drop_below) continue;
       position[r] = call.rows[token];
       head[r] = rows.batch * call.heads + rows.head_of(row);
@@ -212,18 +212,18 @@ struct QueryLanes {
   }
 };
 
-// Keys of a block, counted from its first, that the rows of a panel see between them; hidden tells
-// whether one of them does not see all of these.
-struct Seen {
+// The keys [from, to) of a block, counted from its first, to which any row of a panel attends.
+// `masked`: some row does not attend to all of them.
+struct KeyRange {
   int64_t from, to;
-  bool hidden;
+  bool masked;
 
-  Seen() = default;
-  Seen(const QueryLanes& lanes, int64_t panel, int64_t first_key, int64_t keys) {
-    const int64_t row = panel * kPanel, last = row + kPanel - 1;
-    from = most(lanes.first[row] - first_key, 0) / kStep * kStep;
-    to = round_up(most(least(lanes.end[last] - first_key, keys), 0), kStep);
-    hidden = lanes.first[last] > first_key + from || lanes.end[row] < first_key + to;
+  KeyRange() = default;
+  KeyRange(const QueryInfo& info, int64_t panel, int64_t first_key, int64_t keys) {
+    const int64_t row = panel * kNR, last = row + kNR - 1;
+    from = max(info.first[row] - first_key, 0) / kMAlign * kMAlign;
+    to = round_up(max(min(info.end[last] - first_key, keys), 0), kMAlign);
+    masked = info.first[last] > first_key + from || info.end[row] < first_key + to;
   }
 };
 

@@ -6,8 +6,8 @@
 namespace emu3::EMU3_LEVEL {
 namespace {
 
-// The end of a result: bias, activation, residual.
-inline Vec finished(const Conv& conv, int64_t o, Vec sum) {
+// The epilogue of a sum: bias and activation.
+inline Vec epilogue(const Conv& conv, int64_t o, Vec sum) {
   if (conv.bias) sum += conv.bias[o];
   return conv.post_silu ? silu(sum) : sum;
 }
@@ -16,9 +16,9 @@ template <typename T, typename Element>
 void write_row(const Conv& conv, const Window<Element>& window, const ColumnTaps& columns,
                int64_t t, int64_t h, const T* residual, T* y, int64_t channel) {
   convolve_row(conv, window, columns, t, h, [&](int64_t o, int64_t j, int64_t count, Vec sum) {
-    Vec result = finished(conv, o, sum);
-    if (residual) result += load(residual + o * channel + j, count);
-    store(y + o * channel + j, result, count);
+    Vec output = epilogue(conv, o, sum);
+    if (residual) output += load(residual + o * channel + j, count);
+    store(y + o * channel + j, output, count);
   });
 }
 
@@ -27,13 +27,14 @@ void forward_tile(const Conv& conv, const Tile& tile, const T* x, const T* resid
                   float* scratch) {
   over_rows<Element>(conv, tile, x, scratch,
                      [&](const auto& window, const ColumnTaps& columns, int64_t t, int64_t h) {
-                       const int64_t at = row_of_results(conv, tile, t, h);
+                       const int64_t at = output_row(conv, tile, t, h);
                        write_row(conv, window, columns, t, h, residual ? residual + at : nullptr,
-                                 y + at, channel_of_results(conv));
+                                 y + at, output_channel_stride(conv));
                      });
 }
 
-// The first convolution writes row after row to one line, from which the second's window is fed.
+// The first convolution writes one row at a time to `line`, which is staged in the window of the
+// second.
 template <typename Element, typename T>
 void block_tile(const Conv& first, const Conv& second, const Tile& tile, const T* x, T* y,
                 float* scratch) {
@@ -43,7 +44,7 @@ void block_tile(const Conv& first, const Conv& second, const Tile& tile, const T
   Window<Element> inner(first, row, row_end, scratch);
   T* const line = (T*)(scratch + window_size(first, row_end - row));
   const ColumnTaps inner_columns(first, inner), outer_columns(second, outer);
-  const int64_t line_pitch = whole(first.columns.results, kMostColumns);
+  const int64_t line_pitch = round_up(first.columns.outputs, kMaxColumns);
   const T* const element = x + tile.batch * first.source_size();
   for (int64_t t = second.time.first(tile.frame); t < tile.frame_end; ++t) {
     inner.reach(element, t);
@@ -52,8 +53,8 @@ void block_tile(const Conv& first, const Conv& second, const Tile& tile, const T
       outer.stage(line, line_pitch, outer.row(t, h));
     }
     for (int64_t h = tile.row; t >= tile.frame && h < tile.row_end; ++h) {
-      const int64_t at = row_of_results(second, tile, t, h);
-      write_row(second, outer, outer_columns, t, h, x + at, y + at, channel_of_results(second));
+      const int64_t at = output_row(second, tile, t, h);
+      write_row(second, outer, outer_columns, t, h, x + at, y + at, output_channel_stride(second));
     }
   }
 }
@@ -64,7 +65,7 @@ void activation_gradient_tile(const Conv& conv, const Tile& tile, const T* x, co
   over_rows<Element>(
       conv, tile, x, scratch,
       [&](const auto& window, const ColumnTaps& columns, int64_t t, int64_t h) {
-        const int64_t row = row_of_results(conv, tile, t, h), channel = channel_of_results(conv);
+        const int64_t row = output_row(conv, tile, t, h), channel = output_channel_stride(conv);
         convolve_row(conv, window, columns, t, h, [&](int64_t o, int64_t j, int64_t count, Vec z) {
           const int64_t at = row + o * channel + j;
           if (conv.bias) z += conv.bias[o];
@@ -73,7 +74,7 @@ void activation_gradient_tile(const Conv& conv, const Tile& tile, const T* x, co
       });
 }
 
-// Calls body with values of the types of the source and of the elements of a window.
+// Calls body with a value of the type of the source and one of the elements of a window.
 template <typename Body>
 void with_types(Dtype dtype, const Conv& conv, Body body) {
   with_type(dtype, [&](auto source) {
@@ -104,6 +105,6 @@ void activation_gradient(const Conv& conv, const Tile& tile, Dtype dtype, const 
 
 }  // namespace
 
-extern const CausalConv causal_conv{kHalvesTogether, forward, block, activation_gradient};
+extern const CausalConv causal_conv{kBfloat16ChannelsPerWord, forward, block, activation_gradient};
 
 }  // namespace emu3::EMU3_LEVEL

@@ -5,15 +5,14 @@
 namespace emu3::EMU3_LEVEL {
 namespace {
 
-// Channels in whose products are in registers at once, beside kOut channels out and up to kTaps
-// columns.
+// The register tile: kIn input channels, kOut output channels and up to kTaps column taps.
 constexpr int kIn = kLanes == 16 ? 2 : 1;
 constexpr int kTaps = 3;
 
-// Four partial sums, to which a vector folds without a shuffle.
+// Four partial sums, to which a vector is reduced without a shuffle.
 typedef float Quad __attribute__((vector_size(16)));
 
-inline void add_folded(float* to, Vec x) {
+inline void accumulate(float* to, Vec x) {
   Quad part[kLanes / 4], sum;
   __builtin_memcpy(part, &x, sizeof x);
   __builtin_memcpy(&sum, to, sizeof sum);
@@ -21,11 +20,11 @@ inline void add_folded(float* to, Vec x) {
   __builtin_memcpy(to, &sum, sizeof sum);
 }
 
-// Pulls a row of gradients of one channel back through SiLU and norm, and adds to the sums of
-// dscale and dshift: in double, since many gradients of either sign leave a small sum.
+// The backward pass of SiLU and norm for a row of one channel. Adds to dscale and dshift in double,
+// since many gradients of both signs cancel.
 template <typename T>
-void through_activation(const float* du, const T* x, const Activation& activate, int64_t width,
-                        T* dx, double* dscale, double* dshift) {
+void activation_bwd(const float* du, const T* x, const Activation& activate, int64_t width, T* dx,
+                    double* dscale, double* dshift) {
   Vec scale_sum = {}, shift_sum = {};
   over_vectors(width, [&](int64_t j, int64_t count) {
     const Vec from = load(x + j, count), u = activate.normed(from);
@@ -42,31 +41,31 @@ void through_activation(const float* du, const T* x, const Activation& activate,
 template <typename Element, typename S, typename T>
 void of_input_tile(const Conv& conv, const Tile& tile, const S* dz, const T* x,
                    const Activated& input, T* dx, double* sums, float* scratch) {
-  const int64_t channel = channel_of_results(conv), width = conv.columns.results;
-  const int64_t pitch = whole(width, kMostColumns);
+  const int64_t channel = output_channel_stride(conv), width = conv.columns.outputs;
+  const int64_t pitch = round_up(width, kMaxColumns);
   float* const line = scratch + window_size(conv, tile.row_end - tile.row) + row_size(conv);
-  over_rows<Element>(
-      conv, tile, dz, scratch,
-      [&](const auto& window, const ColumnTaps& columns, int64_t t, int64_t h) {
-        convolve_row(conv, window, columns, t, h, [&](int64_t c, int64_t j, int64_t, Vec du) {
-          store(line + c * pitch + j, du);
-        });
-        const int64_t row = row_of_results(conv, tile, t, h);
-        for (int64_t c = 0; c < conv.out; ++c) {
-          const Activation activate(input.scale, input.shift, input.silu, c);
-          through_activation(line + c * pitch, x + row + c * channel, activate, width,
-                             dx + row + c * channel, sums + c, sums + conv.out + c);
-        }
-      });
+  over_rows<Element>(conv, tile, dz, scratch,
+                     [&](const auto& window, const ColumnTaps& columns, int64_t t, int64_t h) {
+                       convolve_row(conv, window, columns, t, h,
+                                    [&](int64_t c, int64_t j, int64_t, Vec du) {
+                                      store(line + c * pitch + j, du);
+                                    });
+                       const int64_t row = output_row(conv, tile, t, h);
+                       for (int64_t c = 0; c < conv.out; ++c) {
+                         const Activation activate(input.scale, input.shift, input.silu, c);
+                         activation_bwd(line + c * pitch, x + row + c * channel, activate, width,
+                                        dx + row + c * channel, sums + c, sums + conv.out + c);
+                       }
+                     });
 }
 
 template <typename Element>
 constexpr int64_t kColumns = kLanes * 4 / sizeof(Element);  // in a vector
 
-// Rows of dz and of the input that meet under one tap of time and rows, and where their products
-// with each column tap go.
+// Rows of dz and of the input of one tap in time and rows, and the partial gradients of its column
+// taps.
 template <typename Element>
-struct Meeting {
+struct GradientTile {
   const Element *dz, *x;
   int64_t rows, vectors;
   int64_t dz_row, dz_channel, x_row, x_channel;
@@ -74,11 +73,11 @@ struct Meeting {
   int64_t to_out, to_in;
 };
 
-// Sums over the rows the products of kOut channels of dz with `kWide` channels of x under kCount
-// column taps.
-template <int kWide, int kCount, typename Element>
-void multiply(const Meeting<Element>& m, const int64_t* offset, int num_out) {
-  Vec sum[kOut][kWide][kCount] = {};
+// Accumulates over the rows dot products of kOut channels of dz and kChannels channels of x for
+// kCount column taps.
+template <int kChannels, int kCount, typename Element>
+void dot_rows(const GradientTile<Element>& m, const int64_t* offset, int num_out) {
+  Vec sum[kOut][kChannels][kCount] = {};
   for (int64_t r = 0; r < m.rows; ++r)
     for (int64_t v = 0; v < m.vectors; ++v) {
       const Element* const dz = m.dz + r * m.dz_row + v * kColumns<Element>;
@@ -86,28 +85,28 @@ void multiply(const Meeting<Element>& m, const int64_t* offset, int num_out) {
       BitVec gradient[kOut];
       for (int o = 0; o < kOut; ++o)
         gradient[o] = load_words((const uint32_t*)(dz + o * m.dz_channel));
-      for (int c = 0; c < kWide; ++c)
+      for (int c = 0; c < kChannels; ++c)
         for (int k = 0; k < kCount; ++k) {
           const BitVec column = load_words((const uint32_t*)(x + c * m.x_channel + offset[k]));
           for (int o = 0; o < kOut; ++o)
-            sum[o][c][k] = Word<Element>::dot(gradient[o], column, sum[o][c][k]);
+            sum[o][c][k] = Dot<Element>::dot(gradient[o], column, sum[o][c][k]);
         }
     }
   for (int o = 0; o < num_out; ++o)
-    for (int c = 0; c < kWide; ++c)
+    for (int c = 0; c < kChannels; ++c)
       for (int k = 0; k < kCount; ++k)
-        add_folded(m.to + o * m.to_out + c * m.to_in + 4 * k, sum[o][c][k]);
+        accumulate(m.to + o * m.to_out + c * m.to_in + 4 * k, sum[o][c][k]);
 }
 
-template <int kWide, typename Element>
-void multiply(Meeting<Element> m, const int64_t* offset, int64_t kernel, int num_out) {
+template <int kChannels, typename Element>
+void dot_rows(GradientTile<Element> m, const int64_t* offset, int64_t kernel, int num_out) {
   int64_t k = 0;
   for (; k + kTaps <= kernel; k += kTaps, m.to += 4 * kTaps)
-    multiply<kWide, kTaps>(m, offset + k, num_out);
-  for (; k < kernel; ++k, m.to += 4) multiply<kWide, 1>(m, offset + k, num_out);
+    dot_rows<kChannels, kTaps>(m, offset + k, num_out);
+  for (; k < kernel; ++k, m.to += 4) dot_rows<kChannels, 1>(m, offset + k, num_out);
 }
 
-// The gradient of a frame of results, staged, zeros behind each row and channel.
+// The staged gradient of a frame of outputs, with zeros after each row and channel.
 template <typename Element>
 struct Gradient {
   Element* data;
@@ -115,8 +114,8 @@ struct Gradient {
 
   Gradient(const Conv& conv, float* data)
       : data((Element*)data),
-        channel(whole(conv.columns.results, kMostColumns)),
-        row(channel * whole(conv.out, kOut)) {}
+        channel(round_up(conv.columns.outputs, kMaxColumns)),
+        row(channel * round_up(conv.out, kOut)) {}
 
   template <typename S>
   void stage(const Conv& conv, const Tile& tile, const S* dz, int64_t t, float* bias) const {
@@ -124,25 +123,25 @@ struct Gradient {
       Vec frame = {};
       for (int64_t h = tile.row; h < tile.row_end; ++h) {
         Vec sum = {};
-        const S* const from = dz + row_of_results(conv, tile, t, h) + o * channel_of_results(conv);
+        const S* const from = dz + output_row(conv, tile, t, h) + o * output_channel_stride(conv);
         Element* const to = data + (h - tile.row) * row + o * channel;
-        over_vectors(conv.columns.results, [&](int64_t j, int64_t count) {
+        over_vectors(conv.columns.outputs, [&](int64_t j, int64_t count) {
           const Vec x = load(from + j, count);
           sum += x;
           store(to + j, x, count);
         });
         frame += sum;
       }
-      add_folded(bias + 4 * o, frame);
+      accumulate(bias + 4 * o, frame);
     }
   }
 };
 
-// The results of frame t with what they read at place a in time and b in rows.
+// Adds the partial gradients of the taps at a in time and b in rows, for the outputs of frame t.
 template <typename Element>
-void of_taps(const Conv& conv, const Tile& tile, const Window<Element>& window,
-             const ColumnTaps& columns, const Gradient<Element>& gradient, int64_t t, int64_t a,
-             int64_t b, float* partial) {
+void tap_gradients(const Conv& conv, const Tile& tile, const Window<Element>& window,
+                   const ColumnTaps& columns, const Gradient<Element>& gradient, int64_t t,
+                   int64_t a, int64_t b, float* partial) {
   const int64_t frame = conv.time.at(t, a);
   int64_t row = tile.row, row_end = tile.row_end;
   while (row < row_end && conv.rows.at(row, b) < 0) ++row;
@@ -153,11 +152,11 @@ void of_taps(const Conv& conv, const Tile& tile, const Window<Element>& window,
   partial += 4 * (a * conv.rows.kernel + b) * kernel;
   for (int64_t o = 0; o < conv.out; o += kOut)
     for (int64_t c = 0; c < conv.in;) {
-      const Meeting<Element> meeting{
+      const GradientTile<Element> gradient_tile{
           gradient.data + (row - tile.row) * gradient.row + o * gradient.channel,
           x + c * window.channel(),
           row_end - row,
-          (conv.columns.results + kColumns<Element> - 1) / kColumns<Element>,
+          (conv.columns.outputs + kColumns<Element> - 1) / kColumns<Element>,
           gradient.row,
           gradient.channel,
           conv.rows.stride * window.pitch(),
@@ -167,10 +166,10 @@ void of_taps(const Conv& conv, const Tile& tile, const Window<Element>& window,
           of_in};
       const int num_out = conv.out - o < kOut ? conv.out - o : kOut;
       if (c + kIn <= conv.in) {
-        multiply<kIn>(meeting, columns.offset, kernel, num_out);
+        dot_rows<kIn>(gradient_tile, columns.offset, kernel, num_out);
         c += kIn;
       } else {
-        multiply<1>(meeting, columns.offset, kernel, num_out);
+        dot_rows<1>(gradient_tile, columns.offset, kernel, num_out);
         ++c;
       }
     }
@@ -188,7 +187,7 @@ void of_weight_tile(const Conv& conv, const Tile& tile, const T* x, const S* dz,
     gradient.stage(conv, tile, dz, t, bias);
     for (int64_t a = 0; a < conv.time.kernel; ++a)
       for (int64_t b = 0; b < conv.rows.kernel; ++b)
-        of_taps(conv, tile, window, columns, gradient, t, a, b, partial);
+        tap_gradients(conv, tile, window, columns, gradient, t, a, b, partial);
   }
 }
 
@@ -205,9 +204,9 @@ void of_input(const Conv& conv, const Tile& tile, Dtype dtype, const void* dz,
 }
 
 void of_weight(const Conv& conv, const Tile& tile, Dtype dtype, const void* x, Dtype dz_dtype,
-               const void* dz, bool halves, float* partial, float* scratch) {
+               const void* dz, bool is_bfloat16, float* partial, float* scratch) {
 #if defined(__AVX512BF16__)
-  if (halves && dtype == Dtype::bfloat16 && dz_dtype == Dtype::bfloat16)
+  if (is_bfloat16 && dtype == Dtype::bfloat16 && dz_dtype == Dtype::bfloat16)
     return of_weight_tile<bfloat16>(conv, tile, (const bfloat16*)x, (const bfloat16*)dz, partial,
                                     scratch);
 #endif

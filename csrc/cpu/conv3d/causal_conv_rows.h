@@ -1,5 +1,5 @@
-// The source of a convolution, staged row by row, and the sums of a row of results.
-// Included by files that are compiled once per level.
+// Staging of the source of a convolution row by row, and the convolution of a row of outputs.
+// Include only in files that are compiled once per level, as simd.h.
 #pragma once
 
 #include "cpu/conv3d/causal_conv.h"
@@ -8,10 +8,10 @@
 
 namespace emu3::EMU3_LEVEL {
 
-// Vectors of columns whose sums are in registers at once, for each of kOut channels.
-constexpr int kWidest = kLanes == 16 ? 4 : 2;
+// Vectors of columns of a register tile of kOut output channels.
+constexpr int kMaxVectors = kLanes == 16 ? 4 : 2;
 
-// The first `count` <= kLanes elements, and zeros.
+// Loads the first `count` <= kLanes elements, padded with zeros.
 template <typename T>
 inline Vec load(const T* from, int64_t count) {
   if (count == kLanes) return load(from);
@@ -25,7 +25,7 @@ inline void store(T* to, Vec x, int64_t count) {
   count == kLanes ? store(to, x) : store_tail(to, x, count);
 }
 
-// Calls block(i, lanes) for vectors of `count` elements.
+// Calls block(i, count) for every vector, with count < kLanes for the tail.
 template <typename Block>
 inline void over_vectors(int64_t count, Block block) {
   int64_t i = 0;
@@ -33,7 +33,7 @@ inline void over_vectors(int64_t count, Block block) {
   if (i < count) block(i, count - i);
 }
 
-// What happens to channel c before a convolution.
+// The norm and activation of channel c before a convolution.
 struct Activation {
   Vec scale, shift;
   bool with_norm, with_silu;
@@ -50,38 +50,38 @@ struct Activation {
   }
 };
 
-// Elements of a window: float; uint32_t, two channels of a column in bfloat16; bfloat16, of which
-// two columns side by side are a word.
+// Elements of a window: float; uint32_t, a word of two bfloat16 channels of a column; or bfloat16,
+// of which two adjacent columns form a word.
 template <typename Element>
-constexpr int64_t kTogether = 1;  // channels
+constexpr int64_t kChannelsPerWord = 1;  // channels
 template <>
-constexpr int64_t kTogether<uint32_t> = 2;
+constexpr int64_t kChannelsPerWord<uint32_t> = 2;
 
 template <typename Element>
-struct WordOf {
-  typedef Singles type;
+struct DotOfElement {
+  typedef FloatDot type;
 };
 #if defined(__AVX512BF16__)
-constexpr int64_t kHalvesTogether = 2;
+constexpr int64_t kBfloat16ChannelsPerWord = 2;
 template <>
-struct WordOf<uint32_t> {
-  typedef Pairs type;
+struct DotOfElement<uint32_t> {
+  typedef Bfloat16PairDot type;
 };
 template <>
-struct WordOf<bfloat16> {
-  typedef Pairs type;
+struct DotOfElement<bfloat16> {
+  typedef Bfloat16PairDot type;
 };
 #else
-constexpr int64_t kHalvesTogether = 1;
+constexpr int64_t kBfloat16ChannelsPerWord = 1;
 #endif
 template <typename Element>
-using Word = typename WordOf<Element>::type;
+using Dot = typename DotOfElement<Element>::type;
 
-// Calls body with a value whose type is that of the elements that the weights of `conv` meet.
+// Calls body with a value of the type of the elements of the window of `conv`.
 template <typename Body>
 inline void with_elements(const Conv& conv, Body body) {
 #if defined(__AVX512BF16__)
-  if (conv.together == 2) return body(uint32_t{});
+  if (conv.channels_per_word == 2) return body(uint32_t{});
 #endif
   body(float{});
 }
@@ -92,19 +92,19 @@ inline void put(Element* to, Vec x, Vec, int64_t count) {
 }
 
 inline void put(uint32_t* to, Vec x, Vec next, int64_t count) {
-  const BitVec both = narrow_pair({x, next});
+  const BitVec both = to_bfloat16_pair({x, next});
   __builtin_memcpy(to, &both, count * sizeof *to);
 }
 
 template <typename Element>
 struct Tap {
   const Element* row;
-  int64_t weight;  // where those of its place in time and rows are, of a block of channels out
-  bool last;       // of its frame
+  int64_t weight;  // offset in the packed weight of a block of output channels
+  bool last;       // tap of its frame
 };
 
-// The frames of the source that the results at hand read, normed and activated in float32, in the
-// rows of a tile. Zeros around a row are there from the start and stay.
+// A ring of the source frames that the current outputs read, after norm and activation in float32,
+// for the rows of a tile. The padding of rows is zeroed once and never written.
 template <typename Element>
 class Window {
  public:
@@ -122,7 +122,7 @@ class Window {
   int64_t first_row() const { return first_row_; }
   int64_t end_row() const { return first_row_ + num_rows_; }
 
-  // Where column tap k of the first result reads.
+  // The offset at which column tap k of the first output reads.
   int64_t offset(int64_t k) const {
     return k % layout_.phases * layout_.phase + k / layout_.phases;
   }
@@ -131,7 +131,7 @@ class Window {
     return memory_ + (frame % conv_.time.kernel * num_rows_ + row - first_row_) * pitch_;
   }
 
-  // Stages what the results of frame t read and is not there yet; t may only grow.
+  // Stages the frames that the outputs of frame t read and that are missing; t must not decrease.
   template <typename T>
   void reach(const T* x, int64_t t) {
     const int64_t frame_size = conv_.rows.source * conv_.columns.source;
@@ -146,14 +146,14 @@ class Window {
   template <typename T>
   void stage(const T* x, int64_t stride, Element* to) {
     const bool adjacent = layout_.spread == 1 && layout_.phases == 1;
-    for (int64_t c = 0; c < conv_.in; c += kTogether<Element>, to += channel()) {
+    for (int64_t c = 0; c < conv_.in; c += kChannelsPerWord<Element>, to += channel()) {
       Element* const line = adjacent ? to + layout_.base : line_;
       stage_words(x + c * stride, stride, c, line);
       if (!adjacent) scatter(line, to);
     }
   }
 
-  // Lists the taps of a row of results whose source is there.
+  // Lists the taps of a row of outputs that do not read padding.
   int taps(int64_t t, int64_t h, Tap<Element>* taps) const {
     const int64_t size = conv_.words() * conv_.columns.kernel * kOut;
     int count = 0;
@@ -170,7 +170,7 @@ class Window {
   }
 
  private:
-  // Channel c and those in its words; zeros for one that is not there.
+  // Stages channel c and the other in its words, zeros if there is none.
   template <typename T>
   void stage_words(const T* x, int64_t stride, int64_t c, Element* line) {
     const Activation activate(conv_.scale, conv_.shift, conv_.silu, c);
@@ -179,7 +179,7 @@ class Window {
         put(line + w, activate(load(x + w, count)), next(w, count), count);
       });
     };
-    if (kTogether<Element> == 2 && c + 1 < conv_.in) {
+    if (kChannelsPerWord<Element> == 2 && c + 1 < conv_.in) {
       const Activation activate_next(conv_.scale, conv_.shift, conv_.silu, c + 1);
       each([&](int64_t w, int64_t count) { return activate_next(load(x + stride + w, count)); });
     } else {
@@ -200,7 +200,7 @@ class Window {
 };
 
 struct ColumnTaps {
-  int64_t offset[kMostColumnTaps];
+  int64_t offset[kMaxColumnTaps];
 
   template <typename Element>
   ColumnTaps(const Conv& conv, const Window<Element>& window) {
@@ -208,60 +208,60 @@ struct ColumnTaps {
   }
 };
 
-// Adds up kWide vectors of columns of kOut channels, whatever lies beside: for each frame its rows,
-// channels in and column taps, in this order, then the frames, since one long sum is less exact.
-template <int kWide, typename Element>
+// Accumulates kVectors vectors of columns of kOut channels: over the rows, input channels and
+// column taps of each frame, in this order, then over frames, since one long sum is less accurate.
+template <int kVectors, typename Element>
 __attribute__((always_inline)) inline void sum_columns(const Conv& conv, const ColumnTaps& columns,
                                                        int64_t channel, const Tap<Element>* taps,
                                                        int num_taps, const uint32_t* weight,
-                                                       int64_t j, Vec (&total)[kOut][kWide]) {
-  Vec sum[kOut][kWide] = {};
+                                                       int64_t j, Vec (&acc)[kOut][kVectors]) {
+  Vec sum[kOut][kVectors] = {};
   for (int i = 0; i < num_taps; ++i) {
     const Element* x = taps[i].row + j;
     const uint32_t* w = weight + taps[i].weight;
     for (int64_t c = 0; c < conv.words(); ++c, x += channel)
       for (int64_t k = 0; k < conv.columns.kernel; ++k, w += kOut) {
-        BitVec column[kWide];
-        for (int v = 0; v < kWide; ++v)
+        BitVec column[kVectors];
+        for (int v = 0; v < kVectors; ++v)
           column[v] = load_words((const uint32_t*)(x + columns.offset[k] + v * kLanes));
         for (int o = 0; o < kOut; ++o) {
           const BitVec factor = w[o] - BitVec{};
-          for (int v = 0; v < kWide; ++v)
-            sum[o][v] = Word<Element>::dot(factor, column[v], sum[o][v]);
+          for (int v = 0; v < kVectors; ++v)
+            sum[o][v] = Dot<Element>::dot(factor, column[v], sum[o][v]);
         }
       }
     for (int o = 0; taps[i].last && o < kOut; ++o)
-      for (int v = 0; v < kWide; ++v) {
-        total[o][v] += sum[o][v];
+      for (int v = 0; v < kVectors; ++v) {
+        acc[o][v] += sum[o][v];
         sum[o][v] = Vec{};
       }
   }
 }
 
-// Calls emit(o, j, lanes, sums) for every vector of columns j of every channel o of a row of
-// results.
+// Calls emit(o, j, count, sums) for every vector of columns j of every channel o of a row of
+// outputs.
 template <typename Element, typename Emit>
 inline void convolve_row(const Conv& conv, const Window<Element>& window, const ColumnTaps& columns,
                          int64_t t, int64_t h, Emit emit) {
-  Tap<Element> taps[kMostRowTaps];
+  Tap<Element> taps[kMaxRowTaps];
   const int num_taps = window.taps(t, h, taps);
-  const int64_t width = conv.columns.results, block = conv.words() * conv.taps() * kOut;
+  const int64_t width = conv.columns.outputs, block = conv.words() * conv.taps() * kOut;
   for (int64_t first = 0; first < conv.out; first += kOut) {
     const uint32_t* const weight = conv.weight + first / kOut * block;
     const int num_out = conv.out - first < kOut ? conv.out - first : kOut;
-    const auto columns_from = [&]<int kWide>(int64_t j) __attribute__((always_inline)) {
-      Vec sum[kOut][kWide] = {};
-      sum_columns<kWide>(conv, columns, window.channel(), taps, num_taps, weight, j, sum);
+    const auto columns_from = [&]<int kVectors>(int64_t j) __attribute__((always_inline)) {
+      Vec sum[kOut][kVectors] = {};
+      sum_columns<kVectors>(conv, columns, window.channel(), taps, num_taps, weight, j, sum);
       for (int o = 0; o < num_out; ++o)
-        for (int v = 0; v < kWide; ++v) {
+        for (int v = 0; v < kVectors; ++v) {
           const int64_t at = j + v * kLanes, rest = width - at;
           emit(first + o, at, rest < kLanes ? rest : kLanes, sum[o][v]);
         }
     };
     int64_t j = 0;
-    for (; j + (kWidest - 1) * kLanes < width; j += kWidest * kLanes)
-      columns_from.template operator()<kWidest>(j);
-    if (kWidest == 4 && j + kLanes < width) {
+    for (; j + (kMaxVectors - 1) * kLanes < width; j += kMaxVectors * kLanes)
+      columns_from.template operator()<kMaxVectors>(j);
+    if (kMaxVectors == 4 && j + kLanes < width) {
       columns_from.template operator()<2>(j);
       j += 2 * kLanes;
     }
@@ -269,16 +269,16 @@ inline void convolve_row(const Conv& conv, const Window<Element>& window, const 
   }
 }
 
-// Where row h of frame t of the first channel of the results of a tile's element begins.
-inline int64_t row_of_results(const Conv& conv, const Tile& tile, int64_t t, int64_t h) {
-  return tile.batch * conv.result_size() + (t * conv.rows.results + h) * conv.columns.results;
+// Returns the offset of row h of frame t of the first output channel of the element of a tile.
+inline int64_t output_row(const Conv& conv, const Tile& tile, int64_t t, int64_t h) {
+  return tile.batch * conv.output_size() + (t * conv.rows.outputs + h) * conv.columns.outputs;
 }
 
-inline int64_t channel_of_results(const Conv& conv) {
-  return conv.time.results * conv.rows.results * conv.columns.results;
+inline int64_t output_channel_stride(const Conv& conv) {
+  return conv.time.outputs * conv.rows.outputs * conv.columns.outputs;
 }
 
-// Calls row(window, columns, t, h) for every row of results of the tile, its source staged.
+// Calls row(window, columns, t, h) for every row of outputs of the tile with its source staged.
 template <typename Element, typename T, typename Row>
 inline void over_rows(const Conv& conv, const Tile& tile, const T* x, float* scratch, Row row) {
   Window<Element> window(conv, tile.row, tile.row_end, scratch);

@@ -1,4 +1,5 @@
-// Statistics of groups of channels, the norm with SiLU, and its gradients.
+// group_norm_silu on the CPU: statistics of groups of channels, the norm with SiLU, and its
+// gradients.
 #include "cpu/group_norm/group_norm.h"
 
 #include "cpu/group_norm/group_norm_rows.h"
@@ -7,11 +8,11 @@
 namespace emu3::EMU3_LEVEL {
 namespace {
 
-// Pixels whose mean and squared deviations are taken from registers.
+// Pixels whose mean and squared deviations are computed in registers.
 constexpr int kBlock = kLanes == 16 ? 8 : 4;
 
 // Merges `kCount` pixels into the moments of `before` others (Chan, Golub and LeVeque, 1983).
-// The next ones are asked for in the order of memory, in which channels of several do not come:
+// The next pixels are prefetched in memory order, which is not the order of the loop over channels:
 // that halves the time of a large image.
 template <int kCount, typename T>
 inline void merge_moments(const T* x, int64_t channels, int64_t before, float* mean,
@@ -134,10 +135,10 @@ void sums(Dtype dtype, const void* dy, const void* x, int64_t rows, int64_t chan
 }
 
 // With n the normed x and dn the gradient of n: dx = rstd * (dn - mean(dn) - n * mean(dn * n)).
-void slopes(Dtype dtype, double* sums, const float* rstd, const void* weight, int64_t rows,
-            int64_t channels, int64_t groups, float* slopes) {
+void stat_grads(Dtype dtype, double* sums, const float* rstd, const void* weight, int64_t rows,
+                int64_t channels, int64_t groups, float* stat_grads) {
   const int64_t padded = padded_channels(channels), width = channels / groups;
-  for (int64_t i = 0; i < 2 * padded; ++i) slopes[i] = 0;
+  for (int64_t i = 0; i < 2 * padded; ++i) stat_grads[i] = 0;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     for (int64_t g = 0; g < groups; ++g) {
@@ -150,20 +151,20 @@ void slopes(Dtype dtype, double* sums, const float* rstd, const void* weight, in
       }
       const double scale = rstd[g] / static_cast<double>(rows * width);
       for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        float* slope = slopes + lane_of<T>(c);
-        slope[0] = static_cast<float>(plain * scale);
-        slope[padded] = static_cast<float>(times_n * scale * rstd[g]);
+        float* stat_grad = stat_grads + lane_of<T>(c);
+        stat_grad[0] = static_cast<float>(plain * scale);
+        stat_grad[padded] = static_cast<float>(times_n * scale * rstd[g]);
       }
     }
   });
 }
 
 void backward(Dtype dtype, const void* dy, const void* x, void* dx, int64_t rows, int64_t channels,
-              const float* affine, const float* slopes, bool silu, bool past_caches) {
+              const float* affine, const float* stat_grads, bool silu, bool past_caches) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = silu ? backward_rows<true, T> : backward_rows<false, T>;
-    run((const T*)dy, (const T*)x, (T*)dx, rows, channels, affine_at(affine, channels), slopes,
+    run((const T*)dy, (const T*)x, (T*)dx, rows, channels, affine_at(affine, channels), stat_grads,
         past_caches && can_stream((T*)dx, channels));
   });
   stream_fence();
@@ -180,6 +181,6 @@ void write(Dtype dtype, const double* sums, void* out, int64_t channels, int64_t
 }  // namespace
 
 extern const GroupNorm group_norm{moments, statistics, affine,   apply,
-                                  sums,    slopes,     backward, write};
+                                  sums,    stat_grads, backward, write};
 
 }  // namespace emu3::EMU3_LEVEL

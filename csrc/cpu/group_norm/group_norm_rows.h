@@ -1,4 +1,4 @@
-// Pixels of a group norm, channel by channel: what the plain and the spatial norm share.
+// Loops over the pixels of a group norm, shared by group_norm_silu and spatial_norm_silu.
 #pragma once
 
 #include "cpu/group_norm/group_norm.h"
@@ -16,7 +16,7 @@ inline Affine affine_at(const float* arrays, int64_t channels) {
   return {arrays, arrays + padded, arrays + 2 * padded};
 }
 
-// Where channel c stands in an array of floats: in the order of the lanes of load_pair(const T*).
+// Returns the index of channel c in an array, which has the order of load_pair(const T*).
 template <typename T>
 inline int64_t lane_of(int64_t c) {
   if (sizeof(T) == sizeof(float)) return c;
@@ -24,16 +24,10 @@ inline int64_t lane_of(int64_t c) {
   return c - i + i % 2 * kLanes + i / 2;
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
-}
-
 inline void from_float(float x, float* to) { *to = x; }
 inline void from_float(float x, bfloat16* to) { store_tail(to, splat(x), 1); }
 
-// Rows that share a load of the coefficients. The next ones are asked for in the order of memory,
-// in which the channels of several rows do not come.
+// Rows that share a load of the coefficients. The next rows are prefetched in memory order.
 constexpr int kRows = 4;
 
 template <int kCount>
@@ -41,7 +35,7 @@ struct Count {
   static constexpr int value = kCount;
 };
 
-// Calls block(number, row) with rows in blocks of kRows, then one by one; `number` is a Count.
+// Calls block(number, row) for blocks of kRows rows, then for single rows; `number` is a Count.
 template <typename Block>
 inline void over_rows(int64_t rows, Block block) {
   int64_t r = 0;
@@ -49,7 +43,7 @@ inline void over_rows(int64_t rows, Block block) {
   for (; r < rows; ++r) block(Count<1>{}, r);
 }
 
-// y = (x - mean) * scale + shift, through SiLU or not.
+// y = (x - mean) * scale + shift, with SiLU if kSilu.
 template <bool kSilu, typename T>
 inline void apply_rows(const T* x, T* y, int64_t rows, int64_t channels, Affine to,
                        bool past_caches) {
@@ -68,7 +62,7 @@ inline void apply_rows(const T* x, T* y, int64_t rows, int64_t channels, Affine 
   });
 }
 
-// With d the gradient of what SiLU is applied to, adds d to sum and d * (x - mean) to product.
+// Adds d to sum and d * (x - mean) to product, where d is the gradient of the input of SiLU.
 template <bool kSilu, typename T>
 inline void add_gradients(const T* dy, const T* x, int64_t rows, int64_t channels, Affine to,
                           float* sum, float* product) {
@@ -94,17 +88,17 @@ inline void add_gradients(const T* dy, const T* x, int64_t rows, int64_t channel
   });
 }
 
-// dx = d * scale - slopes[0] - (x - mean) * slopes[1].
+// dx = d * scale - stat_grads[0] - (x - mean) * stat_grads[1].
 template <bool kSilu, typename T>
 inline void backward_rows(const T* dy, const T* x, T* dx, int64_t rows, int64_t channels, Affine to,
-                          const float* slopes, bool past_caches) {
-  const float* slope = slopes + padded_channels(channels);
+                          const float* stat_grads, bool past_caches) {
+  const float* stat_grad = stat_grads + padded_channels(channels);
   over_rows(rows, [&](auto number, int64_t r) {
     over_pairs(channels, [&](int64_t c, int64_t count) {
       const Pair mean = load_pair(to.mean + c), scale = load_pair(to.scale + c);
       const Pair shift = load_pair(to.shift + c);
       const int64_t next = (r + number.value) * channels + c * number.value;
-      const Pair level = load_pair(slopes + c), rise = load_pair(slope + c);
+      const Pair mean_grad = load_pair(stat_grads + c), rstd_grad = load_pair(stat_grad + c);
       for (int i = 0; i < number.value; ++i) {
         const int64_t at = (r + i) * channels + c;
         const Pair centred = load_pair(x + at, count) - mean;
@@ -112,7 +106,7 @@ inline void backward_rows(const T* dy, const T* x, T* dx, int64_t rows, int64_t 
         prefetch_pair<kFirstCache>(dy + next + i * kPair);
         Pair d = load_pair(dy + at, count);
         if (kSilu) d = d * silu_gradient(fma(centred, scale, shift));
-        store_pair(dx + at, d * scale - fma(centred, rise, level), count, past_caches);
+        store_pair(dx + at, d * scale - fma(centred, rstd_grad, mean_grad), count, past_caches);
       }
     });
   });

@@ -1,4 +1,5 @@
-// A group norm whose scale and shift follow a latent, place by place, and its gradients.
+// spatial_norm_silu on the CPU: a group norm whose scale and shift depend on a latent at each
+// position, and its gradients.
 #include "cpu/group_norm/spatial_norm.h"
 
 #include "cpu/group_norm/group_norm_rows.h"
@@ -28,7 +29,7 @@ void tables(Dtype dtype, const void* y_weight, const void* y_bias, const void* b
   });
 }
 
-// A strip as the kernels read it.
+// A strip with its arrays.
 template <typename T>
 struct View {
   const Strip& strip;
@@ -37,9 +38,11 @@ struct View {
   const float* y_table = strip.tables;
   const float* b_table = strip.tables + (strip.width + 1) * padded;
 
-  const T* latent(int64_t place) const { return (const T*)strip.latent + place * strip.width; }
+  const T* latent(int64_t position) const {
+    return (const T*)strip.latent + position * strip.width;
+  }
 
-  // A channel of the latent through one of the two convolutions.
+  // Returns channels c and on of one of the two 1x1 convolutions of the latent.
   Pair convolved(const float* table, const T* z, int64_t c) const {
     Pair sum = load_pair(table + strip.width * padded + c);
     for (int64_t l = 0; l < strip.width; ++l)
@@ -48,10 +51,11 @@ struct View {
   }
 
   // ((x - mean) * base.scale + base.shift) * y + b = (x - mean) * scale + shift.
-  Affine modulated(int64_t place, float* scale) const {
+  Affine modulated(int64_t position, float* scale) const {
     float* shift = scale + padded;
     for (int64_t c = 0; c < padded; c += kPair) {
-      const Pair y = convolved(y_table, latent(place), c), b = convolved(b_table, latent(place), c);
+      const Pair y = convolved(y_table, latent(position), c),
+                 b = convolved(b_table, latent(position), c);
       store_pair(scale + c, load_pair(base.scale + c) * y, false);
       store_pair(shift + c, fma(load_pair(base.shift + c), y, b), false);
     }
@@ -59,15 +63,15 @@ struct View {
   }
 };
 
-// Calls open(place, arrays) for as many places as the scratch holds `count` arrays of, then
-// run(first pixel, pixels, arrays) for these places line by line, then close(place, arrays).
-// A place that no pixel shows is opened and closed all the same.
+// Calls open(position, arrays) for as many positions as fit the scratch with `count` arrays each,
+// then run(first pixel, number of pixels, arrays) for these positions line by line, then
+// close(position, arrays). open and close are called for a position without pixels too.
 template <typename Open, typename Run, typename Close>
-inline void over_places(const Strip& strip, int64_t count, Open open, Run run, Close close) {
+inline void over_positions(const Strip& strip, int64_t count, Open open, Run run, Close close) {
   const int64_t size = count * padded_channels(strip.channels);
   const int64_t fit = strip_scratch(padded_channels(strip.channels)) / size;
-  for (int64_t first = 0; first < strip.places; first += fit) {
-    const int64_t last = first + fit < strip.places ? first + fit : strip.places;
+  for (int64_t first = 0; first < strip.positions; first += fit) {
+    const int64_t last = first + fit < strip.positions ? first + fit : strip.positions;
     for (int64_t p = first; p < last; ++p) open(p, strip.scratch + (p - first) * size);
     for (int64_t line = 0; line < strip.lines; ++line)
       for (int64_t p = first; p < last; ++p)
@@ -80,8 +84,8 @@ inline void over_places(const Strip& strip, int64_t count, Open open, Run run, C
 template <bool kSilu, typename T>
 void apply_strip(const Strip& strip, const T* x, T* y, bool past_caches) {
   const View<T> view{strip};
-  over_places(
-      strip, 2, [&](int64_t place, float* arrays) { view.modulated(place, arrays); },
+  over_positions(
+      strip, 2, [&](int64_t position, float* arrays) { view.modulated(position, arrays); },
       [&](int64_t pixel, int64_t pixels, const float* arrays) {
         const int64_t at = pixel * strip.channels;
         apply_rows<kSilu>(x + at, y + at, pixels, strip.channels,
@@ -90,12 +94,13 @@ void apply_strip(const Strip& strip, const T* x, T* y, bool past_caches) {
       [](int64_t, float*) {});
 }
 
-// From the sums of d and of d * (x - mean) over the pixels of a place to all that it adds to.
+// The backward pass of a position: from the sums of d and of d * (x - mean) over its pixels to the
+// gradients of the parameters and of the latent.
 template <typename T>
-void pull_back(const View<T>& view, int64_t place, const float* d_sum, float* d_product,
-               float* sums, float* dlatent) {
+void position_vjp(const View<T>& view, int64_t position, const float* d_sum, float* d_product,
+                  float* sums, float* dlatent) {
   const int64_t padded = view.padded, width = view.strip.width;
-  const T* z = view.latent(place);
+  const T* z = view.latent(position);
   const auto add = [&](int64_t array, int64_t c, Pair value) {
     float* at = sums + array * padded + c;
     store_pair(at, load_pair(at) + value, false);
@@ -121,7 +126,7 @@ void pull_back(const View<T>& view, int64_t place, const float* d_sum, float* d_
       dz = fma(dy_here, load_pair(view.y_table + l * padded + c), dz);
       dz = fma(db, load_pair(view.b_table + l * padded + c), dz);
     }
-    dlatent[place * width + l] = reduce_add(dz);
+    dlatent[position * width + l] = reduce_add(dz);
   }
 }
 
@@ -129,10 +134,10 @@ template <bool kSilu, typename T>
 void sum_strip(const Strip& strip, const T* dy, const T* x, float* sums, float* dlatent) {
   const View<T> view{strip};
   const int64_t padded = view.padded;
-  over_places(
+  over_positions(
       strip, 4,
-      [&](int64_t place, float* arrays) {
-        view.modulated(place, arrays);
+      [&](int64_t position, float* arrays) {
+        view.modulated(position, arrays);
         for (int64_t i = 2 * padded; i < 4 * padded; ++i) arrays[i] = 0;
       },
       [&](int64_t pixel, int64_t pixels, float* arrays) {
@@ -141,21 +146,22 @@ void sum_strip(const Strip& strip, const T* dy, const T* x, float* sums, float* 
                              {view.base.mean, arrays, arrays + padded}, arrays + 2 * padded,
                              arrays + 3 * padded);
       },
-      [&](int64_t place, float* arrays) {
-        pull_back(view, place, arrays + 2 * padded, arrays + 3 * padded, sums, dlatent);
+      [&](int64_t position, float* arrays) {
+        position_vjp(view, position, arrays + 2 * padded, arrays + 3 * padded, sums, dlatent);
       });
 }
 
 template <bool kSilu, typename T>
-void backward_strip(const Strip& strip, const T* dy, const T* x, T* dx, const float* slopes,
+void backward_strip(const Strip& strip, const T* dy, const T* x, T* dx, const float* stat_grads,
                     bool past_caches) {
   const View<T> view{strip};
-  over_places(
-      strip, 2, [&](int64_t place, float* arrays) { view.modulated(place, arrays); },
+  over_positions(
+      strip, 2, [&](int64_t position, float* arrays) { view.modulated(position, arrays); },
       [&](int64_t pixel, int64_t pixels, const float* arrays) {
         const int64_t at = pixel * strip.channels;
         backward_rows<kSilu>(dy + at, x + at, dx + at, pixels, strip.channels,
-                             {view.base.mean, arrays, arrays + view.padded}, slopes, past_caches);
+                             {view.base.mean, arrays, arrays + view.padded}, stat_grads,
+                             past_caches);
       },
       [](int64_t, float*) {});
 }
@@ -179,11 +185,11 @@ void sums(Dtype dtype, const Strip& strip, const void* dy, const void* x, bool s
 }
 
 void backward(Dtype dtype, const Strip& strip, const void* dy, const void* x, void* dx,
-              const float* slopes, bool silu, bool past_caches) {
+              const float* stat_grads, bool silu, bool past_caches) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = silu ? backward_strip<true, T> : backward_strip<false, T>;
-    run(strip, (const T*)dy, (const T*)x, (T*)dx, slopes,
+    run(strip, (const T*)dy, (const T*)x, (T*)dx, stat_grads,
         past_caches && can_stream((T*)dx, strip.channels));
   });
   stream_fence();

@@ -7,33 +7,35 @@
 
 namespace emu3 {
 
-// Lines of pixels that all show one row of the latent: place p at pixels starts[p] to starts[p +
-// 1]. `affine` is that of the image in group_norm.h; arrays by channel are as there.
+// Lines of pixels that are upsampled from one row of the latent: pixels [starts[p], starts[p + 1])
+// of a line from position p. `affine` and arrays are those of group_norm.h.
 struct Strip {
-  int64_t lines, line_pixels, channels, places, width;
+  int64_t lines, line_pixels, channels, positions, width;
   const int64_t* starts;
-  const void* latent;   // [places, width]
+  const void* latent;   // [positions, width]
   const float* affine;  // mean, scale, shift
   const float* tables;  // of tables() below
   float* scratch;       // strip_scratch() floats
 };
 
 struct SpatialNorm {
-  // Twice width + 1 arrays: the columns of y_weight and y_bias, those of b_weight and b_bias.
+  // Writes 2 * (width + 1) arrays: the columns of y_weight, y_bias, the columns of b_weight,
+  // b_bias.
   void (*tables)(Dtype dtype, const void* y_weight, const void* y_bias, const void* b_weight,
                  const void* b_bias, int64_t channels, int64_t width, float* tables);
   void (*apply)(Dtype dtype, const Strip& strip, const void* x, void* y, bool silu,
                 bool past_caches);
-  // Adds to `sums`, 4 + 2 * width arrays: with d the gradient of what SiLU is applied to, n that of
-  // the group norm, the sums over pixels of n and of n * (x - mean), then the gradients of y_bias,
-  // b_bias and of the columns of y_weight and b_weight. `dlatent` is overwritten.
+  // Adds to `sums`, 4 + 2 * width arrays: the sums over pixels of n and of n * (x - mean), where n
+  // is the gradient of the output of the group norm; then the gradients of y_bias, of b_bias and of
+  // the columns of y_weight and b_weight. Overwrites `dlatent`.
   void (*sums)(Dtype dtype, const Strip& strip, const void* dy, const void* x, bool silu,
                float* sums, float* dlatent);
   void (*backward)(Dtype dtype, const Strip& strip, const void* dy, const void* x, void* dx,
-                   const float* slopes, bool silu, bool past_caches);
+                   const float* stat_grads, bool silu, bool past_caches);
 };
 
-// Room for the scale, the shift and two sums of a place, and of as many as the L1 cache holds.
+// Floats for the scale, the shift and two sums of a position, for as many positions as fit the L1
+// cache.
 inline int64_t strip_scratch(int64_t padded) { return 4 * padded > 4096 ? 4 * padded : 4096; }
 
 EMU3_KERNELS(SpatialNorm, spatial_norm)

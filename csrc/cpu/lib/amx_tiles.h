@@ -1,6 +1,6 @@
-// The matrix unit of x86 processors (AMX): registers of 16 rows of 16 words, and products of them.
-// Included, like simd.h, only by files that are compiled once per level; below AMX, nothing is here
-// but a TileUse that does nothing.
+// A GEMM micro-kernel on AMX, whose tile registers are 16 rows of 16 words.
+// Include only in files that are compiled once per level, as simd.h. Below the AMX level this file
+// only defines a TileUse that does nothing.
 #pragma once
 
 #include "cpu/lib/words.h"
@@ -10,8 +10,8 @@ namespace emu3::EMU3_LEVEL {
 #if defined(__AMX_BF16__)
 constexpr int kTileRows = 16;
 
-// All eight registers at full size for as long as it lives, in this thread: the operating system
-// saves 8 KiB more of a thread that holds some.
+// Configures all eight tile registers of this thread at full size until it is destroyed. A thread
+// with configured tiles costs the operating system 8 KiB more at every context switch.
 struct TileUse {
   TileUse() {
     struct alignas(64) {
@@ -26,16 +26,16 @@ struct TileUse {
   ~TileUse() { _tile_release(); }
 };
 
-// c (+)= a b for 32 rows of a, 32 columns of b and a depth of whole 16 words: of every register of
-// a and b that is loaded, two products. Numbers below 2^-126 count as zero; even and odd products
-// of 16 words are summed apart, then added to c.
-inline void add_amx_tiles(Words a, Words b, int64_t depth, Sums c, bool from_zero) {
+// C (+)= A B for M = N = 32 and K a multiple of 16 words. Every loaded tile of A and B is used
+// twice. TDPBF16PS flushes inputs below 2^-126 to zero and sums even and odd elements of K apart
+// before it adds them to C.
+inline void amx_tile(Operand a, Operand b, int64_t depth, Accumulator c, bool overwrite) {
   const int64_t a_stride = a.stride * sizeof *a.data, b_stride = b.stride * sizeof *b.data;
   const int64_t c_stride = c.stride * sizeof *c.data;
-  const Words lower = a.at(kTileRows, 0), right = b.at(0, kTileRows);
-  const Sums c_right = c.at(0, kTileRows), c_lower = c.at(kTileRows, 0);
-  const Sums c_last = c.at(kTileRows, kTileRows);
-  if (from_zero) {
+  const Operand lower = a.at(kTileRows, 0), right = b.at(0, kTileRows);
+  const Accumulator c_right = c.at(0, kTileRows), c_lower = c.at(kTileRows, 0);
+  const Accumulator c_last = c.at(kTileRows, kTileRows);
+  if (overwrite) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

@@ -1,4 +1,5 @@
-// How a call drops elements: see emu3_kernels/_dropout.py, and philox.h for the words.
+// Parameters of dropout, as emu3_kernels/runtime/dropout.py defines it; philox.h computes the
+// words.
 #pragma once
 
 #include <stdint.h>
@@ -7,8 +8,8 @@ namespace emu3 {
 
 struct Dropout {
   uint64_t seed;
-  uint32_t drop_below;  // the smallest word of a kept element; 0: none is dropped
-  float scale;          // of the kept elements
+  uint32_t drop_below;  // an element is dropped if its word is less; 0: no dropout
+  float scale;          // of kept elements
 };
 
 }  // namespace emu3

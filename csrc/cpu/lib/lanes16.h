@@ -1,5 +1,5 @@
-// Sixteen floats or integers at once at every level, in as many registers as that takes, and their
-// comparisons as 16 bits. Included, like simd.h, only by files that are compiled once per level.
+// Sixteen floats or integers at every level, in one to four registers; a comparison returns a mask
+// of 16 bits. Include only in files that are compiled once per level, as simd.h.
 #pragma once
 
 #include "cpu/lib/simd.h"
@@ -23,7 +23,8 @@ inline Floats each(Function f) {
   return x;
 }
 
-// Part by part: GCC copies 64 bytes at once in pieces of 16, which stall a load of 32 behind them.
+// Loads register by register: GCC copies a struct of 64 bytes in pieces of 16, and a 32-byte load
+// after them would stall on store forwarding.
 inline Floats load16(const float* from) {
   return each([&](int i) { return load(from + i * kLanes); });
 }
@@ -71,7 +72,7 @@ inline Ints operator+(const Ints& a, const Ints& b) {
   return sum;
 }
 
-// b where either is NaN.
+// Both return b where either is NaN.
 inline Floats min(const Floats& a, const Floats& b) {
   return each([&](int i) { return min(a.part[i], b.part[i]); });
 }
@@ -81,7 +82,7 @@ inline Floats max(const Floats& a, const Floats& b) {
 }
 
 #if !defined(__AVX512F__)
-// One bit for each lane of a comparison.
+// Returns one bit for each lane of a comparison.
 inline unsigned bits(IntVec all_or_nothing) {
 #if defined(__AVX2__)
   return _mm256_movemask_ps((Vec)all_or_nothing);
@@ -141,7 +142,7 @@ inline unsigned equal(const Ints& a, const Ints& b) {
 #endif
 }
 
-// yes where a < b, no elsewhere.
+// Returns `yes` where a < b and `no` elsewhere.
 inline Ints select_less(const Floats& a, const Floats& b, const Ints& yes, const Ints& no) {
   Ints chosen;
   for (int i = 0; i < kParts; ++i)
@@ -152,7 +153,7 @@ inline Ints select_less(const Floats& a, const Floats& b, const Ints& yes, const
 alignas(64) inline constexpr int32_t kLane[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                   8, 9, 10, 11, 12, 13, 14, 15};
 
-// x in the first `count` lanes, `rest` in those after.
+// Returns x in the first `count` lanes and `rest` in the others.
 inline Floats first_of(const Floats& x, int count, float rest) {
   const Ints lane = load16(kLane), end = splat16(count);
   return each([&](int i) { return lane.part[i] < end.part[i] ? x.part[i] : splat(rest); });
@@ -166,8 +167,8 @@ inline Ints first_of(const Ints& x, int count, int32_t rest) {
   return first;
 }
 
-// The least of 16 lanes, none of them NaN.
-inline float least(const Floats& x) {
+// Returns the minimum of 16 lanes, none of which may be NaN.
+inline float reduce_min(const Floats& x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_min_ps(x.part[0]);
 #elif defined(__AVX2__)
@@ -182,12 +183,12 @@ inline float least(const Floats& x) {
 #endif
 }
 
-inline float greatest(const Floats& x) {
-  return -least(each([&](int i) { return -x.part[i]; }));
+inline float reduce_max(const Floats& x) {
+  return -reduce_min(each([&](int i) { return -x.part[i]; }));
 }
 
-// Writes the lanes of x that `mask` names, packed, and returns how many; the 16 places from `to` on
-// may all be overwritten.
+// Stores the lanes of x in `mask` packed and returns their number. All 16 elements from `to` on may
+// be overwritten.
 inline int store_packed(int32_t* to, const Ints& x, unsigned mask) {
 #if defined(__AVX512F__)
   _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, (__m512i)x.part[0]));
@@ -199,7 +200,7 @@ inline int store_packed(int32_t* to, const Ints& x, unsigned mask) {
   return __builtin_popcount(mask);
 }
 
-// The same, and nothing else is overwritten; but what is read back at once waits for the store.
+// As store_packed, but no other element is overwritten. A load right after it waits for the store.
 inline void store_packed_alone(float* to, const Floats& x, unsigned mask) {
 #if defined(__AVX512F__)
   const __mmask16 packed = (1u << __builtin_popcount(mask)) - 1;

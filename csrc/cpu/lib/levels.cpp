@@ -1,4 +1,4 @@
-// Asks the processor and the operating system, once, which level they support.
+// Detects once which level the processor and the operating system support.
 #include "cpu/lib/levels.h"
 
 #include <atomic>
@@ -28,7 +28,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl");
 }
 
-// Linux hands out the 8 KiB of tile state on request only (arch_prctl, ARCH_REQ_XCOMP_PERM).
+// Linux permits tiles, 8 KiB of state, on request only (arch_prctl, ARCH_REQ_XCOMP_PERM).
 bool has_amx() {
 #if defined(__linux__)
   unsigned a, b, c, d;
@@ -42,7 +42,7 @@ bool has_amx() {
 }
 #endif
 
-int ask_processor() {
+int supported_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!has_avx2()) return kBase;
@@ -54,7 +54,7 @@ int ask_processor() {
 #endif
 }
 
-int start_level() {
+int initial_level() {
   const char* asked = std::getenv("EMU3_CPU_LEVEL");
   const char* const names[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
   for (int level = 0; asked && level < highest_cpu_level(); ++level)
@@ -63,14 +63,14 @@ int start_level() {
 }
 
 std::atomic<int>& current() {
-  static std::atomic<int> level{start_level()};
+  static std::atomic<int> level{initial_level()};
   return level;
 }
 
 }  // namespace
 
 int highest_cpu_level() {
-  static const int level = ask_processor();
+  static const int level = supported_level();
   return level;
 }
 

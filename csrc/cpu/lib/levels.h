@@ -1,22 +1,22 @@
-// Which instruction set the kernels run with. Each cpu/<op>.cpp is compiled once per level and
-// defines one table of functions in the namespace of that level; EMU3_KERNELS declares the tables
-// and a function that picks one. A kernel that multiplies tiles has one for AMX too; the others run
-// the table below it there.
+// The instruction-set level of the kernels. Each cpu/<family>/<op>.cpp is compiled once per level
+// and defines one table of functions in the namespace of that level. EMU3_KERNELS declares the
+// tables and a function that returns the one of the current level. Only kernels with AMX tiles have
+// a table for kAmx; at that level the others run the table of avx512_bf16.
 #pragma once
 
 namespace emu3 {
 
 enum Level { kBase, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-// kAvx2 is x86-64-v3, kAvx512 x86-64-v4, kAvx512Bf16 that and bfloat16 conversions, kAmx bfloat16
-// tiles that the operating system has granted.
+// kAvx2 is x86-64-v3, kAvx512 is x86-64-v4, kAvx512Bf16 adds AVX512-BF16, and kAmx adds AMX-BF16
+// where the operating system permits it.
 int cpu_level();
 int highest_cpu_level();
 void set_cpu_level(int level);
 
 }  // namespace emu3
 
-// `last` is the level whose table kAmx runs.
+// kAmx runs the table of level `last`.
 #define EMU3_TABLES(Table, name, last)                                                  \
   namespace base {                                                                      \
   extern const Table name;                                                              \

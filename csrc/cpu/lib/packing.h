@@ -1,5 +1,5 @@
-// Rows raised to float32 and turned to columns, as products read them.
-// Included, like simd.h, only by files that are compiled once per level.
+// Packing for a GEMM: conversion of rows to float32, and transposition.
+// Include only in files that are compiled once per level, as simd.h.
 #pragma once
 
 #include "cpu/lib/words.h"
@@ -7,34 +7,29 @@
 namespace emu3::EMU3_LEVEL {
 
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline Vec widened(const float* from) { return load(from); }
-inline Vec widened(const bfloat16* from) {
-  HalfVec half;
-  __builtin_memcpy(&half, from, sizeof half);
-  return widen(half);
-}
-
-// A row raised to float32, zero from `width` up to a whole vector.
+// Converts a row to float32 and pads it with zeros to whole vectors.
 template <typename T>
-inline void widen_row(const T* row, int64_t width, float* to) {
+inline void row_to_float(const T* row, int64_t width, float* to) {
   int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) store(to + c, widened(row + c));
+  for (; c + kLanes <= width; c += kLanes) store(to + c, load(row + c));
   if (c == width) return;
   T rest[kLanes] = {};
   __builtin_memcpy(rest, row + c, (width - c) * sizeof(T));
-  store(to + c, widened(rest));
+  store(to + c, load(rest));
 }
 
-inline void store_some(float* to, Vec x, int64_t count) {
+// Stores the first min(count, kLanes) elements.
+// Stores the first min(count, kLanes) elements.
+inline void store_head(float* to, Vec x, int64_t count) {
   count >= kLanes ? store(to, x) : store_tail(to, x, count);
 }
 
-inline void store_some(bfloat16* to, Vec x, int64_t count) {
+inline void store_head(bfloat16* to, Vec x, int64_t count) {
   if (count < kLanes) return store_tail(to, x, count);
-  const HalfVec half = narrow(x);
+  const HalfVec half = to_bfloat16(x);
   __builtin_memcpy(to, &half, sizeof half);
 }
 

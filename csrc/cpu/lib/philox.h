@@ -1,5 +1,6 @@
-// The random words of dropout, Philox 4x32-10, a pair of vectors at a time; _dropout.py defines
-// them. Four words come of one counter: those of the columns 4 i … 4 i + 3 of a row of a head.
+// The random words of dropout: Philox 4x32-10, a pair of vectors at a time, as
+// emu3_kernels/runtime/dropout.py defines them. One counter gives four words, those of the columns
+// 4 i … 4 i + 3 of a row of a head.
 #pragma once
 
 #include "cpu/lib/dropout.h"
@@ -11,7 +12,7 @@
 
 namespace emu3::EMU3_LEVEL {
 
-// A word each, in the lower half of a lane; what the upper half holds does not matter.
+// 64-bit lanes with a word each in the lower half; the upper half is ignored.
 typedef uint64_t WideVec __attribute__((vector_size(4 * kLanes)));
 
 struct BitPair {
@@ -20,7 +21,7 @@ struct BitPair {
 
 inline WideVec splat(uint64_t x) { return x - WideVec{}; }
 
-// The 64 bits of lower half * factor.
+// Returns the 64-bit products of the lower halves and `factor`.
 inline WideVec multiply(WideVec x, uint32_t factor) {
 #if defined(__AVX512F__)
   return (WideVec)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
@@ -49,8 +50,8 @@ inline BitPair interleave(WideVec x, WideVec y) {
 #endif
 }
 
-// Words of the columns [column, column + kPair) in the order of load_pair(const T*); `column` is a
-// multiple of 4.
+// Returns the words of the columns [column, column + kPair) in the order of load_pair(const T*).
+// `column` must be a multiple of 4.
 template <typename T>
 inline BitPair dropout_words(uint64_t seed, int64_t head, int64_t row, int64_t column) {
   static constexpr uint64_t kLane[] = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -72,7 +73,7 @@ inline BitPair dropout_words(uint64_t seed, int64_t head, int64_t row, int64_t c
   }
 }
 
-// x times the scale where it is kept, 0 where it is dropped; places as of dropout_words().
+// Drops x: x * scale where it is kept, 0 where it is dropped. Arguments as of dropout_words().
 template <typename T>
 inline Pair drop(Pair x, const Dropout& dropout, int64_t head, int64_t row, int64_t column) {
   const BitPair words = dropout_words<T>(dropout.seed, head, row, column);

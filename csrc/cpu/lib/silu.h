@@ -1,21 +1,21 @@
 // SiLU, x / (1 + e^-x), and its derivative.
-// Included, like simd.h, only by files that are compiled once per level.
+// Include only in files that are compiled once per level, as simd.h.
 #pragma once
 
 #include "cpu/lib/simd.h"
 
 namespace emu3::EMU3_LEVEL {
 
-// Below -kLowest SiLU counts as what it is there, -1e-36; x itself may be huge.
+// SiLU of x < -kLowest is computed as SiLU(-kLowest) = -1e-36, which bounds the exponent.
 constexpr float kLowest = 87;
 inline Vec above_lowest(Vec x) { return max(splat(-kLowest), x); }
 
-// 1 + e^-x, off by two parts in 1e6 at most; finite, since x below -87 counts as that.
+// Returns 1 + e^-x with a relative error of at most 2e-6; x < -87 is taken as -87, so it is finite.
 inline Vec one_plus_exp_minus(Vec x) {
 #if defined(__AVX2__)
-  // e^-x = 2^n * 2^(i/k) * 2^g with |g| <= 1/2k: a lookup takes the place of half a polynomial, k
-  // as long as a register. Adding kShift rounds to a k-th and leaves k n + i in the lowest bits, of
-  // which kPowers takes back what i adds.
+  // e^-x = 2^n * 2^(i/k) * 2^g with |g| <= 1/2k and k = kLanes: a register lookup of 2^(i/k) saves
+  // half the polynomial. Adding kShift rounds -x / ln 2 to a multiple of 1/k and leaves k n + i in
+  // the lowest bits. The shift by 23 - kBits also adds i to the mantissa, so kPowers subtracts it.
   constexpr float kShift = 12582912.0f / kLanes, kPerUnit = -1.44269504f;  // 1.5 * 2^23, -1 / ln 2
 #if defined(__AVX512F__)
   alignas(64) static constexpr uint32_t kPowers[16] = {

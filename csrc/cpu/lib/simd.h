@@ -1,8 +1,8 @@
-// A vector of floats as wide as the level's registers, and what the kernels do with one.
-// Built on the vector extensions of GCC and Clang; an intrinsic stands where they compile badly.
-// Included by files that are compiled once per level: everything lives in EMU3_LEVEL's namespace,
-// and no header of the standard library with inline code may be included beside it (an inline
-// function compiled for AVX-512 could be the copy that the linker keeps for every processor).
+// SIMD on the vector extensions of GCC and Clang, with intrinsics where these compile badly.
+// A Vec is as wide as the registers of the level. Include only in files that are compiled once per
+// level: everything is in the namespace EMU3_LEVEL, and no header of the standard library with
+// inline code may be included beside it (the linker could keep the copy of an inline function that
+// was compiled for AVX-512 and use it on every processor).
 #pragma once
 
 #include <stdint.h>
@@ -46,7 +46,7 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// b where either is NaN, so that a bound as `a` lets a NaN in `b` through.
+// Returns b if either is NaN: with a bound as `a`, a NaN in `b` is kept.
 inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -68,16 +68,21 @@ inline Vec min(Vec a, Vec b) {
 }
 
 // bfloat16 is the upper half of a float.
-inline Vec widen(HalfVec half) { return (Vec)(__builtin_convertvector(half, BitVec) << 16); }
+inline Vec to_float(HalfVec half) { return (Vec)(__builtin_convertvector(half, BitVec) << 16); }
 
-// The bits of x with its upper half rounded to nearest, ties to even. A NaN out of arithmetic is
-// quiet: its upper half is a NaN already, and rounding could carry out of it.
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+}
+
+// Rounds the upper half of the bits of x to nearest, ties to even. A NaN is returned as it is: its
+// upper half is a NaN already (arithmetic makes quiet ones), and rounding could carry out of it.
 inline BitVec rounded(Vec x) {
   const BitVec bits = (BitVec)x;
   return (x == x) ? bits + 0x7fff + ((bits >> 16) & 1) : bits;
 }
 
-inline HalfVec narrow(Vec x) { return __builtin_convertvector(rounded(x) >> 16, HalfVec); }
+inline HalfVec to_bfloat16(Vec x) { return __builtin_convertvector(rounded(x) >> 16, HalfVec); }
 
 inline Vec load(const float* from) {
   Vec x;
@@ -88,29 +93,29 @@ inline Vec load(const float* from) {
 inline Vec load(const bfloat16* from) {
   HalfVec half;
   __builtin_memcpy(&half, from, sizeof half);
-  return widen(half);
+  return to_float(half);
 }
 
 inline void store(float* to, Vec x) { __builtin_memcpy(to, &x, sizeof x); }
 
 inline void store(bfloat16* to, Vec x) {
-  const HalfVec half = narrow(x);
+  const HalfVec half = to_bfloat16(x);
   __builtin_memcpy(to, &half, sizeof half);
 }
 
-// The first `count` < kLanes elements alone.
+// Stores the first `count` < kLanes elements.
 inline void store_tail(float* to, Vec x, int64_t count) {
   __builtin_memcpy(to, &x, count * sizeof *to);
 }
 
 inline void store_tail(bfloat16* to, Vec x, int64_t count) {
-  const HalfVec half = narrow(x);
+  const HalfVec half = to_bfloat16(x);
   __builtin_memcpy(to, &half, count * sizeof *to);
 }
 
-// 2 * kLanes elements at once, in whatever order is cheap: for float the lower and the upper half,
-// for bfloat16 the even and the odd ones, which come apart with a shift and a mask. Same order in
-// and out.
+// 2 * kLanes elements. For float, a and b are the lower and the upper half; for bfloat16 they are
+// the even and the odd elements, which a shift and a mask separate. Loads and stores use the same
+// order.
 struct Pair {
   Vec a, b;
 };
@@ -129,8 +134,8 @@ inline Pair load_pair(const bfloat16* from) {
   return {(Vec)(both << 16), (Vec)(both & 0xffff0000)};
 }
 
-// The processor's own rounding takes numbers below 2^-126 for zero.
-inline BitVec narrow_pair(Pair x) {
+// VCVTNE2PS2BF16 flushes inputs below 2^-126 to zero; the portable rounding does not.
+inline BitVec to_bfloat16_pair(Pair x) {
 #if defined(__AVX512BF16__)
   alignas(64) static constexpr uint16_t kInterleave[32] = {
       0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -151,20 +156,20 @@ inline void write(void* to, BitVec x, bool past_caches) {
   __builtin_memcpy(to, &x, sizeof x);
 }
 
-// Past the caches: saves reading the line that is about to be overwritten. `to` must then be
-// aligned to a vector, and the last such store be followed by stream_fence().
+// A streaming store (past_caches) does not read the line that it overwrites. `to` must then be
+// aligned to a vector, and stream_fence() must follow the last such store.
 inline void store_pair(float* to, Pair x, bool past_caches) {
   write(to, (BitVec)x.a, past_caches);
   write(to + kLanes, (BitVec)x.b, past_caches);
 }
 
 inline void store_pair(bfloat16* to, Pair x, bool past_caches) {
-  write(to, narrow_pair(x), past_caches);
+  write(to, to_bfloat16_pair(x), past_caches);
 }
 
 constexpr int64_t kPair = 2 * kLanes;
 
-// The first `count` <= kPair elements; the rest of the pair is zero and stays out of memory.
+// Loads the first `count` <= kPair elements and reads no others; the rest of the pair is zero.
 template <typename T>
 inline Pair load_pair(const T* from, int64_t count) {
   if (count == kPair) return load_pair(from);
@@ -175,7 +180,7 @@ inline Pair load_pair(const T* from, int64_t count) {
 
 enum Cache { kFirstCache = 3, kSecondCache = 2 };
 
-// Asks for the pair of elements that stands at `from`, which may lie outside of memory.
+// Prefetches the pair of elements at `from`, which may be an invalid address.
 template <Cache kTo, typename T>
 inline void prefetch_pair(const T* from) {
   for (uint64_t i = 0; i < kPair * sizeof(T); i += 64)
@@ -190,7 +195,7 @@ inline void store_pair(T* to, Pair x, int64_t count, bool past_caches) {
   __builtin_memcpy(to, block, count * sizeof *to);
 }
 
-// Calls block(c, count) for whole pairs of elements, then for the rest.
+// Calls block(c, count) for every pair of elements, with count < kPair for the tail.
 template <typename Block>
 inline void over_pairs(int64_t width, Block block) {
   int64_t c = 0;
@@ -198,7 +203,7 @@ inline void over_pairs(int64_t width, Block block) {
   if (c < width) block(c, width - c);
 }
 
-// Whether every row of `stride` elements can be written past the caches.
+// Returns whether every row of `stride` elements is aligned for streaming stores.
 template <typename T>
 inline bool can_stream(const T* rows, int64_t stride) {
   return (reinterpret_cast<uintptr_t>(rows) | stride * sizeof(T)) % 64 == 0;
@@ -210,8 +215,8 @@ inline void stream_fence() {
 #endif
 }
 
-// 2^t to within two units in the last place; 0 below -150, infinity from 128. Without AVX-512, 0
-// below -127, and t must be below 127.
+// Returns 2^t within two units in the last place; 0 below -150 and infinity from 128 on. Without
+// AVX-512 it is 0 below -127, and t must be below 127.
 inline Vec exp2(Vec t) {
 #if defined(__AVX512F__)
   const Vec f = _mm512_reduce_ps(t, 1);  // t - floor(t)
@@ -256,7 +261,7 @@ inline float reduce_max(Vec x) {
   return lane[0];
 }
 
-// Call `body` with a value whose type is the element type that `dtype` names.
+// Calls `body` with a value of the element type of `dtype`.
 template <typename Body>
 inline void with_type(Dtype dtype, Body body) {
   if (dtype == Dtype::float32) {

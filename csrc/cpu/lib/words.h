@@ -1,6 +1,6 @@
-// What products are taken of, for float and bfloat16 alike: words of 32 bits, one float or, where
-// the processor multiplies pairs, two bfloat16 that are neighbours in what is summed over.
-// Included, like simd.h, only by files that are compiled once per level.
+// Traits of dot operands. A GEMM reads both operands as 32-bit words, so that one kernel serves
+// both dtypes: a word is one float or, where the processor has a bfloat16 dot product, two bfloat16
+// that are neighbours along K. Include only in files that are compiled once per level, as simd.h.
 #pragma once
 
 #include "cpu/lib/simd.h"
@@ -15,7 +15,7 @@ inline BitVec load_words(const uint32_t* from) {
 
 inline void store_words(uint32_t* to, BitVec x) { __builtin_memcpy(to, &x, sizeof x); }
 
-// Rows of words, or of floats.
+// A row-major view; `stride` is the distance between two rows.
 template <typename T>
 struct Matrix {
   T* data;
@@ -23,21 +23,21 @@ struct Matrix {
 
   Matrix at(int64_t row, int64_t column) const { return {data + row * stride + column, stride}; }
 };
-typedef Matrix<const uint32_t> Words;
-typedef Matrix<float> Sums;
+typedef Matrix<const uint32_t> Operand;
+typedef Matrix<float> Accumulator;
 
-struct Singles {
-  static constexpr int64_t kPer = 1;  // numbers in a word
+struct FloatDot {
+  static constexpr int64_t kPerWord = 1;  // elements of K in a word
 
   static Vec dot(BitVec a, BitVec b, Vec sum) { return fma((Vec)a, (Vec)b, sum); }
 
-  // x.a and x.b, neighbours in what is summed over, one under the other.
+  // x.a and x.b are neighbours along K, which runs down the rows of `to`.
   static void store_column(uint32_t* to, int64_t stride, Pair x) {
     store_words(to, (BitVec)x.a);
     store_words(to + stride, (BitVec)x.b);
   }
 
-  // Rows a and b of kLanes neighbours each.
+  // x.a goes to row a and x.b to row b; K runs along the rows.
   static void store_rows(uint32_t* a, uint32_t* b, Pair x) {
     store_words(a, (BitVec)x.a);
     store_words(b, (BitVec)x.b);
@@ -50,20 +50,20 @@ struct Singles {
 };
 
 template <typename T>
-struct WordsOf {
-  typedef Singles type;
+struct DotOf {
+  typedef FloatDot type;
 };
 
 #if defined(__AVX512BF16__)
-// Numbers below 2^-126 count as zero, sums are rounded once a product.
-struct Pairs {
-  static constexpr int64_t kPer = 2;
+// VDPBF16PS: inputs and results below 2^-126 are flushed to zero, and every addition is rounded.
+struct Bfloat16PairDot {
+  static constexpr int64_t kPerWord = 2;
 
   static Vec dot(BitVec a, BitVec b, Vec sum) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 
-  static void store_column(uint32_t* to, int64_t, Pair x) { store_words(to, narrow_pair(x)); }
+  static void store_column(uint32_t* to, int64_t, Pair x) { store_words(to, to_bfloat16_pair(x)); }
 
   static void store_rows(uint32_t* a, uint32_t* b, Pair x) {
     _mm256_storeu_si256((__m256i*)a, (__m256i)_mm512_cvtneps_pbh(x.a));
@@ -77,8 +77,8 @@ struct Pairs {
 };
 
 template <>
-struct WordsOf<bfloat16> {
-  typedef Pairs type;
+struct DotOf<bfloat16> {
+  typedef Bfloat16PairDot type;
 };
 #endif
 

@@ -7,28 +7,27 @@
 
 namespace emu3 {
 
-// What the classes seen so far add up to: sum = Σ e^(x - highest), total = Σ x (for smoothing
-// alone).
-struct Sums {
-  double highest = -__FLT_MAX__;  // finite, so that a block of -infinity leaves no NaN
-  double sum = 0, total = 0, target = 0;
+// Sums over the classes so far: m = max x, l = Σ e^(x - m), sum = Σ x (with label smoothing only).
+struct PartialSums {
+  double m = -__FLT_MAX__;  // finite, so that a block of -infinity leaves no NaN
+  double l = 0, sum = 0, target = 0;
 };
 
-// Of the softmax: lse = highest + ln 2 * log2_sum, kept apart because highest may be huge.
+// lse = m + ln 2 * log2_l, in two parts because m may be huge.
 struct Denominator {
-  float highest, log2_sum;
+  float m, log2_l;
 };
 
 struct LossSettings {
   float z_loss, label_smoothing;
-  int64_t num_classes;  // of the vocabulary, of which a row may hold a part
+  int64_t num_classes;  // of the whole vocabulary; a row may be a block of it
 };
 
-// A row holds consecutive classes with unit stride. `target` counts from its first one; outside the
-// row it belongs to another part.
+// A row is a block of consecutive classes with unit stride. `target` counts from the first of them
+// and may be outside the block.
 struct CrossEntropy {
   void (*add)(Dtype dtype, const void* logits, int64_t classes, int64_t target,
-              LossSettings settings, Sums* sums);
+              LossSettings settings, PartialSums* sums);
   // dlogits may be logits.
   void (*backward)(Dtype dtype, const void* logits, void* dlogits, int64_t classes, int64_t target,
                    Denominator denominator, float dloss, LossSettings settings, bool past_caches);

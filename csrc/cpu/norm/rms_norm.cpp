@@ -1,6 +1,6 @@
-// y = x * rsqrt(mean(x^2) + eps) * weight, and its gradients; a row is read from memory once. Where
-// there are several, the rows after the next are asked for, each array in one of the two passes:
-// the processor alone fetches one array well, several badly.
+// y = x * rsqrt(mean(x^2) + eps) * weight, and its gradients. A row is read from memory once. With
+// several rows, the row after the next is prefetched, each array in one of the two passes: the
+// hardware prefetcher follows one array well, several badly.
 #include "cpu/norm/rms_norm.h"
 
 #include "cpu/lib/philox.h"
@@ -9,10 +9,10 @@
 namespace emu3::EMU3_LEVEL {
 namespace {
 
-// A row that is read again stays in the L1 cache up to this many elements.
+// Elements of a row that stay in the L1 cache between the two passes.
 constexpr int64_t kScratch = 8192;
 
-// From row r to the one that is asked for meanwhile; there may be none.
+// Returns the distance from row r to the one to prefetch, 0 if there is none.
 inline int64_t ahead(int64_t r, int64_t rows) { return r + 2 < rows ? 2 : 0; }
 
 template <typename T>
@@ -25,8 +25,8 @@ float sum_of_squares(const T* x, int64_t width) {
   return reduce_add(sum);
 }
 
-// Adds two rows, rounded, into `summed` and `copy`; the sum of squares is that of the rounded sum.
-// `branch` makes of an element of x and its channel what is added; `next` is asked for.
+// Writes x + residual, rounded, to `summed` and `copy`, and returns the sum of squares of the
+// rounded sum. `branch` applies dropout to a pair of x; `next` is prefetched.
 template <typename T, typename Branch>
 float add_rows(const T* x, const T* residual, const T* next, T* summed, T* copy, int64_t width,
                bool past_caches, Branch branch) {
@@ -42,7 +42,7 @@ float add_rows(const T* x, const T* residual, const T* next, T* summed, T* copy,
   return reduce_add(sum);
 }
 
-// Two functions are compiled of each pass, so that the one without dropout has no trace of it.
+// Both passes are compiled with and without dropout, so that it costs nothing where there is none.
 template <bool kDrop, typename T>
 void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summed, float* rstd,
                   int64_t rows, int64_t width, int64_t x_stride, int64_t residual_stride, float eps,
@@ -73,8 +73,7 @@ void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summe
   }
 }
 
-// With n = x * rstd:  dx = rstd * (dy * weight - n * mean(dy * weight * n)),  dweight = sum of dy *
-// n.
+// With n = x * rstd: dx = rstd * (dy * weight - n * mean(dy * weight * n)), dweight = sum(dy * n).
 template <bool kDrop, typename T>
 void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, const float* rstd,
                    T* dx, T* dresidual, float* dweight, int64_t rows, int64_t width,
@@ -92,10 +91,10 @@ void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, c
       sum = fma(g * load_pair(weight + c, count), value, sum);
       store_pair(dweight + c, fma(g, value * scale, load_pair(dweight + c)), false);
     });
-    const float slope = -reduce_add(sum) / width * scale * scale * scale;
+    const float dx_scale = -reduce_add(sum) / width * scale * scale * scale;
     over_pairs(width, [&](int64_t c, int64_t count) {
       const Pair direct = load_pair(dy + c, count) * load_pair(weight + c, count) * scale;
-      Pair d = load_pair(x + c, count) * slope + direct;
+      Pair d = load_pair(x + c, count) * dx_scale + direct;
       if (dsummed) {
         prefetch_pair<kSecondCache>(dsummed + (r + next) * dsummed_stride + c);
         d = d + load_pair(dsummed + r * dsummed_stride + c, count);

@@ -8,17 +8,17 @@
 
 namespace emu3 {
 
-// Rows may be strided, channels may not; strides and widths count elements.
+// Rows may be strided, channels have unit stride; strides and widths count elements.
 struct RMSNorm {
-  // With a residual, x + residual is rounded to `summed` first and stands for x. With dropout as
-  // well, x is dropped before it is added; `first_row` is the number of the first of these rows.
+  // With a residual, `summed` = x + residual is rounded and then normed in place of x. With
+  // dropout, x is dropped before the addition; `first_row` is the index of the first of these rows.
   void (*forward)(Dtype dtype, const void* x, const void* residual, const void* weight, void* y,
                   void* summed, float* rstd, int64_t rows, int64_t width, int64_t x_stride,
                   int64_t residual_stride, float eps, const Dropout* dropout, int64_t first_row,
                   bool past_caches);
-  // dx gains dsummed if there is one. With dropout that is dresidual, and dx what is kept of it.
-  // `dweight`, padded_width(width) floats, is overwritten with the sum over these rows, in an order
-  // of channels that only reduce() knows.
+  // dsummed is added to dx if it is not null. With dropout this sum is dresidual, and dx is
+  // dresidual dropped. `dweight`, padded_width(width) floats, is overwritten with the sum over
+  // these rows, in the order of channels that reduce() reads.
   void (*backward)(Dtype dtype, const void* dy, const void* dsummed, const void* x,
                    const void* weight, const float* rstd, void* dx, void* dresidual, float* dweight,
                    int64_t rows, int64_t width, int64_t dy_stride, int64_t dsummed_stride,

@@ -5,7 +5,7 @@
 namespace emu3::EMU3_LEVEL {
 namespace {
 
-// Entries of a table in the order in which load_pair() delivers elements of the heads' type.
+// Returns entries of a table in the order of load_pair() of the dtype of the heads.
 inline Pair in_order(const float*, Pair entries) { return entries; }
 
 inline Pair in_order(const bfloat16*, Pair entries) {
@@ -22,11 +22,11 @@ inline Pair in_order(const bfloat16*, Pair entries) {
 #endif
 }
 
-// The rotation of one token, in the order of the heads' elements: read once, used for every head.
+// cos and sin of one token in the order of the elements of a head: loaded once for all heads.
 template <typename T>
 struct Rotation {
-  static constexpr int64_t kMost = 64 * kPair;  // elements of half a head that it holds
-  Pair cos[kMost / kPair], sin[kMost / kPair];
+  static constexpr int64_t kMaxElements = 64 * kPair;  // elements of half a head
+  Pair cos[kMaxElements / kPair], sin[kMaxElements / kPair];
 
   Rotation(const float* cosines, const float* sines, int64_t half, bool inverse) {
     const float sign = inverse ? -1.0f : 1.0f;
@@ -42,7 +42,7 @@ inline T* token_of(const Heads& x, int64_t batch, int64_t token) {
   return (T*)x.data + batch * x.batch_stride + token * x.token_stride;
 }
 
-// n elements of the first half of a head, and the n that they turn with.
+// Rotates n elements of the first half of a head with n of the second.
 template <typename T>
 inline void rotate_pair(const T* from, T* to, int64_t half, int64_t n, Pair cos, Pair sin,
                         bool past_caches) {
@@ -51,7 +51,7 @@ inline void rotate_pair(const T* from, T* to, int64_t half, int64_t n, Pair cos,
   store_pair(to + half, fma(a, sin, b * cos), n, past_caches);
 }
 
-// Elements [first, first + count) of both halves of every head.
+// Rotates elements [first, first + count) of both halves of every head.
 template <typename T>
 void rotate_heads(const Rotated& x, const T* from, T* to, int64_t half, int64_t first,
                   int64_t count, const Rotation<T>& rotation) {
@@ -64,7 +64,8 @@ void rotate_heads(const Rotated& x, const T* from, T* to, int64_t half, int64_t 
   }
 }
 
-// Pairs of half a head of Emu3, 128 wide, in AVX-512: few enough for a rotation in registers.
+// Pairs of half a head of Emu3 (head_dim 128) in AVX-512: few enough to keep the rotation in
+// registers.
 constexpr int kFew = 2;
 
 template <bool kPastCaches, typename T>
@@ -88,14 +89,14 @@ void rotate_token(const Rotated& x, const T* from, T* to, int64_t half, int64_t 
 }
 
 template <typename T>
-void copy_heads(const Rotated& x, const T* from, T* to, int64_t width) {
+void copy_heads(const Rotated& x, const T* from, T* to, int64_t head_dim) {
   for (int64_t head = 0; head < x.heads; ++head) {
-    __builtin_memcpy(to, from, width * sizeof(T));
+    __builtin_memcpy(to, from, head_dim * sizeof(T));
     from += x.from.head_stride, to += x.to.head_stride;
   }
 }
 
-// A block that is less than a cache line would leave half a line behind for the next block.
+// Streaming stores of less than a cache line would be slow.
 template <typename T>
 bool may_stream(const Rotated& x, int64_t half) {
   const int64_t strides = x.to.batch_stride | x.to.token_stride | x.to.head_stride;
@@ -109,7 +110,7 @@ inline int64_t index_of(const Indices& indices, int64_t batch, int64_t token) {
 
 template <typename T>
 void rotate_tokens(RopeCall call, int64_t begin, int64_t end) {
-  const int64_t half = call.width / 2;
+  const int64_t half = call.head_dim / 2;
   call.q.past_caches = may_stream<T>(call.q, half);
   call.k.past_caches = may_stream<T>(call.k, half);
   for (int64_t i = begin; i < end; ++i) {
@@ -122,15 +123,16 @@ void rotate_tokens(RopeCall call, int64_t begin, int64_t end) {
     const T* const k = token_of<T>(call.k.from, batch, token);
     T* const q_to = token_of<T>(call.q.to, batch, token);
     T* const k_to = token_of<T>(call.k.to, batch, slot);
-    for (int64_t first = 0; first < half; first += Rotation<T>::kMost) {
-      const int64_t count = half - first < Rotation<T>::kMost ? half - first : Rotation<T>::kMost;
+    for (int64_t first = 0; first < half; first += Rotation<T>::kMaxElements) {
+      const int64_t count =
+          half - first < Rotation<T>::kMaxElements ? half - first : Rotation<T>::kMaxElements;
       const Rotation<T> rotation(cos + first, sin + first, count, call.inverse);
       rotate_token<T>(call.q, q, q_to, half, first, count, rotation);
       rotate_token<T>(call.k, k, k_to, half, first, count, rotation);
     }
     if (call.v.heads)
       copy_heads<T>(call.v, token_of<T>(call.v.from, batch, token),
-                    token_of<T>(call.v.to, batch, slot), call.width);
+                    token_of<T>(call.v.to, batch, slot), call.head_dim);
   }
 }
 

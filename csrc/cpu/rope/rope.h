@@ -13,7 +13,7 @@ struct Heads {
   int64_t batch_stride, token_stride, head_stride;
 };
 
-// Where heads come from and go to, which may be the same place.
+// Heads to rotate and where to write them, which may be in place.
 struct Rotated {
   Heads from, to;
   int64_t heads;
@@ -29,14 +29,14 @@ struct Indices {
 struct RopeCall {
   Dtype dtype;
   bool inverse;
-  int64_t tokens, width;  // of one sequence; of one head
+  int64_t tokens, head_dim;  // of one sequence; of one head
   const float *cos, *sin;
   int64_t cos_stride, sin_stride;
-  Indices positions, slots;  // of q and k in the tables; of k and v where they go
-  Rotated q, k, v;           // v is copied, if it has heads
+  Indices positions, slots;  // of q and k in the tables; of k and v in the caches
+  Rotated q, k, v;           // v, if it has heads, is copied
 };
 
-// Tokens [begin, end) of all sequences laid end to end.
+// Tokens [begin, end), counted through all sequences.
 struct Rope {
   void (*rotate)(const RopeCall& call, int64_t begin, int64_t end);
 };

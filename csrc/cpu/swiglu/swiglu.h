@@ -7,7 +7,7 @@
 
 namespace emu3 {
 
-// Rows may be strided, channels may not; strides and widths count elements.
+// Rows may be strided, channels have unit stride; strides and widths count elements.
 struct SwiGLU {
   void (*forward)(Dtype dtype, const void* gate, const void* up, void* out, int64_t rows,
                   int64_t width, int64_t gate_stride, int64_t up_stride, bool past_caches);

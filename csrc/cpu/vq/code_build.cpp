@@ -1,5 +1,5 @@
-// Grows the k-d tree of code_tree.h: every node parts its codes at the median of their longest
-// side.
+// Builds the k-d tree of code_tree.h: every node splits its codes at the median along the longest
+// side of their bounding box.
 #include "cpu/vq/code_tree.h"
 #include "cpu/lib/lanes16.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// Integers that ascend as the finite floats do.
+// Maps finite floats to integers in the same order.
 inline int32_t to_rank(float x) {
   int32_t bits;
   __builtin_memcpy(&bits, &x, sizeof x);
@@ -22,7 +22,7 @@ inline float from_rank(int32_t rank) {
   return x;
 }
 
-// Lanes of 16 places from i on that come before `end`.
+// Returns the mask of the 16 elements from i on that come before `end`.
 inline unsigned lanes_before(int end, int i) {
   return end - i < 16 ? (1u << (end - i)) - 1 : 0xffff;
 }
@@ -57,7 +57,7 @@ struct Builder {
         low = min(low, first_of(load16(x + i), end - i, kInfinity));
         high = max(high, first_of(load16(x + i), end - i, -kInfinity));
       }
-      box.low[axis] = least(low), box.high[axis] = greatest(high);
+      box.low[axis] = reduce_min(low), box.high[axis] = reduce_max(high);
     }
     return box;
   }
@@ -66,7 +66,8 @@ struct Builder {
     int longest = 0;
     float most = 0;
     for (int axis = 0; axis < dim(); ++axis) {
-      const float length = box.high[axis] / 2 - box.low[axis] / 2;  // the whole can overflow
+      const float length =
+          box.high[axis] / 2 - box.low[axis] / 2;  // halves: high - low can overflow
       if (length > most) most = length, longest = axis;
     }
     return longest;
@@ -77,25 +78,25 @@ struct Builder {
     int below;  // keys
   };
 
-  // The greatest float from low to high that at most `half` keys lie below, or any that exactly
-  // `half` do.
+  // Returns the greatest float in [low, high] below which there are at most `half` keys, or any
+  // below which there are exactly `half`, by bisection.
   static Border find_median(const float* keys, int begin, int end, int half, float low,
                             float high) {
-    int32_t least = to_rank(low), greatest = to_rank(high);
+    int32_t low_rank = to_rank(low), high_rank = to_rank(high);
     int below = 0;
-    while (least < greatest && below != half) {
-      const int32_t middle = greatest - static_cast<int32_t>((int64_t{greatest} - least) / 2);
+    while (low_rank < high_rank && below != half) {
+      const int32_t middle = high_rank - static_cast<int32_t>((int64_t{high_rank} - low_rank) / 2);
       const int count = count_below(keys, begin, end, from_rank(middle));
       if (count <= half) {
-        least = middle, below = count;
+        low_rank = middle, below = count;
       } else {
-        greatest = middle - 1;
+        high_rank = middle - 1;
       }
     }
-    return {from_rank(least), below};
+    return {from_rank(low_rank), below};
   }
 
-  // Parts [begin, end) into the other copy, ids still ascending on both sides; returns the border.
+  // Partitions [begin, end) into the other copy; ids ascend on both sides. Returns the border.
   int split(int node, int begin, int end, int which) const {
     const int half = (end - begin) / 2, border = code_border(node, begin, end);
     const Box box = box_of(which, begin, end);
@@ -104,7 +105,7 @@ struct Builder {
     const auto [at, below] = find_median(keys, begin, end, half, box.low[axis], box.high[axis]);
     tree.axis[node] = axis;
     tree.split[node] = at;
-    int ties = half - below;  // keys at the border that go to the lower side
+    int ties = half - below;  // keys equal to the median that go to the lower side
     int lower = node & 1 ? border : begin, upper = node & 1 ? begin : border;
     for (int i = begin; i < end; i += 16) {
       const unsigned all = lanes_before(end, i);
@@ -139,12 +140,12 @@ struct Builder {
     }
   }
 
-  // The box of 16 leaves, which have been filled.
+  // Computes the box of a group of 16 leaves after they have been filled.
   void enclose(int group) const {
     for (int axis = 0; axis < dim(); ++axis) {
       const float* leaves = tree.leaves + (int64_t{group} * dim() + axis) * 32;
       float* corner = tree.groups + (int64_t{group / 16} * dim() + axis) * 32 + group % 16;
-      corner[0] = least(load16(leaves)), corner[16] = greatest(load16(leaves + 16));
+      corner[0] = reduce_min(load16(leaves)), corner[16] = reduce_max(load16(leaves + 16));
     }
   }
 

@@ -1,5 +1,5 @@
-// Brings queries into packets of 16 neighbours and their answers back into order: what
-// nearest_code needs around the vector kernels, the same at every level.
+// nearest_code around the SIMD kernels, the same at every level: sorts queries into packets of 16
+// neighbours and writes their ids in the original order.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,25 +11,26 @@
 namespace emu3 {
 namespace {
 
-// Queries that are sorted together: enough that 16 neighbours are close, few enough for the caches.
+// Queries that are sorted together: enough that 16 neighbours are close, few enough to fit the
+// caches.
 constexpr int64_t kBlock = 8192;
 constexpr int kAtOnce = 8;
 
-// A whole vector lies in one line of the cache.
+// Aligned so that a vector is in one cache line.
 struct alignas(64) Lanes {
   float of[16];
 };
 
-float raise(float x) { return x; }
+float to_float(float x) { return x; }
 
-float raise(uint16_t bfloat16) {
+float to_float(uint16_t bfloat16) {
   const uint32_t bits = uint32_t{bfloat16} << 16;
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-// One block of queries in float32, [size][dim], and the leaf of each.
+// A block of queries in float32, [size][dim], and the leaf of each.
 class Block {
  public:
   explicit Block(int dim) : dim_(dim) {}
@@ -40,20 +41,20 @@ class Block {
     z_.resize(size_ * dim_);
     float* to = z_.data();
     for (int64_t t = begin; t < end;) {
-      const int64_t batch = t / z.places, place = t % z.places;
-      const int64_t run = std::min(end - t, z.places - place);
+      const int64_t batch = t / z.positions, position = t % z.positions;
+      const int64_t run = std::min(end - t, z.positions - position);
       const T* from =
-          static_cast<const T*>(z.data) + batch * z.batch_stride + place * z.place_stride;
+          static_cast<const T*>(z.data) + batch * z.batch_stride + position * z.position_stride;
       for (int d = 0; d < dim_; ++d)
         for (int64_t i = 0; i < run; ++i)
-          to[i * dim_ + d] = raise(from[d * z.dim_stride + i * z.place_stride]);
+          to[i * dim_ + d] = to_float(from[d * z.dim_stride + i * z.position_stride]);
       to += run * dim_;
       t += run;
     }
   }
 
-  // Queries that are finite, in order. Any other is at no finite distance from a code: its answer
-  // is 0, and a search, which would never find a bound, would visit every code.
+  // Keeps the finite queries, in order. The others have no finite distance to a code: their id is
+  // 0, and a search would find no bound and visit every code.
   void keep_finite() {
     order_.resize(size_);
     int32_t count = 0;
@@ -66,7 +67,7 @@ class Block {
     order_.resize(count);
   }
 
-  // Sort by leaf, so that a packet is 16 queries of one neighbourhood.
+  // Sorts by leaf, so that the 16 queries of a packet are neighbours.
   void sort(const CodeTree& tree) {
     leaf_.resize(size_);
     std::vector<int32_t> start(tree.num_leaves + 1);
@@ -79,7 +80,7 @@ class Block {
     order_.swap(sorted_);
   }
 
-  // [packets][dim][16] in order_; the last packet repeats its last query.
+  // Packs [packets][dim][16] in order_; the last packet repeats its last query.
   void pack(bool with_home) {
     const int64_t last = static_cast<int64_t>(order_.size()) - 1;
     num_packets_ = (last + 16) / 16;
@@ -106,9 +107,8 @@ class Block {
   int64_t num_packets() const { return num_packets_; }
 
  private:
-  // Several queries at once hide the latency of the loads. Children of every other node are
-  // mirrored (a Gray code), so that leaves next to each other in number are next to each other in
-  // space.
+  // Several queries at once hide the latency of the loads. The children of odd nodes are swapped (a
+  // Gray code), so that consecutive leaves are neighbours in space.
   void descend(const CodeTree& tree, const int32_t* query, int count) {
     int node[kAtOnce];
     const float* at[kAtOnce];

@@ -9,7 +9,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Hands out the parts of the tree in order; with no memory it only counts.
+// Assigns memory to the arrays of a tree in order; without memory it only counts words.
 struct Layout {
   uint32_t* memory;
   int64_t used = 0;
@@ -45,7 +45,7 @@ bool is_finite(const float* code, int dim) {
   return sum == 0;
 }
 
-// The finite codes, in rows.
+// Transposes the finite codes to rows of coordinates and a row of ids.
 template <int kDim>
 int transpose(const float* codebook, int64_t num_codes, int any_dim, float* rows, int64_t stride) {
   const int dim = kDim ? kDim : any_dim;
@@ -82,13 +82,12 @@ CodeOrder begin_code_tree(const CodeTree& tree, void* scratch, const float* code
   const CodeOrder order{fill(codebook, num_codes, tree.dim, rows, stride),
                         stride,
                         {rows, rows + (tree.dim + 1) * stride}};
-  // Boxes that hold nothing run from +infinity to -infinity: at an infinite distance from
-  // everything.
+  // Empty boxes are [+infinity, -infinity]: at an infinite distance from every query.
   for (int64_t i = 0; i < int64_t{tree.num_clusters} * tree.dim; ++i) {
     std::fill_n(tree.groups + i * 32, 16, kInfinity);
     std::fill_n(tree.groups + i * 32 + 16, 16, -kInfinity);
   }
-  tree.split[0] = 0, tree.axis[0] = 0;  // before the root
+  tree.split[0] = 0, tree.axis[0] = 0;  // unused: the root is node 1
   return order;
 }
 

@@ -5,20 +5,21 @@
 namespace emu3::EMU3_LEVEL {
 namespace {
 
-// Why pruning by boxes is exact although everything is rounded. For a code c inside [low, high] and
-// a query q, each coordinate of q - clamp(q, low, high) is no larger than |q - c| before rounding;
-// rounding is monotone, and so are the rounded square and the rounded sum in the same order. So the
-// distance to the box, computed exactly as a distance to a code, never exceeds the computed
-// distance to any code in it. A box at exactly the best distance is left out only if it holds no id
+// Pruning by boxes is exact in spite of rounding: for a code c inside [low, high] and a query q,
+// each coordinate of |q - clamp(q, low, high)| is at most |q - c| before rounding. Rounding is
+// monotone, and so are the rounded square and the rounded sum in the same order. Hence the distance
+// to a box, computed with the operations of a distance to a code, never exceeds the computed
+// distance to any code in it. A box at exactly the best distance is skipped only if it has no id
 // below the best one.
 
 constexpr float kInfinity = __builtin_inff(), kGreatest = __FLT_MAX__;
 
-// What a packet lists at once; one vector adds up to 16.
+// Capacities of the lists of a packet; one vector appends up to 16.
 constexpr int kGroups = 256, kVisits = 256, kPairs = 1024;
 
-// A scanned pair costs 1.6 times its share of a scan of all codes (measured), so that a packet
-// which has scanned this part of all pairs is better off, and the ones after it likely are.
+// A (leaf, query) pair costs 1.6 times its share of a scan of all codes (measured). A packet that
+// has visited 1 / kGiveUp of all pairs therefore scans all codes instead, and so do the next
+// packets.
 constexpr int kGiveUp = 4;
 constexpr int kLongestPause = 64;
 
@@ -27,7 +28,7 @@ inline int dim_of(int dim) {
   return kDim ? kDim : dim;
 }
 
-// Sum of squares over d, in order, each operation rounded.
+// Returns the sum of squares over d, in order, with every operation rounded.
 template <int kDim, typename Difference>
 inline Floats sum_of_squares(int dim, Difference difference) {
   const Floats first = difference(0);
@@ -48,7 +49,8 @@ struct Boxes {
   float high(int d, int box) const { return corners[d * 32 + 16 + box]; }
 };
 
-// All codes against kPackets packets: the least of 16 codes is kept, and only the id of the 16.
+// Scans all codes for kPackets packets: keeps the minimum over 16 codes with the index of the first
+// of them, and searches for the id among the 16 at the end.
 template <int kDim, int kPackets>
 void scan_packets(const float* codebook, int64_t num_codes, int dim, const float* queries,
                   int32_t* ids) {
@@ -94,7 +96,7 @@ void scan_packets(const float* codebook, int64_t num_codes, int dim, const float
 template <int kDim>
 void scan_all(const float* codebook, int64_t num_codes, int dim, const float* queries, int32_t* ids,
               int64_t num_packets) {
-  constexpr int kPackets = kParts == 1 ? 2 : 1;  // what the registers hold
+  constexpr int kPackets = kParts == 1 ? 2 : 1;  // that fit the registers
   const int64_t queries_of_packet = dim_of<kDim>(dim) * 16;
   int64_t p = 0;
   for (; p + kPackets <= num_packets; p += kPackets)
@@ -104,8 +106,8 @@ void scan_all(const float* codebook, int64_t num_codes, int dim, const float* qu
     scan_packets<kDim, 1>(codebook, num_codes, dim, queries + p * queries_of_packet, ids + p * 16);
 }
 
-// The search for the 16 queries of one packet. What is to be looked at is listed first and then
-// looked at in one loop, since a short loop ends in a branch that is guessed wrong.
+// The search for the 16 queries of one packet. Candidates are listed first and then visited in one
+// long loop, since the exit of every short loop is a mispredicted branch.
 template <int kDim>
 struct Packet {
   const CodeTree& tree;
@@ -136,7 +138,7 @@ struct Packet {
   void scan_leaf(uint32_t leaf, int lane) {
     const Floats distance = to_leaf(leaf, lane);
     if (!less_or_equal(distance, splat16(best[lane]))) return;
-    const float low = least(distance);
+    const float low = reduce_min(distance);
     const int32_t found = id_at(leaf, distance, low);
     const bool better = low < best[lane] || found < id[lane];
     id[lane] = better ? found : id[lane];
@@ -152,7 +154,7 @@ struct Packet {
     num_pairs = 0;
   }
 
-  // Distance from one query to 16 boxes.
+  // Returns the distance from one query to 16 boxes.
   Floats to_boxes(int lane, Boxes boxes) const {
     return sum_of_squares<kDim>(tree.dim, [&](int d) {
       const Floats q = query(d, lane);
@@ -160,7 +162,7 @@ struct Packet {
     });
   }
 
-  // Distance from 16 queries to one box.
+  // Returns the distance from 16 queries to one box.
   Floats to_box(Boxes boxes, int box) const {
     return sum_of_squares<kDim>(tree.dim, [&](int d) {
       const Floats q = query(d);
@@ -168,10 +170,11 @@ struct Packet {
     });
   }
 
-  // Lists the groups that may hold a better code for some query, judged by the packet's own box.
+  // Lists the groups that may have a better code for some query, by distance to the box of the
+  // packet.
   int list_groups(int begin, int end, const float* low, const float* high) {
-    // What is infinitely far, as a box without codes is, cannot hold a better one.
-    const Floats most = min(splat16(greatest(load16(best))), splat16(kGreatest));
+    // An infinite distance, as to an empty box, is never better.
+    const Floats most = min(splat16(reduce_max(load16(best))), splat16(kGreatest));
     int count = 0;
     for (int c = begin; c < end; ++c) {
       const Boxes boxes{tree.groups + c * box_floats()};
@@ -185,7 +188,7 @@ struct Packet {
     return count;
   }
 
-  // Lists the leaves of the visited groups that may hold a better code.
+  // Lists the leaves of the visited groups that may have a better code, and scans them.
   void visit() {
     for (int i = 0; i < num_visits; ++i) {
       const uint32_t visit = visits[i], group = visit / 16, lane = visit % 16;
@@ -204,23 +207,23 @@ struct Packet {
     scan_pairs();
   }
 
-  // The nearest leaf of the nearest group: for queries whose home says little about where to look.
+  // Scans the nearest leaf of the nearest group, for queries whose home leaf is far away.
   void scan_nearest_leaf(int lane) {
     float near = kInfinity;
     int group = 0;
     for (int c = 0; c < tree.num_clusters; ++c) {
       const Floats distance = to_boxes(lane, {tree.groups + c * box_floats()});
-      const float low = least(distance);
+      const float low = reduce_min(distance);
       if (low < near) near = low, group = c * 16 + __builtin_ctz(equal(distance, splat16(low)));
     }
     const Floats distance = to_boxes(lane, {tree.leaves + group * box_floats()});
-    scan_leaf(group * 16 + __builtin_ctz(equal(distance, splat16(least(distance)))), lane);
+    scan_leaf(group * 16 + __builtin_ctz(equal(distance, splat16(reduce_min(distance)))), lane);
   }
 
   void start() {
     for (int lane = 0; lane < 16; ++lane) {
       const Floats distance = to_leaf(home[lane], lane);
-      const float low = least(distance);
+      const float low = reduce_min(distance);
       const int32_t found = id_at(home[lane], distance, low);
       best[lane] = low;
       id[lane] = low < kInfinity ? found : 0;
@@ -230,11 +233,11 @@ struct Packet {
     visit();
   }
 
-  // False if it gave up: too much of the tree had to be scanned.
+  // Returns false if it gave up because it had to scan too much of the tree.
   bool search(int64_t most_pairs) {
     start();
     float low[kMaxDim], high[kMaxDim];
-    for (int d = 0; d < dim(); ++d) low[d] = least(query(d)), high[d] = greatest(query(d));
+    for (int d = 0; d < dim(); ++d) low[d] = reduce_min(query(d)), high[d] = reduce_max(query(d));
     Ints home_group = load16(home);
     for (IntVec& part : home_group.part) part >>= 4;
     bool lost = false;

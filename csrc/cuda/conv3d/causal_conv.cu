@@ -54,7 +54,7 @@ void convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   check_launch("causal_conv3d");
 }
 
-// As csrc/bindings/causal_conv.cpp says; kernels of 1 x 1 or 3 x 3 in space, at stride 1 there.
+// Arguments as of csrc/bindings/conv3d.cpp; the kernel is 1x1 or 3x3 in space, with stride 1 there.
 Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
                const std::optional<Tensor>& residual, std::vector<int64_t> stride, int64_t front,
@@ -63,7 +63,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   const int64_t frames = x.size(2) + front - weight.size(2) + stride[0];
   const std::vector<int64_t> sizes{x.size(0), weight.size(0), frames < 0 ? 0 : frames / stride[0],
                                    x.size(3), x.size(4)};
-  Tensor y = fresh(x, sizes);
+  Tensor y = empty(x, sizes);
   if (y.numel() == 0) return y;
   const Norm norm{floats(scale), floats(shift), silu};
   const auto run = dtype_of(x) == Dtype::float32 ? convolve<float> : convolve<bfloat16>;
@@ -85,7 +85,8 @@ void run_block(const Tensor& x, const Norm& norm1, const Weights& first, const N
   check_launch("temporal_residual");
 }
 
-// In one pass for as many channels as a thread holds the sums of, in two for more.
+// One kernel for up to as many channels as a thread has accumulators for, two convolutions for
+// more.
 Tensor block(const Tensor& x, const Tensor& scale1, const Tensor& shift1, const Tensor& weight1,
              const Tensor& bias1, const Tensor& scale2, const Tensor& shift2, const Tensor& weight2,
              const Tensor& bias2) {
@@ -95,7 +96,7 @@ Tensor block(const Tensor& x, const Tensor& scale1, const Tensor& shift1, const 
     return forward(hidden, weight2, bias2, scale2, shift2, x, {1, 1, 1}, 2, true, false);
   }
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  Tensor y = fresh(x, x.sizes());
+  Tensor y = empty(x, x.sizes());
   if (y.numel() == 0) return y;
   const Norm norm1{floats(scale1), floats(shift1), true},
       norm2{floats(scale2), floats(shift2), true};

@@ -1,9 +1,10 @@
-// Causal convolutions of few channels on a GPU: float32 on the plain cores, which a tensor core of
-// 16-wide tiles would leave three quarters idle at the 4 channels of Emu3. A thread has four
-// columns of a row, for all channels out; frames come through shared memory, four channels at a
-// time, with norm and SiLU applied on the way. Every sum goes through the frames of its kernel from
-// the earliest on, so that it does not depend on where a piece of a video begins, and both kernels
-// sum in the same order. Knows no torch. tests/cuda/fiber.h compiles it for the CPU.
+// Causal convolutions of few channels on a GPU, in float32 on the CUDA cores: at the 4 channels of
+// Emu3, three quarters of a 16-wide tensor core tile would be padding. A thread computes four
+// columns of a row for all output channels. Frames are staged in shared memory, four channels at a
+// time, with norm and SiLU applied. Every sum goes through the frames of the kernel from the
+// earliest on, so that it does not depend on where a chunk of a video begins; both kernels sum in
+// the same order. Includes no torch header; tests/gates/fibers/fiber.h compiles this file for the
+// CPU.
 #pragma once
 
 #include <stdint.h>
@@ -53,11 +54,11 @@ __device__ void load_quad(const T* row, int column, int width, bool aligned, flo
   if (aligned && column >= 0 && column < width) {
     const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(row + column);
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) to[i] = raise(quad.at[i]);
+    for (int i = 0; i < kQuad; ++i) to[i] = to_float(quad.at[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i)
-      to[i] = !aligned && column + i >= 0 && column + i < width ? raise(row[column + i]) : 0.0f;
+      to[i] = !aligned && column + i >= 0 && column + i < width ? to_float(row[column + i]) : 0.0f;
   }
 }
 
@@ -66,17 +67,17 @@ __device__ void store_quad(T* row, int column, int width, bool aligned, const fl
   if (aligned) {
     Quad<T> quad;
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) lower(from[i], &quad.at[i]);
+    for (int i = 0; i < kQuad; ++i) from_float(from[i], &quad.at[i]);
     *reinterpret_cast<Quad<T>*>(row + column) = quad;
   } else {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i)
-      if (column + i < width) lower(from[i], &row[column + i]);
+      if (column + i < width) from_float(from[i], &row[column + i]);
   }
 }
 
-// Four channels of a part of a frame, activated; zeros outside the frame. Its rows lie kQuads * 4
-// floats apart, its channels kRows rows.
+// Four channels of a part of a frame after norm and activation, with zeros outside the frame, as
+// [kDepth, kRows, kQuads * 4] floats.
 template <int kRows, int kQuads>
 struct Patch {
   static constexpr int kPitch = kQuads * kQuad;
@@ -86,7 +87,7 @@ struct Patch {
     return reinterpret_cast<float*>(quads + (channel * kRows + row) * kQuads + quad);
   }
 
-  // Rows from y0 and columns from x0 on, a multiple of four, of channels from c0 on.
+  // Stages rows from y0 on, columns from x0 on (a multiple of four) and channels from c0 on.
   template <typename T>
   __device__ void stage(const Video<const T>& x, int64_t batch, int frame, int c0, int y0, int x0,
                         const Norm& norm, int threads) {
@@ -105,8 +106,8 @@ struct Patch {
   }
 };
 
-// Weights of a frame of the kernel and of channels from c0 on: [K, kDepth, K, kOut], zeros beyond
-// those that are there.
+// Stages the weights of a frame of the kernel for channels from c0 on, [K, kDepth, K, kOut], padded
+// with zeros.
 template <int kOut, int K>
 __device__ void stage_weights(const Weights& w, int in, int out, int frame, int c0, float4* to,
                               int threads) {
@@ -158,8 +159,8 @@ struct CausalConv {
   bool post_silu;
 };
 
-// A block makes a tile of kConvRows rows and kColumns columns of a frame of y; the grid is (tiles,
-// frames, batch). K is the kernel's size in space, 1 or 3.
+// A block computes a tile of kConvRows rows and kColumns columns of a frame of y. Grid: (tiles,
+// frames, batch). K is the kernel size in space, 1 or 3.
 template <typename T, int kOut, int K>
 __global__ void __launch_bounds__(kConvThreads) causal_conv_kernel(CausalConv<T> call) {
   __shared__ Patch<kConvRows + K - 1, kColumns / kQuad + 2> patch;

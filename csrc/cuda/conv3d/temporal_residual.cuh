@@ -1,8 +1,9 @@
-// Emu3's temporal residual block in one pass, for up to four channels: y = x + second(first(x)),
-// both convolutions 3 x 3 x 3 behind a norm and SiLU. A block walks through the frames of a tile.
-// Each frame of x is staged once and added to the three hidden frames that see it, and each hidden
-// frame, which is whole when its own frame of x has come, to three frames of y; these sums are in
-// registers. Rows and columns around the tile are computed again by its neighbours. Knows no torch.
+// The temporal residual block of Emu3 in one kernel, for up to four channels: y = x +
+// second(first(x)), two 3x3x3 convolutions, each after a norm and SiLU. A block iterates over the
+// frames of a tile. It stages each frame of x once and adds it to the three hidden frames that
+// depend on it; a hidden frame is complete after its own frame of x and is added to three frames of
+// y. These sums are in registers. Neighbouring tiles recompute the rows and columns around a tile.
+// Includes no torch header.
 #pragma once
 
 #include "cuda/conv3d/causal_conv.cuh"
@@ -23,7 +24,7 @@ struct TemporalResidual {
   int frames_of_block;
 };
 
-// sums[k] are those of the frame k frames later.
+// sums[k] belong to the frame k frames later.
 using FrameSums = float[kTaps][kDepth][kQuad];
 
 template <int kRows, int kQuads>
@@ -45,7 +46,7 @@ __device__ inline void next_frame(FrameSums& sums) {
     }
 }
 
-// The grid is (tiles, blocks of frames, batch).
+// Grid: (tiles, blocks of frames, batch).
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads)
     temporal_residual_kernel(TemporalResidual<T> call) {
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int channels = x.channels, tiles = (x.width + kColumns - 1) / kColumns;
   const int column = blockIdx.x % tiles * kColumns, row = blockIdx.x / tiles * kBlockRows;
   const int64_t batch = blockIdx.z;
-  // The hidden quad of this thread; that of y, of the threads inside, is the same place.
+  // The hidden quad of this thread; threads inside the tile have the y quad at the same position.
   const int my_row = threadIdx.x / kHiddenQuads, my_quad = threadIdx.x % kHiddenQuads;
   const int at = row - 1 + my_row, my_column = column + (my_quad - 1) * kQuad;
   const bool has_hidden = my_row < kHiddenRows;
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int begin = blockIdx.y * call.frames_of_block;
   const int end = begin + call.frames_of_block < x.frames ? begin + call.frames_of_block : x.frames;
   for (int frame = begin < 4 ? 0 : begin - 4; frame < end; ++frame) {
-    const bool whole = frame >= begin - 2;  // of hidden, whose first frames lack some of x
+    const bool whole = frame >= begin - 2;  // hidden frame; the first ones lack frames of x
     of_x.stage(x, batch, frame, 0, row - 2, column - 2 * kQuad, call.first_norm, kBlockThreads);
     __syncthreads();
     if (has_hidden) {
@@ -85,10 +86,10 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
           T rounded{};
-          if (o < channels) lower(hidden[0][o][i] + call.first.bias[o], &rounded);
+          if (o < channels) from_float(hidden[0][o][i] + call.first.bias[o], &rounded);
           const bool inside = in_frame && my_column + i >= 0 && my_column + i < x.width;
           of_hidden.at(o, my_row, my_quad)[i] =
-              o < channels && inside ? call.second_norm(raise(rounded), o) : 0.0f;
+              o < channels && inside ? call.second_norm(to_float(rounded), o) : 0.0f;
         }
       next_frame(hidden);
     }
@@ -109,8 +110,8 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// Frames of a block: all, unless more blocks are needed to fill the machine; each block computes
-// four frames of x and two hidden ones again, so that it has eight at least.
+// Returns the frames of a block: all, unless more blocks are needed to fill the GPU. A block
+// recomputes four frames of x and two hidden ones, so it has at least eight.
 inline int frames_of_block(int64_t tiles, int frames, int num_multiprocessors) {
   const int64_t wanted = (2 * num_multiprocessors + tiles - 1) / tiles;
   const int64_t most = frames < 8 ? 1 : frames / 8, blocks = wanted < most ? wanted : most;

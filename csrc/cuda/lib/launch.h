@@ -1,7 +1,7 @@
-// What every file that launches CUDA kernels shares: torch's current stream, the size of the
-// machine. Built against any torch, with or without CUDA, and imported on machines without a
-// driver: the CUDA runtime is linked statically, and the one function that only CUDA builds of
-// torch have is looked up at the first launch.
+// Shared by all launches of CUDA kernels: the current stream of torch and the number of SMs. The
+// library builds against any torch, with or without CUDA, and can be imported without a driver: the
+// CUDA runtime is linked statically, and the one function that only CUDA builds of torch have is
+// looked up at the first launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +21,8 @@ inline cudaStream_t current_stream(int32_t device) {
     return reinterpret_cast<Getter>(found);
   }();
   void* stream = nullptr;
-  STD_TORCH_CHECK(get && get(device, &stream) == 0, "emu3_kernels: torch names no CUDA stream");
+  STD_TORCH_CHECK(get && get(device, &stream) == 0,
+                  "emu3_kernels: torch has no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -7,7 +7,7 @@
 namespace emu3 {
 namespace {
 
-// Rows of padded_dim floats, the first aligned to 16 bytes.
+// Returns the codes padded to padded_dim floats and aligned to 16 bytes.
 Tensor padded_codes(const Tensor& codebook) {
   const int64_t dim = codebook.size(1), padding = padded_dim(static_cast<int>(dim)) - dim;
   if (padding) return torch::stable::pad(codebook, {0, padding});
@@ -34,8 +34,8 @@ void launch(const Tensor& z, const Tensor& codes, const Tensor& ids) {
   STD_TORCH_CHECK(error == cudaSuccess, "nearest_code: ", cudaGetErrorString(error));
 }
 
-// z [batch, dim, places] with any strides, codebook [codes, dim] float32 contiguous. The tree is
-// the CPU's.
+// z [batch, dim, positions] has any strides, codebook [codes, dim] is contiguous float32. The tree
+// is used on the CPU only.
 Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor>) {
   const torch::stable::accelerator::DeviceGuard guard(z.get_device());
   Tensor ids =

@@ -1,8 +1,8 @@
-// nearest_code on a GPU: every query against every code, float32 on the plain cores. Tensor cores
-// would round the products to TF32 and pad D = 4 to 8 or 16. A block of 8 warps holds 32 * kQueries
-// queries. Codes stream through shared memory, 16 bytes a load; each warp takes an eighth of a tile
-// for all queries of the block, and the warps' answers are compared at the end, so that few queries
-// still fill the machine. Knows no torch. tests/cuda/fiber.h compiles it for the CPU.
+// nearest_code on a GPU: brute force in float32 on the CUDA cores. Tensor cores would round to TF32
+// and pad D = 4 to 8 or 16. A block of 8 warps has 32 * kQueries queries. Codes are loaded to
+// shared memory in tiles, 16 bytes a load; each warp scans an eighth of a tile for all queries of
+// the block, and the warps are merged at the end, so that few queries still fill the GPU. Includes
+// no torch header; tests/gates/fibers/fiber.h compiles this file for the CPU.
 #pragma once
 
 #include <stdint.h>
@@ -14,28 +14,28 @@ namespace emu3 {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kTileFloats = 4096;
-constexpr int kGroup = 8;  // codes between two looks at the best distance
+constexpr int kCodeGroup = 8;  // codes between two comparisons with the best distance
 
-// z [batch, dim, places] with strides in elements, read as num_queries = batch * places queries.
+// z [batch, dim, positions] with strides in elements: num_queries = batch * positions queries.
 template <typename T>
 struct Latents {
   const T* data;
-  int64_t num_queries, places, batch_stride, dim_stride, place_stride;
+  int64_t num_queries, positions, batch_stride, dim_stride, position_stride;
   int dim;
 };
 
-constexpr float kNothing = __builtin_huge_valf();
+constexpr float kInfinity = __builtin_huge_valf();
 
-// Query t, with zeros beyond its dim: they leave every distance as it is.
+// Loads query t, padded with zeros, which change no distance.
 template <int kDim, typename T>
 __device__ void load_query(const Latents<T>& z, int64_t t, float* query) {
-  const T* from = z.data + t / z.places * z.batch_stride + t % z.places * z.place_stride;
+  const T* from = z.data + t / z.positions * z.batch_stride + t % z.positions * z.position_stride;
 #pragma unroll
-  for (int d = 0; d < kDim; ++d) query[d] = d < z.dim ? raise(from[d * z.dim_stride]) : 0.0f;
+  for (int d = 0; d < kDim; ++d) query[d] = d < z.dim ? to_float(from[d * z.dim_stride]) : 0.0f;
 }
 
-// The definition: float32, in the order of d, every operation rounded. The intrinsics are never
-// fused.
+// The distance of the reference: float32, in the order of d, every operation rounded. These
+// intrinsics are never contracted to an FMA.
 template <int kDim>
 __device__ float distance(const float* query, const float* code) {
   float sum = 0;
@@ -47,7 +47,7 @@ __device__ float distance(const float* query, const float* code) {
   return sum;
 }
 
-// num_codes * kDim floats from `first` on; codes past the last are infinitely far away.
+// Loads a tile of codes from `first` on; codes past the last are infinitely far away.
 template <int kDim>
 __device__ void load_tile(const float4* codebook, int num_codes, int first, float4* tile) {
   constexpr int kVectors = kDim / 4;
@@ -55,21 +55,24 @@ __device__ void load_tile(const float4* codebook, int num_codes, int first, floa
 #pragma unroll
   for (int i = threadIdx.x; i < kTileFloats / 4; i += kThreads)
     tile[i] = i < end ? codebook[int64_t{first} * kVectors + i]
-                      : make_float4(kNothing, kNothing, kNothing, kNothing);
+                      : make_float4(kInfinity, kInfinity, kInfinity, kInfinity);
 }
 
-// The least distance of the warps, in the lowest group that has it, and there the first code at it.
+// Returns the first code at the least distance of all warps, searched in the lowest group that has
+// it.
 template <int kDim, typename T>
-__device__ int64_t settle(const Latents<T>& z, int64_t t, const float4* codebook, int num_codes,
-                          const float* best_of_warp, const int* group_of_warp, int stride) {
-  float best = kNothing;
+__device__ int64_t merge_warps(const Latents<T>& z, int64_t t, const float4* codebook,
+                               int num_codes, const float* best_of_warp, const int* group_of_warp,
+                               int stride) {
+  float best = kInfinity;
   int group = 0;
   for (int w = 0; w < kWarps; ++w) {
-    const float other = best_of_warp[w * stride];
-    const int others = group_of_warp[w * stride];
-    if (other < best || (other == best && others < group)) best = other, group = others;
+    const float warp_best = best_of_warp[w * stride];
+    const int warp_group = group_of_warp[w * stride];
+    if (warp_best < best || (warp_best == best && warp_group < group))
+      best = warp_best, group = warp_group;
   }
-  if (best == kNothing) return 0;
+  if (best == kInfinity) return 0;
   float query[kDim];
   load_query<kDim>(z, t, query);
   const float* codes = reinterpret_cast<const float*>(codebook);
@@ -82,7 +85,7 @@ __device__ int64_t settle(const Latents<T>& z, int64_t t, const float4* codebook
 template <typename T, int kDim, int kQueries>
 __global__ void __launch_bounds__(kThreads)
     nearest_code_kernel(Latents<T> z, const float4* codebook, int num_codes, int64_t* ids) {
-  constexpr int kTile = kTileFloats / kDim, kShare = kTile / kWarps, kBlock = 32 * kQueries;
+  constexpr int kTile = kTileFloats / kDim, kCodesPerWarp = kTile / kWarps, kBlock = 32 * kQueries;
   __shared__ float4 tile[kTileFloats / 4];
   __shared__ float best_of_warp[kWarps][kBlock];
   __shared__ int group_of_warp[kWarps][kBlock];
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int q = 0; q < kQueries; ++q) {
     const int64_t t = first_query + q * 32 + lane;
     load_query<kDim>(z, t < z.num_queries ? t : z.num_queries - 1, query[q]);
-    best[q] = kNothing;
+    best[q] = kInfinity;
     group[q] = 0;
   }
 
@@ -103,26 +106,27 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     load_tile<kDim>(codebook, num_codes, first, tile);
     __syncthreads();
-    for (int start = warp * kShare; start < (warp + 1) * kShare; start += kGroup) {
-      float low[kQueries];
+    for (int begin = warp * kCodesPerWarp; begin < (warp + 1) * kCodesPerWarp;
+         begin += kCodeGroup) {
+      float group_min[kQueries];
 #pragma unroll
-      for (int q = 0; q < kQueries; ++q) low[q] = kNothing;
+      for (int q = 0; q < kQueries; ++q) group_min[q] = kInfinity;
 #pragma unroll
-      for (int n = 0; n < kGroup; ++n) {
+      for (int n = 0; n < kCodeGroup; ++n) {
         float code[kDim];
 #pragma unroll
         for (int v = 0; v < kDim / 4; ++v) {
-          const float4 four = tile[(start + n) * (kDim / 4) + v];
+          const float4 four = tile[(begin + n) * (kDim / 4) + v];
           code[v * 4] = four.x, code[v * 4 + 1] = four.y;
           code[v * 4 + 2] = four.z, code[v * 4 + 3] = four.w;
         }
 #pragma unroll
-        for (int q = 0; q < kQueries; ++q)  // fminf passes over NaN
-          low[q] = fminf(low[q], distance<kDim>(query[q], code));
+        for (int q = 0; q < kQueries; ++q)  // fminf ignores NaN
+          group_min[q] = fminf(group_min[q], distance<kDim>(query[q], code));
       }
 #pragma unroll
       for (int q = 0; q < kQueries; ++q)
-        if (low[q] < best[q]) best[q] = low[q], group[q] = first + start;
+        if (group_min[q] < best[q]) best[q] = group_min[q], group[q] = first + begin;
     }
   }
 
@@ -134,11 +138,11 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const int64_t t = first_query + threadIdx.x;
   if (threadIdx.x < kBlock && t < z.num_queries)
-    ids[t] = settle<kDim>(z, t, codebook, num_codes, &best_of_warp[0][threadIdx.x],
-                          &group_of_warp[0][threadIdx.x], kBlock);
+    ids[t] = merge_warps<kDim>(z, t, codebook, num_codes, &best_of_warp[0][threadIdx.x],
+                               &group_of_warp[0][threadIdx.x], kBlock);
 }
 
-// Queries a thread: as many as registers hold where that still fills the machine.
+// Chooses the queries of a thread: as many as fit the registers if the blocks still fill the GPU.
 template <typename T, int kDim, typename Launch>
 void nearest_code_of_dim(const Latents<T>& z, int num_multiprocessors, Launch launch) {
   constexpr int kMany = 32 / kDim, kFew = kMany > 4 ? kMany / 4 : 1;
@@ -152,7 +156,7 @@ void nearest_code_of_dim(const Latents<T>& z, int num_multiprocessors, Launch la
   }
 }
 
-// Floats between two codes: the codebook must be padded to this with zeros.
+// Returns the floats of a code after padding with zeros.
 inline int padded_dim(int dim) { return dim <= 4 ? 4 : dim <= 8 ? 8 : dim <= 16 ? 16 : 32; }
 
 // Calls launch(kernel, num_blocks) with the kernel to run in blocks of kThreads threads.
