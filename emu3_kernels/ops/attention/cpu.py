@@ -100,14 +100,16 @@ def decode_forward(
 if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::attention")
-    def _(q, k, v, first, end, scale, dropout_p, seed, rows, columns, wide):
+    def _(q, k, v, first, end, scale, dropout_p, seed, rows, columns, float32_out):
         batch, num_queries, num_heads, _ = q.shape
-        out = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
+        out = q.new_empty(q.shape, dtype=torch.float32 if float32_out else q.dtype)
         return out, q.new_empty((batch, num_heads, num_queries), dtype=torch.float32)
 
     @torch.library.register_fake("emu3_kernels::attention_backward")
-    def _(dout, q, k, v, lse, delta, first, end, scale, dropout_p, seed, rows, columns, wide):
-        dtype = torch.float32 if wide else q.dtype
+    def _(
+        dout, q, k, v, lse, delta, first, end, scale, dropout_p, seed, rows, columns, float32_out
+    ):
+        dtype = torch.float32 if float32_out else q.dtype
         return tuple(x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
 
     @torch.library.register_fake("emu3_kernels::decode_attention")
