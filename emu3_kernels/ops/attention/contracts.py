@@ -69,12 +69,13 @@ def _decode(num_new: int, page: int | None) -> None:
 
 
 # 128 registers leave room for four programs of four warps on a multiprocessor, 255 for two. Scalars
-# are the length, the pages of the keys that a thread reads, and the lse of a row.
+# are the length, the pages of the keys that a thread reads, and the lse of a row; merging, the lse
+# of the splits that a thread sums, of 64 at most.
 SPLIT = Contract(
     128, scalar_loads=1, scalar_stores=1, tensor_cores=True, async_copies=True,
     exceptions={"gfx942: async_copies": AMD["gfx942: async_copies"]},
 )  # fmt: skip
-MERGE = Contract(64, scalar_loads=4, scalar_stores=1)
+MERGE = Contract(128, scalar_loads=18, scalar_stores=1)
 
 
 def _decoding(split: Contract) -> Mapping[str, Contract]:
