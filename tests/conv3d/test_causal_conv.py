@@ -154,7 +154,7 @@ def recorded(function: Callable) -> tuple[Callable, list]:
     [("x",), ("scale",), ("shift",), ("weight",), ("bias",), ("residual",), ("x", "weight")],
 )
 def test_only_the_gradients_that_are_needed_are_computed(backend, asked, monkeypatch):
-    """Gradients of norms come with dx, those of biases with dweight: sums over the same elements."""
+    """Gradients of norms come with dx, of biases with dweight: sums over the same elements."""
     inputs = {"x": draw(1, 3, 3, 4, 5), "weight": draw(2, 3, 3, 3, 3, seed=1), "bias": draw(2)}
     inputs |= {"scale": draw(3, seed=2), "shift": draw(3, seed=3), "residual": draw(1, 2, 3, 4, 5)}
     how = {"activation": "silu", "post_activation": "silu", "backend": backend}
