@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from emu3_kernels import add_rms_norm
-from emu3_kernels.ops.norm import add_rms_norm_cases as cases
+from emu3_kernels.ops.norm.cases import CASES
 from emu3_kernels.runtime import dropout
 from emu3_kernels.testing.suite import at_level, backends, value_and_gradients
 
@@ -177,7 +177,7 @@ def test_no_dropout_draws_nothing_and_adds_alike():
 
 def dropped_inputs():
     size = {"num_rows": 37, "width": 41, "dropout_p": 0.1}
-    return cases.make(**size, dtype=torch.float32, device="cpu")
+    return CASES["add_rms_norm"].make(**size, dtype=torch.float32, device="cpu")
 
 
 @pytest.mark.parametrize("drawn", [True, False])
