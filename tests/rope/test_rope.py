@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emu3_kernels import rope, rope_tables
-from emu3_kernels.ops.rope import rope_cases as cases
+from emu3_kernels.ops.rope.cases import make_rope
 from emu3_kernels.testing.suite import at_level, backends, runnable
 
 BACKENDS = [*backends("rope"), "reference"]
@@ -66,8 +66,14 @@ def test_the_score_depends_on_the_distance_alone(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("position", [-1, 8])
 def test_positions_outside_the_tables_are_refused(backend, position):
-    inputs = cases.make(
-        batch=2, tokens=3, heads=2, groups=1, width=8, dtype=torch.float32, device="cpu"
+    inputs = make_rope(
+        batch=2,
+        tokens=3,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        dtype=torch.float32,
+        device="cpu",
     )
     inputs["positions"] = torch.tensor([[0, 1, 2], [0, 1, position]])
     q, k, cos, sin, positions = inputs.values()
