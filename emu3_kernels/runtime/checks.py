@@ -24,19 +24,23 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
 
 
-def check_alike(op: str, **tensors: Tensor) -> None:
-    """Raise unless all tensors share shape, dtype and device, and are floating point."""
-    first, *others = tensors.values()
+def check_alike(op: str, names: str, first: Tensor, *others: Tensor) -> None:
+    """Raise unless all tensors share shape, dtype and device, and are floating point.
+
+    Args:
+        op: the public name.
+        names: of the tensors, in order: ``"gate and up"``.
+        first: the first of them.
+        others: the rest.
+    """
     shape, dtype, device = first.shape, first.dtype, first.device
-    if not dtype.is_floating_point:
-        check_floating(op, **tensors)
     for other in others:
         if other.dtype != dtype or other.shape != shape or other.device != device:
-            check_floating(op, **tensors)
-            got = " and ".join(describe(tensor) for tensor in tensors.values())
-            raise ValueError(
-                f"{op}: {' and '.join(tensors)} must share shape, dtype and device, got {got}"
-            )
+            check_floating(op, **dict(zip(names.split(" and "), (first, *others), strict=True)))
+            got = " and ".join(describe(tensor) for tensor in (first, *others))
+            raise ValueError(f"{op}: {names} must share shape, dtype and device, got {got}")
+    if not dtype.is_floating_point:
+        check_floating(op, **{names.split(" and ")[0]: first})
 
 
 def check_has_channels(op: str, **tensors: Tensor) -> None:

@@ -70,8 +70,8 @@ def assert_rounded_once(name: str, actual: Tensor, low: Tensor, exact: Tensor) -
 
 
 def check_the_sum_is_rounded() -> None:
-    size = part("add_rms_norm", "cases").CHECK[-1]
-    inputs = part("add_rms_norm", "cases").make(**size, dtype=torch.bfloat16, device="cpu")
+    add = cases("add_rms_norm")
+    inputs = add.make(**add.check[-1], dtype=torch.bfloat16, device="cpu")
     with emulated():
         y, summed = public("add_rms_norm")(**inputs, backend="triton")
         apart = public("rms_norm")(summed, inputs["weight"], backend="triton")

@@ -107,7 +107,7 @@ def add_rms_norm(
     if x.dtype != residual.dtype and torch.is_autocast_enabled(x.device.type):
         common = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(common), residual.to(common)
-    check_alike("add_rms_norm", x=x, residual=residual)
+    check_alike("add_rms_norm", "x and residual", x, residual)
     check_channel_weight("add_rms_norm", x, weight)
     check_dropout("add_rms_norm", dropout_p, seed, x.device)
     if out is not None:
@@ -155,7 +155,7 @@ def _check_out(x: Tensor, residual: Tensor, weight: Tensor, out: tuple[Tensor, T
     check_no_gradient("add_rms_norm", x, residual, weight, *out)
     if len(out) != 2:
         raise ValueError(f"add_rms_norm: out must be two tensors, got {len(out)}")
-    check_alike("add_rms_norm", x=x, y=out[0], summed=out[1])
+    check_alike("add_rms_norm", "x and y and summed", x, *out)
     if _overlap(*out) or not all(written.is_contiguous() for written in out):
         got = " and ".join(f"strides {written.stride()}" for written in out)
         raise ValueError(

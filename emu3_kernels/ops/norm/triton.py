@@ -63,7 +63,7 @@ def forward(
     if out is not None:
         y, summed = out
     else:
-        y = x.new_empty((num_rows, width))
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
         summed = None if residual is None else torch.empty_like(y)
     rstd = x.new_empty(num_rows, dtype=torch.float32)
     if num_rows and width:
@@ -93,7 +93,7 @@ def backward(
     ``dsummed`` is added to dx and to dresidual, which are one tensor without dropout.
     """
     num_rows, width = summed.shape
-    dx = summed.new_empty((num_rows, width))
+    dx = torch.empty_like(summed, memory_format=torch.contiguous_format)
     dropped = None if seed is None else torch.empty_like(dx)
     dresidual = None if dsummed is None else dx if dropped is None else dropped
     if not (num_rows and width):

@@ -46,7 +46,9 @@ def rotate(
     num_kv_heads = k.shape[2]
     (q, q_strides), (k, k_strides) = _unit_stride(q), _unit_stride(k)
     (cos, cos_stride), (sin, sin_stride) = _unit_stride(cos), _unit_stride(sin)
-    rotated_q, rotated_k = out or (q.new_empty(q.shape), k.new_empty(k.shape))
+    rotated_q, rotated_k = out or (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)
+    )
     if batch and tokens and head_dim and num_heads + num_kv_heads:
         half = head_dim // 2
         options = TILES[next_power_of_2(half)]
@@ -72,11 +74,11 @@ def append(
     slots: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    batch, tokens, num_heads, head_dim = shape = q.shape
+    batch, tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     (q, q_strides), (k, k_strides), (v, v_strides) = map(_unit_stride, (q, k, v))
     (cos, cos_stride), (sin, sin_stride) = _unit_stride(cos), _unit_stride(sin)
-    rotated_q = q.new_empty(shape)
+    rotated_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     if batch and tokens and head_dim and num_heads + num_kv_heads:
         half = head_dim // 2
         options = TILES[next_power_of_2(half)]

@@ -46,8 +46,9 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Returns:
         ``[..., C]`` in the dtype of ``gate``.
     """
-    check_alike("swiglu", gate=gate, up=up)
-    check_has_channels("swiglu", gate=gate)
+    check_alike("swiglu", "gate and up", gate, up)
+    if gate.dim() == 0:
+        check_has_channels("swiglu", gate=gate)
     chosen = SWIGLU.choose(backend, gate)
     if chosen.function is not None:
         return chosen.function(gate, up)

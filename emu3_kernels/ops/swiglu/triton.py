@@ -1,5 +1,6 @@
 """swiglu in Triton: element-wise over blocks of one row. See api.py for the arguments."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +15,7 @@ TILE = tile(2, BLOCK=BLOCK)
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     num_rows, width = gate.shape
-    out = gate.new_empty((num_rows, width))
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if num_rows and width:
         grid = num_rows, cdiv(width, BLOCK)
         launch(swiglu_fwd_kernel, grid, gate, up, out, gate.stride(0), up.stride(0), width, **TILE)
