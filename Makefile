@@ -1,18 +1,28 @@
-# make demo and make test set everything up themselves, once; a second call installs nothing.
+# make demo, make check and make test set everything up themselves, once; a second call installs nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -type f)
-CPP := $(shell find csrc tests/cpu tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint clean
+PYTEST := $(BIN)/python -m pytest
+WORKERS := --numprocesses=2 --dist=worksteal
+
+.PHONY: demo check test test-all bench lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/emu3 demo
 
+# After every edit: a minute.
+check: lint
+	$(PYTEST) $(WORKERS) -m check
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
+	$(PYTEST) $(WORKERS) -m "not (codegen or emulated or levels or distributed or e2e)"
+
+test-all: $(VENV)/installed
+	$(PYTEST) $(WORKERS)
 
 bench: $(VENV)/peers
 	$(BIN)/python -m benchmarks ops

@@ -1,6 +1,6 @@
-"""A static key/value cache: allocated once, every row filled from its first slot.
+"""A static key/value cache: allocated once, every row is filled from its first slot.
 
-``L`` layers, ``B`` rows, ``S`` slots, ``G`` key/value heads, ``K`` head width.
+``B`` rows, ``T`` new tokens, ``H`` query heads, ``K`` head dim.
 """
 
 import torch
@@ -10,14 +10,14 @@ from emu3.config import ModelSettings
 from emu3_kernels import attention, decode_attention, in_large_pages
 
 MOST_NEW = 16
-"""Tokens that ``decode_attention`` takes at once."""
+"""Most tokens of one ``decode_attention`` call."""
 
 
 class KeyValueCache:
     """Keys and values of ``B`` rows, each from slot 0 to its own length.
 
-    A token's slot is its position. Rows of a ragged batch are padded on the right: what their
-    padding leaves behind a row's length is never read, and the row's next tokens overwrite it.
+    A token's slot is its position. Rows of a ragged batch are padded on the right: keys and values
+    of padding, behind a row's length, are never read, and the row's next tokens overwrite them.
 
     Args:
         settings: the model's shape.
@@ -34,13 +34,13 @@ class KeyValueCache:
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
-        shape = settings.layers, batch, capacity, settings.kv_heads, settings.head_width
+        shape = settings.num_layers, batch, capacity, settings.num_kv_heads, settings.head_dim
         self.keys, self.values = (
             in_large_pages(torch.empty(shape, dtype=dtype, device=device)).zero_() for _ in range(2)
         )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.longest, self.ragged = 0, False
-        """The largest length, and whether others are shorter, known without asking the device."""
+        """The largest length, and whether others are shorter, without a synchronization."""
 
     def slots(self, num_new: int) -> Tensor:
         """``[B, T]`` int64 slots, and positions, of the next ``num_new`` tokens of each row."""
@@ -52,10 +52,10 @@ class KeyValueCache:
         return self.lengths[:, None].long() + torch.arange(num_new, device=self.lengths.device)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Attend from ``q [B, T, H, K]`` of new tokens, whose keys and values are in their slots.
+        """Attention of ``q [B, T, H, K]`` of new tokens; their keys and values are in the cache.
 
-        Few tokens are decoded, each row up to its own length; many are a prompt, or the next part
-        of one, for which all rows must be equally long.
+        Up to ``MOST_NEW`` tokens are decoded, each row up to its own length; more are a prompt or
+        its next chunk, and then all rows must have the same length.
         """
         num_new, keys, values = q.shape[1], self.keys[layer], self.values[layer]
         if self.longest and num_new <= MOST_NEW:
@@ -68,8 +68,8 @@ class KeyValueCache:
         stop = self.longest + num_new
         return attention(q, keys[:, :stop], values[:, :stop])
 
-    def advance(self, num_new: int, counts: Tensor | None = None) -> None:
-        """Make ``num_new`` tokens part of every row, or the first ``counts [B]`` of them."""
-        self.lengths = self.lengths + (num_new if counts is None else counts.int())
+    def advance(self, num_new: int, prompt_lengths: Tensor | None = None) -> None:
+        """Append ``num_new`` tokens to every row, or the first ``prompt_lengths [B]`` of them."""
+        self.lengths = self.lengths + (num_new if prompt_lengths is None else prompt_lengths.int())
         self.longest += num_new
-        self.ragged |= counts is not None
+        self.ragged |= prompt_lengths is not None

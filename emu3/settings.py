@@ -1,4 +1,4 @@
-"""Groups of settings: frozen, checked, read from TOML, and their faults told in one line."""
+"""Groups of settings: frozen, checked, read from TOML; errors of one line."""
 
 import sys
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ else:
 
 
 class Settings(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
+    """A frozen group of settings; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SettingsError(ValueError):
-    """A setting that is unknown, missing or out of range, told in one line."""
+    """A setting that is unknown, missing or out of range, in one line."""
 
 
 def parse(kind: type[Settings], tree: Mapping[str, Any]) -> Any:
-    """Validate ``tree`` as ``kind``, with the first fault told in one line."""
+    """Validate ``tree`` as ``kind``, the first error in one line."""
     try:
         return kind.model_validate(tree)
-    except ValidationError as fault:
-        raise SettingsError(_one_line(kind, fault)) from None
+    except ValidationError as error:
+        raise SettingsError(_one_line(kind, error)) from None
 
 
 def read_toml(name: str | Path, folder: Path) -> dict[str, Any]:
@@ -41,12 +41,12 @@ def read_toml(name: str | Path, folder: Path) -> dict[str, Any]:
         raise SettingsError(f"recipe: no file {str(name)!r}; those that ship are {known}")
     try:
         return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as fault:
-        raise SettingsError(f"{path}: not valid TOML: {fault}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: not valid TOML: {error}") from None
 
 
 def override(tree: dict[str, Any], word: str) -> None:
-    """Set what ``word``, such as ``optim.lr=1e-4``, says; the value is TOML, or a plain string."""
+    """Apply a ``word`` such as ``optim.lr=1e-4``; the value is TOML, or a plain string."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise SettingsError(f"{word}: an override must read key=value")
@@ -70,15 +70,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _one_line(kind: type[Settings], fault: ValidationError) -> str:
-    first = fault.errors()[0]
+def _one_line(kind: type[Settings], error: ValidationError) -> str:
+    first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     where = ".".join(path)
     if first["type"] == "extra_forbidden":
         group: Any = kind
         for part in path[:-1]:
             group = group.model_fields[part].annotation
-        name = path[-2] if len(path) > 1 else kind.__name__.lower()
+        name = path[-2] if len(path) > 1 else kind.model_config.get("title", kind.__name__.lower())
         return f"{where}: unknown setting; {name} has {', '.join(sorted(group.model_fields))}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}, got {first['input']!r}" if where else message

@@ -17,7 +17,7 @@ class TextTokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One id per UTF-8 byte; needs no file and knows every string."""
+    """One id per UTF-8 byte; no vocabulary file, every string is representable."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         if vocabulary.num_text < 256:
@@ -31,7 +31,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Join the bytes; a broken UTF-8 sequence, as a model may emit, becomes U+FFFD."""
-        strangers = [i for i in ids if not 0 <= i < 256]
-        if strangers:
-            raise ValueError(f"ByteTokenizer: ids must be bytes, got {strangers[0]}")
+        invalid = [i for i in ids if not 0 <= i < 256]
+        if invalid:
+            raise ValueError(f"ByteTokenizer: ids must be bytes, got {invalid[0]}")
         return bytes(ids).decode(errors="replace")

@@ -1,6 +1,7 @@
 """Set before anything imports triton: the interpreter where there is no GPU, and NaN poison."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -9,31 +10,64 @@ if not torch.cuda.is_available():
 
 # torch.empty now returns NaN: a kernel that leaves an element unwritten fails its test.
 torch.use_deterministic_algorithms(True, warn_only=True)
+# A worker for each core is faster than threads; processes that a test starts follow.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from importlib.util import find_spec  # noqa: E402
 
 import pytest  # noqa: E402
 
-from tests.compilers import compiling, emulating  # noqa: E402, F401
+from emu3_kernels.ops import OPS  # noqa: E402
+from emu3_kernels.testing.compilers import compiling, emulating  # noqa: E402, F401
+from emu3_kernels.testing.suite import is_lower_level  # noqa: E402
+
+TESTS = Path(__file__).parent
+FAMILIES = sorted(set(OPS.values()))
+QUICK = {"test_config.py", "test_dispatch.py", "test_layers.py", "test_prompt.py"}
+"""Files that ``make check`` runs beside every test that is marked so."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--family", choices=FAMILIES, help="Run the tests of one family of ops.")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is told by a parameter, a fixture or a file; leave one family if asked to."""
+    for item in items:
+        if item.path.name in QUICK:
+            item.add_marker(pytest.mark.check)
+        if "ranks" in item.fixturenames:
+            item.add_marker(pytest.mark.distributed)
+        if any(_is_lower_level(value) for value in _params(item).values()):
+            item.add_marker(pytest.mark.levels)
+    if family := config.getoption("--family"):
+        others = [item for item in items if family not in _families(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if family in _families(item)]
+
+
+def _params(item: pytest.Item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _is_lower_level(value: object) -> bool:
+    return isinstance(value, str) and (is_lower_level(value) or is_lower_level(f"cpu@{value}"))
+
+
+def _families(item: pytest.Item) -> set[str]:
+    folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
+    named = {OPS[value] for value in _params(item).values() if value in list(OPS)}
+    return named | {folder}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def exact_products_of_the_interpreter() -> None:
-    """Let Triton's interpreter sum products in float64, and so as good as exactly.
+def improved_interpreter() -> None:
+    if find_spec("triton"):
+        from emu3_kernels.testing.interpreter import improve
 
-    It leaves them to the machine's BLAS, whose float32 sums depend on where in its matrix a row
-    stands and on the processor; a GPU's do not.
-    """
-    if not find_spec("triton"):
-        return
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        product = np.matmul(a.data, b.data, dtype=np.float64)
-        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
-
-    InterpreterBuilder.create_dot = dot
+        improve()
 
 
 @pytest.fixture(scope="session")

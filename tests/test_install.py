@@ -49,7 +49,8 @@ def test_importing_takes_less_than_a_second_beyond_torch():
 
 def test_the_level_can_be_lowered_from_outside():
     done = run(
-        "from emu3_kernels import _native; print(library.cpu_level())", EMU3_CPU_LEVEL="base"
+        "from emu3_kernels.runtime import library; print(library.cpu_level())",
+        EMU3_CPU_LEVEL="base",
     )
     assert done.stdout == "base\n", done.stderr
 

@@ -1,1 +1,1 @@
-"""What the model learns from: pictures, captions and the documents made of them."""
+"""Training data: codes, images, videos, and the documents made of them."""

@@ -1,7 +1,7 @@
-"""Codes of pictures and videos on disk: one safetensors file each, that says how it was made.
+"""Codes of images and videos on disk: one safetensors file each, with its provenance.
 
-``codes`` is int16, ``[h, w]`` of a picture and ``[t, h, w]`` of a video: two bytes a code, and
-Emu3's 32,768 codes just fit. The metadata ``emu3_codes`` is a ``Header`` in JSON.
+``codes`` is int16, ``[h, w]`` of an image and ``[t, h, w]`` of a video: two bytes per code,
+exactly enough for Emu3's 32,768 codes. The metadata ``emu3_codes`` is a ``Header`` in JSON.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ from emu3.weights.files import read_settings
 
 _KEY = "emu3_codes"
 _RATE = r"^[1-9]\d*(/[1-9]\d*)?$"
-# Buffers of training that neither codes nor pixels depend on.
-_NEEDLESS = ("num_batches_tracked", *RUNNING_MEANS)
+# Buffers of training; codes and pixels do not depend on them.
+_IGNORED = ("num_batches_tracked", *RUNNING_MEANS)
 
 
 class Making(Settings):
-    """How pixels become codes, beside the tokenizer."""
+    """The settings, beside the tokenizer, that codes depend on."""
 
     min_pixels: PositiveInt = MIN_PIXELS
     max_pixels: PositiveInt = MAX_PIXELS
     fps: str | None = Field(None, pattern=_RATE)
     """Frames per second, as "12" or "30000/1001"; None takes every frame."""
     clips: Literal["pieces", "stream"] = "pieces"
-    """Every 4 frames by themselves, as the official code does, or each after all before it."""
+    """Every 4 frames independently, as the official code does, or as one stream."""
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> Self:
@@ -44,23 +44,23 @@ class Making(Settings):
             raise ValueError(f"min_pixels must be at most max_pixels ({self.max_pixels})")
         return self
 
-    def of_pictures(self) -> "Making":
-        """Without what only videos depend on."""
+    def of_images(self) -> "Making":
+        """Without the settings of videos."""
         return Making(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
 
 class Header(Settings):
-    """What a file of codes says of itself."""
+    """Provenance of a file of codes."""
 
     version: Literal[1] = 1
     source: str
-    """Name of the picture or video, below the folder that was tokenized."""
+    """Name of the image or video, below the folder that was tokenized."""
     height: PositiveInt
     width: PositiveInt
     resized: tuple[PositiveInt, PositiveInt]
-    """Height and width that were encoded."""
+    """Height and width of the encoded pixels."""
     frames: PositiveInt | None = None
-    """Frames of a video, without those that fill up the last four; None for a picture."""
+    """Frames of a video, without padding; None for an image."""
     fps: str | None = Field(None, pattern=_RATE)
     tokenizer: str
     """``fingerprint`` of the tokenizer."""
@@ -74,10 +74,10 @@ class Header(Settings):
 
 
 def fingerprint(tokenizer: VisionTokenizer) -> str:
-    """16 hexadecimal digits that change with any weight, and with its dtype."""
+    """A hash of 16 hexadecimal digits of all weights and their dtypes."""
     digest = hashlib.sha256()
     for name, value in sorted(tokenizer.state_dict().items()):
-        if not name.endswith(_NEEDLESS):
+        if not name.endswith(_IGNORED):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -86,15 +86,15 @@ def fingerprint(tokenizer: VisionTokenizer) -> str:
 def save_codes(path: Path, codes: Tensor, header: Header) -> None:
     """Write integer codes ``[h, w]`` or ``[t, h, w]``, each below 32,768."""
     if codes.min() < 0 or codes.max() > torch.iinfo(torch.int16).max:
-        raise ValueError(f"codes: {path} holds codes of 16 bits, got {codes.max()}")
+        raise ValueError(f"codes: {path} stores codes of 16 bits, got {codes.max()}")
     tensors = {"codes": codes.to("cpu", torch.int16).contiguous()}
     with replacing(path) as draft:
-        # Not save_file: what it writes no one else may read, and its errors are no OSErrors.
+        # Not save_file: it writes files that only the owner can read, and raises no OSError.
         draft.write_bytes(save(tensors, {_KEY: header.model_dump_json()}))
 
 
 def load_codes(path: Path) -> tuple[Tensor, Header]:
-    """The codes, as int64, and what the file says of them.
+    """The codes, as int64, and their header.
 
     Raises:
         ValueError: one line, if the file is damaged, of another kind or of another version.
@@ -109,12 +109,12 @@ def load_codes(path: Path) -> tuple[Tensor, Header]:
 
 
 def load_header(path: Path) -> Header:
-    """What a file of codes says of itself; its codes are not read."""
+    """The header of a file of codes; the codes are not read."""
     try:
         header = read_settings(path, _KEY, Header)
-    except ValueError as fault:
-        line = str(fault)
+    except ValueError as error:
+        line = str(error)
         raise ValueError(line if str(path) in line else f"codes: {path}: {line}") from None
     if header is None:
-        raise ValueError(f"codes: {path} is no file of codes")
+        raise ValueError(f"codes: {path} is not a file of codes")
     return header

@@ -1,6 +1,6 @@
-"""Pictures and clips for the tokenizer: what training may see, and random crops of it.
+"""Images and clips for the tokenizer: the training and validation split, and random crops.
 
-``P`` pictures and ``V`` clips of ``T`` frames to a step; ``S`` the side of a crop.
+``P`` images and ``V`` clips of ``T`` frames to a step; ``S`` the side of a crop.
 """
 
 from collections.abc import Iterable
@@ -18,42 +18,42 @@ from emu3.data.samples import sample_files
 
 @dataclass(frozen=True)
 class Collection:
-    """Pictures ``[3, H, W]`` and clips ``[T, 3, H, W]`` by name, uint8, held in memory.
+    """Images ``[3, H, W]`` and clips ``[T, 3, H, W]`` by name, uint8, in memory.
 
     A name is the file's own without its ending; of several the second ends in ``-2``.
     """
 
-    pictures: dict[str, Tensor] = field(default_factory=dict)
+    images: dict[str, Tensor] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
 
 
 def load_split(settings: MediaSettings) -> tuple[Collection, Collection]:
-    """Read every file of ``settings``; return what training may see, and what it may not.
+    """Read every file of ``settings``; return the training part and the validation part.
 
-    Held out are the files of the names in ``hold_out``, and the end of every other clip.
+    Validation takes the files named in ``validation`` and the end of every other clip.
 
     Raises:
-        ValueError: a name in ``hold_out`` is that of no file, or a source is an empty folder.
+        ValueError: a name in ``validation`` matches no file, or a source folder is empty.
     """
     files = _named(_files(settings.sources))
-    if unknown := set(settings.hold_out) - {path.stem for path in files.values()}:
-        raise ValueError(f"media.hold_out: no file is called {', '.join(sorted(unknown))}")
-    learned, held_out = Collection(), Collection()
+    if unknown := set(settings.validation) - {path.stem for path in files.values()}:
+        raise ValueError(f"media.validation: no file is called {', '.join(sorted(unknown))}")
+    train_set, validation_set = Collection(), Collection()
     for name, path in files.items():
-        part = held_out if path.stem in settings.hold_out else learned
+        part = validation_set if path.stem in settings.validation else train_set
         if path.suffix.lower() in IMAGES:
-            part.pictures[name] = read_image(path)
+            part.images[name] = read_image(path)
             continue
         clip = torch.stack(list(open_video(path)))
-        kept = len(clip) - int(len(clip) * settings.hold_out_tail)
-        part.clips[name] = clip if part is held_out else clip[:kept]
-        if part is learned and kept < len(clip):
-            held_out.clips[name] = clip[kept:]
-    return learned, held_out
+        num_train = len(clip) - int(len(clip) * settings.validation_tail)
+        part.clips[name] = clip if part is validation_set else clip[:num_train]
+        if part is train_set and num_train < len(clip):
+            validation_set.clips[name] = clip[num_train:]
+    return train_set, validation_set
 
 
 def _files(sources: Iterable[Path]) -> list[Path]:
-    """Each file once; of a folder the pictures and videos, of no source the samples."""
+    """Each file once; a folder yields its images and videos, no source the samples."""
     known = IMAGES | VIDEOS
     paths: list[Path] = []
     for source in sources:
@@ -62,7 +62,7 @@ def _files(sources: Iterable[Path]) -> list[Path]:
             continue
         inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in known)
         if not inside:
-            raise ValueError(f"media.sources: {source} holds no picture and no video")
+            raise ValueError(f"media.sources: {source} contains no image or video")
         paths += inside
     return list(dict.fromkeys(paths)) or sample_files()
 
@@ -81,29 +81,27 @@ def _named(paths: Iterable[Path]) -> dict[str, Path]:
 class CropStream:
     """Endless random crops; the generator's state is the whole state.
 
-    A file is drawn in proportion to the square root of its pixels, then a place, a shrinking
-    factor and a side to look from.
+    A file is sampled in proportion to the square root of its pixels, then a downscaling factor, a
+    position and a horizontal flip.
     """
 
     def __init__(self, collection: Collection, settings: MediaSettings, seed: int) -> None:
         self.settings = settings
-        self.pictures = _Shelf(collection.pictures, settings.crop, frames=1)
-        self.clips = _Shelf(collection.clips, settings.crop, frames=settings.frames)
+        self.images = _Pool(collection.images, settings.crop, frames=1)
+        self.clips = _Pool(collection.clips, settings.crop, frames=settings.frames)
         self.generator = torch.Generator().manual_seed(seed)
-        for name in ("pictures", "clips"):
-            if getattr(settings, name) and not getattr(self, name).works:
-                raise ValueError(
-                    f"media.{name}: nothing as large as a crop of {settings.crop} to draw from"
-                )
+        for name in ("images", "clips"):
+            if getattr(settings, name) and not getattr(self, name).clips:
+                raise ValueError(f"media.{name}: nothing as large as a crop of {settings.crop}")
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Pictures ``[P, 3, S, S]`` and clips ``[V, T, 3, S, S]`` in [-1, 1]."""
+        """Images ``[P, 3, S, S]`` and clips ``[V, T, 3, S, S]`` in [-1, 1]."""
         s = self.settings
-        pictures = [self._draw(self.pictures)[0] for _ in range(s.pictures)]
-        clips = [self._draw(self.clips) for _ in range(s.clips)]
+        images = [self._sample(self.images)[0] for _ in range(s.images)]
+        clips = [self._sample(self.clips) for _ in range(s.clips)]
         empty = torch.empty(0, s.frames, 3, s.crop, s.crop)
         return (
-            torch.stack(pictures) if pictures else empty[:, 0],
+            torch.stack(images) if images else empty[:, 0],
             torch.stack(clips) if clips else empty,
         )
 
@@ -113,14 +111,14 @@ class CropStream:
     def restore(self, state: dict[str, Tensor]) -> None:
         self.generator.set_state(state["generator"])
 
-    def _draw(self, shelf: "_Shelf") -> Tensor:
-        work = shelf.works[int(torch.multinomial(shelf.weights, 1, generator=self.generator))]
+    def _sample(self, pool: "_Pool") -> Tensor:
+        clip = pool.clips[int(torch.multinomial(pool.weights, 1, generator=self.generator))]
         side = self.settings.crop
-        factor = 1 + self._below(min(self.settings.shrink, min(work.shape[2:]) // side))
-        start = self._below(len(work) - shelf.frames + 1)
-        top, left = (self._below(size - factor * side + 1) for size in work.shape[2:])
-        crop = work[
-            start : start + shelf.frames,
+        factor = 1 + self._below(min(self.settings.shrink, min(clip.shape[2:]) // side))
+        start = self._below(len(clip) - pool.frames + 1)
+        top, left = (self._below(size - factor * side + 1) for size in clip.shape[2:])
+        crop = clip[
+            start : start + pool.frames,
             :,
             top : top + factor * side,
             left : left + factor * side,
@@ -132,11 +130,11 @@ class CropStream:
         return int(torch.randint(bound, (), generator=self.generator))
 
 
-class _Shelf:
-    """The works ``[T, 3, H, W]`` that a crop fits into, and how often each is drawn."""
+class _Pool:
+    """The clips ``[T, 3, H, W]`` as large as a crop or larger, and their sampling weights."""
 
-    def __init__(self, works: dict[str, Tensor], side: int, *, frames: int) -> None:
-        clips = (work if work.ndim == 4 else work[None] for work in works.values())
+    def __init__(self, files: dict[str, Tensor], side: int, *, frames: int) -> None:
+        all_clips = (clip if clip.ndim == 4 else clip[None] for clip in files.values())
         self.frames = frames
-        self.works = [w for w in clips if len(w) >= frames and min(w.shape[2:]) >= side]
-        self.weights = torch.tensor([float(w.shape[2] * w.shape[3]) ** 0.5 for w in self.works])
+        self.clips = [w for w in all_clips if len(w) >= frames and min(w.shape[2:]) >= side]
+        self.weights = torch.tensor([float(w.shape[2] * w.shape[3]) ** 0.5 for w in self.clips])

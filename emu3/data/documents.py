@@ -10,33 +10,33 @@ from emu3.config import Vocabulary
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A document, and the first of its tokens that is learned."""
+class Example:
+    """A document, and the first of its tokens that has a loss."""
 
     ids: list[int]
     start: int = 1
 
 
 def collate(
-    lessons: Sequence[Lesson], vocabulary: Vocabulary, vision_weight: float
+    examples: Sequence[Example], vocabulary: Vocabulary, vision_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Pad documents on the right.
 
     Args:
         vision_weight: loss weight of visual tokens; text and grammar weigh 1, padding and
-            what stands before a lesson's start 0.
+            tokens before an example's start weigh 0.
 
     Returns:
         ids ``[B, T]`` int64 and weights ``[B, T]`` float32.
     """
-    longest = max(len(lesson.ids) for lesson in lessons)
-    padding = [[vocabulary.pad] * (longest - len(lesson.ids)) for lesson in lessons]
+    longest = max(len(example.ids) for example in examples)
+    padding = [[vocabulary.pad] * (longest - len(example.ids)) for example in examples]
     tokens = torch.tensor(
-        [[*lesson.ids, *pad] for lesson, pad in zip(lessons, padding, strict=True)]
+        [[*example.ids, *pad] for example, pad in zip(examples, padding, strict=True)]
     )
-    starts = torch.tensor([lesson.start for lesson in lessons])
-    stops = torch.tensor([len(lesson.ids) for lesson in lessons])
-    place = torch.arange(longest)
-    learned = (place >= starts[:, None]) & (place < stops[:, None])
+    starts = torch.tensor([example.start for example in examples])
+    stops = torch.tensor([len(example.ids) for example in examples])
+    position = torch.arange(longest)
+    valid = (position >= starts[:, None]) & (position < stops[:, None])
     weights = torch.where(tokens >= vocabulary.visual_start, vision_weight, 1.0)
-    return tokens, weights.masked_fill(~learned, 0.0)
+    return tokens, weights.masked_fill(~valid, 0.0)

@@ -1,7 +1,7 @@
-"""Pictures and videos, from files and to files.
+"""Read and write images and videos.
 
-A picture, or a frame, is ``[3, H, W]`` uint8, red first. A file that cannot be read, for whatever
-reason, is a ``MediaError`` of one line that names it; an ``OSError`` comes from a writer.
+An image or a frame is ``[3, H, W]`` uint8 RGB. A file that cannot be read raises a ``MediaError``
+of one line that names it; a failed write raises an ``OSError``.
 """
 
 import struct
@@ -25,9 +25,9 @@ from emu3.vision.images import MODES, MODES_IN_WORDS, to_rgb
 IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
 
-# Those of IMAGES alone, whatever a file is called. Phones' MPO is a JPEG to Pillow.
+# The formats of IMAGES, whatever a file's suffix. Pillow reads phones' MPO as JPEG.
 _FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
-# What Pillow's decoders let out on damaged files.
+# Exceptions of Pillow's decoders on damaged files.
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -37,22 +37,22 @@ _DAMAGED = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# They state how long they last, and no place of every frame.
+# Containers with a duration but without an index of all frames.
 _STATE_LENGTH = ("matroska", "avi")
 
 
 class MediaError(ValueError):
-    """A file that is no picture or video, or not one that we take."""
+    """A file that is not an image or video, or of an unsupported kind."""
 
 
 def read_image(path: Path) -> Tensor:
-    """Read a picture as ``[3, H, W]`` uint8.
+    """Read an image as ``[3, H, W]`` uint8.
 
-    It is turned as its EXIF orientation says. Grey and palettes become RGB, 16-bit grey is
-    rounded to 8 bits, what is transparent shows white; of an animation the first frame is read.
+    Rotated by its EXIF orientation. Grey and palettes become RGB, 16-bit grey is rounded to 8 bits,
+    transparency becomes white; of an animation the first frame is read.
 
     Raises:
-        MediaError: no picture, a damaged one, one without a pixel, or one of other channels.
+        MediaError: not an image, damaged, empty, or of unsupported channels.
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
@@ -62,10 +62,10 @@ def read_image(path: Path) -> Tensor:
         raise
     except UnidentifiedImageError:
         raise MediaError(
-            f"image: {path} is no picture, or one without pixels or of unknown channels"
+            f"image: {path} is not an image, or has no pixels or unknown channels"
         ) from None
-    except _DAMAGED as fault:
-        reason = getattr(fault, "strerror", None) or fault
+    except _DAMAGED as error:
+        reason = getattr(error, "strerror", None) or error
         raise MediaError(f"image: {path} cannot be read: {reason}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -78,19 +78,19 @@ def _check_image(image: Image.Image, path: Path) -> None:
 
 
 def write_image(path: Path, image: Tensor) -> None:
-    """Write ``[3, H, W]`` uint8 as a PNG that is there whole or not at all."""
+    """Write ``[3, H, W]`` uint8 as a PNG, atomically."""
     with replacing(path) as draft:
         Image.fromarray(_rows(image)).save(draft, format="PNG")
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video file; iterating reads its frames anew, a few in memory at a time.
+    """A video file; iterating decodes its frames from the start, a few in memory at a time.
 
-    Frames are turned as the file says, and their pixels taken as square.
+    Frames are rotated by the file's metadata; pixels are assumed square.
 
     Raises:
-        MediaError: while iterating, where the file breaks off or its frames change size.
+        MediaError: while iterating, the file is truncated or its frames change size.
     """
 
     path: Path
@@ -99,7 +99,7 @@ class Video:
     fps: Fraction
     """Frames per second that iterating yields."""
     resampled: bool
-    """Whether ``fps`` was asked for, and is not the file's own."""
+    """Whether ``fps`` is an argument, and not the file's own."""
 
     def __iter__(self) -> Iterator[Tensor]:
         timed = _decode(self.path)
@@ -115,14 +115,14 @@ class Video:
 
 
 def open_video(path: Path, fps: Fraction | None = None) -> Video:
-    """Look into a video file.
+    """Open a video file.
 
     Args:
-        fps: frames per second to yield: at every instant the newest frame that has begun. None
-            yields every frame of the file, once.
+        fps: frames per second to yield: at every instant the newest frame that has started.
+            None yields every frame of the file once.
 
     Raises:
-        MediaError: no video, one without a frame, or one whose end is missing.
+        MediaError: not a video, without a frame, or truncated.
     """
     try:
         _, first = next(_decode(path))
@@ -130,17 +130,17 @@ def open_video(path: Path, fps: Fraction | None = None) -> Video:
             stream = container.streams.video[0]
             rate = fps or stream.average_rate or stream.guessed_rate
     except StopIteration:
-        raise MediaError(f"video: {path} holds no frame") from None
+        raise MediaError(f"video: {path} has no frame") from None
     if not rate or rate < 0:
-        raise MediaError(f"video: {path} states no frame rate; ask for one")
+        raise MediaError(f"video: {path} has no frame rate; set fps")
     _, height, width = _to_tensor(first).shape
     return Video(path, height, width, Fraction(rate), fps is not None)
 
 
 def write_video(path: Path, frames: Iterable[Tensor], fps: Fraction) -> None:
-    """Write ``[3, H, W]`` uint8 frames as an MP4 that is there whole or not at all.
+    """Write ``[3, H, W]`` uint8 frames as an MP4, atomically.
 
-    H.264 at CRF 18 in 4:2:0, BT.709. Its sides are even: an odd one grows by repeating its edge.
+    H.264 at CRF 18 in 4:2:0, BT.709. Odd sides are padded to even ones by repeating the edge.
     """
     frames = iter(frames)
     first = next(frames, None)
@@ -162,7 +162,7 @@ def write_video(path: Path, frames: Iterable[Tensor], fps: Fraction) -> None:
 
 
 def _decode(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Frames of the first video stream, each with the second at which it begins."""
+    """Frames of the first video stream, each with its start in seconds."""
     number = 0
     try:
         with av.open(path, metadata_errors="replace") as container:
@@ -180,31 +180,31 @@ def _decode(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame]]:
                     yield _time(frame, stream, number), frame
                     number += 1
             _check_end(path, container, end, number)
-    except av.FFmpegError as fault:
-        where = f"breaks off after {number} frames" if number else "is no video, or was cut short"
-        raise MediaError(f"video: {path} {where}: {fault.strerror}") from None
-    except OSError as fault:
-        raise MediaError(f"video: {path} cannot be read: {fault.strerror}") from None
+    except av.FFmpegError as error:
+        where = f"breaks off after {number} frames" if number else "is not a video, or is truncated"
+        raise MediaError(f"video: {path} {where}: {error.strerror}") from None
+    except OSError as error:
+        raise MediaError(f"video: {path} cannot be read: {error.strerror}") from None
 
 
 def _check_index(path: Path, stream: av.VideoStream) -> None:
-    """An MP4 that begins with its index says at once whether its end is there."""
+    """An MP4 that begins with its index shows at once whether it is truncated."""
     size = path.stat().st_size
     beyond = sum(entry.pos + entry.size > size for entry in stream.index_entries)
     if beyond:
         known = len(stream.index_entries)
-        raise MediaError(f"video: {path} is cut short: {beyond} of its {known} frames are missing")
+        raise MediaError(f"video: {path} is truncated: {beyond} of its {known} frames are missing")
 
 
 def _check_end(path: Path, container: av.container.InputContainer, end: Fraction, n: int) -> None:
-    """A second is allowed for sloppy writers; what was cut out of a longer file keeps its times."""
+    """Tolerates one second, for imprecise writers; a clip of a longer file keeps its times."""
     if not container.duration or not container.format.name.startswith(_STATE_LENGTH):
         return
     stated = Fraction(container.duration, av.time_base)
     reached = end - min(0, Fraction(container.start_time or 0, av.time_base))
     if reached + 1 < stated:
         raise MediaError(
-            f"video: {path} is cut short: {n} frames, {float(reached):.1f} of {float(stated):.1f} s"
+            f"video: {path} is truncated: {n} frames, {float(reached):.1f} of {float(stated):.1f} s"
         )
 
 
@@ -223,7 +223,7 @@ def _time(frame: av.VideoFrame, stream: av.VideoStream, number: int) -> Fraction
 def _resample(
     timed: Iterator[tuple[Fraction, av.VideoFrame]], fps: Fraction
 ) -> Iterator[av.VideoFrame]:
-    """What a screen shows at 0, 1/fps, 2/fps …; the last frame lasts as long as the one before."""
+    """The frame shown at 0, 1/fps, 2/fps …; the last frame lasts as long as the one before."""
     begin, shown = next(timed)
     due, started, last = 0, begin, 1 / fps
     for time, frame in timed:

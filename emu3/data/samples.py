@@ -33,7 +33,7 @@ _FILES = {
 
 
 def sample_files() -> list[Path]:
-    """Where they lie on this machine.
+    """Paths of the samples on this machine.
 
     Raises:
         ValueError: one of the packages is not installed.

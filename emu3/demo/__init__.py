@@ -1,1 +1,1 @@
-"""From scans of digits to a miniature Emu3 that draws and describes them, measured."""
+"""The miniature Emu3: trained on scans of digits, it generates and captions them; measured."""

@@ -1,4 +1,4 @@
-"""What the demo reports: accuracies by independent judges, and the speed of the fused ops."""
+"""The demo's metrics: accuracies by independent judges, and the speed of the fused ops."""
 
 import time
 from dataclasses import dataclass
@@ -8,42 +8,42 @@ import torch
 from torch import Tensor
 
 import emu3_kernels
-from emu3.data.digits import COLORS, DIGITS, Digits, at_rest, caption, read_caption, render
+from emu3.demo.digits import COLORS, DIGITS, Digits, at_rest, caption, read_caption, render
 from emu3.demo.judge import DigitJudge, judge_color
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.model import Emu3
 from emu3.text import TextTokenizer
 from emu3.vision import VisionTokenizer
 
-DRAWING = Sampling(guidance=2.0, temperature=0.8)
-"""A small model's unlikely codes are mistakes: at Emu3's 3 and 1 a patch has another colour."""
+SAMPLING = Sampling(guidance=2.0, temperature=0.8)
+"""Guidance and temperature below Emu3's 3 and 1: a small model's unlikely codes are mistakes."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Pictures made from captions, ``[round, colour, digit, 3, H, W]``, and how many are right."""
+class Generated:
+    """Images generated from captions, ``[round, colour, digit, 3, H, W]``, and their accuracies."""
 
-    pictures: Tensor
+    images: Tensor
     digit_accuracy: float
     color_accuracy: float
     num_tokens: int
 
 
 @dataclass(frozen=True)
-class Described:
-    """Captions of held-out pictures, and how many are right."""
+class Captioned:
+    """Captions of validation images, and their accuracies."""
 
-    pictures: Tensor
+    images: Tensor
     captions: list[str]
     digit_right: Tensor
     digit_accuracy: float
     color_accuracy: float
 
 
-def measure_drawing(
+def measure_generation(
     model: Emu3, tokenizer: VisionTokenizer, text: TextTokenizer, judge: DigitJudge, *, rounds: int
-) -> Drawn:
-    """Draw every digit in every colour ``rounds`` times and let the judges read the pictures."""
+) -> Generated:
+    """Generate every digit in every colour ``rounds`` times; the judges' accuracies."""
     color, digit = torch.meshgrid(
         torch.arange(len(COLORS)), torch.arange(len(DIGITS)), indexing="ij"
     )
@@ -51,41 +51,41 @@ def measure_drawing(
     captions = [caption(int(d), int(c)) for d, c in zip(digits, colors, strict=True)]
     generator = torch.Generator().manual_seed(0)
     grid = tokenizer.settings.grid
-    codes = generate_images(model, text, captions, grid, DRAWING, generator)
-    pictures = tokenizer.decode(codes).clamp(-1, 1)
-    return Drawn(
-        pictures.unflatten(0, (rounds, len(COLORS), len(DIGITS))),
-        share(judge(pictures) == digits),
-        share(judge_color(pictures) == colors),
+    codes = generate_images(model, text, captions, grid, SAMPLING, generator)
+    images = tokenizer.decode(codes).clamp(-1, 1)
+    return Generated(
+        images.unflatten(0, (rounds, len(COLORS), len(DIGITS))),
+        share(judge(images) == digits),
+        share(judge_color(images) == colors),
         codes.numel(),
     )
 
 
-def paint_held_out(held_out: Digits, size: int) -> tuple[Tensor, Tensor]:
-    """Each held-out digit once, unmoved, in a random colour: the pictures and the colours."""
+def paint_validation(validation_set: Digits, size: int) -> tuple[Tensor, Tensor]:
+    """Each validation digit once, unmoved, in a random colour: the images and the colours."""
     generator = torch.Generator().manual_seed(1)
-    colors = torch.randint(len(COLORS), (len(held_out),), generator=generator)
-    return render(held_out.scans, colors, at_rest(len(held_out)), size), colors
+    colors = torch.randint(len(COLORS), (len(validation_set),), generator=generator)
+    return render(validation_set.scans, colors, at_rest(len(validation_set)), size), colors
 
 
-def measure_describing(
+def measure_captions(
     model: Emu3,
     tokenizer: VisionTokenizer,
     text: TextTokenizer,
-    pictures: Tensor,
+    images: Tensor,
     labels: Tensor,
     colors: Tensor,
-) -> Described:
-    """Caption ``pictures`` and compare the words with what they show."""
-    captions = generate_captions(model, text, tokenizer.encode(pictures), max_new_tokens=24)
+) -> Captioned:
+    """Caption ``images`` and compare the captions with the labels and colours."""
+    captions = generate_captions(model, text, tokenizer.encode(images), max_new_tokens=24)
     read = [read_caption(words) for words in captions]
     digit_right = torch.tensor([r[0] == int(label) for r, label in zip(read, labels, strict=True)])
     color_right = torch.tensor([r[1] == int(color) for r, color in zip(read, colors, strict=True)])
-    return Described(pictures, captions, digit_right, share(digit_right), share(color_right))
+    return Captioned(images, captions, digit_right, share(digit_right), share(color_right))
 
 
 def fused_speedup(model: Emu3, tokens: Tensor, weights: Tensor, *, pairs: int = 7) -> float:
-    """Median ratio of reference to fused time of one training step, taken in turn."""
+    """Median ratio of reference to fused time of one training step, interleaved."""
 
     def seconds() -> float:
         started = time.perf_counter()

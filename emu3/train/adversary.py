@@ -1,7 +1,7 @@
-"""The critic of reconstructions: a PatchGAN under hinge losses, as MoVQGAN trains with it.
+"""The discriminator of reconstructions: a PatchGAN with hinge losses, as in MoVQGAN.
 
 Isola et al. 2017 (the discriminator), Lim and Ye 2017 (the hinge), Esser et al. 2021 (both for
-vector-quantized pictures).
+vector-quantized images).
 """
 
 import torch.nn.functional as F
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """Judge every patch of a picture by itself: ``[B, 3, H, W]`` to scores ``[B, 1, h, w]``.
+    """Score every patch of an image: ``[B, 3, H, W]`` to scores ``[B, 1, h, w]``.
 
-    With two layers a score sees 34 x 34 pixels, and four more pixels move it by one.
+    With two layers the receptive field is 34 x 34 pixels and the stride 4.
     """
 
     def __init__(self, channels: int = 64, layers: int = 2) -> None:
@@ -31,18 +31,18 @@ class PatchDiscriminator(nn.Module):
         self.body = nn.Sequential(*body, nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.apply(_initialise)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.body(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images)
 
 
-def discriminator_loss(real: Tensor, drawn: Tensor) -> Tensor:
-    """``(mean max(0, 1 - real) + mean max(0, 1 + drawn)) / 2`` of the scores."""
-    return (F.relu(1 - real).mean() + F.relu(1 + drawn).mean()) / 2
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """``(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2`` of the scores."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def generator_loss(drawn: Tensor) -> Tensor:
-    """``-mean drawn``: what is drawn shall score as high as can be."""
-    return -drawn.mean()
+def generator_loss(fake: Tensor) -> Tensor:
+    """``-mean fake``: maximises the discriminator's score."""
+    return -fake.mean()
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """The whole state of a run in one file: weights, optimizers, data order, random numbers, step."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,13 +8,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from emu3.config import Recipe
+from emu3.settings import parse
 from emu3.train.stage import Stage
 from emu3.weights import fill, read_tensors, save_tensors
-from emu3.weights.files import copy, nothing_missing
+from emu3.weights.files import copy, nothing_missing, renamed
 
 
 def save(path: Path, step: int, recipe: Recipe, stage: Stage) -> None:
-    """Replace ``path`` by the state after ``step`` steps."""
+    """Write the state after ``step`` steps to ``path``."""
     tensors = {}
     for part, module in stage.modules.items():
         tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
@@ -27,14 +29,14 @@ def save(path: Path, step: int, recipe: Recipe, stage: Stage) -> None:
 
 
 def restore(path: Path, recipe: Recipe, stage: Stage) -> int:
-    """Take up the state in ``path``; return the number of steps it has seen.
+    """Restore the state in ``path``; return the number of its steps.
 
     Raises:
-        ValueError: one line, if ``path`` belongs to another recipe, or lacks a part.
+        ValueError: one line, if ``path`` belongs to another recipe or is incomplete.
     """
     tensors, metadata = read_tensors(path)
-    if metadata.get("recipe") != recipe.model_dump_json():
-        what = _difference(metadata, recipe)
+    tensors = {name.replace(".members", ".cluster_size"): v for name, v in tensors.items()}
+    if what := _difference(metadata, recipe):
         raise ValueError(f"resume: {path} belongs to another recipe: {what}")
     needed = "random", *(f"stream.{name}" for name in stage.stream.state())
     missing = [name for name in needed if name not in tensors]
@@ -56,12 +58,12 @@ def restore(path: Path, recipe: Recipe, stage: Stage) -> int:
 def _optimizer_state(
     optimizer: Optimizer, found: dict[str, Tensor], part: str, path: Path
 ) -> dict[int, dict[str, Tensor]]:
-    """What AdamW keeps of each parameter that has seen a gradient.
+    """AdamW's state of each parameter that has had a gradient.
 
-    A fused optimizer takes parameter and moments for alike in memory, and checks nothing.
+    A fused optimizer assumes that parameter and moments share a memory layout, and checks nothing.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    learned = {name.partition(".")[0] for name in found}
+    numbers = {name.partition(".")[0] for name in found}
     state = {
         number: {
             "step": torch.empty(()),
@@ -69,7 +71,7 @@ def _optimizer_state(
             "exp_avg_sq": torch.empty_like(parameter),
         }
         for number, parameter in enumerate(parameters)
-        if str(number) in learned
+        if str(number) in numbers
     }
     missing = {f"{n}.{kind}": view for n, kinds in state.items() for kind, view in kinds.items()}
     for name, value in found.items():
@@ -86,13 +88,15 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     }
 
 
-def _difference(metadata: dict[str, str], recipe: Recipe) -> str:
+def _difference(metadata: dict[str, str], recipe: Recipe) -> str | None:
     if "recipe" not in metadata:
         return "it holds no recipe"
-    saved = Recipe.model_validate_json(metadata["recipe"])
-    for table in Recipe.model_fields:
+    tables = json.loads(metadata["recipe"]).items()
+    known = {k: renamed(tree, k) for k, tree in tables if k in type(recipe).model_fields}
+    saved = parse(type(recipe), known)
+    for table in type(recipe).model_fields:
         was, now = getattr(saved, table), getattr(recipe, table)
         for key in type(now).model_fields:
             if getattr(was, key) != getattr(now, key):
                 return f"{table}.{key} was {getattr(was, key)}, is {getattr(now, key)}"
-    return "it cannot be told apart"
+    return None

@@ -1,7 +1,7 @@
-"""Figures of every logged step: one JSON line, and TensorBoard.
+"""Metrics of every logged step: one JSON line, and TensorBoard.
 
-The JSON lines hold nothing that depends on the clock, so that two runs of one recipe leave the
-same bytes; seconds go to TensorBoard alone.
+The JSON lines contain no times, so that two runs of one recipe write the same bytes; seconds go to
+TensorBoard alone.
 """
 
 import json
@@ -18,24 +18,24 @@ from emu3.files import replacing
 class Metrics:
     """Appends to ``metrics.jsonl`` and ``tensorboard/`` in ``folder``, from ``step`` on.
 
-    Lines of later steps, left by a run that was killed after its last checkpoint, are cut.
+    Lines of later steps, of a run that was killed after its last checkpoint, are removed.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
-        _cut(self.path, step)
+        _truncate(self.path, step)
         self._lines = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-    def log(self, step: int, figures: Mapping[str, Tensor | float], *, seconds: float) -> None:
-        """Record the figures of one step, and the time it took."""
-        values = {name: float(value) for name, value in figures.items()}
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in {**values, "seconds": seconds}.items():
+    def log(self, step: int, values: Mapping[str, Tensor | float], *, seconds: float) -> None:
+        """Record the metrics of one step, and its time."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **numbers}) + "\n")
+        for name, value in {**numbers, "seconds": seconds}.items():
             self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Bring every line to the disk: a checkpoint may not run ahead of its curve."""
+        """Flush every line to disk: a checkpoint may not be ahead of its metrics."""
         self._lines.flush()
         os.fsync(self._lines.fileno())
 
@@ -46,29 +46,29 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The logged steps; a last line that was cut short is passed over.
+    """The logged steps; an incomplete last line is skipped.
 
     Raises:
-        ValueError: a line that is not of a step.
+        ValueError: a line without a step.
     """
     if not path.is_file():
         return []
     lines = path.read_text().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
-    return [_figures(line, f"line {number} of {path}") for number, line in enumerate(whole, 1)]
+    return [_parse(line, f"line {number} of {path}") for number, line in enumerate(whole, 1)]
 
 
-def _figures(line: str, where: str) -> dict[str, float]:
+def _parse(line: str, where: str) -> dict[str, float]:
     try:
-        figures = json.loads(line)
+        values = json.loads(line)
     except json.JSONDecodeError:
-        figures = None
-    if not isinstance(figures, dict) or not isinstance(figures.get("step"), int):
-        raise ValueError(f"metrics: {where} must hold a step and its figures, got {line.strip()!r}")
-    return figures
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise ValueError(f"metrics: {where} must hold a step and its metrics, got {line.strip()!r}")
+    return values
 
 
-def _cut(path: Path, step: int) -> None:
-    kept = [figures for figures in read_metrics(path) if figures["step"] < step]
+def _truncate(path: Path, step: int) -> None:
+    kept = [values for values in read_metrics(path) if values["step"] < step]
     with replacing(path) as draft:
-        draft.write_text("".join(json.dumps(figures) + "\n" for figures in kept))
+        draft.write_text("".join(json.dumps(values) + "\n" for values in kept))

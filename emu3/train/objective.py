@@ -1,4 +1,4 @@
-"""What each stage minimises: a loss to differentiate, and figures to log."""
+"""The loss of each stage, and metrics to log."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,10 +15,10 @@ def next_token(
 
 
 def reconstruction(
-    model: VisionTokenizer, pictures: Tensor
+    model: VisionTokenizer, images: Tensor
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """Squared error of the reconstruction plus the weighted commitment of the latents."""
-    redrawn, codes, commitment = model(pictures)
-    error = F.mse_loss(redrawn, pictures)
-    figures = {"error": error.detach(), "codes": codes.unique().numel()}
-    return error + model.settings.commitment * commitment, figures
+    reconstructed, codes, commitment = model(images)
+    error = F.mse_loss(reconstructed, images)
+    metrics = {"error": error.detach(), "codes": codes.unique().numel()}
+    return error + model.settings.commitment * commitment, metrics

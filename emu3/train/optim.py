@@ -10,7 +10,7 @@ from emu3.config import OptimSettings
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> AdamW:
-    """AdamW that decays matrices and filters, and leaves gains and biases alone."""
+    """AdamW with weight decay on matrices and filters, none on gains and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -20,7 +20,7 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> AdamW:
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
-    """Rise linearly over the warm-up, then follow a cosine from ``lr`` down to ``min_lr``."""
+    """Linear warm-up, then cosine decay from ``lr`` to ``min_lr``."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
@@ -30,7 +30,7 @@ def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
 def take_step(
     model: nn.Module, optimizer: AdamW, loss: Tensor, lr: float, settings: OptimSettings
 ) -> Tensor:
-    """Differentiate ``loss``, clip, update; return the gradients' norm before clipping."""
+    """Backward, clip, update; return the gradient norm before clipping."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)

@@ -1,7 +1,7 @@
-"""Distance between pictures as a network trained to name them sees it.
+"""Perceptual distance between images, by features of an image classifier.
 
-The trainer takes any callable ``(drawn, real) -> [B]``. ``Lpips`` is the usual one (Zhang et al.
-2018), with weights from a file; nothing is fetched.
+The trainer takes any callable ``(reconstructed, real) -> [B]``. ``Lpips`` is the usual one (Zhang
+et al. 2018), with weights from a file; nothing is downloaded.
 """
 
 from pathlib import Path
@@ -13,15 +13,15 @@ from emu3.weights import fill, read_tensors
 
 # Mean and deviation of ImageNet's colours, for pixels in [-1, 1].
 _MEAN, _DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-_EPS = 1e-8  # in the square: the root of zero has no slope
+_EPS = 1e-8  # in the square: the root has no derivative at 0
 
 
 class Lpips(nn.Module):
-    """Weighted squared distance of unit feature vectors, averaged over places, summed over taps.
+    """Weighted squared distance of unit feature vectors, averaged over positions, summed over taps.
 
     Args:
         features: layers numbered as torchvision numbers ``vgg16().features``.
-        taps: numbers of the layers that are looked at, ascending.
+        taps: layer numbers of the features, ascending.
         widths: channels of each.
     """
 
@@ -32,26 +32,26 @@ class Lpips(nn.Module):
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("deviation", torch.tensor(_DEVIATION).view(3, 1, 1), persistent=False)
 
-    def forward(self, drawn: Tensor, real: Tensor) -> Tensor:
-        """Distances ``[B]`` of ``[B, 3, H, W]`` in [-1, 1]; 0 for equal pictures."""
-        pairs = zip(self._seen(drawn), self._seen(real), self.heads, strict=True)
+    def forward(self, reconstructed: Tensor, real: Tensor) -> Tensor:
+        """Distances ``[B]`` of ``[B, 3, H, W]`` in [-1, 1]; 0 for equal images."""
+        pairs = zip(self._features(reconstructed), self._features(real), self.heads, strict=True)
         return sum(((a - b).square() * head).sum(1).mean((1, 2)) for a, b, head in pairs)
 
-    def _seen(self, pictures: Tensor) -> list[Tensor]:
-        x, seen = (pictures - self.mean) / self.deviation, []
+    def _features(self, images: Tensor) -> list[Tensor]:
+        x, found = (images - self.mean) / self.deviation, []
         for number, layer in enumerate(self.features[: self.taps[-1] + 1]):
             x = layer(x)
             if number in self.taps:
-                seen.append(x / (x.square().sum(1, keepdim=True) + _EPS).sqrt())
-        return seen
+                found.append(x / (x.square().sum(1, keepdim=True) + _EPS).sqrt())
+        return found
 
 
 def load_lpips(path: Path) -> Lpips:
     """Build LPIPS over VGG16 or AlexNet from one safetensors file.
 
-    It holds the backbone's convolutions under torchvision's names (``features.0.weight`` …) and
-    the five heads under those of the LPIPS release (``lin0.model.1.weight`` …). What it holds
-    tells which backbone it is.
+    It contains the backbone's convolutions under torchvision's names (``features.0.weight`` …) and
+    the five heads under those of the LPIPS release (``lin0.model.1.weight`` …). The backbone
+    is recognised by its first filter.
 
     Raises:
         ValueError: one line, if tensors are missing or of another shape.

@@ -1,4 +1,4 @@
-"""What the loop drives: modules that learn, a stream to learn from, and one step."""
+"""The parts of a stage: modules to train, a stream of batches, and one step."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 from emu3.config import Recipe
 from emu3.train.optim import build_optimizer, learning_rate, take_step
 
-Figures = dict[str, Tensor | float]
+StepMetrics = dict[str, Tensor | float]
 
 
 class Stream(Protocol):
-    """Endless batches whose place can be saved and found again."""
+    """Endless batches; the position can be saved and restored."""
 
     def next_batch(self) -> tuple[Tensor, ...]: ...
 
@@ -30,8 +30,8 @@ class Stage(Protocol):
     optimizers: Mapping[str, Optimizer]
     stream: Stream
 
-    def step(self, step: int, *batch: Tensor) -> Figures:
-        """Learn from a batch; return what to log, ``loss`` among it."""
+    def step(self, step: int, *batch: Tensor) -> StepMetrics:
+        """Train on a batch; return metrics to log, ``loss`` among them."""
         ...
 
     def save(self, path: Path) -> None:
@@ -40,14 +40,14 @@ class Stage(Protocol):
 
 
 class SingleLossStage:
-    """One model that descends on one loss."""
+    """One model and one loss."""
 
     def __init__(
         self,
         recipe: Recipe,
         model: nn.Module,
         stream: Stream,
-        loss: Callable[..., tuple[Tensor, Figures]],
+        loss: Callable[..., tuple[Tensor, StepMetrics]],
         save: Callable[[Path, nn.Module], None],
     ) -> None:
         self.recipe, self.model, self.stream, self.loss = recipe, model, stream, loss
@@ -55,11 +55,11 @@ class SingleLossStage:
         self.modules, self.optimizers = {"model": model}, {"optimizer": self.optimizer}
         self._save = save
 
-    def step(self, step: int, *batch: Tensor) -> Figures:
-        loss, figures = self.loss(self.model, *batch)
+    def step(self, step: int, *batch: Tensor) -> StepMetrics:
+        loss, metrics = self.loss(self.model, *batch)
         lr = learning_rate(step, self.recipe.train.steps, self.recipe.optim)
         norm = take_step(self.model, self.optimizer, loss, lr, self.recipe.optim)
-        return {"loss": loss.detach(), "lr": lr, "grad_norm": norm, **figures}
+        return {"loss": loss.detach(), "lr": lr, "grad_norm": norm, **metrics}
 
     def save(self, path: Path) -> None:
         self._save(path, self.model)

@@ -1,8 +1,8 @@
-"""From where a tokenizer's training begins: mean colours, Emu3's tokenizer, or MoVQGAN.
+"""Starting weights of a vision tokenizer: random, Emu3's own, or MoVQGAN's.
 
-MoVQGAN (the pictures' half of Emu3's tokenizer, under the same names) has no temporal layers.
-Where they are new, they begin as the mean over frames on the way in and as copies on the way out,
-so that a clip that stands still is drawn as the picture would be.
+MoVQGAN (Emu3's tokenizer for images, under the same names) has no temporal layers. New ones start
+as the mean over frames in the encoder and as copies in the decoder, so that a constant clip is
+reconstructed as its image.
 """
 
 import math
@@ -21,11 +21,11 @@ from emu3.vision.quantizer import RUNNING_MEANS
 from emu3.weights import fill, load_vision, read_tensors
 from emu3_kernels.modules import SpatialNormSiLU
 
-# Places on SiLU where it hardly bends: for colours, and for latents of any size.
+# Arguments at which SiLU is nearly linear: for colours, and for latents of any size.
 _LIFT, LIFT = 2.0, 6.0
 _CONSTANT = 2.0
 _SMALLEST_GROUP = 4
-"""Of channels that a norm takes together: three colours, and a constant to hold them against."""
+"""Fewest channels of a group norm's group: three colours and a constant."""
 _CODES = "quantize.embedding.weight"
 
 
@@ -37,12 +37,12 @@ def begin(recipe: Recipe) -> VisionTokenizer:
     """
     tokenizer, start = VisionTokenizer(recipe.vision), recipe.objective.start
     if start is None:
-        _draw(tokenizer)
+        _initialise(tokenizer)
         pass_through(tokenizer, lift=_LIFT)
         return tokenizer
     found = read_tensors(start)[0] if start.is_file() else {}
     if "quant_conv.weight" in found:
-        _fill(tokenizer, _of_pictures(tokenizer, found), start)
+        _fill(tokenizer, _of_images(tokenizer, found), start)
         pass_through(tokenizer, found, lift=LIFT)
     else:
         _fill(tokenizer, load_vision(start).state_dict(), start)
@@ -53,12 +53,12 @@ def begin(recipe: Recipe) -> VisionTokenizer:
 def pass_through(
     tokenizer: VisionTokenizer, mixing: Mapping[str, Tensor] | None = None, *, lift: float = 0.0
 ) -> None:
-    """Let the temporal layers take the mean of four frames, and repeat it.
+    """Initialise the temporal layers as the mean of four frames, and its repetition.
 
     Args:
-        mixing: the 1x1 convolutions ``quant_conv`` and ``post_quant_conv`` that stand on either
-            side of the codes; None for identities.
-        lift: where on SiLU the latents pass: at 0 it bends them, far above it does not.
+        mixing: the 1x1 convolutions ``quant_conv`` and ``post_quant_conv`` before and after the
+            codes; None for identities.
+        lift: SiLU's argument at which the latents pass: far above 0 it is linear.
     """
     if tokenizer.quant_conv is None:
         return
@@ -71,21 +71,21 @@ def pass_through(
     level = _silu_at(lift)[0]
     _mix(tokenizer.quant_conv.conv, mixing, "quant_conv", level)
     _mix(tokenizer.post_quant_conv.conv, mixing, "post_quant_conv", 0.0)
-    _lower(tokenizer.decoder.conv_in, level)
+    _subtract(tokenizer.decoder.conv_in, level)
     for module in tokenizer.decoder.modules():
         if isinstance(module, SpatialNormSiLU):
-            _lower(module.conv_y, level)
-            _lower(module.conv_b, level)
+            _subtract(module.conv_y, level)
+            _subtract(module.conv_b, level)
 
 
 @torch.no_grad()
-def _draw(tokenizer: VisionTokenizer) -> None:
-    """Begin as the coder of mean colours, beside random weights that learn what it leaves.
+def _initialise(tokenizer: VisionTokenizer) -> None:
+    """Random weights, except that mean colours pass through.
 
-    Red, green and blue go straight through: on the way in 2x2 pixels become their mean at every
-    stage, and three channels of a latent hold a block's colour; on the way out the last norm's
-    shift lays it over the block. Residual branches and attention begin small. From random
-    weights alone it takes hundreds of steps to come so far, for group norms hide brightness.
+    In the encoder every stage averages 2x2 pixels of red, green and blue, and three channels of a
+    latent are a block's colour; in the decoder the last norm's shift adds it to the block. Residual
+    branches and attention start small. From random weights alone this takes hundreds of steps,
+    because group norms remove brightness.
     """
     for module in tokenizer.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -102,9 +102,9 @@ def _draw(tokenizer: VisionTokenizer) -> None:
     if room and s.widths[-1] // s.groups >= _SMALLEST_GROUP:
         _colours_in(tokenizer.encoder)
         _colours_out(tokenizer.decoder)
-    if s.ema_decay is not None and s.revive_below > 0:
-        # No members yet: the first step moves all codes to latents.
-        tokenizer.quantize.members.zero_()
+    if s.ema_decay is not None and s.dead_code_threshold > 0:
+        # Clusters of size 0: the first step moves all codes to latents.
+        tokenizer.quantize.cluster_size.zero_()
         tokenizer.quantize.sums.zero_()
 
 
@@ -117,39 +117,39 @@ def _colours_in(encoder: Encoder) -> None:
         if hasattr(stage, "downsample"):
             _keep(stage.downsample.conv, 3)
             stage.downsample.conv.weight[range(3), range(3), :2, :2] = 1 / 4
-    # The rest of the colours' group is constant and large: the norm scales them, and no more.
+    # The rest of the colours' group is constant and large, so that the norm only scales them.
     norm = encoder.norm_out
     constants = torch.zeros(norm.num_channels // norm.num_groups)
     constants[3::2], constants[4::2] = _CONSTANT, -_CONSTANT
     encoder.mid.block_2.conv2.bias[: len(constants)] = constants
     mean, deviation = constants.mean(), constants.std(correction=0)
-    level, slope = _silu_at(_LIFT)
+    level, derivative = _silu_at(_LIFT)
     norm.bias[:3] = _LIFT + mean / deviation
     _keep(encoder.conv_out, 3)
-    encoder.conv_out.weight[:3] *= deviation / slope
-    encoder.conv_out.bias[:3] = -level * deviation / slope
+    encoder.conv_out.weight[:3] *= deviation / derivative
+    encoder.conv_out.bias[:3] = -level * deviation / derivative
 
 
 def _colours_out(decoder: Decoder) -> None:
-    norm, (level, slope) = decoder.norm_out, _silu_at(_LIFT)
+    norm, (level, derivative) = decoder.norm_out, _silu_at(_LIFT)
     for conv, shift in ((norm.conv_y, 0.0), (norm.conv_b, _LIFT)):
         conv.weight[:3] = 0
         conv.bias[:3] = shift
     norm.conv_b.weight[range(3), range(3), 0, 0] = 1.0
     decoder.conv_out.weight.mul_(0.1)
-    decoder.conv_out.weight[range(3), range(3), 1, 1] = 1 / slope
-    decoder.conv_out.bias -= level / slope
+    decoder.conv_out.weight[range(3), range(3), 1, 1] = 1 / derivative
+    decoder.conv_out.bias -= level / derivative
 
 
 def _keep(conv: nn.Conv2d, channels: int) -> None:
-    """Pass the first channels on as they are."""
+    """Make the convolution the identity on the first channels."""
     middle = conv.kernel_size[0] // 2
     conv.weight[:channels] = 0
     conv.weight[range(channels), range(channels), middle, middle] = 1.0
 
 
-def _of_pictures(tokenizer: VisionTokenizer, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MoVQGAN's layers where it has them, ours where it has none; new codes lie near its own."""
+def _of_images(tokenizer: VisionTokenizer, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MoVQGAN's layers where it has them, ours where it has none; new codes are near its own."""
     own = tokenizer.state_dict()
     tensors = {name: own[name] for name in own if ".time_" in name or "quant_conv." in name}
     tensors |= {name: v for name, v in found.items() if name.startswith(("encoder.", "decoder."))}
@@ -169,15 +169,15 @@ def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], path: Path)
 
 def _let_through(conv: nn.Conv3d, frames: int, lift: float, *, first: bool) -> None:
     """Make ``silu(conv(x))``, to first order, the newest ``frames``' mean plus ``silu(lift)``."""
-    middle, (level, slope) = conv.kernel_size[1] // 2, _silu_at(lift)
+    middle, (level, derivative) = conv.kernel_size[1] // 2, _silu_at(lift)
     nn.init.zeros_(conv.weight)
-    nn.init.constant_(conv.bias, lift - (0.0 if first else level / slope))
+    nn.init.constant_(conv.bias, lift - (0.0 if first else level / derivative))
     for channel in range(conv.out_channels):
-        conv.weight[channel, channel, -frames:, middle, middle] = 1 / (slope * frames)
+        conv.weight[channel, channel, -frames:, middle, middle] = 1 / (derivative * frames)
 
 
 def _mix(conv: nn.Conv3d, mixing: Mapping[str, Tensor] | None, name: str, level: float) -> None:
-    """Mix the channels of the newest frame alone, after ``level`` was taken off them."""
+    """Mix the channels of the newest frame alone, after ``level`` is subtracted."""
     matrix, bias = torch.eye(conv.out_channels), torch.zeros(conv.out_channels)
     if mixing is not None:
         matrix, bias = mixing[f"{name}.weight"].flatten(1), mixing[f"{name}.bias"]
@@ -186,12 +186,12 @@ def _mix(conv: nn.Conv3d, mixing: Mapping[str, Tensor] | None, name: str, level:
     conv.bias.copy_(bias - level * matrix.sum(1))
 
 
-def _lower(conv: nn.Conv2d, level: float) -> None:
-    """Take ``level`` off what the convolution sees (but for the zeros around it)."""
+def _subtract(conv: nn.Conv2d, level: float) -> None:
+    """Subtract ``level`` from the convolution's input (but for the zero padding)."""
     conv.bias -= level * conv.weight.sum((1, 2, 3))
 
 
-def _silu_at(place: float) -> tuple[float, float]:
-    """Value and slope."""
-    gate = 1 / (1 + math.exp(-place))
-    return place * gate, gate * (1 + place * (1 - gate))
+def _silu_at(x: float) -> tuple[float, float]:
+    """Value and derivative of SiLU."""
+    gate = 1 / (1 + math.exp(-x))
+    return x * gate, gate * (1 + x * (1 - gate))

@@ -1,9 +1,8 @@
-"""Training of Emu3's vision tokenizer on pictures and clips.
+"""Training of Emu3's vision tokenizer on images and clips.
 
-``loss = mean (drawn - real)^2 + a * perceptual + b * adversarial + c * commitment``, the terms of
-Emu3 (arXiv 2409.18869, section 2.2) with the weights of MoVQGAN, from which it starts. Beside the
-tokenizer a PatchGAN learns to tell reconstructions from pictures. A running mean of the
-tokenizer's weights is what a run leaves.
+``loss = mean (reconstructed - real)^2 + a * perceptual + b * adversarial + c * commitment``, the
+terms of Emu3 (arXiv 2409.18869, section 2.2) with the weights of MoVQGAN, from which it starts. A
+PatchGAN is trained as the discriminator. A run saves a running mean of the tokenizer's weights.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from emu3.config import Recipe
 from emu3.train.adversary import PatchDiscriminator, discriminator_loss, generator_loss
 from emu3.train.optim import build_optimizer, learning_rate, take_step
-from emu3.train.stage import Figures, Stream
+from emu3.train.perceptual import load_lpips
+from emu3.train.stage import StepMetrics, Stream
+from emu3.train.start import begin
 from emu3.train.usage import CodeUsage
 from emu3.vision import VisionTokenizer
 from emu3.weights import save_vision
@@ -25,12 +26,23 @@ from emu3.weights import save_vision
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
+def tokenizer_stage(recipe: Recipe) -> "TokenizerStage":
+    """The stage of a recipe, on crops of its files."""
+    # Imported here: PyAV is slow to import and no other stage needs it.
+    from emu3.data.crops import CropStream, load_split
+
+    train_set, _ = load_split(recipe.media)
+    stream = CropStream(train_set, recipe.media, recipe.train.seed)
+    perceptual = load_lpips(recipe.objective.lpips) if recipe.objective.lpips else None
+    return TokenizerStage(recipe, begin(recipe), stream, perceptual)
+
+
 class TokenizerStage:
-    """Two players and two optimizers, in turn.
+    """Generator and discriminator, each with its optimizer, in turn.
 
     Args:
-        perceptual: distances ``[B]`` of ``drawn, real [B, 3, H, W]`` in [-1, 1]; None leaves the
-            term out.
+        perceptual: distances ``[B]`` of ``reconstructed, real [B, 3, H, W]`` in [-1, 1]; None
+            leaves the term out.
     """
 
     def __init__(
@@ -60,27 +72,27 @@ class TokenizerStage:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
 
-    def step(self, step: int, pictures: Tensor, clips: Tensor) -> Figures:
+    def step(self, step: int, images: Tensor, clips: Tensor) -> StepMetrics:
         optim, o = self.recipe.optim, self.recipe.objective
         lr = learning_rate(step, self.recipe.train.steps, optim)
-        watched = o.adversarial_weight > 0 and step >= o.adversarial_start
-        real, drawn, codes, commitment = self._reconstruct(pictures, clips)
-        terms = {"error": F.mse_loss(drawn, real), "commitment": commitment}
+        adversarial = o.adversarial_weight > 0 and step >= o.adversarial_start
+        real, reconstructed, codes, commitment = self._reconstruct(images, clips)
+        terms = {"error": F.mse_loss(reconstructed, real), "commitment": commitment}
         weights = {"error": 1.0, "commitment": self.tokenizer.settings.commitment}
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(drawn, real).mean()
+            terms["perceptual"] = self.perceptual(reconstructed, real).mean()
             weights["perceptual"] = o.perceptual_weight
-        if watched:
-            terms["adversarial"] = generator_loss(self.discriminator(drawn))
+        if adversarial:
+            terms["adversarial"] = generator_loss(self.discriminator(reconstructed))
             weights["adversarial"] = o.adversarial_weight
         loss = sum(weights[name] * term for name, term in terms.items())
         norm = take_step(self.tokenizer, self.optimizer, loss, lr, optim)
-        figures = {name: term.detach() for name, term in terms.items()}
-        if watched:
-            figures["discriminator"] = self._teach(real, drawn.detach(), lr)
+        metrics = {name: term.detach() for name, term in terms.items()}
+        if adversarial:
+            metrics["discriminator"] = self._train_discriminator(real, reconstructed.detach(), lr)
         self.average.update_parameters(self.tokenizer)
-        figures |= self.usage.update(codes)
-        return {"loss": loss.detach(), "lr": lr, "grad_norm": norm, **figures}
+        metrics |= self.usage.update(codes)
+        return {"loss": loss.detach(), "lr": lr, "grad_norm": norm, **metrics}
 
     def save(self, path: Path) -> None:
         save_vision(path, self.average.module)
@@ -88,27 +100,29 @@ class TokenizerStage:
     def _reconstruct(self, *batches: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Frames ``[N, 3, S, S]``, their reconstructions, all codes, and the commitment.
 
-        Pictures and clips are rounded together, so that the codebook moves once.
+        Images and clips are quantized together, so that the codebook is updated once.
         """
         batches = [pixels for pixels in batches if len(pixels)]
-        stills = [pixels.ndim == 4 for pixels in batches]
-        clips = [p[:, None] if still else p for p, still in zip(batches, stills, strict=True)]
+        are_images = [pixels.ndim == 4 for pixels in batches]
+        clips = [
+            p[:, None] if is_image else p for p, is_image in zip(batches, are_images, strict=True)
+        ]
         latents = [self.tokenizer.latents(clip).movedim(1, -1) for clip in clips]
         rows = torch.cat([latent.flatten(0, -2) for latent in latents])
         quantized, codes, commitment = self.tokenizer.quantize(rows)
-        drawn = []
+        reconstructed = []
         sizes = [latent.shape[:-1].numel() for latent in latents]
-        for part, latent, still in zip(quantized.split(sizes), latents, stills, strict=True):
+        for part, latent, is_image in zip(quantized.split(sizes), latents, are_images, strict=True):
             vectors = part.view(latent.shape).movedim(-1, 1)
-            drawn.append(self.tokenizer.pixels(vectors, still=still).flatten(0, 1))
+            reconstructed.append(self.tokenizer.pixels(vectors, is_image=is_image).flatten(0, 1))
         return (
             torch.cat([clip.flatten(0, 1) for clip in clips]),
-            torch.cat(drawn),
+            torch.cat(reconstructed),
             codes,
             commitment,
         )
 
-    def _teach(self, real: Tensor, drawn: Tensor, lr: float) -> Tensor:
-        loss = discriminator_loss(self.discriminator(real), self.discriminator(drawn))
+    def _train_discriminator(self, real: Tensor, reconstructed: Tensor, lr: float) -> Tensor:
+        loss = discriminator_loss(self.discriminator(real), self.discriminator(reconstructed))
         take_step(self.discriminator, self.discriminator_optimizer, loss, lr, self.recipe.optim)
         return loss.detach()

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 WINDOW = 100
-"""Steps that are looked back on."""
+"""Steps over which usage is measured."""
 
 
 class CodeUsage(nn.Module):
-    """Follows which of N codes were drawn in the last steps, and how evenly."""
+    """Usage and perplexity of N codes over the last steps."""
 
     def __init__(self, num_codes: int) -> None:
         super().__init__()
@@ -16,10 +16,10 @@ class CodeUsage(nn.Module):
         self.register_buffer("frequency", torch.zeros(num_codes, dtype=torch.float64))
 
     def update(self, codes: Tensor) -> dict[str, float]:
-        """Take in the codes of a step.
+        """Update with the codes of a step.
 
         Returns:
-            ``usage``, the share of codes drawn in the last ``WINDOW`` steps, and ``perplexity``,
+            ``usage``, the share of codes used in the last ``WINDOW`` steps, and ``perplexity``,
             ``exp(-sum p log p)`` of their running frequencies ``p``: N if all come equally often.
         """
         counts = torch.bincount(codes.flatten(), minlength=len(self.age))

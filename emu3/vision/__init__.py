@@ -1,4 +1,4 @@
-"""Emu3's vision tokenizer: pictures and video to codes and back."""
+"""Emu3's vision tokenizer: images and video to codes and back."""
 
 from emu3.vision.images import postprocess, preprocess, smart_resize
 from emu3.vision.quantizer import Quantizer

@@ -1,8 +1,8 @@
-"""What encoder and decoder are made of, on single pictures ``x [B, C, H, W]`` in channels-last.
+"""Blocks of encoder and decoder, on single images ``x [B, C, H, W]`` in channels-last.
 
-The encoder normalises by groups; the decoder's norm is scaled and shifted, place by place, by
-the ``latent [B, D, h, w]`` that it draws, which the encoder's blocks are called without. Names are
-those of the official weights.
+The encoder normalises by groups; the decoder's norm is scaled and shifted, position by
+position, by the ``latent [B, D, h, w]``; the encoder's blocks take none. Names are those of the
+official weights.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from emu3_kernels import attention, linear, widened
 from emu3_kernels.modules import Conv2d, Conv3x3
 
 MakeNorm = Callable[..., nn.Module]
-"""Of a number of channels, and ``silu`` as in the norm itself."""
+"""Called with the number of channels and the norm's ``silu``."""
 
 
 class ResBlock(nn.Module):
@@ -33,7 +33,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head, as wide as the picture is deep, over all its places; added to its input."""
+    """One head, its dim the number of channels, over all positions; added to its input."""
 
     def __init__(self, channels: int, norm: MakeNorm) -> None:
         super().__init__()
@@ -41,14 +41,14 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor, *latent: Tensor) -> Tensor:
-        places = self.norm(x, *latent).permute(0, 2, 3, 1).flatten(1, 2)
-        q, k, v = (_per_place(conv, places).unsqueeze(2) for conv in (self.q, self.k, self.v))
-        out = _per_place(self.proj_out, attention(q, k, v, causal=False).squeeze(2))
+        positions = self.norm(x, *latent).permute(0, 2, 3, 1).flatten(1, 2)
+        q, k, v = (_per_position(conv, positions).unsqueeze(2) for conv in (self.q, self.k, self.v))
+        out = _per_position(self.proj_out, attention(q, k, v, causal=False).squeeze(2))
         return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2).add_(x)
 
 
 class Stage(nn.Module):
-    """The residual blocks of one resolution, and its attention, one behind each block."""
+    """The residual blocks of one resolution, and its attention, one after each block."""
 
     def __init__(
         self, narrow: int, wide: int, norm: MakeNorm, *, num_blocks: int, attend: bool
@@ -80,7 +80,7 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve both sides; the padding is at the right and the bottom alone."""
+    """Halve both sides; padded at the right and the bottom only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -91,10 +91,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double both sides by repetition, then convolve by 3x3, with 4/9 of the products.
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution, with 4/9 of the multiplications.
 
-    A result sees each pixel up to four times: weights that meet the same one are added up first,
-    in a transposed convolution of 4x4 and stride 2.
+    Weights that apply to the same input pixel are summed first: a transposed 4x4 convolution of
+    stride 2.
     """
 
     def __init__(self, channels: int) -> None:
@@ -108,11 +108,11 @@ class Upsample(nn.Module):
 
 
 def _pair_sums(weight: Tensor, dim: int) -> Tensor:
-    """Three taps, last first, to four: each meets the two copies of a pixel at two offsets."""
+    """Three taps to four, last first: sums of the taps that apply to the same input pixel."""
     first, middle, last = weight.unbind(dim)
     return torch.stack((last, middle + last, first + middle, first), dim)
 
 
-def _per_place(conv: nn.Conv2d, places: Tensor) -> Tensor:
-    """Apply a 1x1 convolution to ``places [B, H * W, C]``."""
-    return linear(places, conv.weight.flatten(1), conv.bias)
+def _per_position(conv: nn.Conv2d, positions: Tensor) -> Tensor:
+    """Apply a 1x1 convolution to ``positions [B, H * W, C]``."""
+    return linear(positions, conv.weight.flatten(1), conv.bias)

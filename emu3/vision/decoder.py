@@ -1,4 +1,4 @@
-"""Code vectors to pixels: one frame to four, then pictures one by one."""
+"""Code vectors to pixels: one frame to four, then images one by one."""
 
 from functools import partial
 from itertools import pairwise
@@ -42,20 +42,20 @@ class Decoder(nn.Module):
         self.norm_out = norm(widths[0])
         self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
 
-    def part(self, x: Tensor, latents: Tensor, *, still: bool, memory: Memory | None) -> tuple:
-        """Give both ``[B, D, t, h, w]`` their ``temporal_factor * t`` frames.
+    def part(self, x: Tensor, latents: Tensor, *, is_image: bool, memory: Memory | None) -> tuple:
+        """Upsample both ``[B, D, t, h, w]`` to ``temporal_factor * t`` frames.
 
-        Of a ``still`` picture only the first frame is asked for; it depends on no repetition.
+        An image (``is_image``) needs the first frame only, which depends on no repetition.
         """
         both = torch.cat((x, latents))
         for block in self.time_res_stack:
             both = block(both, memory)
         for conv in self.time_conv:
-            both = conv(both if still else both.repeat_interleave(2, dim=2), memory)
+            both = conv(both if is_image else both.repeat_interleave(2, dim=2), memory)
         return both.chunk(2)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        """Pictures ``[N, 3, H, W]`` of ``x`` and ``latents [N, D, h, w]``, each by itself."""
+        """Images ``[N, 3, H, W]`` of ``x`` and ``latents [N, D, h, w]``, each by itself."""
         x = self.mid(self.conv_in(x), latents)
         for stage in list(self.up[1:])[::-1]:
             x = stage.upsample(stage(x, latents))

@@ -1,4 +1,4 @@
-"""Pixels to latents: pictures one by one, then four frames to one."""
+"""Pixels to latents: images one by one, then four frames to one."""
 
 from functools import partial
 from itertools import pairwise
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Latents ``[N, D, h, w]`` of pictures ``[N, 3, H, W]``, each by itself."""
+        """Latents ``[N, D, h, w]`` of images ``[N, 3, H, W]``, each by itself."""
         x = self.conv_in(frames)
         for stage in self.down[:-1]:
             x = stage.downsample(stage(x))

@@ -1,4 +1,4 @@
-"""Pictures to pixels in [-1, 1] and back, sized as Emu3's image processor sizes them."""
+"""Images to pixels in [-1, 1] and back, resized as Emu3's image processor does."""
 
 import math
 
@@ -13,7 +13,7 @@ WIDEST_ASPECT = 5
 
 _GREY16 = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 MODES = _GREY16 | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
-"""Of Pillow, those that ``to_rgb`` takes."""
+"""Modes of Pillow that ``to_rgb`` takes."""
 MODES_IN_WORDS = "RGB, RGBA, a palette, CMYK, or grey of 8 or 16 bits"
 
 
@@ -27,14 +27,14 @@ def smart_resize(
 ) -> tuple[int, int]:
     """Height and width near the given ones, multiples of ``factor``, their product in the bounds.
 
-    The aspect is kept as closely as the grid allows. The bounds are kept about: no side is less
-    than ``factor``, and where both are close the grid may have no such product between them.
+    The aspect ratio is kept as closely as the grid allows. The bounds hold approximately: no side
+    is below ``factor``, and close bounds may have no product of the grid between them.
 
     Raises:
-        ValueError: if a side is empty, or one is more than five times the other.
+        ValueError: a side is 0, or one is more than five times the other.
     """
     if min(height, width) < 1:
-        raise ValueError(f"smart_resize: a picture must have pixels, got {height} x {width}")
+        raise ValueError(f"smart_resize: an image must have pixels, got {height} x {width}")
     if max(height, width) > WIDEST_ASPECT * min(height, width):
         raise ValueError(
             f"smart_resize: a side may be {WIDEST_ASPECT} times the other at most, "
@@ -51,17 +51,17 @@ def smart_resize(
 
 
 def preprocess(
-    picture: Image.Image | np.ndarray | Tensor,
+    image: Image.Image | np.ndarray | Tensor,
     *,
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """Pixels ``[3, H, W]`` float32 in [-1, 1] of a picture, resized (bicubic) by ``smart_resize``.
+    """Pixels ``[3, H, W]`` float32 in [-1, 1] of an image, resized (bicubic) by ``smart_resize``.
 
     Args:
-        picture: of Pillow, made RGB by ``to_rgb``, or uint8 ``[H, W, 3]``.
+        image: a Pillow image, converted by ``to_rgb``, or uint8 ``[H, W, 3]``.
     """
-    image = _image(picture)
+    image = _image(image)
     height, width = smart_resize(
         image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels
     )
@@ -71,9 +71,9 @@ def preprocess(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of one of ``MODES`` as RGB: 16-bit grey rounded to 8 bits, transparency on white.
+    """An image of one of ``MODES`` as RGB: 16-bit grey rounded to 8 bits, transparency on white.
 
-    The colours that hide under full transparency do not come back.
+    Colours of fully transparent pixels are lost.
     """
     if image.mode in _GREY16:
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
@@ -85,7 +85,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def postprocess(pixels: Tensor) -> list[Image.Image]:
-    """Pictures of ``[..., 3, H, W]`` in [-1, 1], all leading dimensions in one list."""
+    """Images of ``[..., 3, H, W]`` in [-1, 1], all leading dimensions in one list."""
     if pixels.ndim < 3 or pixels.shape[-3] != 3:
         raise ValueError(f"postprocess: pixels must be [..., 3, H, W], got {tuple(pixels.shape)}")
     levels = to_levels(pixels).cpu().movedim(-3, -1).reshape(-1, *pixels.shape[-2:], 3)
@@ -93,24 +93,24 @@ def postprocess(pixels: Tensor) -> list[Image.Image]:
 
 
 def to_levels(pixels: Tensor) -> Tensor:
-    """8-bit levels of pixels in [-1, 1], those beyond clamped."""
+    """8-bit levels of pixels in [-1, 1], others are clamped."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _image(picture: Image.Image | np.ndarray | Tensor) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        if picture.mode not in MODES:
+def _image(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
+    if isinstance(image, Image.Image):
+        if image.mode not in MODES:
             raise ValueError(
-                f"preprocess: a picture must be {MODES_IN_WORDS}, got mode {picture.mode}"
+                f"preprocess: an image must be {MODES_IN_WORDS}, got mode {image.mode}"
             )
-        return to_rgb(picture)
-    array = np.asarray(picture)
+        return to_rgb(image)
+    array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(
-            f"preprocess: a picture must be uint8 [H, W, 3], got {array.dtype} {list(array.shape)}"
+            f"preprocess: an image must be uint8 [H, W, 3], got {array.dtype} {list(array.shape)}"
         )
     if 0 in array.shape:
         raise ValueError(
-            f"preprocess: a picture must have pixels, got {array.shape[0]} x {array.shape[1]}"
+            f"preprocess: an image must have pixels, got {array.shape[0]} x {array.shape[1]}"
         )
     return Image.fromarray(array)

@@ -1,7 +1,6 @@
-"""The temporal layers, on clips of latents ``x [B, D, T, H, W]``: no frame sees a later one.
+"""The temporal layers, on clips of latents ``x [B, D, T, H, W]``: causal in time.
 
-With a ``memory`` they take up a video where its last piece ended; without, before it there is
-nothing but zeros.
+With a ``memory`` they continue the video's last piece; without, the clip is padded with zeros.
 """
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ def num_doublings(settings: VisionSettings) -> int:
 
 
 class CausalConv(nn.Module):
-    """One that keeps the width, under the name that the official weights have for it."""
+    """A causal convolution that keeps the channels, under its official name."""
 
     def __init__(
         self, channels: int, kernel: tuple[int, int, int], stride: int = 1, **activations: str

@@ -1,42 +1,40 @@
-"""Large pictures in overlapping tiles, to bound the memory of convolutions and attention.
+"""Large images in overlapping tiles, to bound the memory of convolutions and attention.
 
-Approximate: group norms and attention see a tile where they would see the picture, so that
-codes and pixels differ from those of the picture at once. Where tiles overlap they are blended.
+Approximate: group norms and attention are computed per tile, so codes and pixels differ from those
+of the whole image. Overlaps are blended.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from emu3.vision.tokenizer import VisionTokenizer
+from emu3.vision.tokenizer import VisionTokenizer
 
 TILE, OVERLAP = 512, 128
 
 
 @torch.no_grad()
 def encode_tiled(
-    tokenizer: "VisionTokenizer", pixels: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
+    tokenizer: VisionTokenizer, pixels: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
 ) -> Tensor:
-    """Codes as ``tokenizer.encode`` returns them, approximately; latents are blended, then rounded.
+    """Codes as ``tokenizer.encode`` returns them, approximately; blended before quantization.
 
     Args:
         tile: side of a tile in pixels.
         overlap: pixels that a tile shares with the next, less than half of it.
     """
-    still, side = tokenizer.check_pixels(pixels), tokenizer.settings.spatial_factor
+    is_image, side = tokenizer.check_pixels(pixels), tokenizer.settings.spatial_factor
     _check(tile, overlap, side)
-    frames = pixels[:, None] if still else pixels
+    frames = pixels[:, None] if is_image else pixels
     latents = blend(tokenizer.latents, frames, tile // side, overlap // side, shrink=side)
     codes = tokenizer.quantize.codes(latents)
-    return codes[:, 0] if still else codes
+    return codes[:, 0] if is_image else codes
 
 
 @torch.no_grad()
 def decode_tiled(
-    tokenizer: "VisionTokenizer", codes: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
+    tokenizer: VisionTokenizer, codes: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
 ) -> Tensor:
     """Pixels as ``tokenizer.decode`` returns them, approximately; sides as in ``encode_tiled``."""
     tokenizer.check_codes(codes)
@@ -56,8 +54,8 @@ def blend(
 ) -> Tensor:
     """Apply ``function`` to tiles of the last two dimensions of ``x`` and blend what it returns.
 
-    The weight of a tile falls linearly to its edges over the overlap; at every place the weights
-    are divided by their sum. ``tile`` and ``overlap`` count codes; ``x`` has ``shrink`` elements
+    The weight of a tile falls linearly to its edges over the overlap; at every position the
+    weights are normalised. ``tile`` and ``overlap`` count codes; ``x`` has ``shrink`` elements
     to a code, and the result has ``grow``.
     """
     height, width = (size // shrink for size in x.shape[-2:])
@@ -77,7 +75,7 @@ def blend(
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin; the last ends with the picture."""
+    """Starts of the tiles; the last tile ends with the image."""
     last = max(0, size - tile)
     return [*range(0, last, tile - overlap), last]
 

@@ -1,8 +1,8 @@
-"""Emu3's vision tokenizer: 8x8 pixels, and in video 4 frames of them, to a code and back.
+"""Emu3's vision tokenizer: a code for 8x8 pixels, in video for 4 frames of them.
 
 ``B`` batch, ``T`` frames, ``H, W`` pixels; ``t, h, w`` the same of codes; ``D`` code width.
 Pixels are in [-1, 1]. Layers and names are those of BAAI/Emu3-VisionTokenizer, so that
-``state_dict()`` has the official layout. A picture is encoded and decoded once, where the
+``state_dict()`` has the official layout. An image is encoded and decoded once, where the
 official code repeats it four times: no code depends on the copies.
 """
 
@@ -16,17 +16,16 @@ from emu3.config import VisionSettings
 from emu3.vision.decoder import Decoder
 from emu3.vision.encoder import Encoder
 from emu3.vision.quantizer import Quantizer
-from emu3.vision.streaming import decode_stream, encode_stream
 from emu3.vision.temporal import CausalConv
 from emu3_kernels.modules import Memory
 
 PIXELS_AT_ONCE = 256 * 256
-"""Pictures larger than this go through the convolutions one by one, smaller ones together."""
+"""Batch size of the convolutions in inference, in pixels; larger images go one by one."""
 
 
 class VisionTokenizer(nn.Module):
     compute_dtype: torch.dtype | None = None
-    """Of encoder and decoder, on copies of the weights rounded to it; None is the weights' own."""
+    """Dtype of encoder and decoder, on rounded copies of the weights; None keeps the weights'."""
 
     def __init__(self, settings: VisionSettings) -> None:
         super().__init__()
@@ -48,40 +47,57 @@ class VisionTokenizer(nn.Module):
         """Reconstruct ``pixels [B, 3, H, W]`` or ``[B, T, 3, H, W]``, differentiably.
 
         Returns:
-            the reconstruction, the codes and the commitment loss. In training batch norms take
-            the statistics of the batch, and the codebook may be moved.
+            the reconstruction, the codes and the commitment loss. In training batch norms use
+            batch statistics, and the codebook may be updated.
         """
-        still = self.check_pixels(pixels)
-        frames = pixels[:, None] if still else pixels
+        is_image = self.check_pixels(pixels)
+        frames = pixels[:, None] if is_image else pixels
         quantized, codes, commitment = self.quantize(self.latents(frames))
-        redrawn = self.pixels(quantized, still=still)
-        return (redrawn[:, 0], codes[:, 0], commitment) if still else (redrawn, codes, commitment)
+        reconstructed = self.pixels(quantized, is_image=is_image)
+        return (
+            (reconstructed[:, 0], codes[:, 0], commitment)
+            if is_image
+            else (reconstructed, codes, commitment)
+        )
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes ``[B, h, w]`` of pictures, ``[B, t, h, w]`` of clips ``[B, T, 3, H, W]``.
+        """Codes ``[B, h, w]`` of images, ``[B, t, h, w]`` of clips ``[B, T, 3, H, W]``.
 
-        Whatever the length of a clip, four frames of it are at work at a time.
+        A clip of any length is processed four frames at a time.
         """
         if self.check_pixels(pixels):
             return self.quantize.codes(self.latents(pixels[:, None]))[:, 0]
-        pieces = pixels.split(self.settings.temporal_factor, dim=1)
-        return torch.cat(list(encode_stream(self, pieces)), dim=1)
+        return self.encode_clip(pixels, {})
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Pixels of codes, the shapes of ``encode`` the other way round; not clamped to [-1, 1]."""
+        """Pixels of codes, with the shapes of ``encode``; not clamped to [-1, 1]."""
         if self.check_codes(codes):
-            return self.pixels(self.quantize.lookup(codes[:, None]), still=True)[:, 0]
-        return torch.cat(list(decode_stream(self, codes.split(1, dim=1))), dim=1)
+            return self.pixels(self.quantize.lookup(codes[:, None]), is_image=True)[:, 0]
+        return self.decode_clip(codes, {})
+
+    @torch.no_grad()
+    def encode_clip(self, pixels: Tensor, memory: Memory) -> Tensor:
+        """Codes ``[B, t, h, w]`` of the next ``[B, T, 3, H, W]`` of a video, after ``memory``."""
+        pieces = pixels.split(self.settings.temporal_factor, dim=1)
+        codes = [self.quantize.codes(self.latents(piece, memory)) for piece in pieces]
+        return torch.cat(codes, dim=1)
+
+    @torch.no_grad()
+    def decode_clip(self, codes: Tensor, memory: Memory) -> Tensor:
+        """Pixels ``[B, T, 3, H, W]`` of the next ``[B, t, h, w]`` of a video, after ``memory``."""
+        frames = (self.quantize.lookup(frame) for frame in codes.split(1, dim=1))
+        pixels = [self.pixels(frame, is_image=False, memory=memory) for frame in frames]
+        return torch.cat(pixels, dim=1)
 
     def latents(self, frames: Tensor, memory: Memory | None = None) -> Tensor:
-        """``[B, D, t, h, w]`` of ``frames [B, T, 3, H, W]``, before they are rounded to codes.
+        """``[B, D, t, h, w]`` of ``frames [B, T, 3, H, W]``, before quantization.
 
-        One frame is a picture, which stands still.
+        One frame is an image, and is repeated.
         """
         frames = frames.to(self.codebook.dtype)
-        latents = self._picture_by_picture(self.encoder, frames.flatten(0, 1))
+        latents = self._in_batches(self.encoder, frames.flatten(0, 1))
         latents = latents.unflatten(0, frames.shape[:2]).transpose(1, 2)
         if self.quant_conv is None:
             return latents
@@ -89,41 +105,42 @@ class VisionTokenizer(nn.Module):
             latents = latents.expand(-1, -1, self.settings.temporal_factor, -1, -1)
         return self.quant_conv(self.encoder.join(latents, memory), memory)
 
-    def pixels(self, quantized: Tensor, *, still: bool, memory: Memory | None = None) -> Tensor:
-        """``[B, T, 3, H, W]`` of code vectors ``[B, D, t, h, w]``; T is 1 if ``still``."""
+    def pixels(self, quantized: Tensor, *, is_image: bool, memory: Memory | None = None) -> Tensor:
+        """``[B, T, 3, H, W]`` of code vectors ``[B, D, t, h, w]``; T is 1 if ``is_image``."""
         x = quantized
         if self.post_quant_conv is not None:
             x = self.post_quant_conv(x, memory)
-            x, quantized = self.decoder.part(x, quantized, still=still, memory=memory)
+            x, quantized = self.decoder.part(x, quantized, is_image=is_image, memory=memory)
         flat = (part.transpose(1, 2).flatten(0, 1) for part in (x, quantized))
-        pictures = self._picture_by_picture(self.decoder, *flat)
-        return pictures.unflatten(0, (len(x), -1))
+        images = self._in_batches(self.decoder, *flat)
+        return images.unflatten(0, (len(x), -1))
 
-    def _picture_by_picture(self, part: nn.Module, *pictures: Tensor) -> Tensor:
-        """Apply ``part`` to so many pictures at once as fill the caches, to bound its memory.
+    def _in_batches(self, part: nn.Module, *images: Tensor) -> Tensor:
+        """Apply ``part`` to as many images at once as fit the caches, to bound its memory.
 
-        How many depends on their size alone: then a piece of a video has the bits of the whole.
+        The batch size depends on the image size alone, so a piece of a video gives the same bits
+        as the whole.
         """
-        pictures = [p.contiguous(memory_format=torch.channels_last) for p in pictures]
+        images = [p.contiguous(memory_format=torch.channels_last) for p in images]
         if torch.is_grad_enabled():
-            return self._rounded(part, *pictures)
+            return self._rounded(part, *images)
         side = self.settings.spatial_factor if part is self.decoder else 1
-        together = PIXELS_AT_ONCE // max(1, side * side * math.prod(pictures[0].shape[2:]))
-        groups = zip(*(p.split(max(1, together)) for p in pictures), strict=True)
+        together = PIXELS_AT_ONCE // max(1, side * side * math.prod(images[0].shape[2:]))
+        groups = zip(*(p.split(max(1, together)) for p in images), strict=True)
         return torch.cat([self._rounded(part, *group) for group in groups])
 
-    def _rounded(self, part: nn.Module, *pictures: Tensor) -> Tensor:
-        """Apply ``part`` in ``compute_dtype``; its weights keep their own."""
+    def _rounded(self, part: nn.Module, *images: Tensor) -> Tensor:
+        """Apply ``part`` in ``compute_dtype``; the weights keep their dtype."""
         if self.compute_dtype is None:
-            return part(*pictures)
+            return part(*images)
         weights = {name: p.to(self.compute_dtype) for name, p in part.named_parameters()}
-        pictures = tuple(p.to(self.compute_dtype) for p in pictures)
-        return functional_call(part, weights, pictures).to(self.codebook.dtype)
+        images = tuple(p.to(self.compute_dtype) for p in images)
+        return functional_call(part, weights, images).to(self.codebook.dtype)
 
     def check_pixels(self, pixels: Tensor) -> bool:
-        """Refuse what cannot be encoded; say whether the rest are pictures or clips."""
+        """Check ``pixels``; return whether they are images (not clips)."""
         s = self.settings
-        still, side = pixels.ndim == 4, s.spatial_factor
+        is_image, side = pixels.ndim == 4, s.spatial_factor
         fits = pixels.ndim in (4, 5) and pixels.shape[-3] == 3 and 0 not in pixels.shape
         if not fits or pixels.shape[-2] % side or pixels.shape[-1] % side:
             raise ValueError(
@@ -132,17 +149,17 @@ class VisionTokenizer(nn.Module):
             )
         if not pixels.is_floating_point():
             raise TypeError(f"VisionTokenizer: pixels must be floats, got {pixels.dtype}")
-        if not still and s.temporal_factor == 1:
-            raise ValueError("VisionTokenizer: temporal_factor 1 takes pictures alone, got a clip")
-        if not still and pixels.shape[1] % s.temporal_factor:
+        if not is_image and s.temporal_factor == 1:
+            raise ValueError("VisionTokenizer: temporal_factor 1 takes images alone, got a clip")
+        if not is_image and pixels.shape[1] % s.temporal_factor:
             raise ValueError(
                 f"VisionTokenizer: frames must be a multiple of {s.temporal_factor}, "
                 f"got {pixels.shape[1]}"
             )
-        return still
+        return is_image
 
     def check_codes(self, codes: Tensor) -> bool:
-        """Refuse what cannot be decoded; say whether the rest are of pictures or clips."""
+        """Check ``codes``; return whether they are of images (not clips)."""
         s = self.settings
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise TypeError(f"VisionTokenizer: codes must be integers, got {codes.dtype}")
@@ -152,7 +169,7 @@ class VisionTokenizer(nn.Module):
                 f"{tuple(codes.shape)}"
             )
         if codes.ndim == 4 and s.temporal_factor == 1:
-            raise ValueError("VisionTokenizer: temporal_factor 1 draws pictures alone, got a clip")
+            raise ValueError("VisionTokenizer: temporal_factor 1 decodes images alone, got a clip")
         low, high = codes.long().aminmax()
         if low < 0 or high >= s.num_codes:
             raise ValueError(
@@ -163,7 +180,7 @@ class VisionTokenizer(nn.Module):
 
 @torch.no_grad()
 def _initialise(module: nn.Module) -> None:
-    """Draw the weights as the official code does, those of 2-D convolutions in channels-last."""
+    """Initialise as the official code does; weights of 2-D convolutions are channels-last."""
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if isinstance(module, nn.Conv2d):

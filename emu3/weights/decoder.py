@@ -1,8 +1,8 @@
 """The decoder's weights, in and out.
 
 On disk the decoder has the layout of the official Emu3 files, one tensor per projection; in
-memory queries, keys and values share a matrix, and so do gate and up. ``official_views`` lays
-the one over the other, so that saving and loading are the same walk.
+memory queries, keys and values share a matrix, and so do gate and up. ``official_views`` maps
+the one onto the other for saving and loading.
 """
 
 import re
@@ -33,14 +33,14 @@ _VISION = re.compile(r"^(model\.)?vqmodel\.")
 def official_views(model: Emu3) -> dict[str, Tensor]:
     """Every weight under its official name, as a view into the parameters of ``model``."""
     s = model.settings
-    keys = s.kv_heads * s.head_width
+    keys = s.num_kv_heads * s.head_dim
     views = {
         "model.embed_tokens.weight": model.embedding.weight,
         "model.norm.weight": model.norm,
         "lm_head.weight": model.head.weight,
     }
     for number, block in enumerate(model.blocks):
-        q, k, v = block.attention.qkv.weight.split((s.heads * s.head_width, keys, keys))
+        q, k, v = block.attention.qkv.weight.split((s.num_heads * s.head_dim, keys, keys))
         gate, up = block.mlp.gate_up.weight.chunk(2)
         parts = {
             "self_attn.q_proj": q,
@@ -76,8 +76,8 @@ def load_decoder(path: Path) -> Emu3:
 def load_decoder_into(model: Emu3, path: Path) -> None:
     """Fill ``model`` from a file, or a folder of shards, in any known layout.
 
-    Official and Hugging Face names are understood; a vision tokenizer in the same file is
-    passed over. Values are rounded to the dtype of ``model``.
+    Official and Hugging Face names are read; a vision tokenizer in the same file is ignored. Values
+    are rounded to the dtype of ``model``.
 
     Raises:
         ValueError: one line, if the file is not safetensors or of another configuration.

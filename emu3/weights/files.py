@@ -1,8 +1,9 @@
-"""Safetensors files: written whole, read with one clear line for a fault."""
+"""Safetensors files: written atomically, read with errors of one line."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,18 +13,42 @@ from torch import Tensor, nn
 from emu3.config import Settings, parse
 from emu3.files import replacing
 
+_MODEL = {
+    "width": "hidden_size",
+    "layers": "num_layers",
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "head_width": "head_dim",
+    "ff_width": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
+FORMER_NAMES = {
+    "decoder": _MODEL,
+    "model": _MODEL,
+    "vision": {"revive_below": "dead_code_threshold"},
+    "data": {"held_out": "validation"},
+    "media": {"hold_out": "validation", "hold_out_tail": "validation_tail", "pictures": "images"},
+}
+"""By table, the names that settings had in older files, and their names now."""
+
+
+def renamed(tree: Any, table: str) -> Any:
+    """The settings of ``table`` under their present names."""
+    names = FORMER_NAMES.get(table, {})
+    return {names.get(k, k): v for k, v in tree.items()} if isinstance(tree, dict) else tree
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that is there whole or not at all.
+    """Write a safetensors file atomically.
 
     Raises:
-        OSError: one line, if the disk does not take it.
+        OSError: one line, if the file cannot be written.
     """
     with replacing(path) as draft:
         try:
             save_file(dict(tensors), draft, metadata=dict(metadata))
-        except SafetensorError as fault:
-            raise OSError(f"weights: cannot write {path}: {fault}") from None
+        except SafetensorError as error:
+            raise OSError(f"weights: cannot write {path}: {error}") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -38,8 +63,8 @@ def opened(path: Path) -> safe_open:
         raise ValueError(f"weights: no file {path}")
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as fault:
-        raise ValueError(f"weights: {path} is not a safetensors file: {fault}") from None
+    except SafetensorError as error:
+        raise ValueError(f"weights: {path} is not a safetensors file: {error}") from None
 
 
 def shards_of(path: Path) -> list[Path]:
@@ -51,19 +76,19 @@ def shards_of(path: Path) -> list[Path]:
 
 
 def read_settings(path: Path, part: str, kind: type[Settings]) -> Settings | None:
-    """The settings that a file of ours carries in its metadata."""
+    """The settings in the metadata of a file of ours, None if there are none."""
     with opened(path) as file:
         metadata = file.metadata() or {}
     if part not in metadata:
         return None
     try:
-        return parse(kind, json.loads(metadata[part]))
-    except ValueError as fault:
-        raise ValueError(f"weights: {path}: metadata {part}: {fault}") from None
+        return parse(kind, renamed(json.loads(metadata[part]), part))
+    except ValueError as error:
+        raise ValueError(f"weights: {path}: metadata {part}: {error}") from None
 
 
 def parts_of(path: Path) -> str:
-    """What a file of ours says it holds."""
+    """The parts that a file of ours names in its metadata."""
     with opened(path) as file:
         return ", ".join(file.metadata() or {}) or "?"
 

@@ -1,7 +1,7 @@
 """The vision tokenizer's weights, in and out.
 
 ``state_dict()`` has the official names. Hugging Face renames them, and has matrices where the
-official attention has 1x1 convolutions; in a whole model all of them stand behind a prefix.
+official attention has 1x1 convolutions; in a whole model all names have a prefix.
 """
 
 import re
@@ -42,7 +42,7 @@ _TO_OFFICIAL = (
 _PREFIX = re.compile(r"^(model\.)?vqmodel\.")
 _PROJECTION = re.compile(r"\.attn\S*\.(q|k|v|proj_out)\.weight$")
 _CODEBOOK = "quantize.embedding.weight"
-_NEEDLESS = re.compile(r"num_batches_tracked$")
+_IGNORED = re.compile(r"num_batches_tracked$")
 _NAMED = 3
 
 Layout = Literal["official", "huggingface"]
@@ -51,7 +51,7 @@ Layout = Literal["official", "huggingface"]
 def save_vision(path: Path, tokenizer: VisionTokenizer, layout: Layout = "official") -> None:
     """Write the vision tokenizer, its settings in the file's metadata.
 
-    The running means that trained a codebook are left out: they belong to a run's checkpoint.
+    The running means that trained a codebook are left out; a run's checkpoint has them.
     """
     if layout not in ("official", "huggingface"):
         raise ValueError(f"weights: layout must be official or huggingface, got {layout!r}")
@@ -70,9 +70,9 @@ def save_vision(path: Path, tokenizer: VisionTokenizer, layout: Layout = "offici
 def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
     """Build a vision tokenizer from a file, a folder of shards or a state dict of any layout.
 
-    Official and Hugging Face names are understood, by themselves or inside a whole model, whose
-    other parts are passed over. The shape is what the metadata of our files say, or else what
-    the tensors show, with Emu3's 32 groups. Weights keep the dtype of the codebook.
+    Official and Hugging Face names are read, alone or inside a whole model, whose other parts are
+    ignored. The shape comes from the metadata of our files, or else from the tensors, with Emu3's
+    32 groups. Weights keep the dtype of the codebook.
 
     Raises:
         ValueError: one line that names what is missing, unexpected or of another shape.
@@ -88,8 +88,8 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
     codebook = tensors.get(_CODEBOOK, torch.empty(0, 0))
     if codebook.ndim != 2 or not codebook.is_floating_point():
         raise ValueError(
-            f"weights: {where} is no such vision tokenizer: {_CODEBOOK} must be floats [N, D], "
-            f"got {codebook.dtype} {tuple(codebook.shape)}"
+            f"weights: {where} does not fit the vision tokenizer: {_CODEBOOK} must be floats "
+            f"[N, D], got {codebook.dtype} {tuple(codebook.shape)}"
         )
     settings = settings or _shape_of(tensors, where)
     with torch.device("meta"):
@@ -100,13 +100,13 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
 
 
 def _own(names: Iterable[str]) -> list[str]:
-    """The names of the vision tokenizer's tensors: those behind a prefix, or else all."""
+    """The names of the vision tokenizer's tensors: those with its prefix, or else all."""
     names = list(names)
     return [name for name in names if _PREFIX.match(name)] or names
 
 
 def _read(shards: list[Path]) -> dict[str, Tensor]:
-    """Its tensors, under the names of the files; a shard of a whole model may hold none."""
+    """Its tensors, under the names of the files; a shard of a whole model may contain none."""
     with ExitStack() as stack:
         files = [stack.enter_context(opened(shard)) for shard in shards]
         place = {name: file for file in files for name in file.keys()}  # noqa: SIM118
@@ -130,7 +130,7 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _shape_of(tensors: Mapping[str, Tensor], where: str) -> VisionSettings:
-    """Read the settings off the tensors."""
+    """Infer the settings from the tensors."""
     stage = "encoder.down.{}.block.0.conv1.weight"
     first = "encoder.conv_in.weight"
     if lacking := [n for n in (first, _CODEBOOK, stage.format(0)) if n not in tensors]:
@@ -139,11 +139,11 @@ def _shape_of(tensors: Mapping[str, Tensor], where: str) -> VisionSettings:
     def counted(template: str) -> int:
         return sum(1 for _ in takewhile(lambda n: template.format(n) in tensors, count()))
 
-    def width_of(name: str) -> int:
+    def size_of(name: str) -> int:
         return len(tensors[name]) if tensors[name].ndim else 0
 
     stages = range(counted(stage))
-    base, widths = width_of(first), [width_of(stage.format(n)) for n in stages]
+    base, widths = size_of(first), [size_of(stage.format(n)) for n in stages]
     num_codes, code_width = tensors[_CODEBOOK].shape
     shape = {
         "base_channels": base,
@@ -158,8 +158,8 @@ def _shape_of(tensors: Mapping[str, Tensor], where: str) -> VisionSettings:
     }
     try:
         return parse(VisionSettings, shape)
-    except SettingsError as fault:
-        raise ValueError(f"weights: {where} is no such vision tokenizer: {fault}") from None
+    except SettingsError as error:
+        raise ValueError(f"weights: {where} does not fit the vision tokenizer: {error}") from None
 
 
 @torch.no_grad()
@@ -169,21 +169,21 @@ def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], where: str)
     missing = [
         name
         for name in own
-        if name not in tensors and name not in RUNNING_MEANS and not _NEEDLESS.search(name)
+        if name not in tensors and name not in RUNNING_MEANS and not _IGNORED.search(name)
     ]
     misshapen = [
         f"{name} {tuple(value.shape)} for {tuple(own[name].shape)}"
         for name, value in tensors.items()
         if name in own and own[name].shape != value.shape
     ]
-    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    if any(faults.values()):
-        told = "; ".join(f"{kind} {_listed(names)}" for kind, names in faults.items() if names)
-        raise ValueError(f"weights: {where} is no such vision tokenizer: {told}")
+    errors = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(errors.values()):
+        found = "; ".join(f"{kind} {_listed(names)}" for kind, names in errors.items() if names)
+        raise ValueError(f"weights: {where} does not fit the vision tokenizer: {found}")
     for name, view in own.items():
         if name in tensors:
             view.copy_(tensors[name])
-        elif _NEEDLESS.search(name):
+        elif _IGNORED.search(name):
             view.zero_()
     if any(name not in tensors for name in RUNNING_MEANS):
         tokenizer.quantize.restart()

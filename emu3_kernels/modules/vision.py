@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3_kernels.ops.conv2d.api import conv3x3
+from emu3_kernels.ops.conv3d.api import causal_conv3d, temporal_residual
 from emu3_kernels.ops.conv3d.cache import FrameCache
-from emu3_kernels.ops.conv3d.causal_conv3d_api import causal_conv3d
-from emu3_kernels.ops.conv3d.temporal_residual_api import temporal_residual
-from emu3_kernels.ops.group_norm.group_norm_silu_api import group_norm_silu
-from emu3_kernels.ops.group_norm.spatial_norm_silu_api import spatial_norm_silu
+from emu3_kernels.ops.group_norm.api import group_norm_silu, spatial_norm_silu
 from emu3_kernels.ops.vq.api import nearest_code
 from emu3_kernels.runtime.gemm import widened
 

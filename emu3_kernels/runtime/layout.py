@@ -14,5 +14,5 @@ def from_channels_last(x: Tensor) -> Tensor:
 
 
 def with_frames(x: Tensor) -> Tensor:
-    """A picture ``[B, H, W, C]`` as a video ``[B, 1, H, W, C]``; a video as it is."""
+    """View an image ``[B, H, W, C]`` as a video ``[B, 1, H, W, C]``; return a video as it is."""
     return x if x.dim() == 5 else x.unsqueeze(1)

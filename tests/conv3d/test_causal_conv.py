@@ -1,5 +1,7 @@
 """What is special about the causal convolutions: streaming, pads, the block in one pass, errors."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -12,16 +14,15 @@ from torch import Tensor
 
 import emu3_kernels
 from emu3_kernels import FrameCache, causal_conv3d, temporal_residual
-from emu3_kernels.ops.conv3d import causal_conv3d_api as api
-from emu3_kernels.ops.conv3d import causal_conv3d_reference as reference
-from emu3_kernels.ops.conv3d import temporal_residual_cases as cases
-from emu3_kernels.runtime import library
+from emu3_kernels.ops.conv3d import block
+from emu3_kernels.runtime import dispatch, library
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import (
     at_level,
     backends,
+    cases,
     double,
-    part,
+    reference,
     runnable,
     value_and_gradients,
 )
@@ -35,7 +36,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def block_inputs(shape: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
-    return cases.make(shape=shape, dtype=dtype, device="cpu")
+    return cases("temporal_residual").make(shape=shape, dtype=dtype, device="cpu")
 
 
 def stream(x: Tensor, cuts: list[int], weight: Tensor, bias: Tensor | None, **how) -> Tensor:
@@ -136,16 +137,15 @@ def gradients(op: str, inputs: dict, asked: tuple[str, ...]) -> dict[str, Tensor
     return dict(zip(asked, torch.autograd.grad(y, tuple(leaves.values()), dy), strict=True))
 
 
-def results_of(monkeypatch: pytest.MonkeyPatch, backend: object, name: str) -> list:
-    """Keep what the function of this name returns."""
-    function, results = getattr(backend, name), []
+def recorded(function: Callable) -> tuple[Callable, list]:
+    """Return ``function`` and a list that gets what it returns."""
+    results = []
 
-    def kept(*args):
+    def record(*args):
         results.append(function(*args))
         return results[-1]
 
-    monkeypatch.setattr(backend, name, kept)
-    return results
+    return record, results
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -153,13 +153,15 @@ def results_of(monkeypatch: pytest.MonkeyPatch, backend: object, name: str) -> l
     "asked",
     [("x",), ("scale",), ("shift",), ("weight",), ("bias",), ("residual",), ("x", "weight")],
 )
-def test_no_gradient_is_computed_that_nobody_asked_for(backend, asked, monkeypatch):
-    """Norms come with the video, biases with the weights: they are sums of the same terms."""
+def test_only_the_gradients_that_are_needed_are_computed(backend, asked, monkeypatch):
+    """Gradients of norms come with dx, those of biases with dweight: sums over the same elements."""
     inputs = {"x": draw(1, 3, 3, 4, 5), "weight": draw(2, 3, 3, 3, 3, seed=1), "bias": draw(2)}
     inputs |= {"scale": draw(3, seed=2), "shift": draw(3, seed=3), "residual": draw(1, 2, 3, 4, 5)}
     how = {"activation": "silu", "post_activation": "silu", "backend": backend}
     every = gradients("causal_conv3d", inputs | how, tuple(inputs))
-    results = results_of(monkeypatch, api.BACKENDS[backend], "backward")
+    present = dispatch.backends("causal_conv3d")
+    backward, results = recorded(present[backend].backward)
+    monkeypatch.setitem(present, backend, replace(present[backend], backward=backward))
     for name, gradient in gradients("causal_conv3d", inputs | how, asked).items():
         assert torch.equal(gradient, every[name])
     [(dx, dweight, dbias, dscale, dshift)] = results
@@ -185,12 +187,20 @@ def test_no_gradient_is_computed_that_nobody_asked_for(backend, asked, monkeypat
         (("x",), [(True, False), (True, False)]),
     ],
 )
-def test_a_block_goes_back_no_further_than_it_has_to(backend, asked, passes, monkeypatch):
+def test_a_block_computes_only_the_passes_that_are_needed(backend, asked, passes, monkeypatch):
     """Of the second convolution, and then of the first: the input's gradient, the weight's."""
     inputs = block_inputs([1, 3, 3, 4, 5], torch.float32)
     every = gradients("temporal_residual", inputs | {"backend": backend}, tuple(inputs))
-    module = part("temporal_residual", "api").BACKENDS[backend]
-    results = results_of(monkeypatch, module, "convolve_backward")
+    results = []
+    backward = block.backward
+
+    def of_block(convolve_backward, *args):
+        recording, made = recorded(convolve_backward)
+        grads = backward(recording, *args)
+        results.extend(made)
+        return grads
+
+    monkeypatch.setattr(block, "backward", of_block)
     asked_for = gradients("temporal_residual", inputs | {"backend": backend}, asked)
     for name, gradient in asked_for.items():
         assert torch.equal(gradient, every[name])
@@ -228,7 +238,7 @@ def test_the_residual_comes_after_the_last_activation(backend):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_a_result_sees_no_later_frame(backend):
+def test_an_output_depends_on_no_later_frame(backend):
     name, level = at_level(backend)
     x, weight = draw(1, 4, 8, 5, 6), draw(4, 4, 4, 3, 3, seed=1)
     changed = x.clone()
@@ -333,7 +343,7 @@ def test_a_bad_block_is_named_in_one_line(name, value, message):
         ((65, 4, 1, 1, 1), "more than 64 channels are left to the reference"),
     ],
 )
-def test_what_native_leaves_to_the_reference_is_named(shape, reason):
+def test_what_the_cpu_kernels_leave_to_the_reference_is_named(shape, reason):
     with pytest.raises(NotImplementedError, match=f"backend 'cpu' cannot run .*{reason}"):
         causal_conv3d(X, torch.zeros(shape), None, backend="cpu")
 
@@ -344,16 +354,16 @@ def test_more_tiles_than_partial_sums_are_all_in_the_gradient():
     inputs |= {"scale": draw(2, seed=2), "shift": draw(2, seed=3), "activation": "silu"}
     actual = value_and_gradients("causal_conv3d", partial(causal_conv3d, backend="cpu"), inputs)
     low, exact = (
-        value_and_gradients("causal_conv3d", reference.causal_conv3d, given)
+        value_and_gradients("causal_conv3d", reference("causal_conv3d"), given)
         for given in (inputs, double(inputs))
     )
     for name in actual:
         assert_as_accurate(name, actual[name], low[name], exact[name])
 
 
-def test_native_is_the_default_here():
-    if isinstance(api.BACKENDS["cpu"], str) or library.MISSING:
-        pytest.fail("the native library is part of these tests")
+def test_cpu_kernels_are_the_default_here():
+    if library.MISSING:
+        pytest.fail("the compiled library is part of these tests")
     with emu3_kernels.record_backends() as ran:
         causal_conv3d(X, WEIGHT, None)
         temporal_residual(**block_inputs([1, 4, 1, 2, 2], torch.float32))

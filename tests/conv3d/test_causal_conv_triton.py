@@ -11,11 +11,8 @@ import pytest
 import torch
 
 from emu3_kernels import FrameCache, causal_conv3d, temporal_residual
-from emu3_kernels.ops.conv3d import causal_conv3d_cases as cases
-from emu3_kernels.ops.conv3d import causal_conv3d_reference as reference
-from emu3_kernels.ops.conv3d import temporal_residual_cases as block_cases
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import double, value_and_gradients
+from emu3_kernels.testing.suite import cases, double, reference, value_and_gradients
 
 if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""):
     pytest.skip("triton is not installed: there is no kernel to run", allow_module_level=True)
@@ -27,11 +24,12 @@ WIDE = {"shape": [1, 70, 3, 5, 6], "out": 144, "kernel": [2, 3, 1], "norm": True
 
 def test_two_blocks_of_channels_in_and_out(device):
     """The second of each is ragged: 70 are 64 and 6, and 144 are 128 and 16."""
-    inputs = cases.make(**WIDE, dtype=torch.float32, device=device)
+    inputs = cases("causal_conv3d").make(**WIDE, dtype=torch.float32, device=device)
     triton = partial(causal_conv3d, backend="triton")
     actual = value_and_gradients("causal_conv3d", triton, inputs)
-    low = value_and_gradients("causal_conv3d", reference.causal_conv3d, inputs)
-    exact = value_and_gradients("causal_conv3d", reference.causal_conv3d, double(inputs))
+    oracle = reference("causal_conv3d")
+    low = value_and_gradients("causal_conv3d", oracle, inputs)
+    exact = value_and_gradients("causal_conv3d", oracle, double(inputs))
     for name, value in actual.items():
         assert_as_accurate(name, value, low[name], exact[name])
 
@@ -64,14 +62,16 @@ def check_stream(kernel, stride, pieces):
 @EMULATED
 @pytest.mark.parametrize(("kernel", "stride", "pieces"), [(3, 1, (1, 1, 3, 2)), (4, 2, (1, 4, 2))])
 def test_a_video_in_pieces_has_the_bits_of_the_whole_in_bfloat16(kernel, stride, pieces, emulating):
-    """A pixel is in another row of another block, and early pieces have zeros of their own."""
+    """A pixel is in another row of another block, and early pieces have their own zeros."""
     emulating(check_stream, kernel, stride, pieces)
 
 
 def check_block():
     from tests.gates.emulated import emulated
 
-    inputs = block_cases.make(shape=[1, 5, 4, 5, 9], dtype=torch.bfloat16, device="cpu")
+    inputs = cases("temporal_residual").make(
+        shape=[1, 5, 4, 5, 9], dtype=torch.bfloat16, device="cpu"
+    )
     first, second = (
         {name: inputs[f"{name}{i}"] for name in ("weight", "bias", "scale", "shift")} for i in "12"
     )
@@ -89,7 +89,7 @@ def test_the_residual_block_has_the_bits_of_two_calls_in_bfloat16(emulating):
 
 
 def test_weights_of_a_wider_dtype_are_not_rounded(device):
-    """Float32 weights of a float16 video: the product runs in float32."""
+    """Float32 weights of a float16 video: the GEMM runs in float32."""
     x = torch.ones(1, 1, 1, 1, 1, dtype=torch.float16, device=device)
     weight = torch.full((1, 1, 1, 1, 1), 1 + 2**-12, device=device)
     bias = torch.full((1,), -1.0, device=device)

@@ -3,38 +3,83 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from emu3_kernels.runtime.launch import Tile
+from emu3_kernels.runtime.launch import cdiv, launch, tile
 
-TILE = Tile(block=64, num_warps=1)
+BLOCK = 64
 
 
 @triton.jit
-def _unmasked_kernel(x_ptr, y_ptr, numel, BLOCK: tl.constexpr):
+def unmasked_kernel(x_ptr, y_ptr, numel, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < numel)
     tl.store(y_ptr + i, x)
 
 
 @triton.jit
-def _overread_kernel(x_ptr, y_ptr, numel, BLOCK: tl.constexpr):
+def overread_kernel(x_ptr, y_ptr, numel, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i)
     tl.store(y_ptr + i, x, mask=i < numel)
 
 
 @triton.jit
-def _racy_kernel(x_ptr, y_ptr, numel, BLOCK: tl.constexpr):
-    """Every program adds its block to the same totals, and none waits for another."""
+def racy_kernel(x_ptr, y_ptr, numel, BLOCK: tl.constexpr):
+    """Every program adds its block to the same totals, without an atomic."""
     c = tl.arange(0, BLOCK)
     i = tl.program_id(0).to(tl.int64) * BLOCK + c
     total = tl.load(y_ptr + c) + tl.load(x_ptr + i, mask=i < numel, other=0)
     tl.store(y_ptr + c, total)
 
 
-def launch(name: str) -> torch.Tensor:
+def run(name: str) -> Tensor:
     """Run the kernel ``name`` over one block and a half of ones."""
-    x = torch.ones(TILE.block * 3 // 2)
+    x = torch.ones(BLOCK * 3 // 2)
     y = torch.zeros_like(x)
-    globals()[name][(2,)](x, y, x.numel(), **TILE.options())
+    launch(globals()[name], (2,), x, y, x.numel(), **tile(1, BLOCK=BLOCK))
     return y
+
+
+@triton.jit
+def copy_rows_kernel(x_ptr, y_ptr, row_stride, width, BLOCK: tl.constexpr):
+    """Right, and as wide as the alignment of a row allows."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * row_stride + column, mask=column < width)
+    tl.store(y_ptr + row * row_stride + column, x, mask=column < width)
+
+
+def copy_rows(x: Tensor, num_warps: int = 4, **options: bool) -> None:
+    rows, width = x.shape
+    settings = tile(num_warps, BLOCK=1024) | options
+    launch(copy_rows_kernel, (rows,), x, x, x.stride(0), width, **settings)
+
+
+@triton.jit
+def spilling_kernel(x_ptr, y_ptr, width, BLOCK: tl.constexpr):
+    """A thread keeps 512 elements of a row until their sum is known."""
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + column, mask=column < width, other=0).to(tl.float32)
+    tl.store(y_ptr + column, x - tl.sum(x, axis=0), mask=column < width)
+
+
+def spill(x: Tensor) -> None:
+    launch(spilling_kernel, (1,), x, x, x.numel(), **tile(1, BLOCK=16384))
+
+
+@triton.jit
+def hoarding_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """Copies rows of two matrices to shared memory, STAGES ahead."""
+    column = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in tl.range(0, rows, num_stages=STAGES):
+        x = tl.load(x_ptr + row * BLOCK + column)
+        y = tl.load(y_ptr + row * BLOCK + column)
+        total += x * y
+    tl.store(y_ptr + column, total)
+
+
+def hoard(x: Tensor, y: Tensor) -> None:
+    """Six rows of 8,192 float32 ahead, twice, are 320 KiB."""
+    rows, width = x.shape
+    launch(hoarding_kernel, (cdiv(rows, 6),), x, y, rows, **tile(16, BLOCK=width, STAGES=6))

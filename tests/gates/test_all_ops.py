@@ -10,51 +10,58 @@ from torch.utils._pytree import tree_map_only
 
 import emu3_kernels
 from emu3_kernels.ops import OPS
-from emu3_kernels.testing.budget import assert_as_accurate
+from emu3_kernels.runtime import library
 from emu3_kernels.testing.suite import (
     at_level,
     backends,
     backends_of,
     calls,
     cases,
+    check_call,
+    device_of,
     differentiable,
-    double,
+    is_lower_level,
+    may_refuse,
     must_run,
     public,
-    reference,
     value_and_gradients,
 )
 
 REQUIRED = os.environ.get("EMU3_REQUIRE", "").split(",")
+OF_OPS = [(op, backend) for op in OPS for backend in backends(op)]
 
 
 def test_required_backends_are_there():
+    assert not ("cpu" in REQUIRED and library.MISSING), library.MISSING
     for op in OPS:
         present = backends_of(op)
         absent = {b: present[b] for b in REQUIRED if isinstance(present.get(b), str)}
         assert not absent, f"{op}: {absent}"
 
 
-@pytest.mark.parametrize(("op", "backend", "size", "dtype"), list(calls()))
-def test_value_and_gradients(op, backend, size, dtype, device):
-    inputs = cases(op).make(**size, dtype=dtype, device=device)
-    name, level = at_level(backend)
-    call = partial(public(op), backend=name)
-    oracle = reference(op)
-    refusal, actual = None, {}
-    try:
-        with level:
-            actual = value_and_gradients(op, call, inputs)
-    except NotImplementedError as error:
-        refusal = str(error)
-    if refusal:
-        assert dtype not in must_run(op, name), refusal
-        assert refusal.startswith(f"{op}: backend '{name}' cannot run this call: ")
-        return
-    low = value_and_gradients(op, oracle, inputs)
-    exact = value_and_gradients(op, oracle, double(inputs))
-    for value in actual:
-        assert_as_accurate(value, actual[value], low[value], exact[value])
+def params() -> list:
+    """Every call that must run; ``make check`` runs the largest size of each op at one dtype."""
+    listed = []
+    for op, backend, size, dtype in calls():
+        i, name = list(cases(op).check).index(size), str(dtype).removeprefix("torch.")
+        largest = i == len(cases(op).check) - 1 and dtype == must_run(op, at_level(backend)[0])[-1]
+        marks = [pytest.mark.check] if largest and not is_lower_level(backend) else []
+        listed.append(
+            pytest.param(op, backend, size, dtype, id=f"{op}-{backend}-{i}-{name}", marks=marks)
+        )
+    return listed
+
+
+@pytest.mark.parametrize(("op", "backend", "size", "dtype"), params())
+def test_value_and_gradients(op, backend, size, dtype):
+    assert check_call(op, backend, size, dtype) is None
+
+
+@pytest.mark.parametrize(("op", "backend"), OF_OPS)
+def test_a_dtype_that_may_be_refused_is_refused_or_right(op, backend):
+    for dtype in may_refuse(op, at_level(backend)[0]):
+        for size in cases(op).check:
+            check_call(op, backend, size, dtype)
 
 
 def strided(tensor):
@@ -70,11 +77,11 @@ def transposed(tensor):
 
 
 @pytest.mark.parametrize("layout", [strided, transposed])
-@pytest.mark.parametrize(("op", "backend"), [(op, b) for op in OPS for b in backends(op)])
-def test_the_layout_of_the_inputs_changes_nothing(op, backend, layout, device):
+@pytest.mark.parametrize(("op", "backend"), OF_OPS)
+def test_the_layout_of_the_inputs_changes_nothing(op, backend, layout):
     name, level = at_level(backend)
-    size, dtype = cases(op).check[-1], must_run(op, name)[0]
-    inputs = cases(op).make(**size, dtype=dtype, device=device)
+    size, dtype = cases(op).check[-1], (*must_run(op, name), torch.float32)[0]
+    inputs = cases(op).make(**size, dtype=dtype, device=device_of(backend))
     call = partial(public(op), backend=name)
     relaid = inputs | {key: layout(inputs[key]) for key in differentiable(op, inputs)}
     with level:
@@ -98,7 +105,7 @@ def test_compiles_as_one_graph(op, backend):
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the arguments of every native op that is called."""
+    """Records the arguments of every native op that is called."""
 
     def __init__(self):
         super().__init__()
@@ -121,6 +128,7 @@ def test_native_ops_are_registered_right(op):
         torch.library.opcheck(function, args)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("op", OPS)
 def test_an_unknown_backend_is_named(op):
     inputs = cases(op).make(**cases(op).check[-1], dtype=torch.float32, device="cpu")

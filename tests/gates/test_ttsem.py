@@ -13,7 +13,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from emu3_kernels.testing.suite import calls
+from emu3_kernels.ops import OPS
+from emu3_kernels.testing.suite import backends, cases
 
 if not find_spec("ttsem") and "triton" not in os.environ.get("EMU3_REQUIRE", ""):
     pytest.skip(
@@ -23,7 +24,13 @@ if not find_spec("ttsem") and "triton" not in os.environ.get("EMU3_REQUIRE", "")
 
 from tests.gates import emulated
 
-CALLS = [(o, s) for o, backend, s, d in calls() if backend == "triton" and d == torch.bfloat16]
+pytestmark = pytest.mark.emulated
+CALLS = [
+    pytest.param(op, size, id=f"{op}-{i}")
+    for op in OPS
+    if "triton" in backends(op)
+    for i, size in enumerate(cases(op).check)
+]
 
 
 @pytest.mark.parametrize(("op", "size"), CALLS)
@@ -64,9 +71,9 @@ def test_the_sum_is_rounded_before_it_is_normalised(emulating):
 @pytest.mark.parametrize(
     ("kernel", "line", "fault"),
     [
-        ("_unmasked_kernel", r"tl\.store\(y_ptr \+ i, x\)", "writes 32 element.* past the end"),
-        ("_overread_kernel", r"x = tl\.load\(x_ptr \+ i\)", "reads 32 element.* past the end"),
-        ("_racy_kernel", r"tl\.store\(y_ptr \+ c, total\)", "any order and at the same time"),
+        ("unmasked_kernel", r"tl\.store\(y_ptr \+ i, x\)", "writes 32 element.* past the end"),
+        ("overread_kernel", r"x = tl\.load\(x_ptr \+ i\)", "reads 32 element.* past the end"),
+        ("racy_kernel", r"tl\.store\(y_ptr \+ c, total\)", "any order and at the same time"),
     ],
 )
 def test_a_fault_is_refused_by_its_line(kernel, line, fault, emulating):

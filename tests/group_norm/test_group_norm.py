@@ -1,5 +1,6 @@
 """What is special about the group norms: large means, layouts, the resize, threads, errors."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,20 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from emu3_kernels import group_norm_silu, spatial_norm_silu
+from emu3_kernels.runtime import dispatch
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import (
     at_level,
     backends,
     cases,
     double,
-    part,
     public,
     reference,
     value_and_gradients,
 )
 
 OPS = ("group_norm_silu", "spatial_norm_silu")
-NATIVE = [b for b in backends("group_norm_silu") if b.startswith("cpu")]
+CPU = [b for b in backends("group_norm_silu") if b.startswith("cpu")]
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -28,14 +29,14 @@ def inputs_of(op: str, index: int = -1, dtype: torch.dtype = torch.float32) -> d
     return cases(op).make(**cases(op).check[index], dtype=dtype, device="cpu")
 
 
-@pytest.mark.parametrize("backend", [*NATIVE, "triton"])
+@pytest.mark.parametrize("backend", [*CPU, "triton"])
 def test_a_large_mean_costs_no_digits(backend):
     """E[x^2] - E[x]^2 of numbers around 3000 has no digit of a variance of 1 left in float32."""
     random = torch.Generator().manual_seed(0)
     x = 3000 + torch.randn(2, 32, 40, 50, generator=random)
     weight, bias = torch.ones(32), torch.zeros(32)
     name, level = at_level(backend)
-    oracle = part("group_norm_silu", "reference").group_norm_silu
+    oracle = reference("group_norm_silu")
     with level:
         y = group_norm_silu(x, weight, bias, 8, backend=name)
     exact = oracle(x.double(), weight.double(), bias.double(), 8)
@@ -58,18 +59,25 @@ def test_the_result_is_channels_last_whatever_the_input(op, backend, dims):
 
 @pytest.mark.parametrize("op", OPS)
 def test_channels_last_memory_is_not_copied(op, monkeypatch):
-    seen = []
-    native = part(op, "cpu")
-    forward = native.forward
-    monkeypatch.setattr(native, "forward", lambda x, *rest: seen.append(x) or forward(x, *rest))
+    addresses = []
+    present = dispatch.backends(op)
+    forward = present["cpu"].forward
+
+    def record(x, *rest):
+        addresses.append(x.data_ptr())
+        return forward(x, *rest)
+
+    monkeypatch.setitem(present, "cpu", replace(present["cpu"], forward=record))
     inputs = inputs_of(op)
     public(op)(**inputs, backend="cpu")
-    assert seen[0].data_ptr() == inputs["x"].data_ptr()
+    assert addresses == [inputs["x"].data_ptr()]
 
 
-def shown_places(places: tuple[int, int], pixels: tuple[int, int], backend: str) -> torch.Tensor:
-    """Let every place show its number, and the norm of the pixels nothing."""
-    latent = torch.arange(places[0] * places[1], dtype=torch.float32).view(1, 1, *places)
+def resized_positions(
+    positions: tuple[int, int], pixels: tuple[int, int], backend: str
+) -> torch.Tensor:
+    """Resize the numbers of the positions by a spatial norm whose normed x is zero."""
+    latent = torch.arange(positions[0] * positions[1], dtype=torch.float32).view(1, 1, *positions)
     x, weight, bias = torch.randn(1, 1, *pixels), torch.zeros(1), torch.zeros(1)
     ones = torch.ones(1, 1)
     settings = {"groups": 1, "silu": False, "backend": backend}
@@ -78,30 +86,30 @@ def shown_places(places: tuple[int, int], pixels: tuple[int, int], backend: str)
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(
-    ("places", "pixels"),
+    ("positions", "pixels"),
     [
         ((64, 3), (512, 24)),
         ((7, 5), (19, 4)),
         ((3, 11), (3, 23)),
-        ((2, 2), (164, 166)),  # float64 would show another place at pixel 82
-        ((41, 3), (11, 65)),  # places of no pixel
+        ((2, 2), (164, 166)),  # float64 would read another position at pixel 82
+        ((41, 3), (11, 65)),  # positions of no pixel
     ],
 )
-def test_a_pixel_shows_the_place_that_interpolate_shows(places, pixels, backend):
-    latent = torch.arange(places[0] * places[1], dtype=torch.float32).view(1, 1, *places)
+def test_a_pixel_reads_the_position_that_interpolate_reads(positions, pixels, backend):
+    latent = torch.arange(positions[0] * positions[1], dtype=torch.float32).view(1, 1, *positions)
     expected = F.interpolate(latent, size=pixels, mode="nearest")
-    assert torch.equal(shown_places(places, pixels, backend), expected)
+    assert torch.equal(resized_positions(positions, pixels, backend), expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize(("places", "pixels"), [((2, 2), (164, 166)), ((7, 5), (19, 4))])
-def test_a_place_gets_the_gradients_of_the_pixels_that_show_it(places, pixels, backend):
-    """Ones come back: a place counts the pixels that show it, as the gradient of interpolate."""
-    latent = torch.zeros(1, 1, *places, requires_grad=True)
+@pytest.mark.parametrize(("positions", "pixels"), [((2, 2), (164, 166)), ((7, 5), (19, 4))])
+def test_a_position_gets_the_gradients_of_the_pixels_that_read_it(positions, pixels, backend):
+    """Of ones: the number of pixels that read a position, as in the gradient of interpolate."""
+    latent = torch.zeros(1, 1, *positions, requires_grad=True)
     x, zero, one = torch.randn(1, 1, *pixels), torch.zeros(1), torch.ones(1, 1)
     settings = {"groups": 1, "silu": False, "backend": backend}
     spatial_norm_silu(x, latent, zero, zero, one, zero, one, zero, **settings).sum().backward()
-    plain = torch.zeros(1, 1, *places, requires_grad=True)
+    plain = torch.zeros(1, 1, *positions, requires_grad=True)
     F.interpolate(plain, size=pixels, mode="nearest").sum().backward()
     assert torch.equal(latent.grad, plain.grad)
 

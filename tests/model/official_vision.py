@@ -1,8 +1,8 @@
 """The released vision tokenizer, transcribed layer by layer over its official state dict.
 
-From emu3/tokenizer/modeling_emu3visionvq.py of baaivision/Emu3: a picture is repeated four times,
+From emu3/tokenizer/modeling_emu3visionvq.py of baaivision/Emu3: an image is repeated four times,
 every frame is encoded and decoded, and nothing is folded or skipped. Hugging Face's class is
-another oracle for pictures; its video path cuts frames where it should cut rows.
+another oracle for images; its video path cuts frames where it should cut rows.
 """
 
 import torch

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from emu3.config import PRESETS, RECIPES, SettingsError, load_recipe
+from emu3.config import PRESETS, RECIPES, SettingsError
+from emu3.tasks import load_recipe
 
 
 def test_the_real_vocabulary_ends_where_the_official_one_does():
@@ -25,11 +26,13 @@ def test_an_override_wins_over_the_file_and_the_rest_stays():
 
 def test_a_table_of_the_recipe_refines_the_preset(tmp_path):
     path = tmp_path / "wide.toml"
-    path.write_text('preset = "8b"\n[train]\nstage = "decoder"\nsteps = 1\n[model]\nlayers = 2\n')
+    path.write_text(
+        'preset = "8b"\n[train]\nstage = "decoder"\nsteps = 1\n[model]\nnum_layers = 2\n'
+    )
     with pytest.raises(SettingsError, match="visual tokens"):
         load_recipe(path, ["vision.num_codes=512"])
     model = load_recipe(path).model
-    assert (model.layers, model.width) == (2, PRESETS["8b"].width)
+    assert (model.num_layers, model.hidden_size) == (2, PRESETS["8b"].hidden_size)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +52,12 @@ def test_a_table_of_the_recipe_refines_the_preset(tmp_path):
         (f"train.seed={2**64}", "train.seed: Input should be less than 18446744073709551616"),
         ("optim.lr.peak=1", "optim.lr.peak: lr is a value, not a table"),
         ("optim.lr", "optim.lr: an override must read key=value"),
-        ("model.kv_heads=3", "heads (4) must be a multiple of kv_heads"),
-        ("model.vocabulary.eol=99999", "model.vocabulary: eol (99999) must lie in [256, 264)"),
-        ("model.vocabulary.pad=99999", "model.vocabulary: pad (99999) must lie in [256, 264)"),
-        ("model.vocabulary.bos=-1", "model.vocabulary: bos (-1) must lie in [256, 264)"),
+        ("model.num_kv_heads=3", "num_heads (4) must be a multiple of num_kv_heads"),
+        ("model.vocabulary.eol=99999", "model.vocabulary: eol (99999) must be in [256, 264)"),
+        ("model.vocabulary.pad=99999", "model.vocabulary: pad (99999) must be in [256, 264)"),
+        ("model.vocabulary.bos=-1", "model.vocabulary: bos (-1) must be in [256, 264)"),
         ("model.vocabulary.eos=259", "model.vocabulary: eos (259) must differ from bos"),
-        ("model.vocabulary.visual_start=-4", "model.vocabulary: pad (256) must lie in [256, -4)"),
+        ("model.vocabulary.visual_start=-4", "model.vocabulary: pad (256) must be in [256, -4)"),
     ],
 )
 def test_a_wrong_setting_gives_one_line_that_helps(word, line):
@@ -71,4 +74,4 @@ def test_a_missing_recipe_names_those_that_ship():
 
 def test_settings_do_not_change():
     with pytest.raises(ValidationError, match="frozen"):
-        PRESETS["mini"].width = 1
+        PRESETS["mini"].hidden_size = 1

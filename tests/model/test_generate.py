@@ -5,7 +5,7 @@ import torch
 
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.prompt import forced_token, generation_prompt, understanding_prompt
-from emu3.sampling import guide, sample
+from emu3.sampling import apply_cfg, sample
 from emu3.text import ByteTokenizer
 from tests.model.tiny import TINY, tiny_model
 
@@ -17,7 +17,7 @@ GRID = 3, 4
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("top_k", [1, 5, None])
-def test_pictures_equal_those_drawn_without_a_cache_token_for_token(guidance, top_k):
+def test_images_equal_those_drawn_without_a_cache_token_for_token(guidance, top_k):
     model, how = tiny_model(), Sampling(guidance=guidance, top_k=top_k)
     fast = generate_images(model, TEXT, CAPTIONS, GRID, how, torch.Generator().manual_seed(5))
     slow = draw_without_a_cache(model, how, torch.Generator().manual_seed(5))
@@ -37,9 +37,9 @@ def test_under_autocast_keys_and_values_are_kept_narrow():
     with torch.autocast("cpu", torch.bfloat16):
         written = generate_captions(model, TEXT, codes, max_new_tokens=10)
         assert written == [write_without_a_cache(model, one, 10) for one in codes]
-        drawn = generate_images(model, TEXT, CAPTIONS, GRID, Sampling(top_k=1))
+        sampled = generate_images(model, TEXT, CAPTIONS, GRID, Sampling(top_k=1))
         generate_captions(model.double(), TEXT, codes, max_new_tokens=2)  # which stays as it is
-    assert drawn.shape == (3, *GRID)
+    assert sampled.shape == (3, *GRID)
 
 
 def test_an_ended_caption_stays_ended_while_others_go_on():
@@ -75,15 +75,15 @@ def draw_without_a_cache(model, how, generator):
                 torch.cat([model.head(model(torch.tensor([ids])))[:, -1] for ids in prompts])
                 for prompts in (rows, others)
             )
-            logits = guide(cond, uncond, how.guidance)
+            logits = apply_cfg(cond, uncond, how.guidance)
             logits[:, : IDS.visual_start] = -torch.inf
-            drawn = sample(
+            sampled = sample(
                 logits[:, IDS.visual_start :],
                 top_k=how.top_k,
                 temperature=how.temperature,
                 generator=generator,
             )
-            tokens = (drawn + IDS.visual_start).tolist()
+            tokens = (sampled + IDS.visual_start).tolist()
         else:
             tokens = [token] * len(rows)
         for prompts in (rows, others):

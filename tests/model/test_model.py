@@ -11,7 +11,8 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from emu3.cache import KeyValueCache
 from emu3.config import PRESETS
-from emu3.model import Emu3, seed_visual_rows
+from emu3.demo.stages import seed_visual_rows
+from emu3.model import Emu3
 from emu3.weights import load_decoder_into
 from emu3_kernels import use_backend
 from emu3_kernels.testing.budget import assert_as_accurate
@@ -49,7 +50,7 @@ def test_rows_of_different_lengths_share_a_cache():
     model, tokens = tiny_model().double(), some_tokens(2, 24)
     cache = KeyValueCache(TINY, 2, 41, dtype=torch.float64)
     with torch.no_grad():
-        prompts = model(tokens[:, :20], cache, counts=torch.tensor([20, 7]))
+        prompts = model(tokens[:, :20], cache, prompt_lengths=torch.tensor([20, 7]))
         new = model(torch.stack([tokens[0, 20:], tokens[1, 7:11]]), cache)
         whole, short = model(tokens[:1]), model(tokens[1:, :11])
         torch.testing.assert_close(prompts[1, :7], short[0, :7], rtol=1e-9, atol=1e-9)
@@ -142,7 +143,7 @@ def test_dropout_acts_in_training_in_all_four_places():
     drop(model, 0.0, 0.0, 0.0)
     assert model(tokens).equal(model(tokens))
     drop(model, 0.0, 0.0, 1 - 2**-40)
-    alone = F.rms_norm(model.embedding(tokens), (TINY.width,), model.norm, TINY.norm_eps)
+    alone = F.rms_norm(model.embedding(tokens), (TINY.hidden_size,), model.norm, TINY.norm_eps)
     torch.testing.assert_close(model(tokens), alone)
 
 
@@ -185,13 +186,13 @@ def hugging_face() -> Emu3ForCausalLM:
     torch.manual_seed(3)
     config = Emu3TextConfig(
         vocab_size=TINY.vocabulary.size,
-        hidden_size=TINY.width,
-        intermediate_size=TINY.ff_width,
-        num_hidden_layers=TINY.layers,
-        num_attention_heads=TINY.heads,
-        num_key_value_heads=TINY.kv_heads,
-        head_dim=TINY.head_width,
-        max_position_embeddings=TINY.max_positions,
+        hidden_size=TINY.hidden_size,
+        intermediate_size=TINY.intermediate_size,
+        num_hidden_layers=TINY.num_layers,
+        num_attention_heads=TINY.num_heads,
+        num_key_value_heads=TINY.num_kv_heads,
+        head_dim=TINY.head_dim,
+        max_position_embeddings=TINY.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": TINY.rope_theta},
         rms_norm_eps=TINY.norm_eps,
         initializer_range=TINY.init_std,

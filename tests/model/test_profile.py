@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from emu3.cache import KeyValueCache
-from emu3.profile.cost import Cost, Machine
-from emu3.profile.report import write_report
-from emu3.profile.run import contexts_up_to, count, decode_call, prefill_call, run_profile
+from emu3.tools.profile.cost import Cost, Machine
+from emu3.tools.profile.report import write_report
+from emu3.tools.profile.run import contexts_up_to, count, decode_call, prefill_call, run_profile
 from tests.model.tiny import TINY, tiny_model
 
 
@@ -28,7 +28,7 @@ def test_contexts_are_powers_of_two_and_the_longest():
 
 
 def test_the_rows_of_a_call_add_up_to_its_time(found):
-    for anatomy in found[0].anatomies:
+    for anatomy in found[0].breakdowns:
         assert sum(row.seconds for row in anatomy.rows) == pytest.approx(anatomy.seconds)
         names = {row.name for row in anatomy.rows}
         assert {"aten::mm", "outside ops"} <= names
@@ -40,16 +40,16 @@ def test_a_decode_counts_the_weights_and_the_keys_it_reads():
     cache = KeyValueCache(TINY, 1, 64, dtype=torch.float32)
     with torch.no_grad():
         costs = count(decode_call(model, cache, context)).costs
-    token = 4 * TINY.kv_heads * TINY.head_width
-    q = 4 * TINY.heads * TINY.head_width
+    token = 4 * TINY.num_kv_heads * TINY.head_dim
+    q = 4 * TINY.num_heads * TINY.head_dim
     attended = costs["emu3_kernels::decode_attention"]
-    assert attended.num_bytes == TINY.layers * (2 * q + 2 * context * token)
-    assert attended.flops == TINY.layers * 4 * TINY.heads * TINY.head_width * context
+    assert attended.num_bytes == TINY.num_layers * (2 * q + 2 * context * token)
+    assert attended.flops == TINY.num_layers * 4 * TINY.num_heads * TINY.head_dim * context
     weights = [p for p in model.blocks.parameters() if p.dim() == 2]
-    visual = TINY.vocabulary.num_visual * TINY.width
+    visual = TINY.vocabulary.num_visual * TINY.hidden_size
     assert costs["aten::mm"].flops == 2 * (sum(p.numel() for p in weights) + visual)
     inputs_and_results = sum(sum(p.shape) for p in weights) + TINY.vocabulary.num_visual
-    inputs_and_results += TINY.width
+    inputs_and_results += TINY.hidden_size
     assert costs["aten::mm"].num_bytes == costs["aten::mm"].flops * 2 + 4 * inputs_and_results
 
 
@@ -58,7 +58,7 @@ def test_a_prompt_counts_the_keys_that_its_tokens_see():
     with torch.no_grad():
         costs = count(prefill_call(tiny_model(), cache, 40)).costs
     seen = 40 * 41 // 2
-    flops = TINY.layers * 4 * TINY.heads * TINY.head_width * seen
+    flops = TINY.num_layers * 4 * TINY.num_heads * TINY.head_dim * seen
     assert costs["emu3_kernels::attention"].flops == flops
 
 
@@ -75,19 +75,21 @@ def test_backends_are_timed_beside_each_other(found):
     assert profile.peak_bytes > 0
 
 
-def test_table_figures_picture_and_trace_are_written(found):
+def test_table_figures_image_and_trace_are_written(found):
     profile, out = found
     page = (out / "profile.md").read_text()
     assert "| aten::mm |" in page
-    assert page.count("## ") == len(profile.anatomies)
-    assert json.loads((out / "profile.json").read_text())["settings"]["layers"] == TINY.layers
+    assert page.count("## ") == len(profile.breakdowns)
+    assert (
+        json.loads((out / "profile.json").read_text())["settings"]["num_layers"] == TINY.num_layers
+    )
     assert (out / "time_per_token.png").stat().st_size > 1000
     events = json.loads((out / "trace.json").read_text())["traceEvents"]
     assert any(event.get("name") == "emu3_kernels::decode_attention" for event in events)
 
 
 def test_a_context_beyond_the_positions_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^profile: context must be at most max_positions 128"):
+    with pytest.raises(ValueError, match=r"^profile: context .* max_position_embeddings 128"):
         run_profile(TINY, context=129, prefill=1, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -96,7 +98,7 @@ def test_a_prompt_is_no_longer_than_the_context(tmp_path):
     """A prompt of 64 into a cache of 8 failed after all decodes were timed."""
     found = run_profile(TINY, context=8, prefill=64, out=tmp_path, dtype=torch.float32, repeats=1)
     assert list(found.prefill["default"]) == [8]
-    assert found.anatomies[1].title == "a prompt of 8"
+    assert found.breakdowns[1].title == "a prompt of 8"
 
 
 @pytest.mark.parametrize(
@@ -110,8 +112,10 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_is_measured(
     against, fault, line, tmp_path, monkeypatch
 ):
     measured = []
-    monkeypatch.setattr("emu3.profile.run.measure_machine", lambda *_: measured.append("machine"))
-    monkeypatch.setattr("emu3.profile.run.random_model", lambda *_: measured.append("model"))
+    monkeypatch.setattr(
+        "emu3.tools.profile.run.measure_machine", lambda *_: measured.append("machine")
+    )
+    monkeypatch.setattr("emu3.tools.profile.run.random_model", lambda *_: measured.append("model"))
     with pytest.raises(fault, match=line):
         run_profile(TINY, context=8, prefill=8, out=tmp_path, against=against)
     assert measured == []

@@ -22,18 +22,18 @@ OFFICIAL = ByteTokenizer(EMU3_VOCABULARY)
 
 
 @st.composite
-def pictures(draw):
+def images(draw):
     height, width = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     codes = st.integers(0, BYTE_VOCABULARY.num_visual - 1)
     flat = draw(st.lists(codes, min_size=height * width, max_size=height * width))
     return torch.tensor(flat).view(height, width)
 
 
-@given(caption=st.text(max_size=12), codes=pictures(), text=st.sampled_from([TEXT, OFFICIAL]))
+@given(caption=st.text(max_size=12), codes=images(), text=st.sampled_from([TEXT, OFFICIAL]))
 def test_documents_read_back_as_they_were_built(caption, codes, text):
-    drawn = parse_document(generation_document(caption, codes, text), text)
-    assert (drawn.before, drawn.after) == (caption, "")
-    assert drawn.codes.equal(codes)
+    parsed = parse_document(generation_document(caption, codes, text), text)
+    assert (parsed.before, parsed.after) == (caption, "")
+    assert parsed.codes.equal(codes)
     described = parse_document(understanding_document(codes, caption, text), text)
     assert (described.before, described.after) == ("", caption)
     assert described.codes.equal(codes)
@@ -57,7 +57,7 @@ def test_prompts_are_the_beginnings_of_their_documents():
     assert understanding_document(codes, "a red one", TEXT)[: len(prompt)] == prompt
 
 
-def test_a_720_square_picture_takes_8193_tokens():
+def test_a_720_square_image_takes_8193_tokens():
     grid = 90, 90
     prompt = len(generation_prompt("", grid, OFFICIAL))
     document = generation_document("", torch.zeros(grid, dtype=torch.int64), OFFICIAL)
@@ -85,13 +85,13 @@ IMG = DOCUMENT.index(BYTE_VOCABULARY.img_token)
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([], r"BOS \(259\) must stand at position 0, got None"),
-        (edit(DOCUMENT, 2, 300), "text must stand at position 2, got 300"),
+        ([], r"BOS \(259\) must be at position 0, got None"),
+        (edit(DOCUMENT, 2, 300), "text must be at position 2, got 300"),
         (DOCUMENT[:3], r"no boi \(262\)"),
-        (edit(DOCUMENT, IMG - 2, ord("x")), 'the size after boi must read "h\\*w"'),
-        (edit(DOCUMENT, IMG + 1, 7), f"a visual token must stand at position {IMG + 1}, got 7"),
-        (edit(DOCUMENT, IMG + 3, 264), rf"EOL \(257\) must stand at position {IMG + 3}, got 264"),
-        (DOCUMENT[: IMG + 5], f"a visual token must stand at position {IMG + 5}, got None"),
+        (edit(DOCUMENT, IMG - 2, ord("x")), 'the size after boi must be "h\\*w"'),
+        (edit(DOCUMENT, IMG + 1, 7), f"a visual token must be at position {IMG + 1}, got 7"),
+        (edit(DOCUMENT, IMG + 3, 264), rf"EOL \(257\) must be at position {IMG + 3}, got 264"),
+        (DOCUMENT[: IMG + 5], f"a visual token must be at position {IMG + 5}, got None"),
         (DOCUMENT[:-1], r"no EOS \(260\)"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_broken_document_says_where_it_breaks(ids, message):
 @pytest.mark.parametrize(
     "codes", [torch.tensor([[512]]), torch.tensor([[-1]]), torch.zeros(0, 2), torch.zeros(4)]
 )
-def test_codes_that_are_no_picture_are_refused(codes):
+def test_codes_that_are_no_image_are_refused(codes):
     with pytest.raises(ValueError, match="prompt: codes must"):
         image_ids(codes, TEXT)
 

@@ -5,44 +5,44 @@ import math
 import pytest
 import torch
 
-from emu3.sampling import guide, keep_top, sample
+from emu3.sampling import apply_cfg, sample, top_k_logits
 
 
 def test_guidance_cancels_the_two_log_softmaxes():
     """The official order takes log-softmax first; the sampled distribution is the same."""
     random = torch.Generator().manual_seed(0)
     cond, uncond = torch.randn(2, 3, 50, dtype=torch.float64, generator=random)
-    official = guide(cond.log_softmax(-1), uncond.log_softmax(-1), 3.0)
+    official = apply_cfg(cond.log_softmax(-1), uncond.log_softmax(-1), 3.0)
     torch.testing.assert_close(
-        official.softmax(-1), guide(cond, uncond, 3.0).softmax(-1), rtol=1e-12, atol=0
+        official.softmax(-1), apply_cfg(cond, uncond, 3.0).softmax(-1), rtol=1e-12, atol=0
     )
 
 
 def test_guidance_of_one_is_the_condition_alone_and_of_zero_its_absence():
     cond, uncond = torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 4.0]])
-    assert guide(cond, uncond, 1.0).equal(cond)
-    assert guide(cond, uncond, 0.0).equal(uncond)
+    assert apply_cfg(cond, uncond, 1.0).equal(cond)
+    assert apply_cfg(cond, uncond, 0.0).equal(uncond)
 
 
 def test_top_k_keeps_the_largest_where_they_stand():
     logits = torch.tensor([[1.0, 5.0, 3.0, 4.0]])
-    assert keep_top(logits, 2).tolist() == [[-torch.inf, 5.0, -torch.inf, 4.0]]
-    assert keep_top(logits, None) is logits
-    assert keep_top(logits, 9) is logits
+    assert top_k_logits(logits, 2).tolist() == [[-torch.inf, 5.0, -torch.inf, 4.0]]
+    assert top_k_logits(logits, None) is logits
+    assert top_k_logits(logits, 9) is logits
 
 
 def test_samples_follow_the_softmax_of_the_kept_logits():
     """Chi-squared over 20,000 draws: 4 degrees of freedom, 18.5 is exceeded once in 1,000."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -3.0])
-    count, kept = 20_000, keep_top(logits[None], 5)[0]
-    drawn = sample(
+    count, kept = 20_000, top_k_logits(logits[None], 5)[0]
+    sampled = sample(
         logits.expand(count, -1),
         top_k=5,
         temperature=0.7,
         generator=torch.Generator().manual_seed(0),
     )
     expected = count * torch.softmax(kept / 0.7, -1)
-    seen = torch.bincount(drawn, minlength=6)
+    seen = torch.bincount(sampled, minlength=6)
     assert seen[5] == 0
     assert ((seen - expected)[:5].square() / expected[:5]).sum() < 18.5
 
@@ -72,7 +72,7 @@ def test_meaningless_settings_are_refused(top_k, temperature, line):
 @pytest.mark.parametrize("guidance", [math.nan, math.inf, -1.0])
 def test_a_meaningless_guidance_is_refused(guidance):
     with pytest.raises(ValueError, match="guidance must be finite and not negative, got"):
-        guide(torch.zeros(1, 8), torch.zeros(1, 8), guidance)
+        apply_cfg(torch.zeros(1, 8), torch.zeros(1, 8), guidance)
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
@@ -80,12 +80,12 @@ def test_the_coldest_draw_is_greedy(temperature):
     """The quotient overflowed, and the draw died of chances that were NaN."""
     logits = torch.tensor([[1.0, -70.0, 3.0, 2.9], [0.0, 500.0, -1.0, 0.0]])
     generator = torch.Generator().manual_seed(0)
-    drawn = sample(logits, top_k=3, temperature=temperature, generator=generator)
-    assert drawn.tolist() == [2, 1]
+    sampled = sample(logits, top_k=3, temperature=temperature, generator=generator)
+    assert sampled.tolist() == [2, 1]
 
 
 def test_the_strongest_guidance_still_leaves_chances():
     cond, uncond = torch.tensor([[2.0, -1.0, 9.0]]), torch.tensor([[0.5, 4.0, -3.0]])
-    guided = guide(cond, uncond, 1e38)
+    guided = apply_cfg(cond, uncond, 1e38)
     assert guided.isfinite().all()
     assert sample(guided, top_k=None, temperature=1.0, generator=None).tolist() == [2]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from emu3.config import VisionSettings
 from emu3.vision import Quantizer, VisionTokenizer
 from tests.model.tiny import TINY_VISION
-from tests.model.vision_parts import SMALL, pictures, random_tokenizer
+from tests.model.vision_parts import SMALL, images, random_tokenizer
 
 
 def test_the_defaults_have_emu3_s_parameters():
@@ -53,7 +53,7 @@ def test_commitment_pulls_the_latent_to_its_code():
 
 
 def test_codes_follow_the_mean_of_their_members():
-    latent, quantizer = latent_and_quantizer(ema_decay=1e-6, revive_below=0.0)
+    latent, quantizer = latent_and_quantizer(ema_decay=1e-6, dead_code_threshold=0.0)
     _, codes, _ = quantizer.train()(latent)
     rows, flat = latent.movedim(1, -1).flatten(0, 2), codes.flatten()
     for code in flat.unique():
@@ -63,14 +63,14 @@ def test_codes_follow_the_mean_of_their_members():
 
 def test_a_code_that_no_latent_chooses_stays_where_it_is():
     """Never revived, it became garbage and then NaN, as its running means decayed to nothing."""
-    latent, quantizer = latent_and_quantizer(ema_decay=0.1, revive_below=0.0)
+    latent, quantizer = latent_and_quantizer(ema_decay=0.1, dead_code_threshold=0.0)
     before = quantizer.embedding.weight.clone()
     quantizer.embedding.weight[0] = before[0] = 9.0
     quantizer.restart()
     quantizer.train()
     for _ in range(60):
         quantizer(latent)
-    assert quantizer.members[0] == 0
+    assert quantizer.cluster_size[0] == 0
     assert quantizer.embedding.weight[0].equal(before[0])
     assert quantizer.embedding.weight.isfinite().all()
     chosen = torch.full_like(latent[:1, :, :1, :1], 9.0)
@@ -79,8 +79,8 @@ def test_a_code_that_no_latent_chooses_stays_where_it_is():
 
 
 def test_starved_codes_move_to_latents_of_the_batch():
-    latent, quantizer = latent_and_quantizer(ema_decay=0.5, revive_below=0.6)
-    quantizer.members.zero_()
+    latent, quantizer = latent_and_quantizer(ema_decay=0.5, dead_code_threshold=0.6)
+    quantizer.cluster_size.zero_()
     _, codes, _ = quantizer.train()(latent)
     used = codes.unique()
     starved = torch.ones(len(quantizer.embedding.weight), dtype=torch.bool)
@@ -101,10 +101,10 @@ def test_eval_mode_leaves_the_codebook_alone():
 @pytest.mark.parametrize("shape", [(2, 3, 40, 32), (2, 8, 3, 16, 24)])
 def test_training_reaches_every_parameter(shape):
     tokenizer = VisionTokenizer(SMALL).train()
-    redrawn, codes, commitment = tokenizer(pictures(*shape))
-    assert redrawn.shape == shape
+    reconstructed, codes, commitment = tokenizer(images(*shape))
+    assert reconstructed.shape == shape
     assert codes.shape == (shape[0], *(s // 4 for s in shape[1:-3]), shape[-2] // 8, shape[-1] // 8)
-    (redrawn.square().mean() + commitment).backward()
+    (reconstructed.square().mean() + commitment).backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
         # A batch norm takes the mean away, and with it the bias ahead of it.
@@ -114,11 +114,11 @@ def test_training_reaches_every_parameter(shape):
 @pytest.mark.parametrize("shape", [(2, 3, 16, 24), (2, 4, 3, 16, 24)])
 def test_a_tokenizer_works_and_trains_under_autocast(shape):
     """Convolutions 3x3 refused what others had rounded, and so did the running means."""
-    tokenizer, x = random_tokenizer(TINY_VISION), pictures(*shape)
+    tokenizer, x = random_tokenizer(TINY_VISION), images(*shape)
     with torch.autocast("cpu", torch.bfloat16):
         assert tokenizer.decode(tokenizer.encode(x)).shape == x.shape
-        redrawn, _, commitment = tokenizer.train()(x)
-        (redrawn.square().mean() + commitment).backward()
+        reconstructed, _, commitment = tokenizer.train()(x)
+        (reconstructed.square().mean() + commitment).backward()
     assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
@@ -132,26 +132,26 @@ def test_a_codebook_without_running_means_learns_by_gradient():
     assert moved.nonzero().flatten().equal(codes.unique())
 
 
-def test_a_tokenizer_of_pictures_alone_has_no_temporal_layers():
+def test_a_tokenizer_of_images_alone_has_no_temporal_layers():
     tokenizer = VisionTokenizer(TINY_VISION.model_copy(update={"temporal_factor": 1})).eval()
     assert not any("time" in name or "quant_conv" in name for name in tokenizer.state_dict())
-    x = pictures(2, 3, 16, 24)
+    x = images(2, 3, 16, 24)
     codes = tokenizer.encode(x)
     assert codes.shape == (2, 8, 12)
     assert tokenizer.decode(codes).shape == x.shape
-    with pytest.raises(ValueError, match="takes pictures alone"):
+    with pytest.raises(ValueError, match="takes images alone"):
         tokenizer.encode(x[:, None])
 
 
-def test_a_tokenizer_learns_one_picture():
+def test_a_tokenizer_learns_one_image():
     torch.manual_seed(0)
     tokenizer = VisionTokenizer(TINY_VISION.model_copy(update={"temporal_factor": 1}))
-    picture = F.interpolate(torch.rand(4, 3, 4, 4) * 2 - 1, 16, mode="bilinear")
+    image = F.interpolate(torch.rand(4, 3, 4, 4) * 2 - 1, 16, mode="bilinear")
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=3e-3)
     errors = []
     for _ in range(60):
-        redrawn, _, commitment = tokenizer(picture)
-        error = F.mse_loss(redrawn, picture)
+        reconstructed, _, commitment = tokenizer(image)
+        error = F.mse_loss(reconstructed, image)
         optimizer.zero_grad()
         (error + commitment).backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Pictures to pixels and back, as Emu3's image processor does it."""
+"""Images to pixels and back, as Emu3's image processor does it."""
 
 import numpy as np
 import pytest
@@ -34,40 +34,40 @@ def test_a_side_is_never_empty_however_few_the_pixels(size):
 
 
 def test_pixels_are_the_released_processor_s():
-    picture = gradient(300, 420)
+    image = gradient(300, 420)
     height, width = smart_resize(300, 420)
-    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     expected = (np.asarray(resized, dtype=np.float64) / 255 - 0.5) / 0.5
-    for form in (picture, torch.from_numpy(picture), Image.fromarray(picture)):
+    for form in (image, torch.from_numpy(image), Image.fromarray(image)):
         pixels = preprocess(form)
         assert pixels.dtype == torch.float32
         np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
 
 
-def test_a_picture_of_the_right_size_comes_back_to_the_level():
-    picture = gradient(16, 32)
-    pixels = preprocess(picture, min_pixels=1, max_pixels=512)
+def test_an_image_of_the_right_size_comes_back_to_the_level():
+    image = gradient(16, 32)
+    pixels = preprocess(image, min_pixels=1, max_pixels=512)
     (again,) = postprocess(pixels)
-    assert np.array_equal(np.asarray(again), picture)
+    assert np.array_equal(np.asarray(again), image)
     assert len(postprocess(pixels.expand(2, 3, -1, -1, -1))) == 6
 
 
 def test_values_outside_the_range_are_clamped():
-    (picture,) = postprocess(torch.tensor([-3.0, 0.0, 3.0]).view(3, 1, 1))
-    assert picture.getpixel((0, 0)) == (0, 128, 255)
+    (image,) = postprocess(torch.tensor([-3.0, 0.0, 3.0]).view(3, 1, 1))
+    assert image.getpixel((0, 0)) == (0, 128, 255)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_other_modes_of_pillow_become_three_channels(mode):
-    picture = Image.fromarray(gradient(32, 32)).convert(mode)
-    assert preprocess(picture, min_pixels=1).shape == (3, 32, 32)
+    image = Image.fromarray(gradient(32, 32)).convert(mode)
+    assert preprocess(image, min_pixels=1).shape == (3, 32, 32)
 
 
 def test_16_bit_grey_is_rounded_and_not_cut_off():
     """Everything above 255 of 65535 was white."""
     levels = np.array([[0, 128, 129, 65407] * 2] * 8, dtype=np.uint16)
-    (picture,) = postprocess(preprocess(Image.fromarray(levels), min_pixels=1))
-    assert np.asarray(picture)[0, :4].tolist() == [[0] * 3, [0] * 3, [1] * 3, [255] * 3]
+    (image,) = postprocess(preprocess(Image.fromarray(levels), min_pixels=1))
+    assert np.asarray(image)[0, :4].tolist() == [[0] * 3, [0] * 3, [1] * 3, [255] * 3]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
@@ -78,7 +78,7 @@ def test_what_is_transparent_is_white(mode):
 
 
 @pytest.mark.parametrize(
-    ("picture", "line"),
+    ("image", "line"),
     [
         (Image.new("La", (8, 8)), "must be RGB, RGBA, .*, or grey of 8 or 16 bits, got mode La"),
         (Image.new("F", (8, 8)), "got mode F"),
@@ -90,9 +90,9 @@ def test_what_is_transparent_is_white(mode):
         (np.zeros((8, 8, 3), np.float32), r"must be uint8 \[H, W, 3\], got float32 \[8, 8, 3\]"),
     ],
 )
-def test_what_is_no_picture_is_refused_in_one_line(picture, line):
+def test_what_is_no_image_is_refused_in_one_line(image, line):
     with pytest.raises(ValueError, match=line) as fault:
-        preprocess(picture)
+        preprocess(image)
     assert "\n" not in str(fault.value)
 
 

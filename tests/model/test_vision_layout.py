@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emu3_kernels.runtime import gemm, library
-from tests.model.vision_parts import pictures, random_tokenizer
+from tests.model.vision_parts import images, random_tokenizer
 
 SIDE = 128
 """The smallest activations of many channels have 128 * 16 * 16 elements here."""
@@ -36,7 +36,7 @@ def copied(call: Callable[[], object]) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encode_copies_the_pixels_and_what_a_stride_of_two_pads(dtype):
     """PyTorch's convolutions pad both ends alike, so the pads at one end are written out."""
-    tokenizer, pixels = random_tokenizer().to(dtype), pictures(1, 3, SIDE, SIDE).to(dtype)
+    tokenizer, pixels = random_tokenizer().to(dtype), images(1, 3, SIDE, SIDE).to(dtype)
     padded = [(1, 32, 128, 128), (1, 64, 64, 64), (1, 64, 32, 32)]
     assert copied(lambda: tokenizer.encode(pixels)) == [(1, 3, 128, 128), *padded]
 

@@ -9,13 +9,13 @@ from emu3.weights import load_vision, save_vision
 from emu3.weights.files import read_tensors
 from emu3_kernels.testing.budget import assert_as_accurate
 from tests.model import official_vision
-from tests.model.vision_parts import SMALL, pictures, random_tokenizer
+from tests.model.vision_parts import SMALL, images, random_tokenizer
 
 SAME = 1e-4
 """Largest difference of a reconstruction: eight times what rounding makes of 30 layers."""
 SAME_AT_FULL_SIZE = 4 * SAME
 """A value in a hundred may differ so much there: random weights of 60 layers amplify rounding. Of
-three pictures theirs lay up to 8.5e-5 from float64 and ours 1.0e-4; of six, the largest difference
+three images theirs lay up to 8.5e-5 from float64 and ours 1.0e-4; of six, the largest difference
 of the two lay anywhere between 2.2e-5 and 1.6e-4, with either of two roundings (measured)."""
 
 
@@ -46,34 +46,34 @@ def both(settings: VisionSettings, tmp_path) -> tuple[VisionTokenizer, torch.nn.
 
 
 @torch.no_grad()
-def assert_same_pictures(
+def assert_same_images(
     ours: VisionTokenizer, theirs: torch.nn.Module, *size: int, largest: float = SAME
 ) -> None:
-    x = pictures(*size)
+    x = images(*size)
     codes = ours.encode(x)
     sizes = torch.tensor([size[2:]] * size[0])
     assert codes.equal(torch.stack(theirs.encode(x, image_sizes=sizes).image_tokens))
     assert codes.unique().numel() > min(codes.numel(), ours.settings.num_codes) // 8
-    redrawn, expected = ours.decode(codes), theirs.decode(codes)
-    differences = (redrawn - expected).abs() / expected.abs().max()
+    reconstructed, expected = ours.decode(codes), theirs.decode(codes)
+    differences = (reconstructed - expected).abs() / expected.abs().max()
     assert differences.quantile(0.99) <= SAME
     assert differences.max() <= largest
 
 
 @pytest.mark.parametrize("size", [(1, 3, 8, 8), (2, 3, 64, 48), (3, 3, 40, 88), (1, 3, 256, 256)])
-def test_pictures_have_hugging_face_codes_and_pixels(size, tmp_path):
-    assert_same_pictures(*both(SMALL, tmp_path), *size)
+def test_images_have_hugging_face_codes_and_pixels(size, tmp_path):
+    assert_same_images(*both(SMALL, tmp_path), *size)
 
 
-@pytest.mark.slow(reason="40 seconds: theirs encodes and decodes four copies of 512 x 512")
-def test_a_large_picture_has_hugging_face_codes_and_pixels(tmp_path):
-    assert_same_pictures(*both(SMALL, tmp_path), 1, 3, 512, 512)
+@pytest.mark.e2e  # 40 seconds: theirs encodes and decodes four copies of 512 x 512
+def test_a_large_image_has_hugging_face_codes_and_pixels(tmp_path):
+    assert_same_images(*both(SMALL, tmp_path), 1, 3, 512, 512)
 
 
-@pytest.mark.slow(reason="1.1 GB of weights twice, and a minute of convolutions")
+@pytest.mark.e2e  # 1.1 GB of weights twice, and a minute of convolutions
 def test_the_full_size_has_hugging_face_codes_and_pixels(tmp_path):
     models = both(VisionSettings(), tmp_path)
-    assert_same_pictures(*models, 1, 3, 128, 128, largest=SAME_AT_FULL_SIZE)
+    assert_same_images(*models, 1, 3, 128, 128, largest=SAME_AT_FULL_SIZE)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_other_shapes_are_hugging_face_s_too(changes, tmp_path):
     ours, theirs = both(SMALL.model_copy(update=changes), tmp_path)
     loaded = load_vision(theirs.state_dict())
     assert loaded.settings == ours.settings.model_copy(update={"image_size": 512})
-    x = pictures(2, 3, 32, 48)
+    x = images(2, 3, 32, 48)
     codes = loaded.encode(x)
     sizes = torch.tensor([[32, 48]] * 2)
     assert codes.equal(torch.stack(theirs.encode(x, image_sizes=sizes).image_tokens))
@@ -100,13 +100,13 @@ def assert_drawn_as_accurately(ours: VisionTokenizer, codes: torch.Tensor) -> No
     low = official_vision.decode(weights, codes)
     exact = official_vision.decode({name: w.double() for name, w in weights.items()}, codes)
     assert_as_accurate("clip", ours.decode(codes), low, exact)
-    assert_as_accurate("picture", ours.decode(codes[:, 0]), low[:, 0], exact[:, 0])
+    assert_as_accurate("image", ours.decode(codes[:, 0]), low[:, 0], exact[:, 0])
 
 
 @pytest.mark.parametrize("frames", [4, 12])
 def test_video_has_the_released_code_s_codes_and_pixels(frames):
     ours = random_tokenizer()
-    clips = pictures(2, frames, 3, 32, 48)
+    clips = images(2, frames, 3, 32, 48)
     codes = ours.encode(clips)
     assert codes.equal(official_vision.encode(ours.state_dict(), clips))
     assert codes.unique().numel() > codes.numel() // 8
@@ -114,9 +114,9 @@ def test_video_has_the_released_code_s_codes_and_pixels(frames):
     assert_drawn_as_accurately(ours, codes)
 
 
-def test_a_picture_is_the_first_frame_of_four_alike():
+def test_an_image_is_the_first_frame_of_four_alike():
     ours = random_tokenizer()
-    x = pictures(2, 3, 40, 32)
+    x = images(2, 3, 40, 32)
     codes = official_vision.encode(ours.state_dict(), x[:, None].repeat(1, 4, 1, 1, 1))
     assert ours.encode(x).equal(codes[:, 0])
     assert_drawn_as_accurately(ours, codes)
@@ -124,11 +124,11 @@ def test_a_picture_is_the_first_frame_of_four_alike():
 
 def test_forward_draws_what_decode_draws_from_what_encode_reads():
     ours = random_tokenizer()
-    for x in (pictures(2, 3, 40, 32), pictures(1, 8, 3, 40, 32)):
-        redrawn, codes, _ = ours(x)
+    for x in (images(2, 3, 40, 32), images(1, 8, 3, 40, 32)):
+        reconstructed, codes, _ = ours(x)
         assert codes.equal(ours.encode(x))
         expected = ours.decode(codes)
-        assert (redrawn - expected).abs().max() <= SAME * expected.abs().max()
+        assert (reconstructed - expected).abs().max() <= SAME * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,7 +141,7 @@ def test_pixels_are_as_accurate_as_the_released_code_s(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_latents_are_as_accurate_as_the_released_code_s(dtype):
     ours = random_tokenizer().to(dtype)
-    weights, frames = ours.state_dict(), pictures(1, 4, 3, 48, 40).to(dtype)
+    weights, frames = ours.state_dict(), images(1, 4, 3, 48, 40).to(dtype)
     low = official_vision.latents(weights, frames)
     exact = official_vision.latents(
         {name: w.double() for name, w in weights.items()}, frames.double()

@@ -1,8 +1,6 @@
-"""Video in pieces and pictures in tiles."""
+"""Video in pieces and images in tiles."""
 
 import resource
-import subprocess
-import sys
 from itertools import islice
 
 import pytest
@@ -18,20 +16,21 @@ from emu3.vision import (
     encode_tiled,
 )
 from emu3.vision.tiling import blend
+from tests import children
 from tests.model import official_vision
-from tests.model.vision_parts import pictures, random_tokenizer
+from tests.model.vision_parts import images, random_tokenizer
 from tests.train.clips import BIKES
 
 
 @pytest.mark.parametrize("lengths", [(4, 4, 4, 4), (8, 4, 4), (4, 12)])
 def test_a_video_in_pieces_is_the_whole_bit_for_bit(lengths):
-    tokenizer, video = random_tokenizer(), pictures(2, 16, 3, 16, 24)
+    tokenizer, video = random_tokenizer(), images(2, 16, 3, 16, 24)
     streamed = list(encode_stream(tokenizer, video.split(lengths, dim=1)))
     assert [part.shape[1] for part in streamed] == [length // 4 for length in lengths]
     codes = tokenizer.encode(video)
     assert torch.cat(streamed, 1).equal(codes)
-    redrawn = list(decode_stream(tokenizer, codes.split([n // 4 for n in lengths], dim=1)))
-    assert torch.cat(redrawn, 1).equal(tokenizer.decode(codes))
+    reconstructed = list(decode_stream(tokenizer, codes.split([n // 4 for n in lengths], dim=1)))
+    assert torch.cat(reconstructed, 1).equal(tokenizer.decode(codes))
 
 
 @torch.no_grad()
@@ -44,21 +43,18 @@ def test_a_filmed_clip_in_pieces_is_one_pass_bit_for_bit():
     assert torch.cat(pieces, 2).equal(latents)
     codes = tokenizer.quantize.codes(latents)
     assert torch.cat(list(encode_stream(tokenizer, clip.split(8, dim=1))), 1).equal(codes)
-    redrawn = torch.cat(list(decode_stream(tokenizer, codes.split(1, dim=1))), 1)
-    assert redrawn.equal(tokenizer.pixels(tokenizer.quantize.lookup(codes), still=False))
+    reconstructed = torch.cat(list(decode_stream(tokenizer, codes.split(1, dim=1))), 1)
+    assert reconstructed.equal(tokenizer.pixels(tokenizer.quantize.lookup(codes), is_image=False))
 
 
 def test_the_memory_of_a_stream_does_not_grow_with_a_filmed_clip():
     """The most that a process held after 48 frames, above that after 8; a frame has 0.4 MiB."""
-    script = "from tests.model.test_vision_streaming import peak_growth; print(peak_growth(8, 48))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 4
+    assert children.run(peak_growth, 8, 48) < 4
 
 
 def test_latents_remember_what_came_before_bit_for_bit():
     """Codes round: a lost frame could hide. The latents of piece and whole are compared too."""
-    tokenizer, video = random_tokenizer(), pictures(1, 8, 3, 16, 24)
+    tokenizer, video = random_tokenizer(), images(1, 8, 3, 16, 24)
     memory, other = {}, {}
     with torch.no_grad():
         tokenizer.latents(video[:, :4], memory)
@@ -70,15 +66,15 @@ def test_latents_remember_what_came_before_bit_for_bit():
 
 
 def test_every_four_frames_by_themselves_are_the_released_script_s():
-    tokenizer, video = random_tokenizer(), pictures(2, 8, 3, 16, 24)
+    tokenizer, video = random_tokenizer(), images(2, 8, 3, 16, 24)
     weights = tokenizer.state_dict()
     expected = official_vision.encode(weights, video.view(-1, 4, 3, 16, 24)).view(2, 2, 2, 3)
     codes = torch.cat(list(encode_pieces(tokenizer, [video])), 1)
     assert codes.equal(expected)
     assert not codes.equal(tokenizer.encode(video))
-    redrawn = torch.cat(list(decode_pieces(tokenizer, codes.split(1, dim=1))), 1)
+    reconstructed = torch.cat(list(decode_pieces(tokenizer, codes.split(1, dim=1))), 1)
     exact = official_vision.decode(weights, codes.view(4, 1, 2, 3)).view(video.shape)
-    torch.testing.assert_close(redrawn, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reconstructed, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_stream_remembers_does_not_grow():
@@ -86,7 +82,7 @@ def test_what_a_stream_remembers_does_not_grow():
     memory: dict = {}
     with torch.no_grad():
         for seed in range(4):
-            tokenizer.latents(pictures(1, 4, 3, 16, 16, seed=seed), memory)
+            tokenizer.latents(images(1, 4, 3, 16, 16, seed=seed), memory)
             frames = [cache.frames for cache in memory.values() if cache.frames is not None]
             sizes.append(sum(f.untyped_storage().nbytes() for f in frames))
     assert sizes[0] > 0
@@ -94,25 +90,25 @@ def test_what_a_stream_remembers_does_not_grow():
 
 
 def test_a_stream_asks_for_a_piece_only_when_the_last_is_used():
-    tokenizer, drawn = random_tokenizer(), []
+    tokenizer, requested = random_tokenizer(), []
 
     def clips():
         for number in range(3):
-            drawn.append(number)
-            yield pictures(1, 4, 3, 8, 8, seed=number)
+            requested.append(number)
+            yield images(1, 4, 3, 8, 8, seed=number)
 
     stream = encode_stream(tokenizer, clips())
     next(stream)
-    assert drawn == [0]
+    assert requested == [0]
 
 
 @pytest.mark.parametrize("call", [encode_stream, encode_pieces])
 def test_a_piece_that_is_no_clip_is_refused(call):
     tokenizer = random_tokenizer()
     with pytest.raises(ValueError, match=r"a clip is \[B, T, 3, H, W\], got \(1, 3, 8, 8\)"):
-        next(call(tokenizer, [pictures(1, 3, 8, 8)]))
+        next(call(tokenizer, [images(1, 3, 8, 8)]))
     with pytest.raises(ValueError, match="frames must be a multiple of 4, got 6"):
-        next(call(tokenizer, [pictures(1, 6, 3, 8, 8)]))
+        next(call(tokenizer, [images(1, 6, 3, 8, 8)]))
 
 
 @pytest.mark.parametrize("call", [decode_stream, decode_pieces])
@@ -121,8 +117,8 @@ def test_codes_that_are_no_clip_are_refused(call):
         next(call(random_tokenizer(), [torch.zeros(1, 2, 2, dtype=torch.int64)]))
 
 
-def test_a_picture_that_fits_one_tile_is_encoded_as_ever():
-    tokenizer, x = random_tokenizer(), pictures(1, 3, 48, 64)
+def test_an_image_that_fits_one_tile_is_encoded_as_ever():
+    tokenizer, x = random_tokenizer(), images(1, 3, 48, 64)
     codes = tokenizer.encode(x)
     assert encode_tiled(tokenizer, x, tile=64, overlap=16).equal(codes)
     torch.testing.assert_close(
@@ -137,15 +133,15 @@ def test_blended_tiles_of_a_pointwise_function_are_the_whole(tile, overlap):
     torch.testing.assert_close(blend(doubled, x, tile, overlap, grow=2), doubled(x))
 
 
-def test_tiles_cover_pictures_and_clips_and_meet_without_a_seam():
+def test_tiles_cover_images_and_clips_and_meet_without_a_seam():
     tokenizer = random_tokenizer()
-    x = pictures(1, 3, 96, 128)
+    x = images(1, 3, 96, 128)
     codes = encode_tiled(tokenizer, x, tile=64, overlap=16)
     assert codes.shape == (1, 12, 16)
-    redrawn = decode_tiled(tokenizer, codes, tile=64, overlap=24)
-    assert redrawn.shape == x.shape
-    assert largest_step(redrawn) < 1.5 * largest_step(tokenizer.decode(codes))
-    clip = pictures(1, 4, 3, 72, 64)
+    reconstructed = decode_tiled(tokenizer, codes, tile=64, overlap=24)
+    assert reconstructed.shape == x.shape
+    assert largest_step(reconstructed) < 1.5 * largest_step(tokenizer.decode(codes))
+    clip = images(1, 4, 3, 72, 64)
     codes = encode_tiled(tokenizer, clip, tile=64, overlap=16)
     assert codes.shape == (1, 1, 9, 8)
     assert decode_tiled(tokenizer, codes, tile=64, overlap=16).shape == clip.shape
@@ -154,7 +150,7 @@ def test_tiles_cover_pictures_and_clips_and_meet_without_a_seam():
 @pytest.mark.parametrize(("tile", "overlap"), [(60, 16), (64, 12), (64, 32), (64, -8)])
 def test_tiles_that_do_not_fit_the_grid_are_refused(tile, overlap):
     with pytest.raises(ValueError, match="must be multiples of 8, overlap from 0 to less"):
-        encode_tiled(random_tokenizer(), pictures(1, 3, 64, 64), tile=tile, overlap=overlap)
+        encode_tiled(random_tokenizer(), images(1, 3, 64, 64), tile=tile, overlap=overlap)
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:
@@ -167,11 +163,11 @@ def largest_step(pixels: torch.Tensor) -> float:
 
 
 def peak_growth(early: int, late: int) -> float:
-    """MiB that the most memory of this process grows between two frames of a redrawn stream."""
+    """MiB that the peak memory of this process grows between two frames of a decoded stream."""
     tokenizer, peak = random_tokenizer(), {}
     frames = (f[:, 64:192, :256] / 127.5 - 1 for f in islice(open_video(BIKES), late))
     pieces = (torch.stack(piece)[None] for piece in zip(*[frames] * 4, strict=True))
-    redrawn = decode_stream(tokenizer, encode_stream(tokenizer, pieces))
-    for number, _ in enumerate(redrawn, 1):
+    reconstructed = decode_stream(tokenizer, encode_stream(tokenizer, pieces))
+    for number, _ in enumerate(reconstructed, 1):
         peak[4 * number] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return peak[late] - peak[early]

@@ -1,5 +1,7 @@
 """Checkpoints: there and back, foreign names, and one clear line for a wrong file."""
 
+import json
+
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -27,6 +29,25 @@ def test_a_decoder_comes_back_bit_for_bit(tmp_path):
     assert again.settings == TINY
     assert not again.training
     assert_same_state(model, again)
+
+
+def test_settings_are_read_under_the_names_of_older_files(tmp_path):
+    model, tokenizer = tiny_model(), VisionTokenizer(TINY_VISION)
+    former = {new: old for names in files.FORMER_NAMES.values() for old, new in names.items()}
+    settings = {"decoder": TINY, "vision": TINY_VISION}
+    told = {
+        part: json.dumps({former.get(k, k): v for k, v in s.model_dump(mode="json").items()})
+        for part, s in settings.items()
+    }
+    assert '"ff_width"' in told["decoder"]
+    assert '"revive_below"' in told["vision"]
+    weights = {name: view.clone() for name, view in official_views(model).items()}
+    save_file(weights, tmp_path / "decoder.safetensors", metadata=told)
+    save_vision(tmp_path / "new.safetensors", tokenizer)
+    tensors = load_file(tmp_path / "new.safetensors")
+    save_file(tensors, tmp_path / "vision.safetensors", metadata=told)
+    assert_same_state(model, load_decoder(tmp_path / "decoder.safetensors"))
+    assert load_vision(tmp_path / "vision.safetensors").settings == TINY_VISION
 
 
 def test_a_disk_that_takes_no_more_is_told_in_one_line(tmp_path, monkeypatch):
@@ -103,10 +124,10 @@ def test_weights_keep_their_dtype_and_convolutions_their_memory_format(tmp_path)
 
 def test_running_means_start_again_at_the_codebook(tmp_path):
     tokenizer = VisionTokenizer(TINY_VISION)
-    tokenizer.quantize.members.fill_(7.0)
+    tokenizer.quantize.cluster_size.fill_(7.0)
     save_vision(tmp_path / "vision.safetensors", tokenizer)
     again = load_vision(tmp_path / "vision.safetensors").quantize
-    assert again.members.eq(1.0).all()
+    assert again.cluster_size.eq(1.0).all()
     assert again.sums.equal(tokenizer.codebook)
 
 
@@ -115,7 +136,7 @@ def test_all_faults_of_a_vision_file_are_named_in_one_line():
     del tensors["encoder.mid.block_1.conv1.bias"], tensors["decoder.conv_out.weight"]
     tensors["encoder.extra"] = torch.zeros(1)
     tensors["decoder.conv_in.bias"] = torch.zeros(3)
-    with pytest.raises(ValueError, match="is no such vision tokenizer") as fault:
+    with pytest.raises(ValueError, match="does not fit the vision tokenizer") as fault:
         load_vision(tensors)
     for part in (
         "missing encoder.mid.block_1.conv1.bias, decoder.conv_out.weight",
@@ -149,7 +170,9 @@ def test_tensors_of_no_possible_shape_give_one_line(name, value, line):
     tensors = {**VisionTokenizer(SMALL).state_dict(), name: value}
     with pytest.raises(ValueError, match=line) as fault:
         load_vision(tensors)
-    assert str(fault.value).startswith("weights: the state dict is no such vision tokenizer: ")
+    assert str(fault.value).startswith(
+        "weights: the state dict does not fit the vision tokenizer: "
+    )
     assert "\n" not in str(fault.value)
 
 
@@ -177,7 +200,7 @@ def test_the_file_has_the_official_layout(tmp_path):
     assert shapes["model.layers.1.self_attn.q_proj.weight"] == (64, 48)
     assert shapes["model.layers.1.self_attn.k_proj.weight"] == (32, 48)
     assert shapes["model.layers.0.mlp.gate_proj.weight"] == (80, 48)
-    assert len(shapes) == 3 + 9 * TINY.layers
+    assert len(shapes) == 3 + 9 * TINY.num_layers
 
 
 @pytest.mark.parametrize("layout", ["text_model.model", "model.text_model"])
@@ -203,9 +226,9 @@ def test_hugging_face_layouts_in_shards_load_and_their_vision_part_is_passed_ove
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"ff_width": 64}, r"down_proj.weight is \(48, 80\), expected \(48, 64\)"),
-        ({"layers": 1}, r"model.layers.1.input_layernorm.weight has no place here"),
-        ({"layers": 3}, r"it lacks model.layers.2.self_attn.q_proj.weight and 8 more"),
+        ({"intermediate_size": 64}, r"down_proj.weight is \(48, 80\), expected \(48, 64\)"),
+        ({"num_layers": 1}, r"model.layers.1.input_layernorm.weight has no place here"),
+        ({"num_layers": 3}, r"it lacks model.layers.2.self_attn.q_proj.weight and 8 more"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_gives_one_line(changes, line, tmp_path):

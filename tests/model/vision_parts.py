@@ -1,4 +1,4 @@
-"""Vision tokenizers with random weights that use many codes, and pictures for them."""
+"""Vision tokenizers with random weights that use many codes, and images for them."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ FACTORS = (
     *(f"{norm}.weight" for norm in ("norm", "norm1", "norm2", "norm_out", "norm_layer")),
     *("conv_y.bias", "running_var"),
 )
-"""What multiplies, and is drawn around 1; the rest of the norms is drawn around 0."""
+"""Factors are sampled around 1; the rest of the norms around 0."""
 
 
-def pictures(*shape: int, seed: int = 0) -> Tensor:
+def images(*shape: int, seed: int = 0) -> Tensor:
     """Noise on a slope, in [-1, 1], so that neither places nor frames look alike."""
     random = torch.Generator().manual_seed(seed)
     noise = torch.rand(*shape, generator=random) * 2 - 1
@@ -39,6 +39,6 @@ def random_tokenizer(settings: VisionSettings = SMALL, seed: int = 0) -> VisionT
 
 @torch.no_grad()
 def spread_codebook(tokenizer: VisionTokenizer) -> None:
-    rows = tokenizer.latents(pictures(4, 1, 3, 64, 64)).movedim(1, -1).flatten(0, -2)
+    rows = tokenizer.latents(images(4, 1, 3, 64, 64)).movedim(1, -1).flatten(0, -2)
     codebook = tokenizer.quantize.embedding.weight
     codebook.copy_(rows.mean(0) + rows.std(0) * torch.randn_like(codebook))

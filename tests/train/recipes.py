@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from emu3.config import Recipe, load_recipe
+from emu3.config import Recipe
 from emu3.data.media import write_image, write_video
+from emu3.tasks import load_recipe
 from emu3.vision import VisionTokenizer
 from emu3.weights import save_vision
 from tests.train.clips import clip
@@ -21,16 +22,16 @@ VISION_WORDS = [
     "vision.multipliers=[1, 1, 1]",
     "vision.attention_stages=[2]",
     "vision.ema_decay=0.5",
-    "vision.revive_below=0.9",  # many codes starve, so that the random numbers matter
+    "vision.dead_code_threshold=0.9",  # many codes starve, so that the random numbers matter
     "optim.warmup_steps=2",
 ]
 DECODER_WORDS = [
     "train.steps=9",
     "train.save_every=2",
     "data.batch_size=6",
-    "model.width=32",
-    "model.layers=1",
-    "model.ff_width=48",
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.intermediate_size=48",
     "model.dropout=0.2",  # dropout draws from the random numbers that a checkpoint must hold
     "optim.warmup_steps=2",
 ]
@@ -43,13 +44,13 @@ TOKENIZER_WORDS = [
     "vision.attention_stages=[1]",
     "vision.groups=2",
     "vision.num_codes=24",
-    "vision.revive_below=0.9",
+    "vision.dead_code_threshold=0.9",
     "media.crop=16",
-    "media.pictures=3",
+    "media.images=3",
     "media.clips=2",
     "media.shrink=2",
-    "media.hold_out=['unseen']",
-    "media.hold_out_tail=0.5",
+    "media.validation=['unseen']",
+    "media.validation_tail=0.5",
     "objective.adversarial_start=3",
     "objective.discriminator_channels=2",
     "optim.warmup_steps=2",
@@ -70,7 +71,7 @@ def decoder_words(folder: Path) -> list[str]:
 
 
 def tokenizer_words(folder: Path) -> list[str]:
-    """Overrides for the tokenizer's stage on two pictures and a clip, written to ``folder``."""
+    """Overrides for the tokenizer's stage on two images and a clip, written to ``folder``."""
     random = torch.Generator().manual_seed(0)
     for name in ("seen", "unseen"):
         rough = torch.rand(1, 3, 5, 6, generator=random) * 255

@@ -7,7 +7,7 @@ from threading import Event
 import pytest
 from rich.console import Console
 
-from emu3.bulk import Item, each, find
+from emu3.tools.bulk import Item, each, find
 
 
 def touch(folder, *names):
@@ -63,15 +63,15 @@ def test_a_bad_file_costs_only_itself_and_names_itself_once(capsys):
 
     outcome = each(ITEMS, str, work, lambda item: item.name.name == "3")
     assert worked == [*ITEMS[:3], *ITEMS[4:]]
-    assert (outcome.done, outcome.kept) == (4, 1)
-    assert outcome.faults == ["/in/2: broken", "broken /in/5"]
+    assert (outcome.done, outcome.skipped) == (4, 1)
+    assert outcome.errors == ["/in/2: broken", "broken /in/5"]
     assert capsys.readouterr().err == "emu3: /in/2: broken\nemu3: broken /in/5\n"
 
 
 def test_a_terminal_shows_how_many_files_are_done_and_how_far_the_one_at_work_is(monkeypatch):
     screen = StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr("emu3.bulk.Console", lambda **_: terminal)
+    monkeypatch.setattr("emu3.tools.bulk.Console", lambda **_: terminal)
     each(ITEMS, str, lambda item, _, tell: tell("frame 8"), lambda item: False)
     assert "7/7" in screen.getvalue()
     assert "6 frame 8" in screen.getvalue()
@@ -95,7 +95,7 @@ def test_what_was_read_reaches_its_own_file_and_a_bad_read_costs_only_itself():
         ITEMS, overtaken, lambda item, given, _: pairs.append((item, given)), lambda item: False
     )
     assert pairs == [(item, int(item.name.name)) for item in ITEMS if item.name.name != "4"]
-    assert outcome.faults == ["/in/4: broken"]
+    assert outcome.errors == ["/in/4: broken"]
     assert len(read) == len(ITEMS)
 
 
@@ -126,10 +126,10 @@ def test_what_is_no_fault_of_the_file_ends_the_run():
 
 def test_under_torchrun_a_rank_waits_for_the_others_before_it_fails(monkeypatch):
     happened = []
-    monkeypatch.setattr("emu3.bulk.dist.is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr("emu3.tools.bulk.dist.is_torchelastic_launched", lambda: True)
     for name in ("init_process_group", "barrier", "destroy_process_group"):
         monkeypatch.setattr(
-            f"emu3.bulk.dist.{name}", lambda *_, name=name, **__: happened.append(name)
+            f"emu3.tools.bulk.dist.{name}", lambda *_, name=name, **__: happened.append(name)
         )
 
     def work(item, given, tell):

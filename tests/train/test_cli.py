@@ -1,6 +1,8 @@
 """The command line: what it writes, and one line for every mistake."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from emu3.cli import _read, app
-from emu3.config import load_recipe
 from emu3.model import Emu3
+from emu3.tasks import load_recipe
 from emu3.vision import VisionTokenizer
 from emu3.weights import save_decoder, save_vision
 from tests.train.recipes import decoder_words, vision_words
@@ -34,17 +36,17 @@ def test_train_leaves_weights_that_generate_and_chat_can_use(tmp_path, files):
     done = emu3("train", "vision", *vision_words(), "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     files = [*files[:3], tmp_path / "run" / "vision.safetensors"]
-    out = tmp_path / "pictures.png"
+    out = tmp_path / "images.png"
     done = emu3("generate", "a red seven", "an orange one", *files, "--out", out)
     assert done.exit_code == 0, done.output
     with Image.open(out) as image:
         assert image.size == (32, 16)
     done = emu3("chat", out, *files)
     assert done.exit_code == 0, done.output
-    assert "pictures.png: " in done.output.replace("\n", "")
+    assert "images.png: " in done.output.replace("\n", "")
 
 
-def test_the_same_seed_draws_the_same_picture(tmp_path, files):
+def test_the_same_seed_draws_the_same_image(tmp_path, files):
     for name, seed in (("one", 4), ("two", 4), ("other", 5)):
         done = emu3("generate", "x", *files, "--out", tmp_path / f"{name}.png", "--seed", seed)
         assert done.exit_code == 0, done.output
@@ -61,11 +63,11 @@ def test_the_same_seed_draws_the_same_picture(tmp_path, files):
         (["train", "digits"], "emu3: train: data.tokenizer must name a trained vision tokenizer"),
         (["train", "digits", "data.tokenizer=none.safetensors"], "emu3: weights: no file none"),
         (["generate", "x", "--decoder", "none"], "emu3: weights: no file none"),
-        (["generate", "x", "FILES", "--top-k", "0"], "emu3: keep_top: top_k must be at least 1"),
+        (["generate", "x", "FILES", "--top-k", "0"], "emu3: sampling: top_k must be at least 1"),
         (["chat", "none.png", "FILES"], "emu3: image: none.png cannot be read: No such file"),
         (
-            ["train", "vision", "data.held_out=0.9999"],
-            "emu3: data.held_out: a digit at least must ",
+            ["train", "vision", "data.validation=0.9999"],
+            "emu3: data.validation: at least one digit must ",
         ),
     ],
 )
@@ -82,14 +84,22 @@ def test_a_mistake_gives_one_line_an_exit_code_and_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_chat_refuses_what_is_no_picture(tmp_path, files):
+def test_a_process_ends_as_the_command_does():
+    """The other tests call commands in their own process."""
+    command = [sys.executable, "-m", "emu3", "train", "digitz"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("emu3: recipe: no file 'digitz'; those that ship are digits")
+
+
+def test_chat_refuses_what_is_no_image(tmp_path, files):
     (tmp_path / "notes.png").write_text("words")
     done = emu3("chat", tmp_path / "notes.png", *files)
     assert done.exit_code == 1
-    assert "notes.png is no picture" in done.stderr
+    assert "notes.png is not an image" in done.stderr
 
 
-def test_chat_refuses_a_picture_that_is_too_large_in_one_line(tmp_path, files, monkeypatch):
+def test_chat_refuses_an_image_that_is_too_large_in_one_line(tmp_path, files, monkeypatch):
     """Pillow's guard against bombs is no OSError, and came out as a traceback."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("RGB", (30, 20)).save(tmp_path / "huge.png")
@@ -99,12 +109,12 @@ def test_chat_refuses_a_picture_that_is_too_large_in_one_line(tmp_path, files, m
     assert done.stderr.count("\n") == 1
 
 
-def test_chat_turns_a_picture_as_its_camera_says(tmp_path):
+def test_chat_turns_an_image_as_its_camera_says(tmp_path):
     exif = Image.Exif()
     exif[274] = 3  # orientation: upside down
-    picture = Image.linear_gradient("L").convert("RGB")
-    picture.save(tmp_path / "turned.png", exif=exif)
-    picture.rotate(180).save(tmp_path / "upright.png")
+    image = Image.linear_gradient("L").convert("RGB")
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.rotate(180).save(tmp_path / "upright.png")
     turned, upright = (_read(tmp_path / name, 16) for name in ("turned.png", "upright.png"))
     assert turned.equal(upright)
     assert not turned.equal(turned.flip(1))

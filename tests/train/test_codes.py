@@ -11,13 +11,13 @@ from emu3.data.codes import Header, Making, fingerprint, load_codes, save_codes
 from emu3.vision import VisionTokenizer
 from tests.model.tiny import TINY_VISION
 
-PICTURE = Header(
+IMAGE = Header(
     source="a/b.jpg", height=30, width=41, resized=(32, 40), tokenizer="ab12", making=Making()
 )
-VIDEO = PICTURE.model_copy(update={"frames": 7, "fps": "30000/1001"})
+VIDEO = IMAGE.model_copy(update={"frames": 7, "fps": "30000/1001"})
 
 
-@pytest.mark.parametrize(("shape", "header"), [((4, 5), PICTURE), ((2, 4, 5), VIDEO)])
+@pytest.mark.parametrize(("shape", "header"), [((4, 5), IMAGE), ((2, 4, 5), VIDEO)])
 def test_codes_come_back_with_what_was_said_of_them(shape, header, tmp_path):
     codes = torch.randint(32768, shape)
     codes.flatten()[:2] = torch.tensor([0, 32767])
@@ -30,21 +30,21 @@ def test_codes_come_back_with_what_was_said_of_them(shape, header, tmp_path):
 
 @pytest.mark.parametrize("code", [-1, 32768])
 def test_a_code_that_16_bits_cannot_hold_is_refused(code, tmp_path):
-    with pytest.raises(ValueError, match="holds codes of 16 bits"):
-        save_codes(tmp_path / "x.safetensors", torch.tensor([[0, code]]), PICTURE)
+    with pytest.raises(ValueError, match="stores codes of 16 bits"):
+        save_codes(tmp_path / "x.safetensors", torch.tensor([[0, code]]), IMAGE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_others_may_read_the_file(tmp_path):
     """safetensors' own save_file lets no one but the owner."""
     (tmp_path / "plain").touch()
-    save_codes(tmp_path / "x.safetensors", torch.tensor([[1]]), PICTURE)
+    save_codes(tmp_path / "x.safetensors", torch.tensor([[1]]), IMAGE)
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
 
 
 def foreign(path, tensors, **changes):
-    told = json.loads(PICTURE.model_dump_json()) | changes
+    told = json.loads(IMAGE.model_dump_json()) | changes
     save_file(tensors, path, metadata={"emu3_codes": json.dumps(told)})
 
 
@@ -56,7 +56,7 @@ GOOD = {"codes": torch.ones(4, 5, dtype=torch.int16)}
     [
         (lambda path: path.write_bytes(b"not tensors"), "is not a safetensors file"),
         (lambda path: path.touch(), "is not a safetensors file"),
-        (lambda path: save_file(GOOD, path), "is no file of codes"),
+        (lambda path: save_file(GOOD, path), "is not a file of codes"),
         (lambda path: save_file(GOOD, path, metadata={"emu3_codes": "{"}), "Expecting property"),
         (lambda path: foreign(path, GOOD, version=2), "version: Input should be 1, got 2"),
         (lambda path: foreign(path, GOOD, more=1), "more: unknown setting"),
@@ -79,7 +79,7 @@ def test_what_is_no_file_of_codes_gives_one_line_that_names_it(write, line, tmp_
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
-    save_codes(path, torch.ones(4, 5), PICTURE)
+    save_codes(path, torch.ones(4, 5), IMAGE)
     whole = path.read_bytes()
     for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from emu3.config import BYTE_VOCABULARY, DataSettings
-from emu3.data.digits import (
+from emu3.config import BYTE_VOCABULARY
+from emu3.data.documents import Example, collate
+from emu3.demo.config import DigitSettings
+from emu3.demo.digits import (
     BACKGROUND,
     COLORS,
     PALETTE,
@@ -14,28 +16,29 @@ from emu3.data.digits import (
     read_caption,
     render,
 )
-from emu3.data.documents import Lesson, collate
-from emu3.data.stream import DocumentStream, PictureStream, digits_to_learn
+from emu3.demo.stream import DocumentStream, ImageStream, training_digits
 from emu3.prompt import image_ids, parse_document
 from emu3.text import ByteTokenizer
 from emu3.weights import load_vision
 from tests.train.recipes import tiny_recipe
 
 
-def test_held_out_digits_are_no_training_digits_and_together_they_are_all():
-    learned, held_out = load_split(0.25)
-    both = torch.cat((learned.scans, held_out.scans)).flatten(1)
+def test_validation_digits_are_no_training_digits_and_together_they_are_all():
+    train_set, validation_set = load_split(0.25)
+    both = torch.cat((train_set.scans, validation_set.scans)).flatten(1)
     assert len(both) == 1797
-    assert not (learned.scans.flatten(1)[:, None] == held_out.scans.flatten(1)).all(-1).any()
-    share = held_out.labels.bincount() / both.new_tensor(
+    assert (
+        not (train_set.scans.flatten(1)[:, None] == validation_set.scans.flatten(1)).all(-1).any()
+    )
+    share = validation_set.labels.bincount() / both.new_tensor(
         [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     )
     assert (share - 0.25).abs().max() < 0.003
 
 
 def test_every_stage_learns_from_the_same_part():
-    learned, _ = load_split(0.25)
-    assert digits_to_learn(DataSettings(held_out=0.25)).scans.equal(learned.scans)
+    train_set, _ = load_split(0.25)
+    assert training_digits(DigitSettings(validation=0.25)).scans.equal(train_set.scans)
 
 
 def test_captions_read_back():
@@ -62,7 +65,7 @@ def test_a_batch_weighs_text_one_vision_half_and_padding_nothing():
     ids = BYTE_VOCABULARY
     visual = ids.visual_start
     tokens, weights = collate(
-        [Lesson([ids.bos, 65, visual, ids.eol, ids.eos]), Lesson([ids.bos, visual, 66], start=2)],
+        [Example([ids.bos, 65, visual, ids.eol, ids.eos]), Example([ids.bos, visual, 66], start=2)],
         ids,
         0.5,
     )
@@ -72,46 +75,46 @@ def test_a_batch_weighs_text_one_vision_half_and_padding_nothing():
 
 def test_documents_come_in_both_directions_and_are_learned_from_what_comes_second(tmp_path):
     recipe = tiny_recipe("decoder", tmp_path)
-    recipe = recipe.model_copy(update={"data": DataSettings(batch_size=64, null_caption=0.2)})
+    recipe = recipe.model_copy(update={"data": DigitSettings(batch_size=64, null_caption=0.2)})
     tokenizer = load_vision(tmp_path / "tokenizer.safetensors")
     ids, text = recipe.model.vocabulary, ByteTokenizer(recipe.model.vocabulary)
-    digits = digits_to_learn(recipe.data)
+    digits = training_digits(recipe.data)
     tokens, weights = DocumentStream(digits, recipe, tokenizer, text).next_batch()
-    pictures, labels, colors = DocumentStream(digits, recipe, tokenizer, text).draw()
+    images, labels, colors = DocumentStream(digits, recipe, tokenizer, text).sample()
     names = [caption(int(d), int(c)) for d, c in zip(labels, colors, strict=True)]
     kinds = set()
     for row, weight, codes, name in zip(
-        tokens, weights, tokenizer.encode(pictures), names, strict=True
+        tokens, weights, tokenizer.encode(images), names, strict=True
     ):
-        document, learned = parse_document(row.tolist(), text), row[weight > 0].tolist()
+        document, train_set = parse_document(row.tolist(), text), row[weight > 0].tolist()
         assert document.codes.equal(codes)
         kinds.add((document.before == name, document.after == name))
         if document.after:
             assert (document.before, document.after) == ("", name)
-            assert learned == [*text.encode(name), ids.eos]
+            assert train_set == [*text.encode(name), ids.eos]
         else:
             assert document.before in ("", name)
-            assert learned == [*image_ids(codes, text)[5:], ids.eos]  # all but boi "4*4" img
+            assert train_set == [*image_ids(codes, text)[5:], ids.eos]  # all but boi "4*4" img
     assert kinds == {(True, False), (False, True), (False, False)}
 
 
 @pytest.mark.parametrize("batches", [0, 1, 300])
 def test_a_restored_stream_goes_on_where_it_stood(batches):
     """300 batches of 6 pass the end of an epoch of 1,347 digits."""
-    settings = DataSettings(batch_size=6)
-    digits = digits_to_learn(settings)
-    stream = PictureStream(digits, settings, 8, seed=4)
+    settings = DigitSettings(batch_size=6)
+    digits = training_digits(settings)
+    stream = ImageStream(digits, settings, 8, seed=4)
     for _ in range(batches):
-        stream.draw()
-    other = PictureStream(digits, settings, 8, seed=5)
+        stream.sample()
+    other = ImageStream(digits, settings, 8, seed=5)
     other.restore(stream.state())
-    for one, two in zip(stream.draw(), other.draw(), strict=True):
+    for one, two in zip(stream.sample(), other.sample(), strict=True):
         assert one.equal(two)
 
 
 def test_an_epoch_shows_every_digit_once():
-    settings = DataSettings(batch_size=449)  # 3 batches are the 1,347 digits
-    digits = digits_to_learn(settings)
-    stream = PictureStream(digits, settings, 8, seed=0)
-    labels = torch.cat([stream.draw()[1] for _ in range(3)])
+    settings = DigitSettings(batch_size=449)  # 3 batches are the 1,347 digits
+    digits = training_digits(settings)
+    stream = ImageStream(digits, settings, 8, seed=0)
+    labels = torch.cat([stream.sample()[1] for _ in range(3)])
     assert labels.bincount().equal(digits.labels.bincount())

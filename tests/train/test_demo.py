@@ -1,4 +1,4 @@
-"""The demo, end to end on the smallest shapes; its figures at full size are its own report."""
+"""The demo, end to end on the smallest shapes; its numbers at full size are in its report."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from emu3.config import DataSettings
-from emu3.data.digits import COLORS, at_rest, load_split, render
+from emu3.demo.config import DigitSettings
+from emu3.demo.digits import COLORS, at_rest, load_split, render
 from emu3.demo.judge import DigitJudge, judge_color
 from emu3.demo.run import run_demo
 from tests.train.recipes import DECODER_WORDS, VISION_WORDS
@@ -22,12 +22,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_report_has_every_figure(folder):
+def test_the_report_has_every_metric(folder):
     report = json.loads((folder / "report.json").read_text())
     assert all(0 <= report[name] <= 1 for name in ACCURACIES)
-    assert report["generated_pictures"] == 320
-    assert report["held_out_digits"] + report["learned_digits"] == 1797
-    assert report["judge_digit_accuracy_on_held_out"] > 0.9
+    assert report["generated_images"] == 320
+    assert report["validation_digits"] + report["train_digits"] == 1797
+    assert report["judge_digit_accuracy_on_validation"] > 0.9
     assert set(report["backends"]) >= {"rms_norm", "add_rms_norm", "nearest_code", "rope"}
     assert report["fused_speedup"] > 0
     stages = report["seconds"]
@@ -35,34 +35,40 @@ def test_the_report_has_every_figure(folder):
     assert len(report["captions"]) == 24
 
 
-@pytest.mark.parametrize("name", ["drawn", "reconstructions", "captions", "loss"])
-def test_every_picture_is_a_large_png(folder, name):
+@pytest.mark.parametrize("name", ["generated", "reconstructions", "captions", "loss"])
+def test_every_image_is_a_large_png(folder, name):
     with Image.open(folder / f"{name}.png") as image:
         assert image.format == "PNG"
         assert image.width >= 1000
         assert image.height >= 400
 
 
-def test_a_second_demo_reports_the_same_figures(folder):
+@pytest.mark.e2e
+def test_a_second_demo_reports_the_same_numbers(folder):
     """All but seconds and speeds; the second run also replaces the runs of the first."""
     first = json.loads((folder / "report.json").read_text())
     second = run_demo(folder, VISION_WORDS, DECODER_WORDS)
-    clocked = {"seconds", "fused_speedup", "training_tokens_per_second", "drawn_tokens_per_second"}
+    clocked = {
+        "seconds",
+        "fused_speedup",
+        "training_tokens_per_second",
+        "generated_tokens_per_second",
+    }
     assert {k: v for k, v in second.items() if k not in clocked} == {
         k: v for k, v in first.items() if k not in clocked
     }
 
 
-def test_stages_that_hold_out_different_digits_are_refused(tmp_path):
-    """Else the tokenizer would have learned from digits that the decoder is measured on."""
-    with pytest.raises(ValueError, match=r"hold out the same digits, got .* 0.25 and 0.5"):
-        run_demo(tmp_path, VISION_WORDS, [*DECODER_WORDS, "data.held_out=0.5"])
+def test_stages_that_validate_on_different_digits_are_refused(tmp_path):
+    """Otherwise the tokenizer would be trained on digits that the decoder is measured on."""
+    with pytest.raises(ValueError, match=r"have the same validation digits, got .* 0.25 and 0.5"):
+        run_demo(tmp_path, VISION_WORDS, [*DECODER_WORDS, "data.validation=0.5"])
 
 
 def test_the_judges_know_real_digits_they_never_saw():
-    learned, held_out = load_split(0.25)
-    colors = torch.arange(len(held_out)) % len(COLORS)
-    pictures = render(held_out.scans, colors, at_rest(len(held_out)), 48)
-    right = DigitJudge(learned, DataSettings(), 48)(pictures) == held_out.labels
+    train_set, validation_set = load_split(0.25)
+    colors = torch.arange(len(validation_set)) % len(COLORS)
+    images = render(validation_set.scans, colors, at_rest(len(validation_set)), 48)
+    right = DigitJudge(train_set, DigitSettings(), 48)(images) == validation_set.labels
     assert right.double().mean() > 0.97
-    assert judge_color(pictures).equal(colors)
+    assert judge_color(images).equal(colors)

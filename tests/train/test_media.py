@@ -1,11 +1,11 @@
-"""Pictures and videos, from files and to files: what is read, what is refused, and how."""
+"""Images and videos, from files and to files: what is read, what is refused, and how."""
 
+import resource
 import struct
-import subprocess
-import sys
 import tracemalloc
 import zlib
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from emu3.data.media import open_video, read_image, write_image, write_video
+from tests import children
 from tests.train.clips import BIKES, clip
 
 RED_OVER_BLUE = np.array([[[255, 0, 0]] * 3, [[0, 0, 255]] * 3], dtype=np.uint8)
@@ -58,7 +59,7 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
     assert read_image(tmp_path / "x.png").permute(1, 2, 0).tolist() == turned.tolist()
 
 
-def test_a_telephone_s_picture_of_two_is_its_first(tmp_path):
+def test_a_telephone_s_image_of_two_is_its_first(tmp_path):
     first, second = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8))
     first.save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[second])
     assert read_image(tmp_path / "x.jpg").eq(255).all()
@@ -97,17 +98,17 @@ def damaged_dds(path) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
-        ("nothing", "is no picture, or one without pixels or of unknown channels"),
-        ("words", "is no picture, or one without pixels or of unknown channels"),
-        ("no width", "is no picture, or one without pixels or of unknown channels"),
+        ("nothing", "is not an image, or has no pixels or unknown channels"),
+        ("words", "is not an image, or has no pixels or unknown channels"),
+        ("no width", "is not an image, or has no pixels or unknown channels"),
         ("cut", "cannot be read: "),
         ("float", "has pixels of mode F; expected RGB, RGBA"),
-        ("five channels", "of unknown channels"),
-        ("another format", "is no picture, or one without pixels or of unknown channels"),
+        ("five channels", "unknown channels"),
+        ("another format", "is not an image, or has no pixels or unknown channels"),
         ("missing", "No such file"),
     ],
 )
-def test_a_bad_picture_gives_one_line_that_names_it(kind, line, tmp_path):
+def test_a_bad_image_gives_one_line_that_names_it(kind, line, tmp_path):
     path = tmp_path / "x.png"
     photograph = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
     write_image(tmp_path / "whole.png", photograph)
@@ -234,14 +235,14 @@ def remux(path, since: int = 0, **options) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "line"),
     [
-        ("end.mp4", {}, "is no video, or was cut short"),
+        ("end.mp4", {}, "is not a video, or is truncated"),
         (
             "begin.mp4",
             {"movflags": "faststart"},
-            r"is cut short: \d+ of its 250 frames are missing",
+            r"is truncated: \d+ of its 250 frames are missing",
         ),
-        ("pieces.mp4", {"movflags": "frag_keyframe+empty_moov"}, "is cut short: "),
-        ("x.mkv", {}, r"is cut short: \d+ frames, \d\.\d of 10\.0 s"),
+        ("pieces.mp4", {"movflags": "frag_keyframe+empty_moov"}, "is truncated: "),
+        ("x.mkv", {}, r"is truncated: \d+ frames, \d\.\d of 10\.0 s"),
     ],
     ids=["index at the end", "index at the beginning", "fragments", "matroska"],
 )
@@ -268,7 +269,7 @@ def test_a_truncated_avi_is_named(tmp_path):
         container.mux(stream.encode())
     assert sum(1 for _ in open_video(path)) == 100
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"is cut short: \d+ frames, \d\.\d of 4\.0 s|after \d+"):
+    with pytest.raises(ValueError, match=r"is truncated: \d+ frames, \d\.\d of 4\.0 s|after \d+"):
         list(open_video(path))
 
 
@@ -298,31 +299,24 @@ def test_sound_alone_is_no_video(tmp_path):
         open_video(tmp_path / "x.mp4")
 
 
-FULL_DISK = """
-import resource, sys
-from fractions import Fraction
-from pathlib import Path
-import torch
-from emu3.data.media import write_image, write_video
-noise = torch.randint(256, (3, 256, 256), dtype=torch.uint8)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-for write in (
-    lambda: write_image(Path("x.png"), noise),
-    lambda: write_video(Path("x.mp4"), [noise] * 9, Fraction(25)),
-):
-    try:
-        write()
-    except OSError as fault:
-        print(fault.strerror)
-"""
+def write_to_a_full_disk(folder: Path) -> list[str]:
+    """Errors of a process whose files the kernel refuses to grow past 20 kB."""
+    noise = torch.randint(256, (3, 256, 256), dtype=torch.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    errors = []
+    for write in (
+        lambda: write_image(folder / "x.png", noise),
+        lambda: write_video(folder / "x.mp4", [noise] * 9, Fraction(25)),
+    ):
+        try:
+            write()
+        except OSError as error:
+            errors.append(error.strerror)
+    return errors
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
-    """The kernel refuses every file's bytes past 20 kB."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout == "File too large\n" * 2, done.stderr
+    assert children.run(write_to_a_full_disk, tmp_path) == ["File too large"] * 2
     assert list(tmp_path.iterdir()) == []
 
 

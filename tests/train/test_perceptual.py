@@ -29,19 +29,19 @@ def test_distances_and_gradients_are_those_of_torchmetrics(kind, ours, tmp_path,
     real = torch.rand(2, 3, 64, 64) * 2 - 1
     results = []
     for network in (load_lpips(tmp_path / "lpips.safetensors"), oracle):
-        drawn = torch.full_like(real, 0.1).requires_grad_()
-        distance = network(drawn, real).flatten()
-        (slope,) = torch.autograd.grad(distance.sum(), drawn)
-        results.append((distance.detach(), slope))
+        reconstructed = torch.full_like(real, 0.1).requires_grad_()
+        distance = network(reconstructed, real).flatten()
+        (derivative,) = torch.autograd.grad(distance.sum(), reconstructed)
+        results.append((distance.detach(), derivative))
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_equal_pictures_are_at_no_distance_and_have_a_slope():
-    picture = torch.zeros(1, 3, 64, 64, requires_grad=True)
-    distance = alexnet()(picture, picture.detach())
+def test_equal_images_are_at_no_distance_and_have_a_slope():
+    image = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    distance = alexnet()(image, image.detach())
     distance.sum().backward()
     assert distance.item() == 0
-    assert picture.grad.isfinite().all()
+    assert image.grad.isfinite().all()
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -1,43 +1,42 @@
 """A run that is killed and resumed leaves what the unbroken run leaves, to the byte."""
 
+import json
+import os
 import random
 import signal
-import subprocess
-import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from emu3.train.loop import train
+from emu3 import files
+from emu3.tasks import train
 from emu3.train.metrics import Metrics
 from emu3.weights import read_tensors, save_tensors
+from emu3.weights.files import FORMER_NAMES
+from tests import children
 from tests.train.recipes import tiny_recipe
 
-# Ends its own process by SIGKILL: at a step, or inside a save with the new file written and
-# the old one still in place. SIGKILL cannot be caught, so nothing is tidied up.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from emu3.train import loop
-from emu3.train.metrics import Metrics
-from emu3 import files
-from tests.train.recipes import tiny_recipe
 
-stage, folder, where, count = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-module, name = (Metrics, "log") if where == "step" else (files, "_flush")
-real = getattr(module, name)
-calls = 0
+def train_until_killed(stage: str, folder: Path, where: str, count: int) -> None:
+    """End this process by SIGKILL: at a step, or inside a save.
 
-def count_down(*args, **named):
-    global calls
-    calls += 1
-    if calls == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **named)
+    There the new file is written and the old one still in place. SIGKILL cannot be caught, so
+    nothing is cleaned up.
+    """
+    module, name = (Metrics, "log") if where == "step" else (files, "_flush")
+    real, calls = getattr(module, name), 0
 
-setattr(module, name, count_down)
-loop.train(tiny_recipe(stage, folder), folder / "killed", resume=True)
-"""
+    def count_down(*args, **named):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **named)
+
+    setattr(module, name, count_down)
+    train(tiny_recipe(stage, folder), folder / "killed", resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +49,16 @@ def saved(tmp_path_factory):
     return recipe, *read_tensors(folder / "checkpoint.safetensors")
 
 
-def run_until_killed(stage, folder, where, count):
-    command = [sys.executable, "-c", KILLED, stage, str(folder), where, str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
 @pytest.mark.parametrize("stage", ["vision", "tokenizer", "decoder"])
 def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
     """Killed at a random step past the first checkpoint, then inside a save, then left alone."""
     recipe = tiny_recipe(stage, tmp_path)
     unbroken = train(recipe, tmp_path / "unbroken")
     step = random.Random(stage).randint(recipe.train.save_every + 2, recipe.train.steps - 1)
-    run_until_killed(stage, tmp_path, "step", step)
+    killed = partial(children.exit_code, train_until_killed, stage, tmp_path)
+    assert killed("step", step) == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint.safetensors").exists()
-    run_until_killed(stage, tmp_path, "save", 3)
+    assert killed("save", 3) == -signal.SIGKILL
     resumed = train(recipe, tmp_path / "killed", resume=True)
     curves = [tmp_path / run / "metrics.jsonl" for run in ("unbroken", "killed")]
     assert curves[0].read_bytes() == curves[1].read_bytes()
@@ -72,6 +66,24 @@ def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
     assert resumed.read_bytes() == unbroken.read_bytes()
     left = {path.name for path in (tmp_path / "killed").iterdir() if path.is_file()}
     assert left == {"checkpoint.safetensors", "metrics.jsonl", f"{stage}.safetensors"}
+
+
+@pytest.mark.parametrize("stage", ["vision", "tokenizer", "decoder"])
+def test_a_checkpoint_of_an_older_version_is_resumed(stage, tmp_path):
+    """Its recipe has the former names of settings, and tables that its stage no longer has."""
+    recipe = tiny_recipe(stage, tmp_path)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})})
+    first = train(recipe, tmp_path / "run").read_bytes()
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    tensors, metadata = read_tensors(path)
+    tables = json.loads(metadata["recipe"])
+    for table, names in FORMER_NAMES.items():
+        for old, new in names.items() if table in tables else ():
+            tables[table][old] = tables[table].pop(new)
+    tables.setdefault("data", {"held_out": 0.25})
+    tensors = {name.replace(".cluster_size", ".members"): v for name, v in tensors.items()}
+    save_tensors(path, tensors, metadata | {"recipe": json.dumps(tables)})
+    assert train(recipe, tmp_path / "run", resume=True).read_bytes() == first
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):

@@ -1,8 +1,8 @@
-"""Pictures and videos to codes and back, from the command line."""
+"""Images and videos to codes and back, from the command line."""
 
 import json
 import os
-import signal
+import resource
 import subprocess
 import sys
 import time
@@ -15,29 +15,20 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import emu3.tokenize
+import emu3.tools.tokenize
 from emu3.cli import app
 from emu3.data.codes import load_codes
 from emu3.data.media import open_video, read_image, write_image, write_video
 from emu3.vision import VisionTokenizer, postprocess, preprocess
 from emu3.vision.images import to_levels
 from emu3.weights import load_vision, save_vision
+from tests import children
 from tests.model.tiny import TINY_VISION
 from tests.train.clips import BIKES, clip
 
 SMALL = ["--min-pixels", "256", "--max-pixels", "4096"]
 PLACES = {"tokenize": ("in", "codes", SMALL), "detokenize": ("codes", "back", [])}
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 BOUNDS = {"min_pixels": 256, "max_pixels": 4096}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors so small take longer on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +47,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two pictures and a video of 10 frames, so that its last four are not full."""
+    """Two images and a video of 10 frames, so that its last four are not full."""
     torch.manual_seed(1)
     write_image(tmp_path / "in/b.png", torch.randint(256, (3, 30, 41), dtype=torch.uint8))
     write_image(tmp_path / "in/a/b.png", torch.randint(256, (3, 16, 16), dtype=torch.uint8))
@@ -85,10 +76,10 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
 ALL = ["a/b.png.safetensors", "a/c.mp4.safetensors", "b.png.safetensors"]
 
 
-def test_the_folder_is_mirrored_and_pictures_have_the_codes_of_the_tokenizer(folder, weights):
+def test_the_folder_is_mirrored_and_images_have_the_codes_of_the_tokenizer(folder, weights):
     done = emu3_("tokenize", folder, weights)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert "3 files made, 0 were there" in done.stdout
+    assert "3 files written, 0 skipped" in done.stdout
     assert files(folder / "codes") == ALL
     codes, header = load_codes(folder / "codes/b.png.safetensors")
     pixels = preprocess(Image.open(folder / "in/b.png"), **BOUNDS)
@@ -127,8 +118,8 @@ def test_codes_come_back_as_png_and_mp4(clips, folder, weights):
     assert files(folder / "back") == ["a/b.png.png", "a/c.mp4.mp4", "b.png.png"]
     tokenizer = load_vision(weights)
     codes, _ = load_codes(folder / "codes/b.png.safetensors")
-    (picture,) = postprocess(tokenizer.decode(codes[None]))
-    assert (np.array(picture) == np.array(Image.open(folder / "back/b.png.png"))).all()
+    (image,) = postprocess(tokenizer.decode(codes[None]))
+    assert (np.array(image) == np.array(Image.open(folder / "back/b.png.png"))).all()
     codes, _ = load_codes(folder / "codes/a/c.mp4.safetensors")
     video = open_video(folder / "back/a/c.mp4.mp4")
     assert (video.height, video.width, video.fps) == (32, 48, Fraction(30000, 1001))
@@ -156,27 +147,27 @@ def test_what_is_there_is_left_out_and_made_again_on_request(folder, weights):
         assert emu3_(command, folder, weights).exit_code == 0
         before = state(folder / out)
         done = emu3_(command, folder, weights)
-        assert "0 files made, 3 were there" in done.stdout
+        assert "0 files written, 3 skipped" in done.stdout
         assert state(folder / out) == before
         done = emu3_(command, folder, weights, "--overwrite")
-        assert "3 files made, 0 were there" in done.stdout
+        assert "3 files written, 0 skipped" in done.stdout
         again = state(folder / out)
         assert all(again[name][1] > before[name][1] for name in before)
 
 
-def test_codes_newer_than_their_picture_are_decoded_again(folder, weights):
+def test_codes_newer_than_their_image_are_decoded_again(folder, weights):
     assert emu3_("tokenize", folder, weights).exit_code == 0
     assert emu3_("detokenize", folder, weights).exit_code == 0
     later = time.time() + 9
     os.utime(folder / "codes/b.png.safetensors", (later, later))
-    assert "1 files made, 2 were there" in emu3_("detokenize", folder, weights).stdout
+    assert "1 files written, 2 skipped" in emu3_("detokenize", folder, weights).stdout
 
 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (["--clips", "stream"], "a/c.mp4.safetensors was made otherwise"),
-        (["--max-pixels", "1024"], "a/b.png.safetensors was made otherwise"),
+        (["--clips", "stream"], "a/c.mp4.safetensors was made with other settings"),
+        (["--max-pixels", "1024"], "a/b.png.safetensors was made with other settings"),
         (["--vision", "OTHER"], "a/b.png.safetensors is of another tokenizer"),
     ],
 )
@@ -193,7 +184,7 @@ def test_codes_of_another_making_stop_the_run_before_it_begins(change, line, fol
     assert state(folder / "codes") == before
 
 
-def test_comparing_writes_both_side_by_side_and_their_figures(folder, weights):
+def test_comparing_writes_both_side_by_side_with_psnr_and_ssim(folder, weights):
     done = emu3_("tokenize", folder, weights, "--compare", folder / "side")
     assert (done.exit_code, done.stderr) == (0, "")
     assert files(folder / "side") == [
@@ -219,11 +210,11 @@ def test_comparing_writes_both_side_by_side_and_their_figures(folder, weights):
 def test_a_comparison_asked_for_later_is_made(folder, weights):
     assert emu3_("tokenize", folder, weights).exit_code == 0
     done = emu3_("tokenize", folder, weights, "--compare", folder / "side")
-    assert "3 files made" in done.stdout
+    assert "3 files written" in done.stdout
     done = emu3_("tokenize", folder, weights, "--compare", folder / "side")
-    assert "0 files made, 3 were there" in done.stdout
+    assert "0 files written, 3 skipped" in done.stdout
     done = emu3_("tokenize", folder, weights, "--compare", folder / "in/side")
-    assert "must not lie in a folder that is tokenized" in done.stderr
+    assert "must not be in a folder that is tokenized" in done.stderr
 
 
 def spoil(folder: Path) -> None:
@@ -235,8 +226,8 @@ def spoil(folder: Path) -> None:
 
 
 SPOILT = [
-    ("cut.mp4", "is no video, or was cut short"),
-    ("empty.jpg", "is no picture, or one without pixels or of unknown channels"),
+    ("cut.mp4", "is not a video, or is truncated"),
+    ("empty.jpg", "is not an image, or has no pixels or unknown channels"),
     ("float.tif", "has pixels of mode F; expected RGB"),
     ("strip.png", "smart_resize: a side may be 5 times the other at most, got 8 x 48"),
 ]
@@ -246,7 +237,7 @@ def test_bad_files_are_named_one_line_each_and_all_others_are_done(folder, weigh
     spoil(folder)
     done = emu3_("tokenize", folder, weights)
     assert done.exit_code == 1
-    assert "3 files made, 0 were there" in done.stdout
+    assert "3 files written, 0 skipped" in done.stdout
     assert files(folder / "codes") == ALL
     lines = done.stderr.splitlines()
     assert len(lines) == len(SPOILT)
@@ -273,7 +264,7 @@ def test_a_video_that_breaks_off_in_the_middle_leaves_nothing(folder, weights):
         ("x.safetensors", b"", "is not a safetensors file"),
         ("x.safetensors", b"words", "is not a safetensors file"),
         ("b.png.safetensors", "half", "is not a safetensors file"),
-        ("x.safetensors", "weights", "is no file of codes"),
+        ("x.safetensors", "weights", "is not a file of codes"),
     ],
 )
 def test_corrupt_codes_are_named_and_all_others_are_done(name, content, line, folder, weights):
@@ -285,7 +276,7 @@ def test_corrupt_codes_are_named_and_all_others_are_done(name, content, line, fo
     good = len(files(folder / "codes")) - 1
     done = emu3_("detokenize", folder, weights)
     assert done.exit_code == 1
-    assert f"{good} files made" in done.stdout
+    assert f"{good} files written" in done.stdout
     assert line in done.stderr
     assert str(path) in done.stderr
     assert done.stderr.count("\n") == 1
@@ -324,75 +315,66 @@ def test_a_run_stopped_in_the_middle_goes_on_to_the_same_codes(folder, weights, 
             raise KeyboardInterrupt
         save_codes(*args)
 
-    save_codes = emu3.tokenize.save_codes
-    monkeypatch.setattr(emu3.tokenize, "save_codes", save)
+    save_codes = emu3.tools.tokenize.save_codes
+    monkeypatch.setattr(emu3.tools.tokenize, "save_codes", save)
     assert emu3_("tokenize", folder, weights).exit_code != 0
     assert files(folder / "codes") == ALL[:1]
     done = emu3_("tokenize", folder, weights)
-    assert "2 files made, 1 were there" in done.stdout
+    assert "2 files written, 1 skipped" in done.stdout
     assert {name: content for name, (content, _) in state(folder / "codes").items()} == exact
-
-
-def started(folder: Path, weights: Path, *launcher: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", *launcher, *words("tokenize", folder, weights)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=ONE_THREAD, **pipes)
 
 
 def test_a_run_killed_at_any_time_leaves_whole_files_alone(folder, weights):
     """Killed where it stands, as soon as the first codes are there: no handler runs."""
     for number in range(30):
         write_image(folder / f"in/{number:03}.png", torch.full((3, 32, 32), number % 256).byte())
-    process = started(folder, weights, "emu3")
+    process, _ = children.start(invoke, words("tokenize", folder, weights))
     while not list((folder / "codes").glob("0*.safetensors")):
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), process.exitcode
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     there = list((folder / "codes").rglob("[!.]*.safetensors"))
     assert 0 < len(there) < 33
     for path in there:
         load_codes(path)
     done = emu3_("tokenize", folder, weights)
-    assert f"{33 - len(there)} files made, {len(there)} were there" in done.stdout
+    assert f"{33 - len(there)} files written, {len(there)} skipped" in done.stdout
     assert len(list((folder / "codes").rglob("[!.]*.safetensors"))) == 33
 
 
+@pytest.mark.e2e
 def test_a_rank_that_met_a_bad_file_does_not_stop_the_others(folder, weights):
     """torchrun ends all ranks when one has failed; rank 0 has the bad file and is done at once."""
     for path in list((folder / "in").rglob("*.*")):
         path.unlink()
     (folder / "in/0.png").touch()
     write_video(folder / "in/1.mp4", clip(600, 16, 24), Fraction(25))
-    process = started(
-        *(folder, weights, "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("-m", "emu3"),
-    )
-    _, told = process.communicate()
-    assert process.returncode != 0
-    assert "0.png is no picture" in told
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", "-m", "emu3", *words("tokenize", folder, weights)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "0.png is not an image" in done.stderr
     assert files(folder / "codes") == ["1.mp4.safetensors"]
     assert len(load_codes(folder / "codes/1.mp4.safetensors")[0]) == 150
 
 
-FULL_DISK = """
-import resource, sys
-from emu3.cli import app
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
-app()
-"""
+def invoke(words: list[str], largest_file: int | None = None) -> tuple[int, str]:
+    """Exit code and stderr of a command, in this process; the kernel refuses larger files."""
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    done = CliRunner().invoke(app, words)
+    return done.exit_code, done.stderr
 
 
 @pytest.mark.parametrize(("size", "more"), [(100, []), (8000, ["--compare", "side"])])
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_no_half_file(size, more, folder, weights):
     """The kernel refuses the bytes of a file past ``size``."""
     more = [str(folder / "side") if word == "side" else word for word in more]
-    command = [sys.executable, "-c", FULL_DISK, str(size)]
-    command += words("tokenize", folder, weights, *more)
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("emu3: [Errno 27] File too large")
-    assert done.stderr.count("\n") == 1
+    code, stderr = children.run(invoke, words("tokenize", folder, weights, *more), size)
+    assert code == 1
+    assert stderr.startswith("emu3: [Errno 27] File too large")
+    assert stderr.count("\n") == 1
     for out in ("codes", "side"):
         assert all(not Path(name).name.startswith(".") for name in files(folder / out))
     assert files(folder / "codes") == ([] if size == 100 else ALL[:1])

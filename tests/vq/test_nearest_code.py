@@ -5,12 +5,11 @@ import torch
 from torch import nn
 
 from emu3_kernels import CodeIndex, nearest_code
-from emu3_kernels.ops.vq import cpu as native
-from emu3_kernels.ops.vq import reference
+from emu3_kernels.ops.vq import cpu, reference
 from emu3_kernels.runtime import library
 from emu3_kernels.testing.suite import at_level, backends
 
-NATIVE = [f"cpu@{level}" for level in library.cpu_levels()]
+CPU_LEVELS = [f"cpu@{level}" for level in library.cpu_levels()]
 ALL = [*backends("nearest_code")]
 
 
@@ -25,7 +24,7 @@ def search(backend, z, codebook):
 
 
 def adversaries():
-    """Codebooks and latents on which a spatial search can prune little, or is led astray."""
+    """Codebooks and latents on which a spatial search prunes little, or is misled."""
     z, codes = normal(1, 4, 2100), normal(2048, 4, seed=1)
     unit = codes / codes.norm(dim=1, keepdim=True)
     return {
@@ -49,7 +48,7 @@ ADVERSARIES = adversaries()
 
 
 @pytest.mark.parametrize("data", ADVERSARIES)
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("backend", CPU_LEVELS)
 def test_the_tree_finds_what_the_definition_does(backend, data):
     z, codes = ADVERSARIES[data]
     name, level = at_level(backend)
@@ -59,7 +58,7 @@ def test_the_tree_finds_what_the_definition_does(backend, data):
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 5, 8, 11, 32])
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("backend", CPU_LEVELS)
 def test_the_tree_at_every_dimension(backend, dim):
     """700 codes are 64 leaves of 10 or 11; 333 latents are 20 packets and a ragged one."""
     z, codes = normal(1, dim, 333), normal(700, dim, seed=1)
@@ -71,7 +70,7 @@ def test_the_tree_at_every_dimension(backend, dim):
 
 
 @pytest.mark.parametrize("num_codes", [511, 512, 513, 4096, 4097, 9000])
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("backend", CPU_LEVELS)
 def test_the_tree_at_every_shape(backend, num_codes):
     """512 is the smallest tree, 4,097 the first of two clusters; 1, 15, 16, 17 fill a packet."""
     codes = normal(num_codes, 4)
@@ -108,8 +107,8 @@ def test_a_tie_goes_to_the_lowest_code(backend):
 
 
 @pytest.mark.parametrize("backend", [*ALL, "reference"])
-def test_products_are_not_fused_into_sums(backend):
-    """Of two codes the second is nearer as defined, the first if one of the products is fused."""
+def test_multiplications_are_not_fused_into_sums(backend):
+    """Of two codes the second is nearer as defined, the first if a multiplication is fused."""
     random = torch.Generator().manual_seed(0)
     codes = 0.8 + 1e-5 * torch.rand(1000, 2, generator=random)
     squares, exact = codes.square(), codes.double().square()
@@ -120,7 +119,7 @@ def test_products_are_not_fused_into_sums(backend):
         assert search(backend, torch.zeros(1, 2), codes[pair]).item() == 1
 
 
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("backend", CPU_LEVELS)
 def test_a_tie_on_the_border_of_a_far_box_is_found(backend):
     """Code 0 is as near as code 1024, in a half of space whose box begins at just that distance."""
     codes = normal(2048, 4)
@@ -134,7 +133,7 @@ def test_a_tie_on_the_border_of_a_far_box_is_found(backend):
 
 
 @pytest.mark.parametrize("backend", [*ALL, "reference"])
-def test_what_is_not_finite_loses_and_no_index_is_out_of_range(backend):
+def test_a_code_that_is_not_finite_loses_and_no_index_is_out_of_range(backend):
     """Codes 1, 4, 7 … are not finite, so that finite ones come before and after each."""
     codes = normal(40, 3)
     codes[1::9, 0], codes[4::9, 1], codes[7::9, 2] = torch.nan, torch.inf, -torch.inf
@@ -148,7 +147,7 @@ def test_what_is_not_finite_loses_and_no_index_is_out_of_range(backend):
     assert search(backend, z, nowhere).tolist() == [0] * 60
 
 
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("backend", CPU_LEVELS)
 def test_the_tree_leaves_out_codes_that_are_not_finite(backend):
     codes = normal(600, 4)
     codes[::2, 1] = torch.nan
@@ -167,14 +166,14 @@ def test_the_tree_leaves_out_codes_that_are_not_finite(backend):
 @pytest.mark.parametrize(
     "shape", [(2, 4), (2, 4, 5), (2, 4, 3, 5), (2, 4, 2, 3, 5), (0, 4, 3), (2, 4, 0)]
 )
-def test_every_place_gets_a_code(backend, shape):
+def test_every_latent_gets_a_code(backend, shape):
     codes, z = normal(30, 4), normal(*shape)
     actual = search(backend, z, codes)
     assert actual.dtype == torch.int64
     assert actual.shape == shape[:1] + shape[2:]
-    places = z.movedim(1, -1)
+    latents = z.movedim(1, -1)
     for at in torch.cartesian_prod(*(torch.arange(n) for n in actual.shape)).view(-1, actual.dim()):
-        query = places[tuple(at)]
+        query = latents[tuple(at)]
         assert actual[tuple(at)] == (query - codes).square().sum(1).argmin()
 
 
@@ -218,7 +217,7 @@ def test_an_index_keeps_the_codes_as_they_were():
 @pytest.mark.parametrize("num_codes", [1, 16, 17, 256, 257, 4096, 4097, 70000])
 def test_the_size_of_a_tree_is_known_beforehand(num_codes):
     codes = torch.zeros(num_codes, 3)
-    assert native.build_tree(codes).shape == (native.tree_size(num_codes, 3),)
+    assert cpu.build_tree(codes).shape == (cpu.tree_size(num_codes, 3),)
     torch.library.opcheck(torch.ops.emu3_kernels.nearest_code_tree.default, (codes[:300],))
 
 

@@ -1,4 +1,4 @@
-"""The configurations of the convolutions in Triton, and what their machine code is held to."""
+"""The compiled launches of the causal convolutions, and what their machine code must keep."""
 
 from dataclasses import replace
 from functools import partial
@@ -6,9 +6,8 @@ from functools import partial
 import torch
 
 from emu3_kernels.ops.conv3d.plan import Plan, out_shape
-from emu3_kernels.ops.conv3d.triton_backward import backward
-from emu3_kernels.ops.conv3d.triton_forward import forward
-from emu3_kernels.runtime.launch import Config, Contract, meta
+from emu3_kernels.ops.conv3d.triton import backward, block_forward, forward
+from emu3_kernels.runtime.contracts import Config, Contract, CudaKernel, meta
 
 BLOCK = (3, 3, 3), Plan(silu=True)
 HALVING = (4, 3, 3), Plan((2, 1, 1), post_silu=True)
@@ -21,13 +20,13 @@ def _call(
     *,
     channels: int,
     dtype: torch.dtype = torch.bfloat16,
-    backwards: bool = False,
+    with_gradient: bool = False,
 ) -> None:
     """32 frames of 64 x 64 with a norm, a bias and a residual."""
     x, vector = meta(1, channels, 32, 64, 64, dtype=dtype), meta(channels, dtype=dtype)
     weight = meta(channels, channels, *kernel, dtype=dtype)
     y = meta(*out_shape(x, weight, plan), dtype=dtype)
-    if backwards:
+    if with_gradient:
         backward(y, x, weight, vector, vector, vector, plan)
     else:
         forward(x, weight, vector, vector, vector, y, plan)
@@ -35,35 +34,38 @@ def _call(
 
 # Of 65,536 registers, 255 a thread leave room for one program of 256 threads or two of 128.
 COPIES = {"gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950"}
-APART = {"gfx942: stores": "v_mfma leaves a thread channels of a pixel, which lie apart in y"}
-BESIDE = {"gfx942: stores": "v_mfma leaves a thread four channels side by side: 8 bytes"}
-PRODUCT = Contract(max_registers=255, tensor_cores=True, async_copies=True, exceptions=COPIES)
-# Narrow are vectors of channels, and the sums for dscale and dshift.
-OPERAND = Contract(max_registers=64, scalar_loads=16)
+APART = {"gfx942: stores": "v_mfma leaves a thread channels of a pixel: not contiguous in y"}
+FOUR = {"gfx942: stores": "v_mfma leaves a thread four channels of a pixel: 8 bytes"}
+GEMM = Contract(max_registers=255, tensor_cores=True, async_copies=True, exceptions=COPIES)
+# Scalars: vectors of channels, and the sums for dscale and dshift.
+PACK = Contract(max_registers=64, scalar_loads=16)
 SUM = Contract(max_registers=96, scalar_stores=1)
-TO_VIDEO = replace(PRODUCT, scalar_loads=24, scalar_stores=2)
-WIDE = {"_operand_kernel": OPERAND, "_fwd_kernel": replace(TO_VIDEO, exceptions=COPIES | APART)}
+GEMM_TO_VIDEO = replace(GEMM, scalar_loads=24, scalar_stores=2)
+WIDE = {
+    "causal_conv3d_pack_kernel": PACK,
+    "causal_conv3d_fwd_kernel": replace(GEMM_TO_VIDEO, exceptions=COPIES | APART),
+}
 WIDE_BACKWARD = {
-    "_operand_kernel": OPERAND,
-    "_bwd_x_kernel": TO_VIDEO,
-    "_bwd_weight_kernel": PRODUCT,
-    "_sum_kernel": SUM,
+    "causal_conv3d_pack_kernel": PACK,
+    "causal_conv3d_bwd_x_kernel": GEMM_TO_VIDEO,
+    "causal_conv3d_bwd_weight_kernel": GEMM,
+    "causal_conv3d_sum_kernel": SUM,
 }
 STRIDED_BACKWARD = WIDE_BACKWARD | {
-    "_bwd_z_kernel": replace(TO_VIDEO, exceptions=COPIES | BESIDE),
+    "causal_conv3d_bwd_z_kernel": replace(GEMM_TO_VIDEO, exceptions=COPIES | FOUR),
     # A thread has 16 pixels, and every second column is of another phase.
-    "_bwd_x_kernel": replace(TO_VIDEO, scalar_loads=40, scalar_stores=18),
+    "causal_conv3d_bwd_x_kernel": replace(GEMM_TO_VIDEO, scalar_loads=40, scalar_stores=18),
 }
-# Four channels of bfloat16, side by side in the operand, are 8 bytes.
+# Four packed channels of bfloat16 are 8 bytes.
 NARROW = {name: replace(contract, access_bytes=8) for name, contract in WIDE.items()}
 NARROW_BACKWARD = {
     name: replace(contract, access_bytes=8) for name, contract in WIDE_BACKWARD.items()
 }
 HALVING_BACKWARD = NARROW_BACKWARD | {
-    "_bwd_z_kernel": replace(TO_VIDEO, access_bytes=8),
-    "_bwd_x_kernel": replace(TO_VIDEO, access_bytes=8, exceptions=COPIES | APART),
+    "causal_conv3d_bwd_z_kernel": replace(GEMM_TO_VIDEO, access_bytes=8),
+    "causal_conv3d_bwd_x_kernel": replace(GEMM_TO_VIDEO, access_bytes=8, exceptions=COPIES | APART),
 }
-# TF32 would round: float32 is multiplied without tensor cores, but for those of gfx942.
+# TF32 would round: a float32 dot has no tensor cores, but for those of gfx942.
 EXACT = {name: replace(contract, tensor_cores=False) for name, contract in WIDE.items()}
 EXACT_BACKWARD = {
     name: replace(contract, tensor_cores=False) for name, contract in WIDE_BACKWARD.items()
@@ -72,21 +74,71 @@ EXACT_BACKWARD = {
 
 def _configs(
     name: str,
-    forwards: dict[str, Contract],
-    backwards: dict[str, Contract],
+    forward_contracts: dict[str, Contract],
+    backward_contracts: dict[str, Contract],
     *call: object,
     **settings: object,
 ) -> tuple[Config, Config]:
+    call = partial(_call, *call, **settings)
     return (
-        Config(name, partial(_call, *call, **settings), forwards),
-        Config(name, partial(_call, *call, **settings, backwards=True), backwards),
+        Config(name, call, forward_contracts),
+        Config(f"{name}, backward", partial(call, with_gradient=True), backward_contracts),
     )
 
 
-CONFIGS = (
-    *_configs("512 channels", WIDE, WIDE_BACKWARD, *BLOCK, channels=512),
-    _configs("512, an eighth", WIDE, STRIDED_BACKWARD, *EIGHTH, channels=512)[1],
-    *_configs("4, Emu3's block", NARROW, NARROW_BACKWARD, *BLOCK, channels=4),
-    *_configs("4, Emu3's halving", NARROW, HALVING_BACKWARD, *HALVING, channels=4),
-    *_configs("512, float32", EXACT, EXACT_BACKWARD, *BLOCK, channels=512, dtype=torch.float32),
+def _residual_block() -> None:
+    """Emu3's: 32 latent frames of 512 x 512."""
+    vector, weight = meta(4), meta(4, 4, 3, 3, 3)
+    block_forward(meta(1, 4, 32, 64, 64), *(vector, vector, weight, vector) * 2, keep_hidden=False)
+
+
+CONFIGS = {
+    "causal_conv3d": (
+        *_configs("512 channels", WIDE, WIDE_BACKWARD, *BLOCK, channels=512),
+        _configs("512, an eighth", WIDE, STRIDED_BACKWARD, *EIGHTH, channels=512)[1],
+        *_configs("4, Emu3's block", NARROW, NARROW_BACKWARD, *BLOCK, channels=4),
+        *_configs("4, Emu3's halving", NARROW, HALVING_BACKWARD, *HALVING, channels=4),
+        *_configs("512, float32", EXACT, EXACT_BACKWARD, *BLOCK, channels=512, dtype=torch.float32),
+    ),
+    "temporal_residual": (Config("4 channels", _residual_block, NARROW),),
+}
+
+
+def _conv(dtype: str, channels: int, width: int, contract: Contract) -> CudaKernel:
+    kernel = f"causal_conv_kernel<{dtype}, {channels}, {width}>"
+    return CudaKernel("causal_conv", kernel, f"(CausalConv<{dtype}>)", contract)
+
+
+def _block(dtype: str, contract: Contract) -> CudaKernel:
+    kernel = f"temporal_residual_kernel<{dtype}>"
+    return CudaKernel("temporal_residual", kernel, f"(TemporalResidual<{dtype}>)", contract)
+
+
+# Scalar loads: what no vector of four covers, namely rows whose width is no multiple of four,
+# weights, norms and biases; sm_100 unrolls them. Scalar stores: the same rows of y, an element at a
+# time. Accesses of 8 bytes: a thread has four columns in either dtype, four of two bytes here.
+# Registers: eight blocks of 128 threads a multiprocessor for 4 channels, six for 8, four for 16;
+# two of the 192 threads of a residual block.
+CUDA = (
+    _conv("float", 4, 3, Contract(max_registers=64, scalar_loads=85, scalar_stores=80)),
+    _conv(
+        "bfloat16",
+        4,
+        3,
+        Contract(max_registers=64, scalar_loads=77, scalar_stores=48, access_bytes=8),
+    ),
+    _conv("float", 4, 1, Contract(max_registers=64, scalar_loads=85, scalar_stores=80)),
+    _conv("float", 8, 3, Contract(max_registers=85, scalar_loads=149, scalar_stores=160)),
+    _conv("float", 16, 3, Contract(max_registers=128, scalar_loads=277, scalar_stores=320)),
+    _conv(
+        "bfloat16",
+        16,
+        3,
+        Contract(max_registers=128, scalar_loads=245, scalar_stores=192, access_bytes=8),
+    ),
+    _block("float", Contract(max_registers=168, scalar_loads=126, scalar_stores=16)),
+    _block(
+        "bfloat16",
+        Contract(max_registers=168, scalar_loads=122, scalar_stores=16, access_bytes=8),
+    ),
 )

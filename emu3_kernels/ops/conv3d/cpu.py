@@ -1,32 +1,23 @@
-"""A causal convolution natively: csrc/cpu/causal_conv.cpp, causal_conv_gradient.cpp, and forward in
-csrc/cuda/causal_conv.cuh, temporal_residual.cuh.
+"""The causal convolutions on the CPU: csrc/cpu/causal_conv.cpp, causal_conv_gradient.cpp.
 
-The kernels take vectors in float32, weights in float32 or, on the CPU, bfloat16; gradients of both
-are float32.
+The kernels take vectors in float32 and weights in float32 or bfloat16; they return gradients of
+both in float32.
 """
 
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.conv3d.plan import EVERY, Plan, Wanted, out_shape
+from emu3_kernels.ops.conv3d import block
+from emu3_kernels.ops.conv3d.plan import ALL, Needs, Plan, out_shape
 from emu3_kernels.runtime import library
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.dispatch import Backend
 
 MOST_ROW_TAPS, MOST_COLUMN_TAPS = 64, 16
 MOST_CHANNELS = 64
-"""Up to here native is the faster (``cases.TIME``); beyond, oneDNN has the rate."""
+"""Up to here these kernels are the fastest (the ``time`` sizes); beyond, oneDNN is."""
 
 
-HAS_CUDA_KERNEL = not library.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
-    "emu3_kernels::causal_conv_forward", "CUDA"
-)
-MOST_CUDA_CHANNELS = 16
-
-
-def why_not(x: Tensor, weight: Tensor, plan: Plan, *others: Tensor | None) -> str | None:
-    """Say why there is no kernel for the call; ``others`` are what may need a gradient too."""
-    if x.is_cuda and HAS_CUDA_KERNEL:
-        return _why_not_cuda(x, weight, plan, *others)
+def why_not(x: Tensor, weight: Tensor, *_: Tensor | Plan | None) -> str | None:
     frames, rows, columns = weight.shape[2:]
     if frames * rows > MOST_ROW_TAPS or columns > MOST_COLUMN_TAPS:
         return f"a kernel of {(frames, rows, columns)} is left to the reference"
@@ -35,17 +26,10 @@ def why_not(x: Tensor, weight: Tensor, plan: Plan, *others: Tensor | None) -> st
     return library.why_not_cpu(x)
 
 
-def _why_not_cuda(x: Tensor, weight: Tensor, plan: Plan, *others: Tensor | None) -> str | None:
-    if x.dtype not in library.DTYPES:
-        return f"{x.dtype} is left to the others"
-    if max(weight.shape[:2]) > MOST_CUDA_CHANNELS:
-        return f"more than {MOST_CUDA_CHANNELS} channels are for tensor cores"
-    in_space = tuple(weight.shape[3:])
-    if in_space not in ((1, 1), (3, 3)) or plan.stride[1:] != (1, 1):
-        return f"a kernel of {in_space} at stride {plan.stride[1:]} in space is left to the others"
-    if needs_gradient(*(t for t in (x, weight, *others) if t is not None)):
-        return "the CUDA kernel has no gradient"
-    return None
+def why_not_block(
+    x: Tensor, scale1: Tensor, shift1: Tensor, weight1: Tensor, *_: Tensor
+) -> str | None:
+    return why_not(x, weight1)
 
 
 def convolve(
@@ -57,8 +41,8 @@ def convolve(
     residual: Tensor | None,
     plan: Plan,
 ) -> Tensor:
-    operands = factors(x, weight), *widened(bias, scale, shift)
-    return torch.ops.emu3_kernels.causal_conv_forward(x, *operands, residual, *plan)
+    parameters = _weight_dtype(weight), *_to_float32(bias, scale, shift)
+    return torch.ops.emu3_kernels.causal_conv_forward(x, *parameters, residual, *plan)
 
 
 def convolve_backward(
@@ -69,30 +53,44 @@ def convolve_backward(
     scale: Tensor | None,
     shift: Tensor | None,
     plan: Plan,
-    wanted: Wanted = EVERY,
+    needs: Needs = ALL,
 ) -> tuple[Tensor | None, ...]:
-    operands = factors(x, weight), *widened(bias, scale, shift)
+    parameters = _weight_dtype(weight), *_to_float32(bias, scale, shift)
     dx, dweight, dbias, dnorm = torch.ops.emu3_kernels.causal_conv_backward(
-        dy, x, *operands, *plan, *wanted
+        dy, x, *parameters, *plan, *needs
     )
-    if wanted.weight:
+    if needs.weight:
         dweight = dweight.to(weight.dtype)
         dbias = None if bias is None else dbias.to(bias.dtype)
-    if not wanted.input or scale is None:
+    if not needs.input or scale is None:
         return dx, dweight, dbias, None, None
     return dx, dweight, dbias, dnorm[0].to(scale.dtype), dnorm[1].to(shift.dtype)
 
 
-def factors(x: Tensor, weight: Tensor) -> Tensor:
-    """Return the weight as the kernels take it; as bfloat16 it is multiplied faster."""
-    return weight if x.is_cpu and weight.dtype == torch.bfloat16 else weight.float()
+def block_forward(
+    x: Tensor, *parameters: Tensor, keep_hidden: bool
+) -> tuple[Tensor, Tensor | None]:
+    if keep_hidden:
+        return block.forward(convolve, x, *parameters)
+    taken = [_weight_dtype(p) if p.dim() > 1 else p.float() for p in parameters]
+    return torch.ops.emu3_kernels.temporal_residual(x, *taken), None
 
 
-def widened(*tensors: Tensor | None) -> list[Tensor | None]:
+def block_backward(*args: Tensor | tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return block.backward(convolve_backward, *args)
+
+
+def _weight_dtype(weight: Tensor) -> Tensor:
+    """Return the weight in a dtype of the kernels: bfloat16, which is faster, or float32."""
+    return weight if weight.dtype == torch.bfloat16 else weight.float()
+
+
+def _to_float32(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.float() for tensor in tensors]
 
 
 if not library.MISSING:
+    # The forward ops have CUDA kernels too: one op, one kernel for each type of device.
 
     @torch.library.register_fake("emu3_kernels::causal_conv_forward")
     def _(
@@ -112,10 +110,20 @@ if not library.MISSING:
     @torch.library.register_fake("emu3_kernels::causal_conv_backward")
     def _(dy: Tensor, x: Tensor, weight: Tensor, *settings: object) -> tuple[Tensor | None, ...]:
         *_, of_input, of_weight = settings
-        wide = {"dtype": torch.float32}
+        sums = {"dtype": torch.float32}
         return (
             x.new_empty(x.shape) if of_input else None,
-            weight.new_empty(weight.shape, **wide) if of_weight else None,
-            weight.new_empty(weight.shape[0], **wide) if of_weight else None,
-            x.new_empty(2, x.shape[1], **wide) if of_input else None,
+            weight.new_empty(weight.shape, **sums) if of_weight else None,
+            weight.new_empty(weight.shape[0], **sums) if of_weight else None,
+            x.new_empty(2, x.shape[1], **sums) if of_input else None,
         )
+
+    @torch.library.register_fake("emu3_kernels::temporal_residual")
+    def _(x: Tensor, *_weights: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+
+BACKENDS = {
+    "causal_conv3d": Backend(why_not, convolve, convolve_backward),
+    "temporal_residual": Backend(why_not_block, block_forward, block_backward),
+}

@@ -1,4 +1,4 @@
-"""What a causal convolution is asked to do, and the checks of its operands.
+"""The tensors and settings of a causal convolution as its backends take them, and their checks.
 
 B batch, C channels in, O channels out, T frames, H rows, W columns.
 """
@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     """SiLU after the bias, before the residual is added."""
 
 
-class Operands(NamedTuple):
+class Inputs(NamedTuple):
     """The tensors of one convolution, in the order in which every backend takes them."""
 
     x: Tensor
@@ -33,20 +33,20 @@ class Operands(NamedTuple):
     residual: Tensor | None
 
 
-class Wanted(NamedTuple):
-    """The gradients that a backward pass is asked for."""
+class Needs(NamedTuple):
+    """The gradients that a backward pass computes."""
 
     input: bool
-    """Of x, and of scale and shift, which are sums of its terms."""
+    """Those of x, scale and shift: the last two are sums over the same elements."""
     weight: bool
-    """And of the bias."""
+    """Those of weight and bias."""
 
 
-EVERY = Wanted(input=True, weight=True)
+ALL = Needs(input=True, weight=True)
 
 
 def num_frames(total: int, kernel: int, stride: int) -> int:
-    """Count the results of ``total`` frames, the zeros ahead included."""
+    """Count the output frames of ``total`` input frames, the zeros ahead included."""
     return max(0, (total - kernel) // stride + 1)
 
 
@@ -58,7 +58,7 @@ def out_shape(x: Tensor, weight: Tensor, plan: Plan) -> tuple[int, int, int, int
 
 
 def space_pads(kernel: int, stride: int) -> tuple[int, int]:
-    """Return Emu3's zeros before and after an axis of space."""
+    """Return Emu3's zero padding before and after an axis of space."""
     pad = kernel - stride
     return pad // 2 + pad % 2, pad // 2
 

@@ -1,4 +1,4 @@
-"""The definition of a causal convolution in plain PyTorch."""
+"""The definitions of the causal convolutions in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,43 @@ from torch import Tensor
 from emu3_kernels.ops.conv3d.plan import Plan, out_shape, space_pads
 
 
-def convolve(
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: tuple[int, int, int] = (1, 1, 1),
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    post_activation: str | None = None,
+    residual: Tensor | None = None,
+    front: int | None = None,
+) -> Tensor:
+    """Without a cache; ``front`` frames of zeros are ahead of ``x``, ``kt - stride_t`` if None."""
+    if front is None:
+        front = weight.shape[2] - stride[0]
+    plan = Plan(stride, front, activation == "silu", post_activation == "silu")
+    return _convolve(x, weight, bias, scale, shift, residual, plan)
+
+
+def temporal_residual(
+    x: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> Tensor:
+    plan = Plan(silu=True)
+    hidden = _convolve(x, weight1, bias1, scale1, shift1, None, plan)
+    return _convolve(hidden, weight2, bias2, scale2, shift2, x, plan)
+
+
+def _convolve(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -22,7 +58,7 @@ def convolve(
         y = y * _per_channel(scale, compute) + _per_channel(shift, compute)
     if plan.silu:
         y = F.silu(y)
-    # Zeros behind let F.conv3d run where an axis is too short for one result: they give none.
+    # Zeros behind let F.conv3d run on an axis too short for one output: it is cropped again.
     pads = [(plan.front, max(0, weight.shape[2] - plan.front - x.shape[2]))]
     for axis in (1, 2):
         before, after = space_pads(weight.shape[2 + axis], plan.stride[axis])

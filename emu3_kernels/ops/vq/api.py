@@ -1,14 +1,25 @@
-"""Vector quantisation's search: the nearest code of each latent. B batch, D dimension, N codes."""
+"""The search of vector quantisation: the nearest code of each latent.
+
+B batch, D dimension of a code, N codes.
+
+Backends have ``forward(z [B, D, P], codebook [N, D], tree)``, which returns ``[B, P]`` int64; ``z``
+may have any strides, the codebook is contiguous float32, and the tree is a CodeIndex's or None.
+"""
 
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.vq import cpu as native
-from emu3_kernels.ops.vq import reference
+from emu3_kernels.ops.vq import cpu, reference
 from emu3_kernels.runtime.checks import check_floating, describe
-from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.dispatch import Backends
 
-BACKENDS = load("nearest_code", "cpu", "triton")
+BACKENDS = Backends(
+    "nearest_code",
+    __package__,
+    reference.nearest_code,
+    cpu=("cpu",),
+    cuda=("cuda", "triton"),
+)
 
 LARGEST_DIM = 32
 MOST_CODES = 1 << 24
@@ -18,8 +29,8 @@ MOST_CODES = 1 << 24
 class CodeIndex:
     """A codebook prepared for many calls of :func:`nearest_code`.
 
-    Keeps a copy of the codes as they are now, and on the CPU a search tree over
-    them, which a call with a plain tensor has to build (if it pays) each time.
+    Keeps a copy of the codes as they are now and, on the CPU, a search tree over them. A call with
+    a plain tensor builds the tree anew each time, where that pays.
 
     Args:
         codebook: ``[N, D]``, any floating dtype.
@@ -27,10 +38,9 @@ class CodeIndex:
 
     def __init__(self, codebook: Tensor) -> None:
         _check_codebook("CodeIndex", codebook)
-        self.codebook = _raised(codebook).clone(memory_format=torch.contiguous_format)
-        on_cpu = codebook.device.type == "cpu"
-        can_build = on_cpu and native.why_not(self.codebook, self.codebook) is None
-        self.tree = native.build_tree(self.codebook) if can_build else None
+        self.codebook = _to_float32(codebook).clone(memory_format=torch.contiguous_format)
+        can_build = cpu.why_not(self.codebook, self.codebook) is None
+        self.tree = cpu.build_tree(self.codebook) if can_build else None
 
 
 def nearest_code(z: Tensor, codebook: Tensor | CodeIndex, *, backend: str | None = None) -> Tensor:
@@ -43,14 +53,14 @@ def nearest_code(z: Tensor, codebook: Tensor | CodeIndex, *, backend: str | None
     distance gets code 0 and no index is ever out of range. ``z`` is read in
     place, and no ``[latents, N]`` matrix is made. Not differentiable.
 
-    On the CPU a search tree skips codes that cannot be nearest; it is built in
+    On the CPU a search tree skips codes that cannot be nearest. It is built in
     the call if that pays, or once by :class:`CodeIndex`.
 
     Args:
         z: ``[B, D, ...]``, channel first (images ``[B, D, h, w]``, video
             ``[B, D, t, h, w]``), any floating dtype, any strides.
         codebook: ``[N, D]``, any floating dtype, or a :class:`CodeIndex`; D at most 32.
-        backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
+        backend: a key of ``BACKENDS``, or None for the first that fits.
 
     Returns:
         ``[B, ...]`` int64.
@@ -58,15 +68,16 @@ def nearest_code(z: Tensor, codebook: Tensor | CodeIndex, *, backend: str | None
     tree = codebook.tree if isinstance(codebook, CodeIndex) else None
     codes = codebook.codebook if isinstance(codebook, CodeIndex) else codebook
     _check("nearest_code", z, codes)
-    chosen = choose("nearest_code", BACKENDS, backend, z, codes)
-    if chosen == "reference":
-        return reference.nearest_code(z.detach(), codes.detach())
-    places = z.detach().flatten(2) if z.dim() > 2 else z.detach().unsqueeze(2)
-    nearest = BACKENDS[chosen].forward(places, _raised(codes).contiguous(), tree)
+    chosen = BACKENDS.choose(backend, z, codes)
+    if chosen.function is not None:
+        return chosen.function(z.detach(), codes.detach())
+    latents = z.detach().flatten(2) if z.dim() > 2 else z.detach().unsqueeze(2)
+    nearest = chosen.forward(latents, _to_float32(codes).contiguous(), tree)
     return nearest.view(z.shape[:1] + z.shape[2:])
 
 
-def _raised(codebook: Tensor) -> Tensor:
+def _to_float32(codebook: Tensor) -> Tensor:
+    """Widen a narrower codebook; float64 is left as it is."""
     return codebook.detach().to(torch.promote_types(codebook.dtype, torch.float32))
 
 

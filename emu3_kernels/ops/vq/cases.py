@@ -3,20 +3,7 @@
 import torch
 from torch import Tensor
 
-CONSTANTS = ("z", "codebook")
-
-CHECK = [
-    {"shape": (0, 4, 3), "num_codes": 5, "on_grid": True},
-    {"shape": (1, 4), "num_codes": 1, "on_grid": True},
-    {"shape": (2, 3, 5), "num_codes": 41, "on_grid": True},
-    {"shape": (1, 32, 9), "num_codes": 17, "on_grid": True},
-    {"shape": (1, 4, 37, 65), "num_codes": 2000, "on_grid": True},  # pays for a tree on a CPU
-    {"shape": (2, 4, 3, 5, 7), "num_codes": 1025, "on_grid": True},
-]
-TIME = [
-    {"shape": (8, 4, 64, 64), "num_codes": 32768},  # Emu3: eight images of 512 x 512 pixels
-    {"shape": (1, 4, 90, 90), "num_codes": 32768},  # Emu3: one image of 720 x 720 pixels
-]
+from emu3_kernels.runtime.cases import Cases
 
 
 def make(
@@ -50,3 +37,25 @@ def flops(
     """Of a search that looks at every code; a tree looks at few."""
     queries = torch.Size(shape).numel() // shape[1]
     return queries * num_codes * (3 * shape[1] - 1)
+
+
+CASES = {
+    "nearest_code": Cases(
+        make=make,
+        check=[
+            {"shape": (0, 4, 3), "num_codes": 5, "on_grid": True},
+            {"shape": (1, 4), "num_codes": 1, "on_grid": True},
+            {"shape": (2, 3, 5), "num_codes": 41, "on_grid": True},
+            {"shape": (1, 32, 9), "num_codes": 17, "on_grid": True},
+            {"shape": (1, 4, 37, 65), "num_codes": 2000, "on_grid": True},  # a tree pays on a CPU
+            {"shape": (2, 4, 3, 5, 7), "num_codes": 1025, "on_grid": True},
+        ],
+        time=[
+            {"shape": (8, 4, 64, 64), "num_codes": 32768},  # Emu3: eight images of 512 x 512
+            {"shape": (1, 4, 90, 90), "num_codes": 32768},  # Emu3: one image of 720 x 720
+        ],
+        bytes_moved=bytes_moved,
+        flops=flops,
+        constants=("z", "codebook"),
+    ),
+}

@@ -1,19 +1,16 @@
-"""nearest_code on the CPU (csrc/cpu/nearest_code.cpp) and on a GPU (csrc/cuda/nearest_code.cuh)."""
+"""nearest_code on the CPU: csrc/cpu/nearest_code.cpp."""
 
 import torch
 from torch import Tensor
 
 from emu3_kernels.runtime import library
-
-HAS_CUDA_KERNEL = not library.MISSING and torch._C._dispatch_has_kernel_for_dispatch_key(
-    "emu3_kernels::nearest_code", "CUDA"
-)
+from emu3_kernels.runtime.dispatch import Backend
 
 
 def why_not(z: Tensor, codebook: Tensor) -> str | None:
     if library.MISSING:
         return library.MISSING
-    if z.device.type != "cpu" and not (z.device.type == "cuda" and HAS_CUDA_KERNEL):
+    if not z.is_cpu:
         return f"no kernel for a {z.device.type} tensor"
     if torch.float64 in (z.dtype, codebook.dtype):
         return "float64 is left to the reference"
@@ -42,6 +39,7 @@ def tree_size(num_codes: int, dim: int) -> int:
 
 
 if not library.MISSING:
+    # The first is of the CUDA kernel too: one op, one kernel for each type of device.
 
     @torch.library.register_fake("emu3_kernels::nearest_code")
     def _(z: Tensor, codebook: Tensor, tree: Tensor | None) -> Tensor:
@@ -50,3 +48,6 @@ if not library.MISSING:
     @torch.library.register_fake("emu3_kernels::nearest_code_tree")
     def _(codebook: Tensor) -> Tensor:
         return codebook.new_empty(tree_size(*codebook.shape), dtype=torch.int32)
+
+
+BACKENDS = {"nearest_code": Backend(why_not, forward)}

@@ -1,0 +1,39 @@
+"""What ``train.stage`` in a recipe can be: the recipe's settings, and what builds the stage."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from emu3 import config
+from emu3.config import Recipe
+from emu3.demo.config import DigitRecipe
+from emu3.demo.stages import decoder_stage, vision_stage
+from emu3.train import loop
+from emu3.train.stage import Stage
+from emu3.train.tokenizer import tokenizer_stage
+
+
+class Task(NamedTuple):
+    recipe: type[Recipe]
+    build: Callable[[Any], Stage]
+
+
+TASKS: Mapping[str, Task] = {
+    "vision": Task(DigitRecipe, vision_stage),
+    "decoder": Task(DigitRecipe, decoder_stage),
+    "tokenizer": Task(Recipe, tokenizer_stage),
+}
+
+
+def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe as ``emu3.config.load_recipe`` does, with the settings of its stage."""
+    tree = config.recipe_tree(name, overrides)
+    train = tree.get("train")
+    stage = train.get("stage") if isinstance(train, dict) else None
+    kind = TASKS[stage].recipe if isinstance(stage, str) and stage in TASKS else DigitRecipe
+    return config.parse(kind, tree)
+
+
+def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> Path:
+    """Run ``recipe`` in ``folder``; return the file of the trained weights."""
+    return loop.train(recipe, folder, TASKS[recipe.train.stage].build, resume=resume)

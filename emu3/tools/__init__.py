@@ -1,0 +1,1 @@
+"""Long jobs over many files or many calls: tokenize, detokenize, compare, profile."""

@@ -1,0 +1,137 @@
+"""COUNTED: the bytes and FLOPs of every op of a call. BOUND: the least time on this machine."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from emu3_kernels import linear
+
+
+@dataclass
+class Cost:
+    """Bytes and FLOPs of the calls of one op."""
+
+    num_bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates measured here: bytes a second read from memory, FLOPs a second of a matmul."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def bound(self, cost: Cost) -> float:
+        """Lower bound of the seconds of ``cost``."""
+        return max(cost.num_bytes / self.bytes_per_second, cost.flops / self.flops_per_second)
+
+
+def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
+    """Time the sum of 1 GiB and the matmul of two square matrices in ``dtype``."""
+    numbers = torch.ones(1 << 28, device=device)
+    left, right = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    return Machine(
+        numbers.nbytes / median(seconds_of(numbers.sum, device) for _ in range(5)),
+        2 * 2048**3 / median(seconds_of(lambda: linear(left, right), device) for _ in range(5)),
+    )
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, its asynchronous work included."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class CostCounter(TorchDispatchMode):
+    """Counts every op inside the block, under its name in the profiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.costs: defaultdict[str, Cost] = defaultdict(Cost)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        cost = self.costs[function._schema.name]
+        cost.num_bytes += _bytes(function, args, kwargs, result)
+        cost.flops += _flops(function, args, kwargs, result)
+        return result
+
+    @property
+    def total(self) -> Cost:
+        costs = self.costs.values()
+        return Cost(sum(c.num_bytes for c in costs), sum(c.flops for c in costs))
+
+
+def _bytes(function, args: tuple, kwargs: dict, result: object) -> int:
+    """Inputs read once and results written once; ops that read a part have a formula."""
+    name = function._schema.name
+    if name in _BYTES:
+        return _BYTES[name](result, *args, **kwargs)
+    if function.is_view or "empty" in name:
+        return 0
+    tensors = {t.data_ptr(): t for t in tree_leaves((args, kwargs, result)) if _is_tensor(t)}
+    return sum(map(_size, tensors.values()))
+
+
+def _flops(function, args: tuple, kwargs: dict, result: object) -> int:
+    if function._schema.name in _FLOPS:
+        return _FLOPS[function._schema.name](*args, **kwargs)
+    formula = flop_registry.get(function._overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes behind a tensor: an expanded one has fewer than its shape implies."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _rope_append_bytes(result, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
+    return 2 * sum(map(_size, (q, k, v)))
+
+
+def _decode_bytes(result, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *_) -> int:
+    token = k_cache.shape[-2] * k_cache.shape[-1] * k_cache.element_size()
+    return 2 * _size(q) + 2 * token * int(lengths.sum())
+
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, *_) -> int:
+    pairs = int((end - first).clamp_min(0).sum()) * (q.shape[0] // first.shape[0])
+    return 4 * q.shape[2] * q.shape[3] * pairs
+
+
+def _decode_flops(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *_) -> int:
+    return 4 * q.shape[1] * q.shape[2] * q.shape[3] * int(lengths.sum())
+
+
+_BYTES = {
+    "aten::embedding": lambda result, *_, **__: 2 * _size(result),
+    "emu3_kernels::rope_append": _rope_append_bytes,
+    "emu3_kernels::decode_attention": _decode_bytes,
+}
+_FLOPS = {
+    "emu3_kernels::matmul": lambda a, b, *_: 2 * a.shape[0] * b.numel(),
+    "emu3_kernels::attention": _attention_flops,
+    "emu3_kernels::decode_attention": _decode_flops,
+}

@@ -1,0 +1,203 @@
+"""The GEMM of a causal convolution in Triton, and the packing of its operands.
+
+It is an implicit GEMM: M are the pixels of the output, N its channels, and K the taps of the kernel
+times the input channels. The A operand is channels-last, ``[B, pixels, channels]``, and is normed
+and activated in a pass of its own: in the GEMM, SiLU would be computed once for every tap. Operands
+are rounded to the dtype of x for the tensor cores and summed in float32. No padding is stored: a
+tap outside of the video reads zeros.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from emu3_kernels.runtime.launch import cdiv, gpu_of, launch, next_power_of_2, tile
+
+WHOLE = 64
+"""Packed channels are a multiple of this, or a power of two below it."""
+
+
+def gemm_tile(x: Tensor, dtype: torch.dtype, n: int) -> dict[str, int | bool]:
+    """Choose by N alone: a piece of a video must have the tile, and so the sums, of the whole.
+
+    A third stage is more than the shared memory of gfx942.
+    """
+    block_n = min(max(next_power_of_2(n), 16), 128)
+    if dtype == torch.float32:
+        blocks = {"BLOCK_M": 64, "BLOCK_K": 32, "BLOCK_N": min(block_n, 64)}
+        num_warps, num_stages = 4, 2
+    else:
+        blocks = {"BLOCK_M": 128, "BLOCK_K": 64, "BLOCK_N": block_n}
+        num_warps, num_stages = 8 if block_n == 128 else 4, 2 if gpu_of(x).warp_size == 64 else 3
+    return tile(num_warps, num_stages, **blocks, STAGES=num_stages)
+
+
+def gemm_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Round operands to the dtype of x, unless that of the weight is wider."""
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
+def padded_channels(channels: int) -> int:
+    """Count the packed channels: a block of K is whole, and an access has at least 8 bytes."""
+    return cdiv(channels, WHOLE) * WHOLE if channels > WHOLE else max(next_power_of_2(channels), 4)
+
+
+def pack_weight(weight: Tensor, dtype: torch.dtype, block_n: int) -> Tensor:
+    """Pack ``[N, C, kt, kh, kw]`` as ``[taps, channels, N]``, padded with zeros to whole blocks."""
+    n, channels = weight.shape[:2]
+    num_taps, columns = weight[0, 0].numel(), cdiv(n, block_n) * block_n
+    out = weight.new_zeros(num_taps, padded_channels(channels), columns, dtype=dtype)
+    out[:, :channels, :n] = weight.flatten(2).permute(2, 1, 0)
+    return out
+
+
+def taps(weight: Tensor, stride: tuple[int, int, int]) -> dict[str, int]:
+    """Return the constants of a kernel that its addresses of taps depend on."""
+    names = ("KT", "KH", "KW", "ST", "SH", "SW")
+    return dict(zip(names, (*weight.shape[2:], *stride), strict=True))
+
+
+def pack_video(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool, dtype: torch.dtype
+) -> Tensor:
+    """Norm and activate ``[B, C, T, H, W]``, and round it to ``dtype``, channels-last."""
+    batch, channels, num_pixels = *x.shape[:2], x[0, 0].numel()
+    width = padded_channels(channels)
+    out = x.new_empty(batch, num_pixels, width, dtype=dtype)
+    block = min(width, WHOLE)
+    pixels = 4096 // block
+    grid = cdiv(num_pixels, pixels) * batch, width // block
+    launch(
+        causal_conv3d_pack_kernel, grid, x, scale, shift, out, num_pixels, channels, SILU=silu,
+        WIDTH=width, **tile(num_warps=4, PIXELS=pixels, CHANNELS=block),
+    )  # fmt: skip
+    return out
+
+
+def column_sums(rows: Tensor) -> Tensor:
+    """Sum ``[R, N]`` over R in float32, in an order that R alone determines."""
+    chunk, (num_rows, width) = 512, rows.shape
+    if num_rows == 1 and rows.dtype == torch.float32:
+        return rows[0]
+    block = min(next_power_of_2(width), 128)
+    sums = rows.new_empty(cdiv(num_rows, chunk), width, dtype=torch.float32)
+    grid = (len(sums) * cdiv(width, block),)
+    options = tile(max(block // 32, 1), CHUNK=chunk, ROWS=gpu_of(rows).warp_size, BLOCK=block)
+    launch(causal_conv3d_sum_kernel, grid, rows, sums, num_rows, WIDTH=width, **options)
+    return column_sums(sums)
+
+
+@triton.jit
+def silu_derivative(z):
+    sigmoid = tl.sigmoid(z)
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+@triton.jit
+def load_row(ptr, c, inside):
+    """Load a vector as the row that a tile is added to or multiplied by."""
+    return tl.load(ptr + c, mask=inside, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def coordinates(p, height, width):
+    """Return the frame, the row and the column of a pixel."""
+    return p // (height * width), p // width % height, p % width
+
+
+@triton.jit
+def program_tile(num_pixels, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return batch, block, pixels p and channels n; programs that share pixels are neighbours."""
+    program = tl.program_id(0)
+    num_n, num_blocks = columns // BLOCK_N, tl.cdiv(num_pixels, BLOCK_M)
+    n = program % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    program //= num_n
+    block = program % num_blocks
+    batch = (program // num_blocks).to(tl.int64)
+    return batch, block, block * BLOCK_M + tl.arange(0, BLOCK_M), n
+
+
+@triton.jit
+def load_taps(
+    ptr, t, h, w, jt, jh, jw, c, used, frames, height, width,
+    CHANNELS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Load channel c at STEP * j from t, h, w: ``[M, K]``, zeros outside of the video."""
+    it = t[:, None] + STEP * jt[None, :]
+    ih = h[:, None] + STEP * jh[None, :]
+    iw = w[:, None] + STEP * jw[None, :]
+    inside = (it >= 0) & (it < frames) & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
+    pixel = (t.to(tl.int64) * height + h) * width + w
+    away = (jt.to(tl.int64) * height + jh) * width + jw
+    offsets = pixel[:, None] * CHANNELS + (STEP * away * CHANNELS + c)[None, :]
+    return tl.load(ptr + offsets, mask=inside & used[None, :], other=0)
+
+
+@triton.jit
+def implicit_gemm(
+    a_ptr, weight_ptr, t, h, w, tap_t, tap_h, tap_w, n, columns, frames, height, width,
+    STEP: tl.constexpr, EVERY_T: tl.constexpr, EVERY_H: tl.constexpr, EVERY_W: tl.constexpr,
+    CHANNELS: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Return A @ weight over the taps tap + every * j; that of j reads A at STEP * j from t, h, w.
+
+    The order of K does not depend on the pixel, and a frame of zeros adds exact zeros.
+    """
+    num_t, num_h, num_w = tl.cdiv(KT, EVERY_T), tl.cdiv(KH, EVERY_H), tl.cdiv(KW, EVERY_W)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in tl.range(0, num_t * num_h * num_w * CHANNELS, BLOCK_K, num_stages=STAGES):
+        k = first + tl.arange(0, BLOCK_K)
+        j, c = k // CHANNELS, k % CHANNELS
+        jt, jh, jw = j // (num_h * num_w), j // num_w % num_h, j % num_w
+        kt, kh, kw = tap_t + EVERY_T * jt, tap_h + EVERY_H * jh, tap_w + EVERY_W * jw
+        used = (kt < KT) & (kh < KH) & (kw < KW)
+        a = load_taps(a_ptr, t, h, w, jt, jh, jw, c, used, frames, height, width, CHANNELS, STEP)
+        rows = (((kt * KH + kh) * KW + kw) * CHANNELS + c).to(tl.int64)
+        weights = tl.load(
+            weight_ptr + rows[:, None] * columns + n[None, :], mask=used[:, None], other=0
+        )
+        acc = tl.dot(a, weights, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def causal_conv3d_pack_kernel(
+    x_ptr, scale_ptr, shift_ptr, out_ptr, num_pixels, num_channels,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """out[p, c] = act(scale * x[c, p] + shift), and zeros beyond the channels of x."""
+    num_blocks = tl.cdiv(num_pixels, PIXELS)
+    batch = (tl.program_id(0) // num_blocks).to(tl.int64)
+    p = tl.program_id(0) % num_blocks * PIXELS + tl.arange(0, PIXELS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = c < num_channels
+    inside = (p < num_pixels)[:, None] & exists[None, :]
+    offsets = c.to(tl.int64)[None, :] * num_pixels + p[:, None]
+    x = tl.load(x_ptr + batch * num_channels * num_pixels + offsets, mask=inside, other=0)
+    x = x.to(tl.float32)
+    if scale_ptr is not None:
+        x = x * load_row(scale_ptr, c, exists) + load_row(shift_ptr, c, exists)
+    if SILU:
+        x *= tl.sigmoid(x)
+    out_ptr += (batch * num_pixels + p)[:, None] * WIDTH + c[None, :]
+    tl.store(out_ptr, x.to(out_ptr.dtype.element_ty), mask=(p < num_pixels)[:, None])
+
+
+@triton.jit
+def causal_conv3d_sum_kernel(
+    rows_ptr, sums_ptr, num_rows, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum a chunk of the rows."""
+    num_blocks = tl.cdiv(WIDTH, BLOCK)
+    c = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    chunk = (tl.program_id(0) // num_blocks).to(tl.int64)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, num_rows), ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < num_rows)[:, None] & (c < WIDTH)[None, :]
+        offsets = row[:, None].to(tl.int64) * WIDTH + c[None, :]
+        sums += tl.load(rows_ptr + offsets, mask=inside, other=0).to(tl.float32)
+    tl.store(sums_ptr + chunk * WIDTH + c, tl.sum(sums, axis=0), mask=c < WIDTH)

@@ -1,0 +1,39 @@
+"""Results that outlive a test run, on disk: ``EMU3_TEST_CACHE``, else ``~/.cache/emu3_kernels``."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+DIGEST_BYTES = sha256().digest_size
+
+
+def cached(key: str, make: Callable[[], bytes]) -> bytes:
+    """Return ``make()``, computed once for ``key`` on this machine.
+
+    ``key`` must contain everything that the result depends on: sources, versions, sizes. A file
+    starts with the SHA-256 of its content, and a damaged one is made anew. Processes may ask for
+    the same key at the same time: each writes a file of its own and renames it. Where the folder
+    cannot be written to, nothing is kept.
+    """
+    name = sha256(key.encode()).hexdigest()
+    path = folder() / name[:2] / name
+    with suppress(OSError):
+        stored = path.read_bytes()
+        digest, content = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
+        if sha256(content).digest() == digest:
+            return content
+    content = make()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(sha256(content).digest() + content)
+        os.replace(file.name, path)
+    return content
+
+
+def folder() -> Path:
+    """Return the folder of the cache; deleting it is always safe."""
+    return Path(os.environ.get("EMU3_TEST_CACHE") or Path.home() / ".cache/emu3_kernels")

@@ -1,0 +1,272 @@
+"""Mutants: kernels with one operator, constant, mask or index changed, which tests must notice.
+
+``python -m emu3_kernels.testing.mutants FAMILY`` changes the Triton, C++ and CUDA C++ kernels of a
+family one place at a time, each in a copy of the repository, runs the family's tests on it until
+one fails, and lists the survivors: a survivor asks for a test, or is equivalent to the original.
+"""
+
+import ast
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("csrc", "emu3", "emu3_kernels", "tests", "pyproject.toml", "setup.py")
+SWAPS = {"+": "-", "-": "+", "*": "+", "/": "*", "//": "*", "%": "+", "&": "|", "|": "&"}
+SWAPS |= {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
+SWAPS |= {"&&": "||", "||": "&&"}
+CALLS = {"maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max"}
+CPP_OPERATOR = re.compile(r"(?<= )(\+|-|\*|/|%|<=?|>=?|==|!=|&&|\|\|)=?(?= )")
+CPP_NUMBER = re.compile(r"(?<![\w.\"])\d+(?![\w.])")
+CPP_CALL = re.compile(r"\b(min|max)(?=\()")
+CPP_SKIPPED = re.compile(
+    r"#|\s*(template|static_assert|namespace|using|typedef|//)|.*(alignas|asm)"
+)
+
+app = typer.Typer(add_completion=False)
+console = Console()
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file."""
+
+    kind: str
+    """``triton``, ``cpu`` or ``cuda``: whose tests are run first."""
+    path: Path
+    """Relative to the repository."""
+    start: int
+    end: int
+    text: str
+    """What replaces the characters from ``start`` to ``end``."""
+
+    def apply(self, source: str) -> str:
+        return source[: self.start] + self.text + source[self.end :]
+
+    def __str__(self) -> str:
+        source = (ROOT / self.path).read_text()
+        number = source.count("\n", 0, self.start) + 1
+        line = source.splitlines()[number - 1].strip()
+        return f"{self.path}:{number}: {source[self.start : self.end]!r} -> {self.text!r} in {line}"
+
+
+def mutants_of(family: str) -> dict[str, list[Mutant]]:
+    """List every mutant of ``family`` by kind."""
+    triton = sorted((ROOT / "emu3_kernels/ops" / family).rglob("*triton*.py"))
+    cpu = sorted((ROOT / "csrc/cpu" / family).glob("*.*"))
+    cuda = sorted((ROOT / "csrc/cuda").glob(f"{family}*.cuh"))
+    cuda += sorted((ROOT / "csrc/cuda" / family).glob("*.cuh"))
+    found = {
+        "triton": [m for path in triton for m in _of_python(path)],
+        "cpu": [m for path in cpu for m in _of_cpp("cpu", path)],
+        "cuda": [m for path in cuda for m in _of_cpp("cuda", path)],
+    }
+    return {kind: mutants for kind, mutants in found.items() if mutants}
+
+
+def _of_python(path: Path) -> Iterator[Mutant]:
+    source = path.read_text()
+    lines = [0, *(m.end() for m in re.finditer("\n", source))]
+    encoded = source.isascii()
+
+    def at(line: int, column: int) -> int:
+        assert encoded, f"mutants: {path} must be ASCII: columns are counted in bytes"
+        return lines[line - 1] + column
+
+    def mutant(start: int, end: int, text: str) -> Mutant:
+        return Mutant("triton", path.relative_to(ROOT), start, end, text)
+
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef) or not _is_kernel(function):
+            continue
+        for statement in function.body:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                continue
+            for node in ast.walk(statement):
+                for start, end, text in _changes(node, source, at):
+                    yield mutant(start, end, text)
+
+
+def _is_kernel(function: ast.FunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def _changes(node: ast.AST, source: str, at) -> Iterator[tuple[int, int, str]]:
+    """Yield (start, end, text) for each change of ``node`` itself."""
+    if isinstance(node, ast.BinOp | ast.AugAssign):
+        left = node.left if isinstance(node, ast.BinOp) else node.target
+        right = node.right if isinstance(node, ast.BinOp) else node.value
+        yield from _swap(left, right, source, at)
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+        yield from _swap(node.left, node.comparators[0], source, at)
+    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        start, end = at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset)
+        yield start, end, repr(node.value + 1)
+    elif isinstance(node, ast.keyword) and node.arg == "mask":
+        value = node.value
+        start, end = at(value.lineno, value.col_offset), at(value.end_lineno, value.end_col_offset)
+        yield start, end, f"({source[start:end]}) | True"
+    elif isinstance(node, ast.Attribute) and node.attr in CALLS and ast.unparse(node)[:3] == "tl.":
+        end = at(node.end_lineno, node.end_col_offset)
+        yield end - len(node.attr), end, CALLS[node.attr]
+
+
+def _swap(left: ast.expr, right: ast.expr, source: str, at) -> Iterator[tuple[int, int, str]]:
+    start, end = at(left.end_lineno, left.end_col_offset), at(right.lineno, right.col_offset)
+    found = re.search(r"//|<=|>=|==|!=|[-+*/%&|<>]", source[start:end])
+    if found and found[0] in SWAPS:
+        yield start + found.start(), start + found.end(), SWAPS[found[0]]
+
+
+def _of_cpp(kind: str, path: Path) -> Iterator[Mutant]:
+    offset = 0
+    for line in path.read_text().splitlines(keepends=True):
+        code = line.split("//")[0]
+        if not CPP_SKIPPED.match(line):
+            changes = [(m.start(1), m.end(1), SWAPS[m[1]]) for m in CPP_OPERATOR.finditer(code)]
+            changes += [(*m.span(), str(int(m[0]) + 1)) for m in CPP_NUMBER.finditer(code)]
+            changes += [(*m.span(1), CALLS[m[1]]) for m in CPP_CALL.finditer(code)]
+            for start, end, text in changes:
+                yield Mutant(kind, path.relative_to(ROOT), offset + start, offset + end, text)
+        offset += len(line)
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    if (ROOT / "build").is_dir():  # objects, so that a mutant compiles one file
+        subprocess.run(["cp", "-a", str(ROOT / "build"), str(folder)], check=True)
+        _touch_sources_before_objects(folder)
+    return folder
+
+
+def _touch_sources_before_objects(folder: Path) -> None:
+    """Make the copied sources older than the copied objects: nothing but a mutant is compiled."""
+    for path in [*(folder / "csrc").rglob("*.*"), folder / "setup.py"]:
+        os.utime(path, (0, 0))
+    for listed in (folder / "build").rglob("*.d"):  # their sources are those of the copy
+        listed.write_text(listed.read_text().replace(f"{ROOT}/", f"{folder}/"))
+
+
+def verdict(mutant: Mutant, family: str, tree: Path, seconds: float) -> tuple[str, float]:
+    """Return how ``mutant`` ended: ``survived``, ``killed``, ``timeout`` or ``does not build``."""
+    path, began = tree / mutant.path, time.monotonic()
+    original = path.read_text()
+    path.write_text(mutant.apply(original))
+    try:
+        if mutant.kind == "cpu" and not _builds(tree):
+            return "does not build", time.monotonic() - began
+        return _tested(mutant, family, tree, seconds), time.monotonic() - began
+    finally:
+        path.write_text(original)
+
+
+def _builds(tree: Path) -> bool:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"CUDA_HOME": str(tree / "no-cuda")}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True)
+    return done.returncode == 0
+
+
+def _tested(mutant: Mutant, family: str, tree: Path, seconds: float) -> str:
+    """Run the tests of the mutant's own backend, then all of the family's; a failure kills it."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    base = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", "--no-header"]
+    deadline = time.monotonic() + seconds
+    for chosen in (["-k", mutant.kind], []):
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                [*base, f"--family={family}", *chosen],
+                cwd=tree,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return "timeout"
+        if code not in (0, 5):  # 5: no test was selected
+            return "killed"
+    return "survived"
+
+
+@app.command()
+def main(
+    family: Annotated[str, typer.Argument(help="a folder of emu3_kernels/ops")],
+    most: Annotated[int, typer.Option(help="mutants of each kind, drawn at random; 0: all")] = 20,
+    kinds: Annotated[str, typer.Option(help="which of triton,cpu,cuda")] = "triton,cpu,cuda",
+    seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+    jobs: Annotated[int, typer.Option(help="mutants at a time")] = os.cpu_count() or 1,
+    seconds: Annotated[float, typer.Option(help="a run that takes longer is killed")] = 300.0,
+) -> None:
+    """List the mutants of FAMILY that its tests do not notice."""
+    listed = {kind: all_ for kind, all_ in mutants_of(family).items() if kind in kinds.split(",")}
+    if not listed:
+        raise typer.BadParameter(f"family must have kernels of {kinds}, got {family}")
+    draw = random.Random(seed)
+    chosen = [
+        m for all_ in listed.values() for m in draw.sample(all_, min(most or len(all_), len(all_)))
+    ]
+    with tempfile.TemporaryDirectory(prefix="emu3-mutants-") as folder:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for job in range(jobs):
+            trees.put(copy_of_the_repository(Path(folder) / str(job)))
+
+        def judge(mutant: Mutant) -> tuple[str, float]:
+            tree = trees.get()
+            try:
+                return verdict(mutant, family, tree, seconds)
+            finally:
+                trees.put(tree)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            results = track(pool.map(judge, chosen), f"mutants of {family}", len(chosen))
+            verdicts = list(zip(chosen, (how for how, _ in results), strict=True))
+    report(family, listed, verdicts)
+
+
+def report(
+    family: str, listed: dict[str, list[Mutant]], verdicts: list[tuple[Mutant, str]]
+) -> None:
+    table = Table(title=f"COUNTED: mutants of {family}")
+    for column in ("kind", "places", "tried", "killed", "survived", "share killed"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, all_ in listed.items():
+        ended = [how for m, how in verdicts if m.kind == kind and how != "does not build"]
+        survived = ended.count("survived")
+        share = f"{1 - survived / len(ended):.1%}" if ended else "-"
+        numbers = len(all_), len(ended), len(ended) - survived, survived
+        table.add_row(kind, *map(str, numbers), share)
+    console.print(table)
+    for mutant, how in verdicts:
+        if how == "survived":
+            console.print(f"survived: {mutant}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    app()
