@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.loss.linear_cross_entropy_api import linear_cross_entropy
-from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
-from emu3_kernels.ops.norm.rms_norm_api import rms_norm
-from emu3_kernels.ops.rope.rope_api import rope
+from emu3_kernels.ops.norm.api import add_rms_norm, rms_norm
+from emu3_kernels.ops.rope.api import rope
 from emu3_kernels.ops.swiglu.api import swiglu
 from emu3_kernels.ops.vq.api import LARGEST_DIM, nearest_code
 from emu3_kernels.runtime.gemm import SLOW_IN_BFLOAT16

@@ -63,11 +63,12 @@ def launch(kernel, grid: tuple[int, ...], first: Tensor, *args, **options) -> No
 
 def why_not_triton(tensor: Tensor) -> str | None:
     """Say why a Triton kernel cannot run on ``tensor``; None if it can."""
-    if tensor.device.type not in DEVICES:
+    if not tensor.is_cuda and not (tensor.is_cpu and "cpu" in DEVICES):
         return f"Triton has no {tensor.device.type} target here"
-    if tensor.dtype == torch.float64:
+    dtype = tensor.dtype
+    if dtype == torch.float64:
         return "float64 is left to the reference"
-    if INTERPRETED and tensor.dtype == torch.bfloat16:
+    if INTERPRETED and dtype == torch.bfloat16:
         return "Triton's interpreter is wrong in bfloat16 (ttsem tests it instead)"
     return None
 

@@ -1,4 +1,4 @@
-"""The definition of add_rms_norm in plain PyTorch."""
+"""The definitions of rms_norm and add_rms_norm in plain PyTorch."""
 
 from math import prod
 
@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 from emu3_kernels.runtime.dropout import keep, keep_scale
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x_float = x.to(compute)
+    rstd = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + eps)
+    return (x_float * rstd * weight.to(compute)).to(x.dtype)
 
 
 def add_rms_norm(
@@ -20,9 +27,7 @@ def add_rms_norm(
     compute = torch.promote_types(x.dtype, torch.float32)
     branch = x if seed is None else _dropout(x.to(compute), dropout_p, seed)
     summed = (branch + residual).to(x.dtype)
-    wide = summed.to(compute)
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * rstd * weight.to(compute)).to(x.dtype), summed
+    return rms_norm(summed, weight, eps), summed
 
 
 def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
