@@ -1,9 +1,8 @@
 """Fused, differentiable ops for Emu3-type models: Triton, CUDA C++ and native CPU code."""
 
-from emu3_kernels.ops.attention.attention_api import attention
-from emu3_kernels.ops.attention.decode_attention_api import decode_attention
+from emu3_kernels.ops.attention.api import attention, decode_attention
+from emu3_kernels.ops.attention.ring.api import ring_attention
 from emu3_kernels.ops.attention.ring.shards import shard_sequence, unshard_sequence
-from emu3_kernels.ops.attention.ring_attention_api import ring_attention
 from emu3_kernels.ops.conv2d.api import conv3x3
 from emu3_kernels.ops.conv3d.api import causal_conv3d, temporal_residual
 from emu3_kernels.ops.conv3d.cache import FrameCache

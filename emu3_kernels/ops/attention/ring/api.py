@@ -1,21 +1,29 @@
-"""Attention of a sequence over a ring of ranks. B batch, T tokens, H, G heads, K head width."""
+"""Attention of a sequence over a ring of ranks.
+
+B batch, T tokens, H query heads, KV key/value heads, K head_dim, P ranks.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from emu3_kernels.ops.attention import ring_attention_reference as reference
-from emu3_kernels.ops.attention.ring import ring
+from emu3_kernels.ops.attention.ring import reference, ring
 from emu3_kernels.ops.attention.ring.agreement import Facts, agree, failing_together, waiting
 from emu3_kernels.ops.attention.ring.schedule import Schedule, ring_schedule
 from emu3_kernels.ops.attention.ring.shards import Zigzag, gather
 from emu3_kernels.runtime.autograd import needs_gradient
-from emu3_kernels.runtime.checks import check_floating, describe
-from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.checks import check_grouped_heads, describe
+from emu3_kernels.runtime.dispatch import Backend, Backends
 from emu3_kernels.runtime.dropout import check_dropout, draw_seed
 
-BACKENDS = load("ring_attention", "cpu", "triton")
+RING_ATTENTION = Backends(
+    "ring_attention",
+    "emu3_kernels.ops.attention",
+    reference.ring_attention,
+    cpu=("cpu",),
+    cuda=("triton",),
+)
 
 
 def ring_attention(
@@ -34,59 +42,58 @@ def ring_attention(
     r"""Return this rank's shard of :func:`attention` over a sequence that a group shares.
 
     Every rank holds its zigzag shard, as :func:`shard_sequence` cuts it, of T tokens in all. Keys
-    and values of the G key heads travel from their owner to the ranks that see them, in pieces,
-    while others are attended to: what no query of a rank sees is not sent to it. Partial results
-    are float32, merged as ``out -= sigmoid(lse_b - lse_a) * (out_a - out_b)`` in the order of
-    hops, and rounded once; a group of one process is :func:`attention`, bit for bit.
+    and values of the KV heads are sent by their owner to the ranks that attend to them, in pieces,
+    while the kernels work on others: keys to which no query of a rank attends are not sent to it.
+    Partial results are float32, merged as ``out -= sigmoid(lse_b - lse_a) * (out_a - out_b)`` in
+    the order of hops, and rounded once; a group of one process is :func:`attention`, bit for bit.
 
-    Differentiable in q, k and v, deterministically; kept are the inputs, the result and the lse.
-    Backward, keys and values travel again and dk and dv return in float32 to their owner. A
+    Differentiable in q, k and v, deterministically; the inputs, the result and the lse are saved.
+    Backward, keys and values are sent again and dk and dv return in float32 to their owner. A
     training step takes at most 1.5 times the memory of a rank's shards (q, k, v, out and their
     gradients) and the keys and values of two whole shards.
 
-    All ranks have to call, with the same settings: one message of some 100 bytes compares them
-    (document_ids are gathered too), so a GPU is waited for once a call, and ``torch.compile``
-    breaks its graph here. Where a rank refuses its arguments, all raise; where one fails later,
-    the others raise within the timeout of the group, with its message.
+    All ranks must call, with the same settings: one message of some 100 bytes compares them
+    (document_ids are gathered too), so the host waits for a GPU once a call, and ``torch.compile``
+    breaks its graph here. If the arguments of a rank are invalid, all ranks raise; if a rank fails
+    later, the others raise its message within the timeout of the group.
 
     From "Ring Attention" (Liu et al., arXiv 2310.01889); zigzag shards from "The Llama 3 Herd of
     Models" (arXiv 2407.21783, 3.3.2).
 
     Args:
         q: ``[B, T/P, H, K]``, any floating dtype.
-        k: ``[B, T/P, G, K]``, G a divisor of H; dtype and device of ``q``.
+        k: ``[B, T/P, KV, K]``, H a multiple of KV; dtype and device of ``q``.
         v: as ``k``.
         group: the process group of the ring, NCCL or Gloo.
-        causal: whether later keys are hidden.
+        causal: whether later keys are masked.
         document_ids: ``[B, T/P]`` int32, the shard of ids that do not decrease along T: a query
-            sees the keys of its own document alone. None is one document.
+            attends only to keys of its own document. None is one document.
         scale: factor of the scores; None is ``K ** -0.5``.
-        dropout_p: chance of a probability to be dropped, in ``[0, 1)``; what is dropped is what
-            :func:`attention` drops of the whole sequence.
+        dropout_p: probability in ``[0, 1)`` of dropping a probability; :func:`attention` of the
+            whole sequence drops the same.
         seed: scalar int64 tensor on the device of ``q``, the same on all ranks; None draws one.
-        backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
+        backend: a key of ``RING_ATTENTION``, or None for the first that fits.
 
     Returns:
         ``[B, T/P, H, K]`` in the dtype of ``q``.
     """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"ring_attention: group must be a process group of this rank, got {group}")
-    chosen, facts, refusal = "reference", Facts(), None
+    chosen, facts, invalid = RING_ATTENTION["reference"], Facts(), None
     try:
         _check(q, k, v, document_ids, dropout_p, seed)
-        asked = (causal, document_ids, dropout_p, False)
-        chosen = choose("ring_attention", BACKENDS, backend, q, k, v, *asked)
+        chosen = RING_ATTENTION.choose(backend, q, k, v)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         facts = _facts(q, k, v, causal, document_ids, scale, dropout_p, seed, chosen)
     except (TypeError, ValueError, NotImplementedError) as error:
-        refusal = error
-    size = 0 if refusal else q.shape[1]
-    zigzag, seed = agree(refusal, size, _seed_or_draw(seed, dropout_p, q.device), facts, group)
+        invalid = error
+    size = 0 if invalid else q.shape[1]
+    zigzag, seed = agree(invalid, size, _seed_or_draw(seed, dropout_p, q.device), facts, group)
     schedule, document_ids = _plan(zigzag, causal, document_ids, group)
     settings = {"document_ids": document_ids, "scale": scale, "dropout_p": dropout_p, "seed": seed}
-    if chosen == "reference":
-        return reference.ring_attention(q, k, v, group=group, causal=causal, **settings)
-    call = ring.Call(group, schedule, **settings, kernels=BACKENDS[chosen])
+    if chosen.function is not None:
+        return chosen.function(q, k, v, group=group, causal=causal, **settings)
+    call = ring.Call(group, schedule, **settings, backend=chosen)
     return _RingAttention.apply(q, k, v, call)
 
 
@@ -114,19 +121,8 @@ def _check(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    check_floating("ring_attention", q=q, k=k, v=v)
-    alike = (q.dtype, q.device) == (k.dtype, k.device) == (v.dtype, v.device)
-    fits = q.dim() == k.dim() == 4 and k.shape == v.shape
-    if not (alike and fits and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])):
-        raise ValueError(
-            "ring_attention: q must be [B, T/P, H, K], k and v [B, T/P, G, K] of the same dtype "
-            f"and device, got {describe(q)}, {describe(k)} and {describe(v)}"
-        )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"ring_attention: the {q.shape[2]} query heads must be a multiple of the key heads, "
-            f"got {k.shape[2]}"
-        )
+    layout = "q must be [B, T/P, H, K], k and v [B, T/P, KV, K]"
+    check_grouped_heads("ring_attention", layout, q, k, v)
     check_dropout("ring_attention", dropout_p, seed, q.device)
     if document_ids is None:
         return
@@ -139,12 +135,22 @@ def _check(
         )
 
 
-def _facts(q, k, v, causal, document_ids, scale, dropout_p, seed, chosen) -> Facts:
+def _facts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    document_ids: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    chosen: Backend,
+) -> Facts:
     return Facts(
         batch=q.shape[0],
-        query_heads=q.shape[2],
-        key_heads=k.shape[2],
-        width=q.shape[3],
+        num_heads=q.shape[2],
+        num_kv_heads=k.shape[2],
+        head_dim=q.shape[3],
         dtype=torch.finfo(q.dtype).eps,
         needs_gradient=needs_gradient(q, k, v),
         causal=causal,
@@ -152,7 +158,7 @@ def _facts(q, k, v, causal, document_ids, scale, dropout_p, seed, chosen) -> Fac
         scale=scale,
         dropout_p=dropout_p,
         seed=seed is not None,
-        backend=[*BACKENDS, "reference"].index(chosen),
+        backend=[*RING_ATTENTION.values()].index(chosen),
     )
 
 
