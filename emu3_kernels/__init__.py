@@ -11,8 +11,7 @@ from emu3_kernels.ops.conv3d.temporal_residual_api import temporal_residual
 from emu3_kernels.ops.group_norm.group_norm_silu_api import group_norm_silu
 from emu3_kernels.ops.group_norm.spatial_norm_silu_api import spatial_norm_silu
 from emu3_kernels.ops.linear.api import linear
-from emu3_kernels.ops.loss.cross_entropy_api import cross_entropy
-from emu3_kernels.ops.loss.linear_cross_entropy_api import linear_cross_entropy
+from emu3_kernels.ops.loss.api import cross_entropy, linear_cross_entropy
 from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.rope.rope_api import rope, rope_tables

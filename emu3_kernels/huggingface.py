@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3_kernels.ops.linear.api import linear
-from emu3_kernels.ops.loss.linear_cross_entropy_api import linear_cross_entropy
+from emu3_kernels.ops.loss.api import linear_cross_entropy
 from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.rope.rope_api import rope

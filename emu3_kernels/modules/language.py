@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from emu3_kernels.ops.linear.api import linear
-from emu3_kernels.ops.loss.cross_entropy_api import cross_entropy
-from emu3_kernels.ops.loss.linear_cross_entropy_api import linear_cross_entropy
+from emu3_kernels.ops.loss.api import cross_entropy, linear_cross_entropy
 from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.rope.rope_api import rope, rope_tables

@@ -1,6 +1,6 @@
-"""What the two token losses share: argument checks, the weight of a token, the definition.
+"""What the two losses share: argument checks, the weight of a token, the reduction.
 
-``[...]`` are the leading dimensions of the targets, V the number of classes.
+``[...]`` are the leading dimensions of the targets.
 """
 
 import torch
@@ -67,13 +67,13 @@ def check_settings(
 def token_weights(
     targets: Tensor, weights: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the weight of every token in ``dtype``: 0 where the target is ``ignore_index``."""
-    counted = targets != ignore_index
-    return counted.to(dtype) if weights is None else torch.where(counted, weights, 0).to(dtype)
+    """Return the weight of every token in ``dtype``: 0 for an ignored one."""
+    valid = targets != ignore_index
+    return valid.to(dtype) if weights is None else torch.where(valid, weights, 0).to(dtype)
 
 
 def divisor(weights: Tensor, normalizer: Tensor | float | None, reduction: str) -> Tensor | float:
-    """Return what the weighted sum is divided by; 1 if no token counts."""
+    """Return what the weighted sum is divided by; 1 if no token is valid."""
     if isinstance(normalizer, Tensor):
         total = normalizer.to(weights).reshape(())
     elif normalizer is not None:
@@ -92,22 +92,3 @@ def reduce(
     weighted = losses * weights
     total = weighted if reduction == "none" else weighted.sum()
     return total / divisor(weights, normalizer, reduction)
-
-
-def token_losses(
-    logits: Tensor, targets: Tensor, weights: Tensor, z_loss: float, label_smoothing: float
-) -> Tensor:
-    """The definition of the loss of each token, before its weight: plain PyTorch.
-
-    Computed in the dtype of ``weights``. A token of weight 0 has loss 0, whatever its logits.
-    """
-    kept = weights != 0
-    logits = logits.to(weights.dtype).masked_fill(~kept[..., None], 0)
-    classes = torch.where(kept, targets, 0)
-    lse = logits.logsumexp(-1)
-    target = logits.gather(-1, classes[..., None]).squeeze(-1)
-    if label_smoothing:  # else a class at -infinity would turn 0 * infinity into NaN
-        target = torch.lerp(target, logits.mean(-1), label_smoothing)
-    if z_loss:  # likewise
-        lse = lse + z_loss * lse.square()
-    return torch.where(kept, lse - target, 0)
