@@ -8,12 +8,13 @@ projection, gate and up another; the fused ops read the parts where they lie.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
 from emu3_kernels import add_rms_norm, attention, linear_cross_entropy, rms_norm, swiglu_packed
-from emu3_kernels.modules import Linear, RotaryEmbedding
+from emu3_kernels.modules import RotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Attention(nn.Module):
         super().__init__()
         self.settings, self.layer = settings, layer
         num_heads = settings.heads + 2 * settings.kv_heads
-        self.qkv = Linear(settings.width, num_heads * settings.head_width, bias=False)
-        self.out = Linear(settings.heads * settings.head_width, settings.width, bias=False)
+        self.qkv = nn.Linear(settings.width, num_heads * settings.head_width, bias=False)
+        self.out = nn.Linear(settings.heads * settings.head_width, settings.width, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         s = self.settings
@@ -57,8 +58,8 @@ class MLP(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.gate_up = Linear(settings.width, 2 * settings.ff_width, bias=False)
-        self.down = Linear(settings.ff_width, settings.width, bias=False)
+        self.gate_up = nn.Linear(settings.width, 2 * settings.ff_width, bias=False)
+        self.down = nn.Linear(settings.ff_width, settings.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu_packed(self.gate_up(x)))
@@ -92,6 +93,8 @@ class Block(nn.Module):
 class Emu3(nn.Module):
     """Decoder and head; ``forward`` gives hidden states, ``loss`` never makes ``[T, V]``."""
 
+    linear = staticmethod(F.linear)
+
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.settings = settings
@@ -100,7 +103,7 @@ class Emu3(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
         self.norm = nn.Parameter(torch.ones(settings.width))
-        self.head = Linear(settings.width, vocabulary.size, bias=False)
+        self.head = nn.Linear(settings.width, vocabulary.size, bias=False)
         self.rotate = RotaryEmbedding(
             settings.max_positions, settings.head_width, theta=settings.rope_theta
         )
@@ -142,6 +145,10 @@ class Emu3(nn.Module):
         p = self.settings.dropout if self.training else 0.0
         hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps, dropout_p=p)
         return hidden
+
+    def logits(self, hidden: Tensor, rows: slice) -> Tensor:
+        """Logits ``[..., R]`` of ``hidden [..., D]`` for the ``rows`` of the head alone."""
+        return self.linear(hidden, self.head.weight[rows])
 
     def loss(self, tokens: Tensor, weights: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Mean next-token loss, each target weighed by its entry of ``weights [B, T]`` float32."""

@@ -10,7 +10,6 @@ from emu3_kernels.ops.conv3d.causal_conv3d_api import causal_conv3d
 from emu3_kernels.ops.conv3d.temporal_residual_api import temporal_residual
 from emu3_kernels.ops.group_norm.group_norm_silu_api import group_norm_silu
 from emu3_kernels.ops.group_norm.spatial_norm_silu_api import spatial_norm_silu
-from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.loss.api import cross_entropy, linear_cross_entropy
 from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm
@@ -19,8 +18,6 @@ from emu3_kernels.ops.rope.rope_append_api import rope_append
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
 from emu3_kernels.ops.vq.api import CodeIndex, nearest_code
 from emu3_kernels.runtime.dispatch import record_backends, use_backend
-from emu3_kernels.runtime.gemm import widened
-from emu3_kernels.runtime.library import in_large_pages
 
 __all__ = [
     "CodeIndex",
@@ -32,8 +29,6 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "group_norm_silu",
-    "in_large_pages",
-    "linear",
     "linear_cross_entropy",
     "nearest_code",
     "record_backends",
@@ -49,5 +44,4 @@ __all__ = [
     "temporal_residual",
     "unshard_sequence",
     "use_backend",
-    "widened",
 ]

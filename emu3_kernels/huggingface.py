@@ -6,21 +6,22 @@ of one kind of module, with the signature it has in transformers, which is impor
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels.ops.linear.api import linear
+from emu3_kernels.modules.slow_bfloat16 import (
+    check_own_forward,
+    replace_forward,
+    speed_up_bfloat16,
+)
 from emu3_kernels.ops.loss.api import linear_cross_entropy
 from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.rope.rope_api import rope
 from emu3_kernels.ops.swiglu.api import swiglu
 from emu3_kernels.ops.vq.api import LARGEST_DIM, nearest_code
-from emu3_kernels.runtime.gemm import SLOW_IN_BFLOAT16
 
 
 def apply(model: nn.Module) -> nn.Module:
@@ -68,8 +69,6 @@ def apply(model: nn.Module) -> nn.Module:
         hf.Emu3ForCausalLM: _with_fused_loss(hf.Emu3ForCausalLM.forward),
         hf.Emu3ForConditionalGeneration: _with_fused_loss(hf.Emu3ForConditionalGeneration.forward),
     }
-    if SLOW_IN_BFLOAT16:
-        forwards[nn.Linear] = _linear
     found = [
         (name, module, forward)
         for name, module in model.named_modules()
@@ -77,9 +76,10 @@ def apply(model: nn.Module) -> nn.Module:
         if isinstance(module, kind) and type(module).forward is kind.forward and _fits(module)
     ]
     for name, module, _ in found:
-        _check_own(name, module)
+        check_own_forward("huggingface.apply", name, module)
+    speed_up_bfloat16(model, nn.Linear)
     for _, module, forward in found:
-        module.forward = MethodType(_dressed(forward, type(module).forward), module)
+        replace_forward(module, forward)
     return model
 
 
@@ -92,29 +92,6 @@ def _fits(module: nn.Module) -> bool:
     return True
 
 
-def _check_own(name: str, module: nn.Module) -> None:
-    replaced = vars(module).get("forward")
-    if replaced is not None and not hasattr(replaced, "of_emu3_kernels"):
-        raise ValueError(
-            f"huggingface.apply: {name or type(module).__name__}.forward must be its class's own, "
-            f"got {replaced!r}: apply before hooks and other patches"
-        )
-
-
-def _dressed(forward: Callable, original: Callable) -> Callable:
-    """Give ``forward`` the name and signature of ``original``: trainers read the one, pickle both.
-
-    A pickled model looks ``forward`` up by that name, and so comes back with its class's own.
-    """
-
-    @wraps(original)
-    def dressed(self, *args, **kwargs):
-        return forward(self, *args, **kwargs)
-
-    dressed.of_emu3_kernels = True
-    return dressed
-
-
 def _rms_norm(self, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -122,10 +99,6 @@ def _rms_norm(self, hidden_states: Tensor) -> Tensor:
 def _mlp(self, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
     return self.down_proj(self.act_fn(gate) * up if _is_hooked(self.act_fn) else swiglu(gate, up))
-
-
-def _linear(self, input: Tensor) -> Tensor:
-    return linear(input, self.weight, self.bias)
 
 
 def _rotary_embedding(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,14 @@ Every module calls the op of its name, whose docstring states formula and precis
 from emu3_kernels.modules.language import (
     AddRMSNorm,
     CrossEntropy,
-    Linear,
     LinearCrossEntropy,
     RMSNorm,
     RotaryEmbedding,
     SwiGLU,
 )
+from emu3_kernels.modules.slow_bfloat16 import speed_up_bfloat16
 from emu3_kernels.modules.vision import (
     CausalConv3d,
-    Conv2d,
     Conv3x3,
     GroupNormSiLU,
     Memory,
@@ -27,11 +26,9 @@ from emu3_kernels.modules.vision import (
 __all__ = [
     "AddRMSNorm",
     "CausalConv3d",
-    "Conv2d",
     "Conv3x3",
     "CrossEntropy",
     "GroupNormSiLU",
-    "Linear",
     "LinearCrossEntropy",
     "Memory",
     "RMSNorm",
@@ -40,4 +37,5 @@ __all__ = [
     "SwiGLU",
     "TemporalResidual",
     "VectorQuantizer",
+    "speed_up_bfloat16",
 ]

@@ -6,21 +6,12 @@ D model width, V classes, H query heads, G key heads, K head width.
 import torch
 from torch import Tensor, nn
 
-from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.loss.api import cross_entropy, linear_cross_entropy
 from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
 from emu3_kernels.ops.norm.rms_norm_api import rms_norm
 from emu3_kernels.ops.rope.rope_api import rope, rope_tables
 from emu3_kernels.ops.rope.rope_append_api import rope_append
 from emu3_kernels.ops.swiglu.api import swiglu
-
-
-class Linear(nn.Linear):
-    """:func:`emu3_kernels.linear` with the arguments and parameters of ``nn.Linear``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply ``x [..., D]``."""
-        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

@@ -15,7 +15,6 @@ from emu3_kernels.ops.conv3d.temporal_residual_api import temporal_residual
 from emu3_kernels.ops.group_norm.group_norm_silu_api import group_norm_silu
 from emu3_kernels.ops.group_norm.spatial_norm_silu_api import spatial_norm_silu
 from emu3_kernels.ops.vq.api import nearest_code
-from emu3_kernels.runtime.gemm import widened
 
 Memory = dict[nn.Module, FrameCache]
 """The frames that each convolution has still to see: an empty one starts a video in pieces."""
@@ -107,13 +106,6 @@ class SpatialNormSiLU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"silu={self.silu}"
-
-
-class Conv2d(nn.Conv2d):
-    """``nn.Conv2d``, its arguments and parameters; see :func:`emu3_kernels.widened`."""
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return widened(super()._conv_forward, x, weight, bias)
 
 
 class Conv3x3(nn.Conv2d):

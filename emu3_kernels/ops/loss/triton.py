@@ -172,9 +172,9 @@ def softmax_of_row(
 
     head_end = tl.minimum(misalignment + width, first_whole * VECTOR)
     head = (element >= misalignment) & (element < head_end)
-    x = tl.load(logits_ptr + element, mask=head, other=0).to(tl.float32)
+    x_head = tl.load(logits_ptr + element, mask=head, other=0).to(tl.float32)
     head = head & (vector == 0)
-    m_i, l_i, total = _add(x, head, m_i, l_i, total, TOTAL)
+    m_i, l_i, total = _add(x_head, head, m_i, l_i, total, TOTAL)
     for start in tl.range(0, end_whole, BLOCK // VECTOR, num_stages=STAGES):
         v = start + vector
         body = (v >= first_whole) & (v < end_whole)
@@ -182,9 +182,9 @@ def softmax_of_row(
         m_i, l_i, total = _add(x, body, m_i, l_i, total, TOTAL)
     c = end_whole * VECTOR + element
     tail = (c >= first_whole * VECTOR) & (c < misalignment + width)
-    x = tl.load(logits_ptr + c, mask=tail, other=0).to(tl.float32)
+    x_tail = tl.load(logits_ptr + c, mask=tail, other=0).to(tl.float32)
     tail = tail & (vector == end_whole % (BLOCK // VECTOR))
-    m_i, l_i, total = _add(x, tail, m_i, l_i, total, TOTAL)
+    m_i, l_i, total = _add(x_tail, tail, m_i, l_i, total, TOTAL)
 
     m_row = tl.max(m_i)
     l_i *= tl.exp2((m_i - m_row) * LOG2E)
