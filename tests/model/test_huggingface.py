@@ -22,6 +22,7 @@ from transformers.models.emu3 import modeling_emu3 as hf
 
 from emu3_kernels import record_backends
 from emu3_kernels.huggingface import apply
+from emu3_kernels.runtime import gemm
 from emu3_kernels.testing.budget import assert_as_accurate
 from tests.model.test_model import hugging_face, some_tokens
 from tests.model.tiny import TINY
