@@ -1,7 +1,7 @@
-"""The ops as ``nn.Module``: the same mathematics, with parameters under the names everybody uses.
+"""The ops as ``nn.Module``, with parameters under the usual names.
 
-Every module calls the op of its name, whose docstring states formula and precision;
-``use_backend`` chooses for them.
+Every module calls the op of its name, whose docstring states formula and precision.
+``use_backend`` applies to them, and ``speed_up_bfloat16`` to a whole model on an old CPU.
 """
 
 from emu3_kernels.modules.language import (

@@ -1,6 +1,6 @@
 """The ops of a language model as modules.
 
-D model width, V classes, H query heads, G key heads, K head width.
+D model width, V classes, H query heads, KV heads ``num_kv_heads``, K ``head_dim``.
 """
 
 import torch
@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
     Args:
         width: D.
         eps: added to the mean square; 1e-5 in Emu3.
-        device: where the weight lies.
+        device: of the weight.
         dtype: of the weight.
     """
 
@@ -51,7 +51,7 @@ class AddRMSNorm(RMSNorm):
         width: D.
         eps: added to the mean square; 1e-5 in Emu3.
         dropout_p: share of ``x`` that is dropped in training.
-        device: where the weight lies.
+        device: of the weight.
         dtype: of the weight.
     """
 
@@ -85,15 +85,15 @@ class SwiGLU(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """:func:`emu3_kernels.rope` with its tables, which no state dict holds.
+    """:func:`emu3_kernels.rope` with its tables, which are not in the state dict.
 
-    The tables stay float32 when the module is cast to a narrower dtype.
+    The tables stay float32 when the module is cast to bfloat16 or float16.
 
     Args:
-        num_positions: the longest sequence.
+        num_positions: rows of the tables, the longest sequence.
         width: K, even.
         theta: the base of the wavelengths; 1e6 in Emu3.
-        device: where the tables lie.
+        device: of the tables.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Rotate ``q [B, T, H, K]`` and ``k [B, T, G, K]``; ``positions [B, T]`` as in the op."""
+        """Rotate ``q [B, T, H, K]`` and ``k [B, T, num_kv_heads, K]``; positions as in the op."""
         return rope(q, k, self.cos, self.sin, positions)
 
     def append(
@@ -142,8 +142,8 @@ class CrossEntropy(nn.Module):
 
     Args:
         z_loss: factor of the squared log-sum-exp.
-        label_smoothing: share of the target's probability that all V classes divide.
-        ignore_index: the target of tokens that do not count.
+        label_smoothing: probability that is spread evenly over all V classes.
+        ignore_index: the target of ignored tokens.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
 
@@ -184,8 +184,8 @@ class LinearCrossEntropy(CrossEntropy):
     Args:
         width: D.
         num_classes: V.
-        memory: bytes that a call may take beyond its gradients.
-        device: where the weight lies.
+        memory: bytes that a call may allocate beyond its gradients.
+        device: of the weight.
         dtype: of the weight.
         settings: those of :class:`CrossEntropy`.
     """

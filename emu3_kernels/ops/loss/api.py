@@ -70,7 +70,7 @@ def cross_entropy(
         weights: ``[...]`` per token, a constant; None is 1.
         normalizer: one number, used as given, so that ranks can share it; a constant.
         z_loss: factor of the squared ``lse``, which keeps the logits from drifting.
-        label_smoothing: share of the target's probability that all V classes divide.
+        label_smoothing: probability that is spread evenly over all V classes.
         ignore_index: the target of ignored tokens.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
@@ -176,7 +176,7 @@ def linear_cross_entropy(
         weights: ``[...]`` per token, a constant; None is 1.
         normalizer: one number, used as given, so that ranks can share it; a constant.
         z_loss: factor of the squared ``lse``, which keeps the logits from drifting.
-        label_smoothing: share of the target's probability that all V classes divide.
+        label_smoothing: probability that is spread evenly over all V classes.
         ignore_index: the target of ignored tokens.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         memory: bytes that the call may allocate beyond its gradients. A chunk has at least all

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels.runtime.checks import describe
+from emu3_kernels.runtime.checks import check_values, describe
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -14,11 +14,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def check_targets(
     op: str, targets: Tensor, *, shape: torch.Size, num_classes: int, ignore_index: int
 ) -> None:
-    """Raise unless ``targets`` are int64 of ``shape``, each a class or ``ignore_index``.
-
-    Values are looked at where that costs no synchronisation: in eager calls on a CPU. Traced
-    calls and other devices assert when they run.
-    """
+    """Raise unless ``targets`` are int64 of ``shape``, each a class or ``ignore_index``."""
     if targets.dtype != torch.int64:
         raise TypeError(f"{op}: targets must be int64, got {targets.dtype}")
     if targets.shape != shape:
@@ -26,11 +22,12 @@ def check_targets(
             f"{op}: targets must have shape {tuple(shape)}, got {tuple(targets.shape)}"
         )
     inside = (targets >= 0) & (targets < num_classes) | (targets == ignore_index)
-    must = f"{op}: targets must lie in [0, {num_classes}) or equal ignore_index {ignore_index}"
-    if torch.compiler.is_compiling() or targets.device.type != "cpu":
-        torch._assert_async(inside.all(), must)
-    elif not inside.all():
-        raise ValueError(f"{must}, got {targets[~inside][0].item()}")
+    check_values(
+        op,
+        inside.all(),
+        f"targets must lie in [0, {num_classes}) or equal ignore_index {ignore_index}",
+        lambda: f"{targets[~inside][0].item()}",
+    )
 
 
 def check_settings(
