@@ -238,7 +238,7 @@ class _FoldedBatchNorm(nn.BatchNorm3d):
     """A batch norm folded into the next convolution, as a scale and a shift by channel."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``scale, shift [C]`` in float32: of the batch in training, else the running ones."""
+        """Return ``scale, shift [C]`` in float32, of the batch in training."""
         compute = torch.promote_types(x.dtype, torch.float32)
         running = self.running_mean, self.running_var
         mean, variance = self._of_batch(x.to(compute)) if self.training else running
