@@ -48,7 +48,7 @@ def speed_up_bfloat16(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
         replace_forward(module, _FORWARDS[kind])
     for module in model.modules():
         for name, function in _FUNCTIONS.items():
-            if vars(type(module)).get(name) is not None:
+            if getattr(type(module), name, None) is getattr(F, name):
                 setattr(module, name, function)
     return model
 
