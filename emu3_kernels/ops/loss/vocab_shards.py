@@ -7,24 +7,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Shard(NamedTuple):
+class VocabShard(NamedTuple):
     """The classes of this rank; without a group, all of them."""
 
     first: int
     num_classes: int
     """Of the whole group."""
     largest: int
-    """The classes of the largest shard: how work is cut must not depend on the rank."""
+    """Classes of the largest shard: the chunks must be the same on every rank."""
     group: str
-    """The name of the group, ``""`` for none: an op takes no object."""
+    """The name of the group, ``""`` for none: a custom op takes no object."""
 
 
 def shard_of(
     hidden: Tensor, head: Tensor, targets: Tensor, memory: int, group: dist.ProcessGroup | None
-) -> Shard:
+) -> VocabShard:
     """Gather the sizes of all shards, and raise unless the ranks make the same call."""
     if group is None:
-        return Shard(0, head.shape[0], head.shape[0], "")
+        return VocabShard(0, head.shape[0], head.shape[0], "")
     alike = {
         "width": hidden.shape[-1],
         "number of tokens": targets.numel(),
@@ -35,7 +35,7 @@ def shard_of(
     }
     mine = torch.tensor([head.shape[0], *alike.values()], device=targets.device)
     mine = torch.cat([mine, targets.sum()[None]])
-    ranks = gathered(mine, group).tolist()
+    ranks = all_gather(mine, group).tolist()
     sizes = [rank[0] for rank in ranks]
     for i, name in enumerate([*alike, "sum of targets"], start=1):
         if len({rank[i] for rank in ranks}) > 1:
@@ -44,47 +44,47 @@ def shard_of(
                 f"{name} {', '.join(str(rank[i]) for rank in ranks)}"
             )
     before = sum(sizes[: group.rank()])
-    return Shard(before, sum(sizes), max(sizes), group.group_name)
+    return VocabShard(before, sum(sizes), max(sizes), group.group_name)
 
 
-def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Stack the parts of all ranks, in their order."""
     parts = part.new_empty(group.size(), *part.shape)
     dist.all_gather(list(parts.unbind()), part, group=group)
     return parts
 
 
-def no_sums(hidden: Tensor) -> Tensor:
-    """Return the sums ``[N, 4]`` over no class; the largest logit is finite, to leave no NaN."""
-    sums = hidden.new_zeros(hidden.shape[0], 4, dtype=torch.float64)
-    sums[:, 0] = torch.finfo(torch.float32).min
-    return sums
+def initial_state(hidden: Tensor) -> Tensor:
+    """Return the softmax state ``[N, 4]`` of no class; m is finite, since it must leave no NaN."""
+    state = hidden.new_zeros(hidden.shape[0], 4, dtype=torch.float64)
+    state[:, 0] = torch.finfo(torch.float32).min
+    return state
 
 
-def merged(sums: Tensor, shard: Shard) -> Tensor:
-    """Merge the sums ``[N, 4]`` of the classes of every rank, in the order of the ranks."""
+def merge_states(state: Tensor, shard: VocabShard) -> Tensor:
+    """Merge the softmax states ``[N, 4]`` of all ranks, in their order."""
     if not shard.group:
-        return sums
-    parts = gathered(sums, _named(shard.group))
-    highest = parts[..., 0].amax(0)
-    total_exp = (parts[..., 1] * (parts[..., 0] - highest).exp()).sum(0)
-    return torch.stack([highest, total_exp, *parts[..., 2:].sum(0).unbind(1)], dim=1)
+        return state
+    parts = all_gather(state, _process_group(shard.group))
+    m_i = parts[..., 0].amax(0)
+    l_i = (parts[..., 1] * (parts[..., 0] - m_i).exp()).sum(0)
+    return torch.stack([m_i, l_i, *parts[..., 2:].sum(0).unbind(1)], dim=1)
 
 
-def summed(part: Tensor, shard: Shard) -> Tensor:
+def all_reduce_sum(part: Tensor, shard: VocabShard) -> Tensor:
     """Add up the parts of all ranks in float32 at the least, and round the sum once."""
     if not shard.group:
         return part
     total = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
-    dist.all_reduce(total, group=_named(shard.group))
+    dist.all_reduce(total, group=_process_group(shard.group))
     return total.to(part.dtype)
 
 
-def largest_of(part: Tensor, shard: Shard) -> Tensor:
+def all_reduce_max(part: Tensor, shard: VocabShard) -> Tensor:
     total = part.clone()
-    dist.all_reduce(total, dist.ReduceOp.MAX, group=_named(shard.group))
+    dist.all_reduce(total, dist.ReduceOp.MAX, group=_process_group(shard.group))
     return total
 
 
-def _named(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(group)
+def _process_group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)

@@ -1,4 +1,4 @@
-"""A float32 sum in the memory of its 16-bit result and as much again."""
+"""A float32 sum of GEMMs in the memory of its 16-bit result and as much again."""
 
 import torch
 from torch import Tensor
@@ -7,23 +7,24 @@ from emu3_kernels.runtime import library
 from emu3_kernels.runtime.gemm import mm_
 
 
-class Halves:
-    """Adds products up in float32, some rows of ``out`` at a time, and rounds the last sum once.
+class SplitSum:
+    """Accumulates GEMMs in float32, some rows of ``out`` at a time, and rounds the last sum once.
 
-    Until then the upper 16 bits of a sum lie where its rounding will, in ``out``.
+    Until then the upper 16 bits of a sum are stored in ``out``, where its rounded value will be,
+    and the lower 16 bits in a second tensor.
     """
 
-    def __init__(self, out: Tensor, most_rows: int) -> None:
+    def __init__(self, out: Tensor, max_rows: int) -> None:
         self.out, self.upper = out, out.view(torch.int16)
         self.lower = torch.empty_like(self.upper)
-        self.sums = out.new_empty((most_rows, out.shape[1]), dtype=torch.float32)
+        self.sums = out.new_empty((max_rows, out.shape[1]), dtype=torch.float32)
         self.join, self.split = _join, _split
         if out.is_cpu and out.is_contiguous() and not library.MISSING:
             ops = torch.ops.emu3_kernels
             self.join, self.split = ops.join_halves, ops.split_halves
 
     def add_(self, rows: slice, a: Tensor, b: Tensor, *, first: bool, last: bool) -> None:
-        """Add ``a @ b`` to ``rows``; the first product of a row begins its sum."""
+        """Add ``a @ b`` to ``rows``; the ``first`` GEMM of a row begins its sum."""
         sums = self.sums[: rows.stop - rows.start]
         halves = self.upper[rows], self.lower[rows], sums
         if not first:
