@@ -5,8 +5,8 @@ from emu3_kernels.ops.attention.decode_attention_api import decode_attention
 from emu3_kernels.ops.attention.ring.shards import shard_sequence, unshard_sequence
 from emu3_kernels.ops.attention.ring_attention_api import ring_attention
 from emu3_kernels.ops.conv2d.api import conv3x3
-from emu3_kernels.ops.conv3d.cache import FrameCache
 from emu3_kernels.ops.conv3d.api import causal_conv3d, temporal_residual
+from emu3_kernels.ops.conv3d.cache import FrameCache
 from emu3_kernels.ops.group_norm.api import group_norm_silu, spatial_norm_silu
 from emu3_kernels.ops.linear.api import linear
 from emu3_kernels.ops.loss.cross_entropy_api import cross_entropy

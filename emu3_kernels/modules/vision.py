@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3_kernels.ops.conv2d.api import conv3x3
-from emu3_kernels.ops.conv3d.cache import FrameCache
 from emu3_kernels.ops.conv3d.api import causal_conv3d, temporal_residual
+from emu3_kernels.ops.conv3d.cache import FrameCache
 from emu3_kernels.ops.group_norm.api import group_norm_silu, spatial_norm_silu
 from emu3_kernels.ops.vq.api import nearest_code
 from emu3_kernels.runtime.gemm import widened

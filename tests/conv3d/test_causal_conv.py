@@ -154,7 +154,7 @@ def recorded(function: Callable) -> tuple[Callable, list]:
     [("x",), ("scale",), ("shift",), ("weight",), ("bias",), ("residual",), ("x", "weight")],
 )
 def test_only_the_gradients_that_are_needed_are_computed(backend, asked, monkeypatch):
-    """Those of norms come with the video's, of biases with the weights': sums of the same elements."""
+    """Those of norms come with the video's, of biases with the weights': the same sums."""
     inputs = {"x": draw(1, 3, 3, 4, 5), "weight": draw(2, 3, 3, 3, 3, seed=1), "bias": draw(2)}
     inputs |= {"scale": draw(3, seed=2), "shift": draw(3, seed=3), "residual": draw(1, 2, 3, 4, 5)}
     how = {"activation": "silu", "post_activation": "silu", "backend": backend}
