@@ -181,7 +181,7 @@ def causal_conv3d_bwd_x_kernel(
     batch, block, p, n = program_tile(num_pixels, columns, BLOCK_M, BLOCK_N)
     t, h, w = coordinates(p, rows_h, rows_w)
     phase = tl.program_id(1)
-    # A pixel of the video lies at stride * q + tap of its padded axis, for q of a result.
+    # A pixel of the video is at stride * q + tap of its padded axis, for q of an output.
     at_t = phase // (SH * SW) + front
     at_h = phase // SW % SH + (KH - SH + 1) // 2
     at_w = phase % SW + (KW - SW + 1) // 2

@@ -39,7 +39,7 @@ def forward(z: Tensor, codebook: Tensor, tree: Tensor | None) -> Tensor:
             QUERIES=QUERIES,
             CODES=CODES,
             num_warps=NUM_WARPS,
-            enable_fp_fusion=False,  # the definition rounds every product
+            enable_fp_fusion=False,  # the definition rounds every multiplication
         )
     return nearest
 
