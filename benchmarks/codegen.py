@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks import machine
+from benchmarks.harness import machine
 from benchmarks.machine_code import Facts, amd_facts, nvidia_facts
 from emu3_kernels.ops import OPS
 from emu3_kernels.runtime import launch as launching

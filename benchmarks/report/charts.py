@@ -10,39 +10,37 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks import tables
+from benchmarks.report import tables
 
-# Of Okabe and Ito's palette, which colour-blind readers tell apart.
+# Okabe and Ito's palette, safe for colour-blind readers.
 OURS, PEER, BOUND = "#0072B2", "#BBBBBB", "#D55E00"
 LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "osD^vP"
-COLUMNS, PANEL_WIDTH, BAR_HEIGHT = 3, 5.0, 0.28
+COLUMNS, PANEL_WIDTH, BAR_HEIGHT = 3, 5.0, 0.28  # inches
 SHORT_AXIS = 200
-"""From the lowest figure to the highest, times: longer axes have room for powers of ten alone."""
+"""Ratio of the ends of an axis up to which 1, 2 and 5 are labelled; then powers of ten alone."""
 MIN_POINTS = 3
-"""Sizes that differ in one figure alone, from which a line is drawn."""
+"""Fewest sizes that make a line."""
 
 Rows = dict[str, list[dict]]
 Panel = tuple[str, dict[str, float], float | None]
-"""A title, a figure for each contestant, ours first, and the bound."""
+"""A title, a value for each entry, ours first, and the bound."""
 
 
-def draw(results: Path, by_op: Rows) -> list[str]:
-    """Write the charts that there are rows for; return the Markdown that shows them."""
-    drawn = {
-        "time.png": (
-            "Time of each op beside its peers and its bound",
-            bars(times(by_op), ms, True),
-        ),
-        "memory.png": ("Peak memory beside the peers", bars(memories(by_op), mib, False)),
-        "scaling.png": ("Time and memory as the size grows", lines(sweeps(by_op))),
+def draw(folder: Path, machine: str, by_op: Rows) -> list[str]:
+    """Write the charts that have rows as ``MACHINE-NAME.png``; return Markdown that shows them."""
+    charts = {
+        "time": ("Time of each op beside its peers and its bound", bars(times(by_op), ms, True)),
+        "memory": ("Peak memory beside the peers", bars(memories(by_op), mib, False)),
+        "scaling": ("Time and memory as the size grows", lines(sweeps(by_op))),
     }
-    pages = ["## Charts\n"]
-    for name, (title, figure) in drawn.items():
+    shown = ["## Charts\n"]
+    for name, (title, figure) in charts.items():
         if figure is not None:
-            FigureCanvasAgg(figure).print_png(str(results / name))
-            pages.append(f"![{title}]({name})\n")
-    return pages if len(pages) > 1 else []
+            path = folder / f"{machine}-{name}.png"
+            FigureCanvasAgg(figure).print_png(str(path))
+            shown.append(f"![{title}]({path.name})\n")
+    return shown if len(shown) > 1 else []
 
 
 def ms(value: float) -> str:
@@ -54,21 +52,22 @@ def mib(value: float) -> str:
 
 
 def largest(by_op: Rows) -> Iterator[dict]:
-    """Yield the longest row of every op and direction, on as many threads as were timed."""
+    """Yield the longest row of every op and direction, on the most threads."""
     for rows in by_op.values():
         for direction in dict.fromkeys(row["direction"] for row in rows):
-            these = [row for row in rows if row["direction"] == direction and timed(row)]
+            these = [row for row in rows if row["direction"] == direction and compared(row)]
             if these:
-                yield max(these, key=lambda row: (row["threads"], row["ms"]))
+                yield max(these, key=lambda row: (row["threads"] or 0, row["ms"]))
 
 
-def timed(row: dict) -> bool:
-    return bool(row["peers"])
+def compared(row: dict) -> bool:
+    """Say whether the times of ours and of a peer are known."""
+    return "ms" in row and any("ms" in peer for peer in row["peers"].values())
 
 
 def times(by_op: Rows) -> list[Panel]:
     return [
-        (title(row), {who: who_stands["ms"] for who, who_stands in standings(row)}, bound(row))
+        (title(row), {name: s["ms"] for name, s in standings(row) if "ms" in s}, bound(row))
         for row in largest(by_op)
     ]
 
@@ -76,7 +75,7 @@ def times(by_op: Rows) -> list[Panel]:
 def memories(by_op: Rows) -> list[Panel]:
     panels = []
     for row in largest(by_op):
-        held = {who: s["peak_mib"] for who, s in standings(row) if s["peak_mib"] is not None}
+        held = {name: s["peak_mib"] for name, s in standings(row) if s.get("peak_mib") is not None}
         if max(held.values(), default=0) >= 1:
             panels.append((title(row), held, None))
     return panels
@@ -93,7 +92,7 @@ def standings(row: dict) -> list[tuple[str, dict]]:
 
 
 def bound(row: dict) -> float | None:
-    return row["bound"] and row["bound"]["fraction"] * row["ms"]
+    return row["bound"]["fraction"] * row["ms"] if row.get("bound") else None
 
 
 def bars(panels: list[Panel], written: Callable[[float], str], log: bool) -> Figure | None:
@@ -101,12 +100,12 @@ def bars(panels: list[Panel], written: Callable[[float], str], log: bool) -> Fig
     if not panels:
         return None
     num_rows = ceil(len(panels) / COLUMNS)
-    tallest = max(len(figures) for _, figures, _ in panels)
+    tallest = max(len(values) for _, values, _ in panels)
     height = num_rows * (BAR_HEIGHT * tallest + 1.0)
     figure = Figure(figsize=(PANEL_WIDTH * COLUMNS, height), dpi=100, layout="constrained")
     axes = list(figure.subplots(num_rows, COLUMNS, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
-        bars_of_panel(axis, panel, written, log)
+        panel_of_bars(axis, panel, written, log)
         axis.set_ylim(tallest - 0.5, -0.5)  # bars of one height in all panels
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -116,20 +115,20 @@ def bars(panels: list[Panel], written: Callable[[float], str], log: bool) -> Fig
     return figure
 
 
-def bars_of_panel(axis: Axes, panel: Panel, written: Callable[[float], str], log: bool) -> None:
-    heading, figures, bound = panel
-    names, values = list(figures), list(figures.values())
+def panel_of_bars(axis: Axes, panel: Panel, written: Callable[[float], str], log: bool) -> None:
+    heading, by_name, bound = panel
+    names, values = list(by_name), list(by_name.values())
     axis.set_title(heading, fontsize=9, loc="left")
     colors = [OURS] + [PEER] * (len(names) - 1)
     if log:
         lowest = min([*values, *([bound] if bound else [])]) / 2
         axis.set_xscale("log")
-        # Room for the figures beside the longest bar.
+        # Leaves room for the number beside the longest bar.
         axis.set_xlim(lowest, max(values) * (max(values) / lowest) ** 0.35)
         label_log(axis.xaxis, written)
     else:
         axis.set_xlim(0, 1.35 * max(values))
-        axis.set_xticks([])  # every bar has its figure
+        axis.set_xticks([])  # every bar has its number
     axis.barh(names, values, color=colors, height=0.72)
     for index, value in enumerate(values):
         weight = "bold" if index == 0 else "normal"
@@ -158,7 +157,7 @@ def label_log(axis: Axis, written: Callable[[float], str]) -> None:
 
 
 def sweeps(by_op: Rows) -> list[tuple[str, str, list[dict]]]:
-    """Find rows of an op whose sizes differ in one figure alone: title, that figure, the rows."""
+    """Find rows of an op whose sizes differ in one number: title, name of the number, the rows."""
     found = []
     for op, rows in by_op.items():
         groups: dict[tuple, list[dict]] = {}
@@ -184,22 +183,22 @@ def lines(found: list[tuple[str, str, list[dict]]]) -> Figure | None:
     axes = figure.subplots(len(found), 2, squeeze=False)
     for (time_axis, memory_axis), (heading, name, rows) in zip(axes, found, strict=True):
         for axis, quantity, written in ((time_axis, "ms", ms), (memory_axis, "peak_mib", mib)):
-            lines_of_panel(axis, name, rows, quantity, written)
+            panel_of_lines(axis, name, rows, quantity, written)
         time_axis.set_title(f"{heading}: time", fontsize=9, loc="left")
         memory_axis.set_title(f"{heading}: peak memory", fontsize=9, loc="left")
         handles, labels = time_axis.get_legend_handles_labels()
         memory_axis.legend(handles, labels, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle("MEASURED as one size grows; dashed: BOUND", fontsize=12)
+    figure.suptitle("MEASURED time and memory as one size grows; dashed: BOUND", fontsize=12)
     return figure
 
 
-def lines_of_panel(
+def panel_of_lines(
     axis: Axes, name: str, rows: list[dict], quantity: str, written: Callable[[float], str]
 ) -> None:
     sizes = [row["size"][name] for row in rows]
-    everyone = ["ours", *dict.fromkeys(who for row in rows for who in row["peers"])]
-    for index, who in enumerate(everyone):
-        values = [dict(standings(row)).get(who, {}).get(quantity) for row in rows]
+    names = ["ours", *dict.fromkeys(peer for row in rows for peer in row["peers"])]
+    for index, entry in enumerate(names):
+        values = [dict(standings(row)).get(entry, {}).get(quantity) for row in rows]
         if all(value is None or value == 0 for value in values):
             continue
         axis.plot(
@@ -208,9 +207,9 @@ def lines_of_panel(
             marker=MARKERS[index % len(MARKERS)],
             linewidth=2.4 if index == 0 else 1.4,
             zorder=3 if index == 0 else 2,
-            label=who,
+            label=entry,
         )
-    if quantity == "ms" and all(row["bound"] for row in rows):
+    if quantity == "ms" and all(row.get("bound") for row in rows):
         axis.plot(sizes, [bound(row) for row in rows], "--", color=BOUND, label="BOUND")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

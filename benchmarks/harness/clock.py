@@ -1,4 +1,4 @@
-"""The two clocks: seconds of this processor, and seconds of a GPU between two events on it."""
+"""Two clocks: wall time on a CPU, and CUDA events on a GPU."""
 
 import time
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], object]
 
 PAUSE = 5e-3
-"""Seconds of rest before a sample: an OpenMP pool spins that long after its last region, and a
-contestant with a pool of its own would share the cores with it."""
+"""Seconds of rest before a sample: an OpenMP pool spins that long after its last region, and an
+entry with its own pool would share the cores with it."""
 
 FLUSHED = 512 << 20
-"""Bytes that are written between samples on a GPU, more than any of its caches holds."""
+"""Bytes written between samples on a GPU: more than any of its caches holds."""
 
 
 class Mark:
-    """A point in the work of a GPU; a later one less an earlier one is the seconds between."""
+    """A point in the work of a GPU; the difference of two is the seconds between them."""
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
@@ -31,20 +31,20 @@ class Mark:
 
 @dataclass(frozen=True)
 class Clock:
-    """How calls on one kind of device are timed, and how their memory is seen."""
+    """How calls on one kind of device are timed, and how their peak memory is measured."""
 
     timer: Callable
-    """Read at both ends of a sample; pytest-benchmark takes the difference."""
+    """Called at both ends of a sample; pytest-benchmark takes the difference."""
     min_sample: float
-    """Seconds that one sample lasts at least: short calls are repeated, so that it is exact."""
+    """Least seconds of one sample: short calls are repeated to fill it."""
     rest: Callable[[], None]
-    """What happens before a sample."""
+    """Called before a sample."""
     peak: Callable[[Call], tuple[object, float]]
-    """Call once: the result, and the bytes that torch's allocator held at the peak."""
+    """Calls once; returns the result and the peak bytes of torch's allocator."""
 
     @property
     def name(self) -> str:
-        """Return the timer as pytest-benchmark's option wants it."""
+        """Return the timer as pytest-benchmark's option takes it."""
         return f"{self.timer.__module__}.{self.timer.__qualname__}"
 
     def seconds(self, call: Call, times: int) -> float:
@@ -59,7 +59,7 @@ def of(device: str) -> Clock:
 
 
 def flush() -> None:
-    """Empty a GPU's cache; while it still writes, the call that is timed next is being launched."""
+    """Flush a GPU's cache; the next call is launched while the flush still runs."""
     torch.empty(FLUSHED, dtype=torch.int8, device="cuda").zero_()
 
 
@@ -84,5 +84,5 @@ def peak_of_gpu(call: Call) -> tuple[object, float]:
 
 
 WALL = Clock(time.perf_counter, 2e-3, lambda: time.sleep(PAUSE), peak_of_profile)
-# An event is exact to half a microsecond, and the cache is cold for one call only.
+# An event is exact to half a microsecond, and the cache is cold for one call alone.
 EVENTS = Clock(Mark, 0.0, flush, peak_of_gpu)

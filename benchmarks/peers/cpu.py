@@ -1,8 +1,8 @@
-"""Who else computes what our ops compute, on a CPU: one entry an op, one small function a peer.
+"""Peers on a CPU: a ``Peers`` for each op, one small function for each peer.
 
-An op without an entry meets its reference, plain and compiled. A peer function takes the inputs of
-the op and returns a call without arguments; what it may prepare once (packed inputs, an index, the
-memory of the result) it prepares before.
+An op without one is compared with its reference, eager and compiled. A peer function takes the
+inputs of the op and returns a call without arguments. It prepares beforehand what a user prepares
+once: packed inputs, an index, the memory of the result.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import eager, machine
+from benchmarks.peers import eager
 
 Call = Callable[[], object]
 
@@ -25,11 +25,10 @@ SCIPY = "pip install scipy"
 EAGER, COMPILED, COMPILED_OUT = "eager", "torch.compile", "torch.compile(out=)"
 
 OUTSIDE_TORCH = ("faiss", "scipy k-d tree")
-"""Peers that allocate their memory themselves: its peak is not known."""
+"""Peers that allocate memory outside torch: the peak is unknown."""
 
 
 ONE_OPERATOR = "calls the same scaled_dot_product_attention as eager does"
-ONE_PRODUCT = "calls the same product as eager does"
 CONVOLUTIONS = (
     "calls the convolutions that eager calls, at 0.67 to 1.08 of its speed (122 rows, avx512_bf16)"
 )
@@ -49,26 +48,23 @@ def unavailable(reason: str) -> Call:
 
 
 @dataclass(frozen=True)
-class Field:
-    """What an op is timed against, and in what.
+class Peers:
+    """The peers of an op, and the dtypes and directions in which they are timed.
 
-    ``eager`` is the PyTorch that a user writes without us; None stands for the reference. It is
-    compiled too, unless ``peers`` has a ``torch.compile`` of its own or ``uncompiled`` says why it
-    is not. Peers ``in_place`` are timed against an op that writes over its inputs too.
+    ``eager`` is the PyTorch that a user writes without this library; None means the reference. It
+    is also timed compiled, unless ``libraries`` has its own ``torch.compile`` or ``uncompiled``
+    gives a reason. Peers ``in_place`` are compared with an op that writes over its inputs too.
     """
 
     eager: Callable | None = None
-    peers: Mapping[str, Callable[..., Call]] = field(default_factory=dict)
+    libraries: Mapping[str, Callable[..., Call]] = field(default_factory=dict)
     in_place: Mapping[str, Callable[..., Call]] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     directions: tuple[str, ...] = ("forward", "backward")
-    multiplies: bool = False
-    """Whether ``eager`` multiplies in the dtype: not timed in one that takes minutes."""
+    has_gemm: bool = False
+    """Whether ``eager`` calls a GEMM or convolution: not timed in a dtype that takes minutes."""
     uncompiled: str = ""
-    """Why ``eager`` is not timed compiled too; empty if it is."""
-
-    def timed_in(self, device: str) -> tuple[torch.dtype, ...]:
-        return machine.multiplied_in(self.dtypes, device) if self.multiplies else self.dtypes
+    """Why ``eager`` is not timed compiled; empty if it is."""
 
 
 def nearest_code(z: Tensor, codebook: Tensor, search: Callable | None = None) -> Tensor:
@@ -133,7 +129,7 @@ def vllm_rms_norm(x: Tensor, weight: Tensor) -> Call:
 
 
 def vllm_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Call:
-    """In place: every call adds to the residual, which changes values and no traffic."""
+    """In place: every call adds to the residual again; the traffic stays the same."""
     fused_add_rms_norm = vllm("fused_add_rms_norm")
     y, summed = x.clone(), residual.clone()
 
@@ -145,7 +141,7 @@ def vllm_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Call:
 
 
 def vllm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: None) -> Call:
-    """In place: every call rotates on, which changes values and no traffic."""
+    """In place: every call rotates again; the traffic stays the same."""
     rotary_embedding = vllm("rotary_embedding")
     q, k = q.clone(), k.clone()
     rows = (q.view(-1, q.shape[2] * q.shape[3]), k.view(-1, k.shape[2] * k.shape[3]))
@@ -174,16 +170,16 @@ def vllm_rope_append(
     rotary_embedding = vllm("rotary_embedding")
     reshape_and_cache = vllm("cpu_attn_reshape_and_cache")
     q, k, v = (x.flatten(0, 1).clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-    batch, num_slots, groups, width = key_cache.shape
-    pages = (batch * num_slots // 16, groups, 16, width)
+    batch, num_slots, kv_heads, head_dim = key_cache.shape
+    pages = (batch * num_slots // 16, kv_heads, 16, head_dim)
     keys, values = key_cache.new_zeros(pages), value_cache.new_zeros(pages)
     positions = slots.flatten()
     mapping = (slots + num_slots * torch.arange(batch)[:, None]).flatten()
-    table, shape = torch.cat([cos, sin], dim=-1).to(q.dtype), (*slots.shape, -1, width)
+    table, shape = torch.cat([cos, sin], dim=-1).to(q.dtype), (*slots.shape, -1, head_dim)
     rows = q.flatten(1), k.flatten(1)
 
     def call() -> Tensor:
-        rotary_embedding(positions, *rows, width, table, True)
+        rotary_embedding(positions, *rows, head_dim, table, True)
         reshape_and_cache(k, v, keys, values, mapping, "vec")
         return q.view(shape)
 
@@ -207,17 +203,17 @@ def vllm_attention(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> Call:
 
 
 def _vllm_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Call:
-    """Attend causally to vLLM's own cache, in blocks that are packed for its kernel beforehand."""
+    """Attend causally to vLLM's own cache, packed for its kernel beforehand."""
     attend = vllm("cpu_attention_with_kv_cache")
     isa, block = "amx" if torch.cpu._is_amx_tile_supported() else "vec", 128
-    (batch, capacity, groups, width), (num_new, heads) = k.shape, q.shape[1:3]
+    (batch, capacity, kv_heads, head_dim), (num_new, heads) = k.shape, q.shape[1:3]
     blocks = torch.arange(batch * capacity // block, dtype=torch.int32).view(batch, -1)
-    caches = [k.new_zeros(blocks.numel(), groups, block, width) for _ in range(2)]
+    caches = [k.new_zeros(blocks.numel(), kv_heads, block, head_dim) for _ in range(2)]
     rows = (x.flatten(0, 1) for x in (k, v))
     vllm("cpu_attn_reshape_and_cache")(*rows, *caches, torch.arange(batch * capacity), isa)
     starts = torch.arange(0, batch * num_new + 1, num_new, dtype=torch.int32)
     plan = vllm("get_scheduler_metadata")(
-        batch, heads, groups, width, lengths, q.dtype, starts, True, -1, isa, True, None
+        batch, heads, kv_heads, head_dim, lengths, q.dtype, starts, True, -1, isa, True, None
     )
     query, out = q.flatten(0, 1).contiguous(), torch.empty_like(q)
 
@@ -233,7 +229,7 @@ def _vllm_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: flo
 
 
 def faiss_nearest_code(z: Tensor, codebook: Tensor) -> Call:
-    """Search a flat index; faiss 1.15.1 takes its fused kernel at 32,768 queries, not at 16,384."""
+    """Search a flat index; faiss 1.15.1 uses its fused kernel at 32,768 queries, not at 16,384."""
     if find_spec("faiss") is None:
         raise UnavailableError(f"faiss is not installed: {FAISS}")
     import faiss
@@ -265,50 +261,49 @@ def scipy_nearest_code(z: Tensor, codebook: Tensor) -> Call:
     return call
 
 
-FIELDS: dict[str, Field] = {
-    "swiglu": Field(eager.swiglu, {"vLLM": vllm_swiglu}),
-    "rms_norm": Field(eager.rms_norm, {"vLLM": vllm_rms_norm}),
-    "add_rms_norm": Field(
+PEERS: dict[str, Peers] = {
+    "swiglu": Peers(eager.swiglu, {"vLLM": vllm_swiglu}),
+    "rms_norm": Peers(eager.rms_norm, {"vLLM": vllm_rms_norm}),
+    "add_rms_norm": Peers(
         eager.add_rms_norm,
         {"vLLM (in place)": vllm_add_rms_norm},
         in_place={"vLLM (in place)": vllm_add_rms_norm},
         directions=("forward", IN_PLACE, "backward"),
     ),
-    "rope": Field(
+    "rope": Peers(
         eager.rope,
         {"vLLM (in place)": vllm_rope},
         in_place={"vLLM (in place)": vllm_rope},
         directions=("forward", IN_PLACE, "backward"),
     ),
-    "rope_append": Field(peers={"vLLM (in place, two calls)": vllm_rope_append}),
-    "cross_entropy": Field(eager.cross_entropy, directions=BOTH),
-    # Its forward pass makes the gradients too, so that only the whole can be compared.
-    "linear_cross_entropy": Field(eager.linear_cross_entropy, directions=BOTH[1:], multiplies=True),
-    "attention": Field(
-        eager.attention, {"vLLM": vllm_attention}, multiplies=True, uncompiled=ONE_OPERATOR
+    "rope_append": Peers(libraries={"vLLM (in place, two calls)": vllm_rope_append}),
+    "cross_entropy": Peers(eager.cross_entropy, directions=BOTH),
+    # Its forward pass computes the gradients too, so only both together compare.
+    "linear_cross_entropy": Peers(eager.linear_cross_entropy, directions=BOTH[1:], has_gemm=True),
+    "attention": Peers(
+        eager.attention, {"vLLM": vllm_attention}, has_gemm=True, uncompiled=ONE_OPERATOR
     ),
-    "decode_attention": Field(
+    "decode_attention": Peers(
         eager.decode_attention, {"vLLM": vllm_decode_attention}, uncompiled=ONE_OPERATOR
     ),
-    "group_norm_silu": Field(eager.group_norm_silu),
-    "spatial_norm_silu": Field(eager.spatial_norm_silu),
-    "causal_conv3d": Field(
+    "group_norm_silu": Peers(eager.group_norm_silu),
+    "spatial_norm_silu": Peers(eager.spatial_norm_silu),
+    "causal_conv3d": Peers(
         eager.causal_conv3d,
         dtypes=WIDE_AND_NARROW,
         directions=BOTH,
-        multiplies=True,
+        has_gemm=True,
         uncompiled=CONVOLUTIONS,
     ),
-    "temporal_residual": Field(
+    "temporal_residual": Peers(
         eager.temporal_residual,
         dtypes=WIDE_AND_NARROW,
         directions=BOTH,
-        multiplies=True,
+        has_gemm=True,
         uncompiled=CONVOLUTIONS,
     ),
-    "linear": Field(eager.linear, uncompiled=ONE_PRODUCT),
-    "conv3x3": Field(eager.conv3x3, directions=("forward",), uncompiled=CONVOLUTIONS),
-    "nearest_code": Field(
+    "conv3x3": Peers(eager.conv3x3, directions=("forward",), uncompiled=CONVOLUTIONS),
+    "nearest_code": Peers(
         nearest_code,
         {
             COMPILED: compiled_nearest_code,

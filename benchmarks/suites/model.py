@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks import clock
-from benchmarks.bounds import PRODUCTS
-from benchmarks.clock import Call
-from benchmarks.contestants import Lineup
-from benchmarks.duel import paired_ratio
+from benchmarks.harness import clock
+from benchmarks.harness.bounds import GEMMS
+from benchmarks.harness.clock import Call
+from benchmarks.harness.entries import Entries
+from benchmarks.harness.interleave import paired_ratio
 from emu3.config import PRESETS, ModelSettings
 from emu3.model import Emu3
 from emu3.weights import official_views
@@ -39,28 +39,27 @@ SETTINGS = PRESETS["8b"].model_copy(
 
 TOKENS = 2048
 SAME_LOSS = 0.005
-"""Share by which the losses of two contestants may differ."""
+"""Share by which the losses of two entries may differ."""
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""A model's mean loss of ``tokens [1, T + 1]``, the targets weighed by ``weights [1, T]``, 0 or
-1."""
+"""Mean loss of a model on ``tokens [1, T + 1]`` with target weights ``[1, T]``, each 0 or 1."""
 
 
-class Entrant(NamedTuple):
-    """Who trains."""
+class Trained(NamedTuple):
+    """A model and its loss."""
 
     name: str
     model: nn.Module
     loss: Loss
 
 
-def entrants(settings: ModelSettings, dtype: torch.dtype) -> list[Entrant]:
-    """Build everyone with the same weights, ours first."""
+def trained_models(settings: ModelSettings, dtype: torch.dtype) -> list[Trained]:
+    """Build every model with the same weights, ours first."""
     theirs = hugging_face(settings, dtype)
     return [
-        Entrant(OURS, emu3(settings, theirs), weighted),
-        Entrant(THEIRS, theirs, labelled),
-        Entrant(APPLIED, huggingface.apply(copy.deepcopy(theirs)), labelled),
+        Trained(OURS, emu3(settings, theirs), weighted),
+        Trained(THEIRS, theirs, labelled),
+        Trained(APPLIED, huggingface.apply(copy.deepcopy(theirs)), labelled),
     ]
 
 
@@ -102,44 +101,46 @@ def hugging_face(settings: ModelSettings, dtype: torch.dtype) -> nn.Module:
 
 
 def weighted(model: Emu3, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Our loss; it weighs every token, the first too, which nothing predicts."""
+    """Our loss; it takes a weight for every token, also for the first, which is no target."""
     return model.loss(tokens, torch.cat([weights[:, :1], weights], dim=1))
 
 
 def labelled(model: nn.Module, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Hugging Face's loss; it has labels that do not count and no weights."""
+    """Hugging Face's loss; it takes ignored labels in place of weights."""
     labels = tokens[:, 1:].masked_fill(weights == 0, -100)
     return model(tokens[:, :-1], labels=labels, shift_labels=labels, use_cache=False).loss
 
 
-def drawn(settings: ModelSettings, num_tokens: int, seed: int) -> Tensor:
-    """Draw tokens ``[1, T + 1]``, low ones often, so that there is something to learn."""
+def random_tokens(settings: ModelSettings, num_tokens: int, seed: int) -> Tensor:
+    """Sample tokens ``[1, T + 1]``, low ones more often, so that the loss can fall."""
     random = torch.rand(1, num_tokens + 1, generator=torch.Generator().manual_seed(seed))
     return (settings.vocabulary.size * random.double() ** 8).long()
 
 
-def matrices(settings: ModelSettings, num_tokens: int, counted: int) -> list[tuple[int, int, int]]:
-    """List the products with weights of a forward pass as tokens, inputs and outputs.
+def gemm_shapes(
+    settings: ModelSettings, num_tokens: int, num_valid: int
+) -> list[tuple[int, int, int]]:
+    """List the GEMMs with weights of a forward pass as M, K, N.
 
-    Attention is left out, and the head multiplies the tokens that count.
+    Without those of attention. The head takes the valid tokens alone.
     """
     s = settings
     queries, heads = s.heads * s.head_width, (s.heads + 2 * s.kv_heads) * s.head_width
     of_a_block = [(s.width, heads), (queries, s.width), (s.width, 2 * s.ff_width)]
     of_a_block.append((s.ff_width, s.width))
     blocks = [(num_tokens, *matrix) for _ in range(s.layers) for matrix in of_a_block]
-    return [*blocks, (counted, s.width, s.vocabulary.size)]
+    return [*blocks, (num_valid, s.width, s.vocabulary.size)]
 
 
-def products(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu") -> Call:
-    """Multiply what a step multiplies: each product, and the two that its gradients take."""
+def gemms(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu") -> Call:
+    """Run the GEMMs of a step: each one of forward, and the two of its gradients."""
     on = {"device": device, "dtype": dtype}
-    drawn = {s: [torch.randn(s[0], n, **on) for n in s[1:]] for s in set(shapes)}
+    rows = {s: [torch.randn(s[0], n, **on) for n in s[1:]] for s in set(shapes)}
     weights = {s: torch.randn(s[2], s[1], **on) for s in set(shapes)}
 
     def call() -> None:
         for shape in shapes:
-            (x, dout), weight = drawn[shape], weights[shape]
+            (x, dout), weight = rows[shape], weights[shape]
             torch.mm(x, weight.T)
             torch.mm(dout, weight)
             torch.mm(dout.T, x)
@@ -148,19 +149,19 @@ def products(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: str
 
 
 def flops(shapes: list[tuple[int, int, int]]) -> int:
-    """Count the FLOPs of ``products``."""
-    return sum(6 * tokens * inputs * outputs for tokens, inputs, outputs in shapes)
+    """Count the FLOPs of ``gemms``."""
+    return sum(6 * m * k * n for m, k, n in shapes)
 
 
 def bound(shapes: list[tuple[int, int, int]], taken: dict[str, list[float]]) -> dict[str, Any]:
-    """Set the step against its products alone, timed in the same rounds."""
-    alone = taken[PRODUCTS]
+    """Compare the step with its GEMMs alone, timed in the same rounds."""
+    alone = taken[GEMMS]
     return {
         "label": "BOUND",
         "flops": flops(shapes),
         "ms": 1e3 * median(alone),
         "fraction": paired_ratio(alone, taken[OURS])["median"],
-        # No step gains more on theirs: so many times as long as the products does it take.
+        # A step that is nothing but these GEMMs would be so many times faster than theirs.
         "ceilings": {
             name: paired_ratio(taken[name], alone)["median"]
             for name in (THEIRS, APPLIED)
@@ -170,39 +171,40 @@ def bound(shapes: list[tuple[int, int, int]], taken: dict[str, list[float]]) -> 
 
 
 def outside(taken: dict[str, list[float]]) -> dict[str, float]:
-    """Return the seconds that everyone spends on anything but the products, round by round."""
-    alone = taken[PRODUCTS]
+    """Return the seconds that every entry spends outside the GEMMs, round by round."""
+    alone = taken[GEMMS]
     return {
-        name: median(step - product for step, product in zip(steps, alone, strict=True))
+        name: median(step - gemm for step, gemm in zip(steps, alone, strict=True))
         for name, steps in taken.items()
-        if name != PRODUCTS
+        if name != GEMMS
     }
 
 
-def lineup(
-    everyone: list[Entrant],
+def entries_of(
+    everyone: list[Trained],
     settings: ModelSettings,
     num_tokens: int,
-    counted: int,
+    num_valid: int,
     device: str = "cpu",
-) -> Lineup:
-    """Bring everyone to the second step, each checked against ours; the last ``counted`` count.
+) -> Entries:
+    """Make the first step of every model and compare the losses; the last ``num_valid`` are valid.
 
-    Memory is what stands above weights and gradients at the peak of a step.
+    Peak memory is that above weights and gradients.
     """
-    tokens = drawn(settings, num_tokens, seed=0).to(device)
+    tokens = random_tokens(settings, num_tokens, seed=0).to(device)
     weights = torch.ones(1, num_tokens, device=device)
-    weights[:, : num_tokens - counted] = 0
-    entered, losses = Lineup(clock=clock.of(device)), {}
+    weights[:, : num_tokens - num_valid] = 0
+    entries, losses = Entries(clock=clock.of(device)), {}
     for name, model, loss in everyone:
-        losses[name] = entered.enter(name, step(model.to(device), loss, tokens, weights))
+        losses[name] = entries.add(name, step(model.to(device), loss, tokens, weights))
         gradients = sum(weight.nbytes for weight in model.parameters())
-        entered.peak_mib[name] -= gradients / 2**20
+        entries.peak_mib[name] -= gradients / 2**20
         if abs(losses[name] / losses[OURS] - 1) > SAME_LOSS:
-            entered.drop(name, f"its loss is {losses[name]:.4f}, ours {losses[OURS]:.4f}")
+            entries.drop(name, f"its loss is {losses[name]:.4f}, ours {losses[OURS]:.4f}")
     dtype = next(everyone[0].model.parameters()).dtype
-    entered.enter(PRODUCTS, products(matrices(settings, num_tokens, counted), dtype, device))
-    return entered
+    shapes = gemm_shapes(settings, num_tokens, num_valid)
+    entries.add(GEMMS, gemms(shapes, dtype, device))
+    return entries
 
 
 def step(model: nn.Module, loss: Loss, tokens: Tensor, weights: Tensor) -> Call:
@@ -216,18 +218,18 @@ def step(model: nn.Module, loss: Loss, tokens: Tensor, weights: Tensor) -> Call:
 
 
 def after_steps(
-    everyone: list[Entrant],
+    everyone: list[Trained],
     settings: ModelSettings,
     num_tokens: int,
     num_steps: int,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train copies of ours and theirs on the same tokens with AdamW, step by step."""
+    """Train copies of ours and theirs on the same tokens with AdamW."""
     trained = [e._replace(model=copy.deepcopy(e.model).to(device)) for e in everyone[:2]]
     optimizers = [torch.optim.AdamW(e.model.parameters(), lr=1e-3, fused=True) for e in trained]
     weights, losses = torch.ones(1, num_tokens, device=device), {}
     for seed in range(num_steps):
-        tokens = drawn(settings, num_tokens, seed).to(device)
+        tokens = random_tokens(settings, num_tokens, seed).to(device)
         for (name, model, loss), optimizer in zip(trained, optimizers, strict=True):
             value = loss(model, tokens, weights)
             value.backward()

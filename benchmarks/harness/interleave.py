@@ -1,8 +1,8 @@
-"""Interleaved timing: every round times every contestant once, in an order drawn anew.
+"""Interleaved timing: every round times every entry once, in a new random order.
 
 pytest-benchmark's own loop times one function to the end before the next. Its ``pedantic`` mode
-asks ``setup`` for the arguments of each round, so here the contestant is the argument: one fixture
-and one clock give rounds that interleave, and ratios that are paired.
+takes the arguments of each round from ``setup``, so here the entry is the argument: one fixture and
+one clock give interleaved rounds and paired ratios.
 """
 
 import random
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from math import ceil, inf
 from statistics import median
 
-from benchmarks.clock import PAUSE, WALL, Call, Clock
+from benchmarks.harness.clock import PAUSE, WALL, Call, Clock
 
 MIN_ROUNDS = {0.5: 5, 10.0: 3, inf: 2}
 """Fewest rounds, by the seconds that one takes at most."""
@@ -27,14 +27,14 @@ def interleave(
     """Time ``calls`` in interleaved rounds.
 
     Args:
-        benchmark: the fixture of pytest-benchmark; it keeps the samples of the first contestant.
-        calls: contestants by name.
-        estimates: seconds that one call of each takes, roughly.
-        seconds: what all rounds together may take, at least ``MIN_ROUNDS`` of them.
+        benchmark: the fixture of pytest-benchmark; it keeps the samples of the first entry.
+        calls: entries by name.
+        estimates: rough seconds of one call of each.
+        seconds: limit of all rounds together; ``MIN_ROUNDS`` are made anyway.
         clock: of the device; the fixture's timer is its timer.
 
     Returns:
-        The seconds a call of every contestant, one figure a round.
+        Seconds per call of every entry, one number per round.
     """
     repeats = {name: max(1, ceil(clock.min_sample / estimates[name])) for name in calls}
     a_round = sum(repeats[name] * estimates[name] + PAUSE for name in calls)
@@ -44,12 +44,12 @@ def interleave(
     order = [n for _ in range(num_rounds) for n in shuffled.sample(list(calls), len(calls))]
     upcoming = iter(order)
 
-    def next_contestant() -> tuple[tuple, dict]:
+    def next_entry() -> tuple[tuple, dict]:
         name = next(upcoming)
         clock.rest()
         return (calls[name], repeats[name]), {}
 
-    benchmark.pedantic(_repeat, setup=next_contestant, rounds=len(order))
+    benchmark.pedantic(_repeat, setup=next_entry, rounds=len(order))
     samples = benchmark.stats.stats.data
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for name, duration in zip(order, samples, strict=True):
@@ -59,7 +59,7 @@ def interleave(
 
 
 def paired_ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
-    """Summarise how many times as long as ours theirs took, round by round."""
+    """Summarise their time over ours, round by round."""
     ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
     return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
 

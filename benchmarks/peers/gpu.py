@@ -1,8 +1,8 @@
-"""Who else computes what our ops compute, on a GPU: one entry an op, one small function a peer.
+"""Peers on a GPU: one small function for each library and op.
 
-A peer function imports its library and returns a function of the op's inputs by their names, which
-autograd differentiates. ``**rest`` takes what a peer has no argument for, at the op's defaults.
-Each has its own copies of the inputs: some write over them, which changes values and no traffic.
+A peer function imports its library and returns a differentiable function of the op's inputs by
+name. ``**rest`` takes the inputs that a peer has no argument for, at the op's defaults. Each peer
+has its own copies of the inputs: some write over them.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.peers import UnavailableError
+from benchmarks.peers.cpu import UnavailableError
 
 EPS = 1e-5
 INSTALL = {
@@ -37,7 +37,7 @@ def library(module: str) -> Any:
 
 def unweighted(weights: Tensor | None) -> None:
     if weights is not None:
-        raise UnavailableError("it has no weights of tokens")
+        raise UnavailableError("it has no token weights")
 
 
 def liger_rms_norm() -> Peer:
@@ -61,8 +61,8 @@ def liger_rope() -> Peer:
     def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
         """Rotate with the heads first, as Liger does."""
         tables = (t[None, : q.shape[1]].repeat(1, 1, 2) for t in (cos, sin))
-        turned = rope(q.transpose(1, 2), k.transpose(1, 2), *tables)
-        return tuple(x.transpose(1, 2) for x in turned)
+        rotated = rope(q.transpose(1, 2), k.transpose(1, 2), *tables)
+        return tuple(x.transpose(1, 2) for x in rotated)
 
     return call
 
@@ -111,9 +111,9 @@ def xformers_attention() -> Peer:
     ops = library("xformers.ops")
 
     def call(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, **rest: Any) -> Tensor:
-        """Group the heads as ``[B, T, G, H / G, K]`` and expand k and v without a copy."""
-        groups = k.shape[2]
-        grouped = q.unflatten(2, (groups, q.shape[2] // groups))
+        """Split the heads as ``[B, T, H_kv, H / H_kv, D]``; expand k and v without a copy."""
+        kv_heads = k.shape[2]
+        grouped = q.unflatten(2, (kv_heads, q.shape[2] // kv_heads))
         k, v = (x.unsqueeze(3).expand(-1, -1, -1, grouped.shape[3], -1) for x in (k, v))
         mask = ops.LowerTriangularMask() if causal else None
         return ops.memory_efficient_attention(grouped, k, v, attn_bias=mask).flatten(2, 3)

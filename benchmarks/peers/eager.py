@@ -1,4 +1,4 @@
-"""What our ops compute, as a user writes it in PyTorch without us: eager, and to be compiled."""
+"""Our ops as a user writes them in plain PyTorch: timed eager and compiled."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def _swap_halves(x: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Raise the logits to float32 and average, as Hugging Face's models do."""
+    """Convert the logits to float32 and average, as Hugging Face's models do."""
     if weights is None:
         return F.cross_entropy(logits.float(), targets)
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
@@ -57,10 +57,10 @@ def causal_conv3d(
     post_activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Call norm, SiLU, pad and convolution one by one, as Hugging Face's Emu3 does."""
+    """Call norm, SiLU, padding and convolution one by one, as Hugging Face's Emu3 does."""
     if scale is not None:
-        still = torch.zeros_like(scale), torch.ones_like(scale)
-        x = F.batch_norm(x, *still, scale, shift, eps=0)
+        identity = torch.zeros_like(scale), torch.ones_like(scale)
+        x = F.batch_norm(x, *identity, scale, shift, eps=0)
     if activation:
         x = F.silu(x)
     height, width = (k - s for k, s in zip(weight.shape[3:], stride[1:], strict=True))
@@ -94,13 +94,13 @@ def decode_attention(
     scale: float,
     page_table: None,
 ) -> Tensor:
-    """Attend to full rows, as all of TIME are; one new token needs no mask."""
+    """Attend to full rows, as in every timed case; one new token needs no mask."""
     heads = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     return F.scaled_dot_product_attention(*heads, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **rest: object) -> Tensor:
-    """Attend to one document without dropout, as all of TIME are; T = S."""
+    """Attend to one document without dropout, as in every timed case; T = S."""
     heads = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2)
@@ -121,16 +121,12 @@ def spatial_norm_silu(
     b_bias: Tensor,
     groups: int,
 ) -> Tensor:
-    """Normalise pictures as Emu3's own SpatialNorm does, then apply its swish."""
+    """Normalise images as Emu3's own SpatialNorm does, then apply its swish."""
     resized = F.interpolate(latent, size=x.shape[-2:], mode="nearest")
     normed = F.group_norm(x, groups, weight, bias, 1e-6)
     y = F.conv2d(resized, y_weight[:, :, None, None], y_bias)
     modulated = normed * y + F.conv2d(resized, b_weight[:, :, None, None], b_bias)
     return modulated * torch.sigmoid(modulated)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, weight, bias)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -1,33 +1,33 @@
-"""Options and facts of a measured run; ``python -m benchmarks ops`` passes them."""
+"""Options and facts of a timed session; ``python -m benchmarks`` passes them."""
 
 import pytest
 import torch
 
-from benchmarks import contestants, machine
+from benchmarks.harness import entries, machine
 from emu3_kernels.ops import OPS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--op", action="append", choices=(*OPS, "model", "vision"), help="Ops.")
-    parser.addoption("--threads", type=int, action="append", help="Threads of every contestant.")
-    parser.addoption("--seconds", type=float, default=2.0, help="Rounds of one row may take this.")
+    parser.addoption("--threads", type=int, action="append", help="Threads of every entry.")
+    parser.addoption("--seconds", type=float, default=2.0, help="Limit of all rounds of a row.")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="Where to time.")
-    parser.addoption("--scale", action="store_true", help="Time SCALE too, on most threads.")
+    parser.addoption("--scale", action="store_true", help="Time the sizes of scale too.")
     parser.addoption("--steps", type=int, default=0, help="Train the models this long too.")
-    parser.addoption("--step-tokens", type=int, default=0, help="Tokens of a step of training.")
+    parser.addoption("--step-tokens", type=int, default=0, help="Tokens of a training step.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    asked = metafunc.config.getoption
-    counts = sorted(asked("--threads") or [1], reverse=True)  # the reference runs on most
+    option = metafunc.config.getoption
+    counts = sorted(option("--threads") or [1], reverse=True)  # the reference runs on most
     if "case" not in metafunc.fixturenames:
         metafunc.parametrize("threads", counts, indirect=True)
         return
     found = [
         (case, count)
-        for op in asked("--op") or OPS
-        for case in contestants.cases(op, asked("--device"), asked("--scale"))
-        for count in (counts[:1] if contestants.scaled(case) else counts)
+        for op in option("--op") or OPS
+        for case in entries.cases_of(op, option("--device"), option("--scale"))
+        for count in (counts[:1] if entries.is_scaling(case) else counts)
     ]
     ids = [f"{case}-{count}" for case, count in found]
     metafunc.parametrize(("case", "threads"), found, ids=ids, indirect=["threads"])
@@ -53,7 +53,7 @@ def threads(request: pytest.FixtureRequest) -> int:
     machine.prepare(count)
     torch.compiler.reset()
     torch._inductor.config.cpp.threads = count
-    # The compiler's own processes would be load: compile here, before the timing.
+    # Processes of the compiler would be load: compile here, before the timing.
     torch._inductor.config.compile_threads = 1
     # A backward pass is timed more than once: it may not overwrite what forward saved.
     torch._functorch.config.donated_buffer = False

@@ -1,4 +1,4 @@
-"""A long sequence on a ring of Gloo processes: right, within its memory, counted, timed."""
+"""Ring attention over a long sequence on Gloo processes: accuracy, memory, traffic and time."""
 
 import gc
 import json
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import machine
+from benchmarks.harness import machine
 from emu3_kernels import attention, ring_attention
 from emu3_kernels.ops.attention.ring.schedule import ring_schedule
 from emu3_kernels.ops.attention.ring.shards import Zigzag
@@ -26,7 +26,7 @@ from emu3_kernels.testing.budget import assert_as_accurate
 
 NAMES = "out", "dq", "dk", "dv"
 
-# A tensor is a mapping of its own, gone from the resident set when it is freed.
+# Each tensor is its own mapping, so freeing it shrinks the resident set.
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
 
 
@@ -35,8 +35,8 @@ class Size:
     tokens: int
     world: int
     heads: int
-    groups: int
-    width: int
+    kv_heads: int
+    head_dim: int
     dtype: str
     backend: str | None
 
@@ -45,23 +45,23 @@ class Size:
         return getattr(torch, self.dtype)
 
     def bound(self) -> float:
-        """Return 1.5 times q, k, v, out and their gradients and two hops' k and v, in bytes."""
-        channels = 2 * (2 * self.heads + 2 * self.groups) + 2 * 2 * self.groups
+        """Return 1.5 times the bytes of q, k, v, out, their gradients and k and v of two hops."""
+        channels = 2 * (2 * self.heads + 2 * self.kv_heads) + 2 * 2 * self.kv_heads
         tokens = max(Zigzag(self.tokens, self.world).size(rank) for rank in range(self.world))
-        return 1.5 * tokens * channels * self.width * self.torch_dtype.itemsize
+        return 1.5 * tokens * channels * self.head_dim * self.torch_dtype.itemsize
 
 
-def draw(size: Size, chunks: list[int]) -> list[Tensor]:
-    """Return q, k, v and dout of some chunks; a rank draws no others."""
+def random_shard(size: Size, chunks: list[int]) -> list[Tensor]:
+    """Return q, k, v and dout of ``chunks`` alone."""
     zigzag = Zigzag(size.tokens, size.world)
-    heads = 2 * (size.heads + size.groups)
+    heads = 2 * (size.heads + size.kv_heads)
     parts = []
     for c in chunks:
         random = torch.Generator().manual_seed(c)
-        part = torch.randn(1, len(zigzag.chunk(c)), heads, size.width, generator=random)
+        part = torch.randn(1, len(zigzag.chunk(c)), heads, size.head_dim, generator=random)
         parts.append(part.to(size.torch_dtype))
     packed = torch.cat(parts, dim=1)
-    split = packed.split((size.heads, size.groups, size.groups, size.heads), dim=2)
+    split = packed.split((size.heads, size.kv_heads, size.kv_heads, size.heads), dim=2)
     return [x.contiguous() for x in split]
 
 
@@ -69,37 +69,39 @@ def ring(
     tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 131_072,
     world: Annotated[int, typer.Option(help="Processes.")] = 8,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 2,
-    groups: Annotated[int, typer.Option(help="Key heads.")] = 1,
-    width: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 1,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     rows: Annotated[int, typer.Option(help="Tokens compared with float64.")] = 64,
-    backend: Annotated[str | None, typer.Option(help="Of both ops.")] = None,
-    write: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Of both attention ops.")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
 ) -> None:
-    """Attend to a long sequence in one process and on a ring, and hold the ring to its bounds."""
-    size = Size(tokens, world, heads, groups, width, dtype, backend)
+    """Compare ring attention with attention in one process: accuracy, memory, traffic, time."""
+    size = Size(tokens, world, heads, kv_heads, head_dim, dtype, backend)
     with tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(size, Path(folder))
         whole = gather(size, Path(folder))
-    inputs = draw(size, list(range(2 * world)))
+    inputs = random_shard(size, list(range(2 * world)))
     alone, seconds = in_one_process(inputs, backend)
     random = torch.Generator().manual_seed(0)
     sample = torch.randperm(tokens, generator=random)[:rows].sort().values
     exact = in_float64(inputs, sample)
     for name in NAMES:
         assert_as_accurate(name, *(x[name][:, sample] for x in (whole, alone)), exact[name])
-    figures = {"machine": machine.facts(), "size": asdict(size), "rows": rows}
-    figures |= {"one_process_seconds": seconds, "ranks": ranks, "bound_mib": size.bound() / 2**20}
-    show(figures)
+    measured = {"machine": machine.facts(), "size": asdict(size), "rows": rows}
+    measured |= {"one_process_seconds": seconds, "ranks": ranks, "bound_mib": size.bound() / 2**20}
+    show(measured)
     if write:
-        write.write_text(json.dumps(figures, indent=1) + "\n")
+        write.write_text(json.dumps(measured, indent=1) + "\n")
     peak = max(rank["peak_mib"] for rank in ranks)
-    if peak > figures["bound_mib"]:
-        raise SystemExit(f"ring: a rank takes {peak:.1f} MiB, above {figures['bound_mib']:.1f}")
+    if peak > measured["bound_mib"]:
+        raise SystemExit(f"ring: a rank takes {peak:.1f} MiB, above {measured['bound_mib']:.1f}")
 
 
 def run_ranks(size: Size, folder: Path) -> list[dict]:
-    """Start one process a rank, each on one thread; return their figures."""
+    """Start one process a rank, each on one thread; return their results."""
     os.environ |= MAPPED | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     context = get_context("spawn")
     processes = [
@@ -120,23 +122,23 @@ def run_rank(size: Size, rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size.world)
     zigzag = Zigzag(size.tokens, size.world)
     chunks = list(zigzag.chunks_of(rank))
-    step(draw(replace(size, tokens=256 * size.world), chunks), size.backend)
+    step(random_shard(replace(size, tokens=256 * size.world), chunks), size.backend)
     before = resident("VmRSS")
-    shard = draw(size, chunks)
+    shard = random_shard(size, chunks)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     results, seconds = step(shard, size.backend)
     peak = resident("VmHWM") - before
     schedule = ring_schedule(size.tokens, size.world)
-    values = 2 * size.groups * size.width
+    values = 2 * size.kv_heads * size.head_dim
     sent = schedule.num_sent(rank) * values * size.torch_dtype.itemsize
-    figures = {
+    measured = {
         "seconds": seconds,
         "peak_mib": peak / 2**20,
         "sent_mib": sent / 2**20,
         "sent_backward_mib": (sent + schedule.num_received(rank) * values * 4) / 2**20,
     }
-    (folder / f"{rank}.json").write_text(json.dumps(figures))
+    (folder / f"{rank}.json").write_text(json.dumps(measured))
     torch.save(dict(zip(NAMES, results, strict=True)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -157,7 +159,7 @@ def step(shard: list[Tensor], backend: str | None) -> tuple[tuple[Tensor, ...], 
 
 
 def resident(field: str) -> int:
-    """Read the resident set of this process from the kernel, in bytes: tensors and all else."""
+    """Read a field of ``/proc/self/status`` in bytes."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
@@ -184,7 +186,7 @@ def in_one_process(
 
 
 def in_float64(inputs: list[Tensor], sample: Tensor) -> dict[str, Tensor]:
-    """Return the sampled tokens of out, dq, dk and dv; every query counts in those of a key."""
+    """Return the sampled tokens of out, dq, dk and dv."""
     q, k, v, dout = (x[0].double().transpose(0, 1) for x in inputs)
     rows, scale = len(q) // len(k), q.shape[-1] ** -0.5
     position = torch.arange(q.shape[1])
@@ -220,20 +222,20 @@ def softmax(q: Tensor, keys: Tensor, values: Tensor, block: int = 256) -> tuple[
     return lse, out
 
 
-def show(figures: dict) -> None:
-    size, alone = figures["size"], figures["one_process_seconds"]
+def show(measured: dict) -> None:
+    size, alone = measured["size"], measured["one_process_seconds"]
     table = Table(title=" ".join(f"{name} {value}" for name, value in size.items()))
     for name in ("rank", "forward s", "backward s", "peak MiB", "sent MiB", "sent backward MiB"):
         table.add_column(name, justify="right")
-    for rank, row in enumerate(figures["ranks"]):
+    for rank, row in enumerate(measured["ranks"]):
         numbers = *row["seconds"], row["peak_mib"], row["sent_mib"], row["sent_backward_mib"]
         table.add_row(str(rank), *(f"{number:.1f}" for number in numbers))
     console = Console()
     console.print(table)
     console.print(
         f"one process: forward {alone[0]:.1f} s, backward {alone[1]:.1f} s; "
-        f"a rank may take {figures['bound_mib']:.1f} MiB; {figures['rows']} tokens of out, dq, dk "
-        "and dv are as accurate as those of one process against float64"
+        f"a rank may take {measured['bound_mib']:.1f} MiB; {measured['rows']} tokens of out, dq, "
+        "dk and dv are as accurate as in one process, against float64"
     )
 
 
