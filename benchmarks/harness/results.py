@@ -29,7 +29,9 @@ def store(path: Path, rows: Iterable[dict]) -> Path:
 
 
 def identity(row: dict) -> str:
-    return json.dumps([row.get(name) for name in IDENTITY])
+    """Identify a row; a size by its values, since their names may change."""
+    size = list(row["size"].values())
+    return json.dumps([row.get(name) if name != "size" else size for name in IDENTITY])
 
 
 def order(row: dict) -> tuple:

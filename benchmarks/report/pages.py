@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.harness import results
 from benchmarks.report import tables
-from benchmarks.report.targets import Target, verdicts
+from benchmarks.report.targets import TARGETS, TIME, Target, verdicts
 from emu3_kernels.ops import OPS
 
 CODEGEN = "codegen.json"
@@ -19,7 +19,7 @@ Each machine has a page with every row, wins and losses. `python -m benchmarks a
 machine and writes its page; `python -m benchmarks report` rewrites the pages from the stored rows.
 """
 
-TARGETS = """A target is a ratio to reach: the time of a peer over ours. Each cell has the median ratio on 1
+HOW_TO_READ_TARGETS = """A target is a ratio to reach: the time of a peer over ours. Each cell has the median ratio on 1
 and 2 threads. **Bold** misses the target, "-" is not measured. The reason says where the bound
 excludes the target, or how near the op is to its bound.
 """
@@ -101,17 +101,18 @@ def target_tables(machines: dict[str, list[dict]]) -> list[str]:
     for machine, rows in machines.items():
         for target, row in verdicts(rows):
             if row:
-                key = (target, tables.size(row), row["dtype"])
+                key = (TARGETS.index(target), tables.size(row), row["dtype"])
                 by_row.setdefault(key, {}).setdefault(machine, []).append((target, row))
     columns = [m for m in machines if any(m in found for found in by_row.values())]
     missed, reached = [], []
-    for (target, size, dtype), found in by_row.items():
+    for (index, size, dtype), found in sorted(by_row.items()):
+        target = TARGETS[index]
         kept = all(t.reached(row) for pairs in found.values() for t, row in pairs)
         line = [target.op, size, dtype, target.direction, target.of, target.peer, target.stated()]
         line += [cell(found.get(machine, [])) for machine in columns]
         (reached if kept else missed).append(line if kept else [*line, reason(found)])
     header = ["op", "size", "dtype", "direction", "of", "peer", "target", *columns]
-    pages = ["## Targets missed\n", TARGETS, tables.markdown([*header, "reason"], missed)]
+    pages = ["## Targets missed\n", HOW_TO_READ_TARGETS, tables.markdown([*header, "reason"], missed)]
     for machine, rows in machines.items():
         if machine not in columns:
             pages += [f"## Peers that are faster: {machine}\n", losses(rows)]
@@ -135,21 +136,29 @@ def reason(found: dict[str, list[tuple[Target, dict]]]) -> str:
         limits = [limit for target, row in missed if (limit := target.limit(row))]
         if limits:
             reasons.append(f"{machine}: {limits[0]}")
-        elif near := [row["of_bound"] for _, row in missed if row.get("of_bound")]:
-            reasons.append(f"{machine}: at {min(near):.2f} of the bound")
+        elif near := [row["of_bound"] for t, row in missed if t.of == TIME and row["of_bound"]]:
+            reasons += [f"{machine}: at {min(near):.2f} of the bound"] * (min(near) > NEAR)
     return "; ".join(reasons) or "-"
+
+
+NEAR = 0.1
+"""Share of the bound from which it says something about a missed target."""
+BEST_HEADER = (
+    *("op", "size", "dtype", "direction", "backend", "ours"),
+    *("fastest peer", "times ours", "note"),
+)
 
 
 def losses(rows: list[dict]) -> str:
     """List the rows in which a peer is faster."""
-    header = ["op", "size", "direction", "ours", "fastest peer", "times ours", "note"]
     slower = [row for row in rows if (best_ratio(row) or 1) < 1]
-    return tables.markdown(header, [against_best(row) for row in slower])
+    return tables.markdown(BEST_HEADER, [against_best(row) for row in slower])
 
 
 def against_best(row: dict) -> list[str]:
     """Write ours beside the fastest peer."""
-    line = [row["op"], tables.size(row), row["direction"], speed(row)]
+    line = [row["op"], tables.size(row), row["dtype"], row["direction"]]
+    line += [row["backend"], speed(row)]
     rated = {name: peer for name, peer in row["peers"].items() if "ratio" in peer}
     if not rated:
         return [*line, "-", "-", row.get("note", "-")]
@@ -208,14 +217,13 @@ def origin(row: dict) -> str:
 
 def summary(rows: list[dict]) -> list[str]:
     """Return one table of every row against its fastest peer."""
-    header = ["op", "size", "direction", "ours", "fastest peer", "times ours", "note"]
     text = (
         "MEASURED: median of 5 to 40 calls by CUDA events with a flushed L2 cache. `times ours` is "
         "the time of the peer over ours: above 1 ours is faster. GB/s and TFLOP/s are COUNTED over "
         "MEASURED.\n"
     )
     ordered = sorted(rows, key=lambda row: rank(row["op"]))
-    return [text, tables.markdown(header, map(against_best, ordered)), "Every peer follows.\n"]
+    return [text, tables.markdown(BEST_HEADER, map(against_best, ordered)), "Every peer follows.\n"]
 
 
 def targets(rows: list[dict]) -> list[str]:

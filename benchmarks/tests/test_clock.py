@@ -1,4 +1,4 @@
-"""The clocks of the benchmarks, and rounds that interleave on them."""
+"""The clocks of the benchmarks, and interleaved rounds on them."""
 
 import inspect
 import time
@@ -10,11 +10,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from pytest_benchmark.utils import load_timer
 
-from benchmarks import clock, duel
+from benchmarks.harness import clock, interleave
 
 
 class Clock:
-    """A clock that stands still but for what the contestants spend."""
+    """A clock that only the entries advance."""
 
     now = 0.0
 
@@ -50,19 +50,19 @@ QUICK = replace(clock.WALL, rest=lambda: None)
 
 def test_rounds_interleave_and_ratios_are_paired(still, stopwatch):
     calls = {"ours": still.spender(1.0, 2.0), "peer": still.spender(3.0, 8.0)}
-    taken = duel.interleave(stopwatch, calls, {"ours": 1.0, "peer": 3.0}, 16.1, QUICK)
+    taken = interleave.interleave(stopwatch, calls, {"ours": 1.0, "peer": 3.0}, 16.1, QUICK)
     assert taken == {"ours": [1.0, 2.0] * 2, "peer": [3.0, 8.0] * 2}
     assert stopwatch.stats.stats.data == taken["ours"]
-    ratio = duel.paired_ratio(taken["peer"], taken["ours"])
+    ratio = interleave.paired_ratio(taken["peer"], taken["ours"])
     assert ratio == {"median": 3.5, "min": 3.0, "max": 4.0}
 
 
-FIVE = duel.MIN_ROUNDS[0.5]
+FIVE = interleave.MIN_ROUNDS[0.5]
 
 
 @pytest.mark.parametrize(("duration", "num_rounds"), [(0.4, 5), (0.6, 3), (9.0, 3), (11.0, 2)])
 def test_the_longer_a_round_the_fewer_there_are(still, stopwatch, duration, num_rounds):
-    taken = duel.interleave(
+    taken = interleave.interleave(
         stopwatch, {"ours": still.spender(duration)}, {"ours": duration}, 0, QUICK
     )
     assert taken["ours"] == pytest.approx([duration] * num_rounds)
@@ -70,7 +70,7 @@ def test_the_longer_a_round_the_fewer_there_are(still, stopwatch, duration, num_
 
 def test_a_short_call_is_repeated_within_a_sample(still, stopwatch):
     short = QUICK.min_sample / 4
-    taken = duel.interleave(stopwatch, {"ours": still.spender(short)}, {"ours": short}, 0, QUICK)
+    taken = interleave.interleave(stopwatch, {"ours": still.spender(short)}, {"ours": short}, 0, QUICK)
     assert taken["ours"] == pytest.approx([short] * FIVE)
     assert still.now == pytest.approx(FIVE * QUICK.min_sample)
 
@@ -99,7 +99,7 @@ def test_a_gpu_is_timed_by_its_events_with_its_cache_emptied_before(monkeypatch,
     emptied = []
     events = replace(clock.EVENTS, rest=lambda: emptied.append(Event.recorded))
     stopwatch._timer = events.timer
-    taken = duel.interleave(stopwatch, {"ours": lambda: None}, {"ours": 1e-6}, 0, events)
+    taken = interleave.interleave(stopwatch, {"ours": lambda: None}, {"ours": 1e-6}, 0, events)
     assert taken == {"ours": [2e-3] * FIVE}
     assert emptied == [0, 2, 4, 6, 8]  # one call a sample: a second would find the cache warm
     assert Event.synchronised == FIVE

@@ -1,4 +1,4 @@
-"""The benchmark of the whole step: everyone does the same work, on miniatures."""
+"""The benchmark of the training step: every entry does the same work, on tiny models."""
 
 import pytest
 import torch
@@ -7,23 +7,37 @@ from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as front
-from benchmarks import machine, model, report, run
-from benchmarks.bounds import PRODUCTS
-from benchmarks.contestants import Case
-from benchmarks.test_ops import row
-from tests.model.tiny import TINY
+from benchmarks.harness import machine, run
+from benchmarks.harness.bounds import GEMMS
+from benchmarks.harness.entries import Case, Entries
+from benchmarks.harness.rows import row_of
+from benchmarks.report import pages
+from benchmarks.suites import model
+from emu3.config import BYTE_VOCABULARY, ModelSettings
 
-NUM_TOKENS, COUNTED = 40, 23
+NUM_TOKENS, NUM_VALID = 40, 23
+TINY = ModelSettings(
+    vocabulary=BYTE_VOCABULARY,
+    width=48,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_width=16,
+    ff_width=80,
+    max_positions=128,
+    dropout=0.0,
+    init_std=0.3,
+)
 
 
 @pytest.fixture(scope="module")
 def everyone():
-    return model.entrants(TINY, torch.bfloat16)
+    return model.trained_models(TINY, torch.bfloat16)
 
 
-def test_everyone_computes_the_same_loss_of_the_tokens_that_count(everyone):
-    tokens, weights = model.drawn(TINY, NUM_TOKENS, seed=1), torch.ones(1, NUM_TOKENS)
-    weights[:, :-COUNTED] = 0
+def test_every_entry_has_the_same_loss_on_the_valid_tokens(everyone):
+    tokens, weights = model.random_tokens(TINY, NUM_TOKENS, seed=1), torch.ones(1, NUM_TOKENS)
+    weights[:, :-NUM_VALID] = 0
     losses = {name: loss(m, tokens, weights).item() for name, m, loss in everyone}
     assert list(losses) == [model.OURS, model.THEIRS, model.APPLIED]
     same = [losses[model.THEIRS]] * 3
@@ -32,30 +46,30 @@ def test_everyone_computes_the_same_loss_of_the_tokens_that_count(everyone):
     assert abs(loss(ours, tokens, torch.ones(1, NUM_TOKENS)).item() / same[0] - 1) > model.SAME_LOSS
 
 
-def test_theirs_turns_by_frequencies_in_float32(everyone):
+def test_rotary_frequencies_of_hugging_face_are_float32(everyone):
     module = everyone[1].model
     assert module.model.rotary_emb.inv_freq.dtype == torch.float32
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
 
 
-def test_memory_stands_above_weights_and_gradients():
+def test_memory_is_that_above_weights_and_gradients():
     """A sum over 4 MiB of weights holds nothing but their gradient."""
     layer = nn.Linear(1024, 1024, bias=False)
-    entrant = model.Entrant(model.OURS, layer, lambda layer, tokens, weights: layer.weight.sum())
-    held = model.lineup([entrant], TINY, NUM_TOKENS, COUNTED).peak_mib[model.OURS]
+    trained = model.Trained(model.OURS, layer, lambda layer, tokens, weights: layer.weight.sum())
+    held = model.entries_of([trained], TINY, NUM_TOKENS, NUM_VALID).peak_mib[model.OURS]
     assert held == pytest.approx(0, abs=0.01)
     assert layer.weight.grad is None
 
 
-def test_a_contestant_that_loses_something_else_is_not_timed(everyone):
+def test_a_peer_with_another_loss_is_not_timed(everyone):
     ours, theirs, _ = everyone
     wrong = theirs._replace(loss=lambda *args: 1.01 * model.labelled(*args))
-    lineup = model.lineup([ours, wrong], TINY, NUM_TOKENS, COUNTED)
-    assert set(lineup.calls) == {model.OURS, PRODUCTS}
-    assert "its loss is" in lineup.missing[model.THEIRS]
+    entries = model.entries_of([ours, wrong], TINY, NUM_TOKENS, NUM_VALID)
+    assert set(entries.calls) == {model.OURS, GEMMS}
+    assert "its loss is" in entries.missing[model.THEIRS]
 
 
-class Products(TorchFunctionMode):
+class Gemms(TorchFunctionMode):
     """Adds up the FLOPs of every torch.mm."""
 
     flops = 0
@@ -67,22 +81,22 @@ class Products(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_bound_counts_every_matrix_three_times_and_the_head_for_tokens_that_count():
+def test_the_bound_counts_every_gemm_three_times_and_the_head_for_valid_tokens():
     module = model.emu3(TINY, model.hugging_face(TINY, torch.bfloat16))
     head = module.head.weight.numel()
     matrices = sum(p.numel() for p in module.blocks.parameters() if p.dim() == 2)
-    shapes = model.matrices(TINY, NUM_TOKENS, COUNTED)
-    assert model.flops(shapes) == 6 * (NUM_TOKENS * matrices + COUNTED * head)
-    with Products() as multiplied:
-        model.products(shapes, torch.bfloat16)()
+    shapes = model.gemm_shapes(TINY, NUM_TOKENS, NUM_VALID)
+    assert model.flops(shapes) == 6 * (NUM_TOKENS * matrices + NUM_VALID * head)
+    with Gemms() as multiplied:
+        model.gemms(shapes, torch.bfloat16)()
     assert multiplied.flops == model.flops(shapes)
 
 
-TAKEN = {model.OURS: [0.5, 0.7], model.THEIRS: [2.0, 2.1], PRODUCTS: [0.4, 0.5]}
+TAKEN = {model.OURS: [0.5, 0.7], model.THEIRS: [2.0, 2.1], GEMMS: [0.4, 0.5]}
 
 
-def test_the_bound_is_the_time_of_the_products_in_the_same_rounds():
-    bound = model.bound(model.matrices(TINY, NUM_TOKENS, COUNTED), TAKEN)
+def test_the_bound_is_the_time_of_the_gemms_in_the_same_rounds():
+    bound = model.bound(model.gemm_shapes(TINY, NUM_TOKENS, NUM_VALID), TAKEN)
     assert bound["ms"] == pytest.approx(450)
     assert bound["fraction"] == pytest.approx((0.4 / 0.5 + 0.5 / 0.7) / 2)
     assert bound["ceilings"] == {model.THEIRS: pytest.approx((2.0 / 0.4 + 2.1 / 0.5) / 2)}
@@ -104,10 +118,10 @@ def test_training_starts_from_the_same_weights_and_reaches_the_same_loss(everyon
 def published(ours_mib: float, ours_loss: float) -> dict:
     """A row of the whole step, as the suite writes it."""
     peaks = {model.OURS: ours_mib, model.THEIRS: 900.0}
-    size = {"tokens": 2048, "counted": 2048}
+    size = {"tokens": 2048, "valid": 2048}
     case = Case("model", model.OURS, size, torch.bfloat16, "forward+backward")
-    bound = model.bound(model.matrices(TINY, NUM_TOKENS, COUNTED), TAKEN)
-    written = row(case, 1, [0.0, 0.0], model.Lineup(peak_mib=peaks), TAKEN, bound)
+    bound = model.bound(model.gemm_shapes(TINY, NUM_TOKENS, NUM_VALID), TAKEN)
+    written = row_of(case, 1, [0.0, 0.0], Entries(peak_mib=peaks), TAKEN, bound)
     losses = {model.OURS: ours_loss, model.THEIRS: 1.5}
     after = {"steps": 5, "tokens": 512, "losses": losses}
     written["peers"][model.THEIRS]["tokens_per_s"] = 4.0
@@ -115,25 +129,25 @@ def published(ours_mib: float, ours_loss: float) -> dict:
     return written | more
 
 
-def test_a_report_shows_tokens_a_second_memory_bound_and_losses():
-    page = report.section("model", [published(100.0, 1.25)])
+def test_a_page_shows_tokens_per_second_memory_bound_and_losses():
+    page = pages.section("model", [published(100.0, 1.25)])
     assert "16 tokens/s" in page
     assert "3.50x (3.00-4.00)" in page
     assert "| 900.0 |" in page
     assert "take 0.45 s. MEASURED outside them: emu3.Emu3 0.15 s, Hugging Face 1.60 s." in page
-    assert "times of the products alone: Hugging Face 4.60x; no step" in page
-    assert "loss after 5 steps of AdamW of 512 tokens: emu3.Emu3 1.2500, Hugging Face 1.5" in page
+    assert "the GEMMs alone are faster by Hugging Face 4.60x" in page
+    assert "loss after 5 AdamW steps of 512 tokens: emu3.Emu3 1.2500, Hugging Face 1.5" in page
 
 
-def test_the_bars_of_the_step_hold_its_time_memory_and_loss():
-    kept = bars_of(published(ours_mib=225.0, ours_loss=1.5 * 1.004))
-    assert kept == {"time": "kept", "memory": "kept", "loss": "kept"}
-    missed = bars_of(published(ours_mib=226.0, ours_loss=1.5 * 0.994))
-    assert missed == {"time": "kept", "memory": "**missed**", "loss": "**missed**"}
+def test_the_verdicts_of_the_step_hold_its_time_memory_and_loss():
+    kept = verdicts_of(published(ours_mib=225.0, ours_loss=1.5 * 1.004))
+    assert kept == {"time": "reached", "memory": "reached", "loss": "reached"}
+    missed = verdicts_of(published(ours_mib=226.0, ours_loss=1.5 * 0.994))
+    assert missed == {"time": "reached", "memory": "**missed**", "loss": "**missed**"}
 
 
-def bars_of(written: dict) -> dict[str, str]:
-    cells = [line.split(" | ") for line in report.bars([written]).splitlines() if "2048" in line]
+def verdicts_of(written: dict) -> dict[str, str]:
+    cells = [line.split(" | ") for line in "".join(pages.targets([written])).splitlines() if "2048" in line]
     return {line[1]: line[-1].strip(" |") for line in cells if line[0] == "| model"}
 
 

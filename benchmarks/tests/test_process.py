@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import __main__ as front
-from benchmarks import run
+from benchmarks.harness import run
 
 
 def test_the_process_starts_again_with_one_allocator_for_all(monkeypatch):
