@@ -19,9 +19,9 @@ Each machine has a page with every row, wins and losses. `python -m benchmarks a
 machine and writes its page; `python -m benchmarks report` rewrites the pages from the stored rows.
 """
 
-HOW_TO_READ_TARGETS = """A target is a ratio to reach: the time of a peer over ours. Each cell has the median ratio on 1
-and 2 threads. **Bold** misses the target, "-" is not measured. The reason says where the bound
-excludes the target, or how near the op is to its bound.
+MEANING = """A target is a ratio to reach: the time of a peer over ours. Each cell has the median
+ratio on 1 and 2 threads. **Bold** misses the target, "-" is not measured. The reason says where the
+bound excludes the target, or how near the op is to its bound.
 """
 
 HOW_TO_READ = """## How to read this page
@@ -112,7 +112,11 @@ def target_tables(machines: dict[str, list[dict]]) -> list[str]:
         line += [cell(found.get(machine, [])) for machine in columns]
         (reached if kept else missed).append(line if kept else [*line, reason(found)])
     header = ["op", "size", "dtype", "direction", "of", "peer", "target", *columns]
-    pages = ["## Targets missed\n", HOW_TO_READ_TARGETS, tables.markdown([*header, "reason"], missed)]
+    pages = [
+        "## Targets missed\n",
+        MEANING,
+        tables.markdown([*header, "reason"], missed),
+    ]
     for machine, rows in machines.items():
         if machine not in columns:
             pages += [f"## Peers that are faster: {machine}\n", losses(rows)]

@@ -73,9 +73,7 @@ def ring(
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     rows: Annotated[int, typer.Option(help="Tokens compared with float64.")] = 64,
-    backend: Annotated[
-        str | None, typer.Option(help="Of both attention ops.")
-    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Of both attention ops.")] = None,
     write: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
 ) -> None:
     """Compare ring attention with attention in one process: accuracy, memory, traffic, time."""

@@ -70,7 +70,9 @@ def test_the_longer_a_round_the_fewer_there_are(still, stopwatch, duration, num_
 
 def test_a_short_call_is_repeated_within_a_sample(still, stopwatch):
     short = QUICK.min_sample / 4
-    taken = interleave.interleave(stopwatch, {"ours": still.spender(short)}, {"ours": short}, 0, QUICK)
+    taken = interleave.interleave(
+        stopwatch, {"ours": still.spender(short)}, {"ours": short}, 0, QUICK
+    )
     assert taken["ours"] == pytest.approx([short] * FIVE)
     assert still.now == pytest.approx(FIVE * QUICK.min_sample)
 

@@ -54,7 +54,9 @@ def test_a_row_is_in_the_page_and_under_its_targets():
 
 def test_the_command_times_one_run(monkeypatch):
     asked = []
-    monkeypatch.setattr(run, "time_all", lambda listed, allow_load, show: asked.extend(listed) or [])
+    monkeypatch.setattr(
+        run, "time_all", lambda listed, allow_load, show: asked.extend(listed) or []
+    )
     monkeypatch.setattr(machine, "cores", lambda: 2)
     assert CliRunner().invoke(front.app, ["vision", "--seconds", "3"]).exit_code == 0
     assert [(r.op, r.threads, r.seconds) for r in asked] == [("vision", (2,), 3.0)]
