@@ -406,7 +406,7 @@ def caller(case: Case, function, inputs: dict):
     return calls.bind(function, inputs, case.direction, suite.differentiable(case.op, inputs))
 
 
-def uncompiled(entry: peers.Field, inputs: dict) -> dict:
+def uncompiled(entry: peers.Peers, inputs: dict) -> dict:
     """The peers of ``entry`` without the compiler, which takes seconds."""
     found = {"eager": lambda: lambda: entry.eager(**inputs)}
     return found | {name: lambda b=build: b(**inputs) for name, build in entry.libraries.items()}

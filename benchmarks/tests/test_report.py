@@ -134,7 +134,7 @@ def test_a_call_has_a_target_in_microseconds_above_an_empty_one(tmp_path):
     for above, verdict in ((4.94, "reached"), (5.06, "**missed**")):
         page = published(tmp_path, token | {"above_empty_us": above})
         assert f"| at most 5 us more | {above:.1f} us more | {verdict} |" in page
-        assert f"a call on 1 x 4096, 1 thr., takes {above:.1f} us more than" in page
+        assert f"A call on 1 x 4096, 1 thr., takes {above:.1f} us more than" in page
 
 
 COUNTED = {
