@@ -131,7 +131,7 @@ def everything(allow_load: Load = False) -> None:
 
 def count_all(write: bool) -> list[str]:
     """Count the machine code of every kernel; return the broken contracts."""
-    codegen = import_module("benchmarks.codegen")
+    codegen = import_module("benchmarks.suites.codegen")
     rows = codegen.rows_beside(OPS, peers=find_spec("liger_kernel") is not None)
     if write:
         codegen.write(RESULTS / CODEGEN, rows)
@@ -145,7 +145,7 @@ def report() -> None:
 
 
 if find_spec("triton"):
-    app.command()(import_module("benchmarks.codegen").codegen)
+    app.command()(import_module("benchmarks.suites.codegen").codegen)
     app.command()(import_module("benchmarks.suites.host").host)
 
 

@@ -14,8 +14,8 @@ from benchmarks.harness import machine
 from benchmarks.harness.clock import Call
 from benchmarks.harness.interleave import paired_ratio
 from benchmarks.peers.cpu import IN_PLACE
-from emu3_kernels import in_large_pages
 from emu3_kernels.runtime import library
+from emu3_kernels.runtime.library import advise_huge_pages
 from emu3_kernels.testing.suite import cases
 
 READ, COPY, GEMM = "bound: read", "bound: copy", "bound: GEMM"
@@ -44,7 +44,7 @@ def calls(case: Any) -> dict[str, Call]:
     """Read and copy as many bytes as ``case`` must move, or run a GEMM if it counts FLOPs alone."""
     if num_bytes := bytes_moved(case):
         source, half, copied = (
-            in_large_pages(torch.empty(num_bytes // n, device=case.device)).uniform_()
+            advise_huge_pages(torch.empty(num_bytes // n, device=case.device)).uniform_()
             for n in (4, 8, 8)
         )
         moved = {READ: source.sum, COPY: partial(copied.copy_, half)}
