@@ -24,23 +24,27 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
 
 
-def check_alike(op: str, **tensors: Tensor) -> None:
-    """Raise unless all tensors share shape, dtype and device, and are floating point."""
-    first, *others = tensors.values()
+def check_alike(op: str, names: str, first: Tensor, *others: Tensor) -> None:
+    """Raise unless all tensors share shape, dtype and device, and are floating point.
+
+    Args:
+        op: the public name.
+        names: of the tensors, in order: ``"gate and up"``.
+        first: the first of them.
+        others: the rest.
+    """
     shape, dtype, device = first.shape, first.dtype, first.device
-    if not dtype.is_floating_point:
-        check_floating(op, **tensors)
     for other in others:
         if other.dtype != dtype or other.shape != shape or other.device != device:
-            check_floating(op, **tensors)
-            got = " and ".join(describe(tensor) for tensor in tensors.values())
-            raise ValueError(
-                f"{op}: {' and '.join(tensors)} must share shape, dtype and device, got {got}"
-            )
+            check_floating(op, **dict(zip(names.split(" and "), (first, *others), strict=True)))
+            got = " and ".join(describe(tensor) for tensor in (first, *others))
+            raise ValueError(f"{op}: {names} must share shape, dtype and device, got {got}")
+    if not dtype.is_floating_point:
+        check_floating(op, **{names.split(" and ")[0]: first})
 
 
 def check_has_channels(op: str, **tensors: Tensor) -> None:
-    """Raise for a tensor without dimensions: an op over the last one needs it."""
+    """Raise for a tensor without dimensions: the op is over the last one."""
     for name, tensor in tensors.items():
         if tensor.dim() == 0:
             raise ValueError(f"{op}: {name} must be [..., C], got a tensor without dimensions")
@@ -125,14 +129,14 @@ def check_no_gradient(op: str, *tensors: Tensor) -> None:
 
 
 def copied(results: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copy each result to where it is asked for."""
+    """Copy each result to its tensor of ``out``."""
     for written, result in zip(out, results, strict=True):
         written.copy_(result)
     return out
 
 
 def rows(x: Tensor) -> Tensor:
-    """View ``x`` ``[..., C]`` as ``[rows, C]`` with unit stride in C; copy only if no view is."""
+    """Return ``x [..., C]`` as ``[rows, C]`` with unit stride in C; a view if there is one."""
     if not x.is_contiguous() and x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     if x.dim() == 2:
@@ -141,5 +145,5 @@ def rows(x: Tensor) -> Tensor:
 
 
 def unrows(y: Tensor, x: Tensor) -> Tensor:
-    """View ``y``, made of ``rows(x)``, in the shape of ``x``."""
+    """Return ``y``, computed from ``rows(x)``, in the shape of ``x``."""
     return y if x.dim() == 2 else y.view_as(x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels.runtime.cases import Cases
-from emu3_kernels.runtime.library import in_large_pages
+from emu3_kernels.runtime.library import advise_huge_pages
 
 ATTENTION_CHECK = [
     {"batch": 2, "queries": 0, "keys": 0, "heads": 2, "groups": 1, "width": 64},
@@ -122,7 +122,7 @@ def make_decode(
     absent = (torch.arange(capacity, device=device) >= ends[:, None])[..., None, None]
     shape = batch, capacity, groups, width
     k, v = (
-        in_large_pages(torch.empty(shape, dtype=dtype, device=device))
+        advise_huge_pages(torch.empty(shape, dtype=dtype, device=device))
         .normal_(generator=random)
         .masked_fill_(absent, torch.nan)
         for _ in range(2)
