@@ -76,14 +76,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Differentiable in all tensors, and subject to ``torch.autocast``, as PyTorch's is.
     """
     x, weight, bias = autocast(x), autocast(weight), None if bias is None else autocast(bias)
-    if not (is_slow(x) and is_slow(weight)):
-        return F.linear(x, weight, bias)
+    if not (is_slow(x) and _fits(x, weight, bias)):
+        return F.linear(x, weight, bias)  # which raises if nothing fits
     tokens = x.reshape(prod(x.shape[:-1]), x.shape[-1])
     if needs_gradient(x, weight, *(() if bias is None else (bias,))):
         y = _Linear.apply(tokens, weight, bias)
     else:
         y = matmul(tokens, weight.t(), bias)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether csrc/cpu/matmul.cpp, which checks nothing, can take these tensors."""
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    alike = (weight, *(() if bias is None else (bias,)))
+    if any((tensor.dtype, tensor.device) != (x.dtype, x.device) for tensor in alike):
+        return False
+    return bias is None or bias.shape == weight.shape[:1]
 
 
 class _Linear(torch.autograd.Function):
