@@ -83,7 +83,7 @@ def column_sums(rows: Tensor) -> Tensor:
     chunk, (num_rows, width) = 512, rows.shape
     if num_rows == 1 and rows.dtype == torch.float32:
         return rows[0]
-    block = min(next_power_of_2(width), 128)
+    block = min(next_power_of_2(width), 4096 if INTERPRETED else 128)
     sums = rows.new_empty(cdiv(num_rows, chunk), width, dtype=torch.float32)
     grid = (len(sums) * cdiv(width, block),)
     options = tile(max(block // 32, 1), CHUNK=chunk, ROWS=gpu_of(rows).warp_size, BLOCK=block)
