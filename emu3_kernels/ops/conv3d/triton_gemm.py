@@ -31,8 +31,9 @@ def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | 
         blocks = {"BLOCK_M": 128, "BLOCK_K": 64, "BLOCK_N": block_n}
         num_warps, num_stages = 8 if block_n == 128 else 4, 2 if gpu_of(x).warp_size == 64 else 3
     if INTERPRETED:
-        # An operation takes the same time at any size, so few programs; the order of K is kept.
+        # Little but the number of operations takes time. BLOCK_N, which pads channels, is a GPU's.
         blocks["BLOCK_M"] = max(blocks["BLOCK_M"], min(next_power_of_2(m), 1024))
+        blocks["BLOCK_K"] = 256
     return tile(num_warps, num_stages, **blocks, STAGES=num_stages)
 
 
