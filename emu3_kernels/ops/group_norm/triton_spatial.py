@@ -26,10 +26,10 @@ def position_sums(
     """Return ``[B, P, 2, C]`` float32."""
     batch, channels = x.shape[0], x.shape[-1]
     num_positions = latent[0, ..., 0].numel()
-    # No more rows than pixels that read a position; interpreted, an operation has any size.
-    most_rows = ELEMENTS if INTERPRETED else 16
+    # No more rows than pixels that read a position; interpreted, a tile may have any size.
+    most_rows, elements = (1024, 1 << 17) if INTERPRETED else (16, ELEMENTS)
     rows = min(next_power_of_2(cdiv(x[0, ..., 0].numel(), num_positions)), most_rows)
-    block = min(next_power_of_2(channels), ELEMENTS // rows)
+    block = min(next_power_of_2(channels), elements // rows)
     sums = x.new_empty(batch, num_positions, 2, channels, dtype=torch.float32)
     grid = num_positions, cdiv(channels, block), batch
     launch(
