@@ -30,7 +30,7 @@ from emu3_kernels.ops.conv3d.triton_gemm import (
     silu_derivative,
     taps,
 )
-from emu3_kernels.runtime.launch import cdiv, gpu_of, launch
+from emu3_kernels.runtime.launch import INTERPRETED, cdiv, gpu_of, launch
 
 
 def backward(
@@ -118,7 +118,7 @@ def _backward_weight(
     out_channels, channels = weight.shape[:2]
     num_taps, width = weight[0, 0].numel(), a.shape[2]
     options = gemm_tile(x, a.dtype, num_taps * width, out_channels)
-    if a.dtype == torch.float32:
+    if a.dtype == torch.float32 and not INTERPRETED:
         options["BLOCK_K"] = 16  # 32 spill
     columns = cdiv(out_channels, options["BLOCK_N"]) * options["BLOCK_N"]
     tiles = cdiv(num_taps * width, options["BLOCK_M"]) * (columns // options["BLOCK_N"])

@@ -31,8 +31,9 @@ def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | 
         blocks = {"BLOCK_M": 128, "BLOCK_K": 64, "BLOCK_N": block_n}
         num_warps, num_stages = 8 if block_n == 128 else 4, 2 if gpu_of(x).warp_size == 64 else 3
     if INTERPRETED:
-        # An operation takes the same time at any size, so few programs; the order of K is kept.
+        # Little but the number of operations takes time. BLOCK_N, which pads channels, is a GPU's.
         blocks["BLOCK_M"] = max(blocks["BLOCK_M"], min(next_power_of_2(m), 1024))
+        blocks["BLOCK_K"] = 256
     return tile(num_warps, num_stages, **blocks, STAGES=num_stages)
 
 
@@ -83,7 +84,7 @@ def column_sums(rows: Tensor) -> Tensor:
     chunk, (num_rows, width) = 512, rows.shape
     if num_rows == 1 and rows.dtype == torch.float32:
         return rows[0]
-    block = min(next_power_of_2(width), 128)
+    block = min(next_power_of_2(width), 4096 if INTERPRETED else 128)
     sums = rows.new_empty(cdiv(num_rows, chunk), width, dtype=torch.float32)
     grid = (len(sums) * cdiv(width, block),)
     options = tile(max(block // 32, 1), CHUNK=chunk, ROWS=gpu_of(rows).warp_size, BLOCK=block)

@@ -16,7 +16,7 @@ from emu3_kernels.ops.group_norm.triton_apply import (
     silu_derivative,
 )
 from emu3_kernels.ops.group_norm.triton_statistics import ELEMENTS, part_length, pixel_tile
-from emu3_kernels.runtime.launch import cdiv, launch, next_power_of_2, tile
+from emu3_kernels.runtime.launch import INTERPRETED, cdiv, launch, next_power_of_2, tile
 
 
 def position_sums(
@@ -26,9 +26,10 @@ def position_sums(
     """Return ``[B, P, 2, C]`` float32."""
     batch, channels = x.shape[0], x.shape[-1]
     num_positions = latent[0, ..., 0].numel()
-    # No more rows than pixels that read a position.
-    rows = min(next_power_of_2(cdiv(x[0, ..., 0].numel(), num_positions)), 16)
-    block = min(next_power_of_2(channels), ELEMENTS // rows)
+    # No more rows than pixels that read a position; interpreted, a tile may have any size.
+    most_rows, elements = (1024, 1 << 17) if INTERPRETED else (16, ELEMENTS)
+    rows = min(next_power_of_2(cdiv(x[0, ..., 0].numel(), num_positions)), most_rows)
+    block = min(next_power_of_2(channels), elements // rows)
     sums = x.new_empty(batch, num_positions, 2, channels, dtype=torch.float32)
     grid = num_positions, cdiv(channels, block), batch
     launch(
