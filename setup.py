@@ -17,6 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
 OLDEST_TORCH = 0x020B000000000000  # 2.11, as in the project's dependencies
 # GCC 12 warns inside its own intrinsics headers (uninitialized) and of vectors in signatures
 # that never leave a file (psabi).
@@ -59,15 +60,15 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        self.includes = [f"-I{path}" for path in include_paths()]
+        self.includes = [f"-I{path}" for path in (CSRC, *include_paths())]
         includes = [*self.includes, *(f"-I{path}" for path in self.compiler.include_dirs)]
         jobs = []
-        for source in sorted((ROOT / "csrc/bindings").glob("*.cpp")):
-            target = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#x}ULL"]
-            jobs.append((source, source.stem, [*includes, *target]))
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        for source in sorted((CSRC / "bindings").rglob("*.cpp")):
+            target = f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#x}ULL"
+            jobs.append((source, "any", [*includes, target]))
+        for source in sorted((CSRC / "cpu").rglob("*.cpp")):
             for level, flags in levels_of(source.read_text()).items():
-                jobs.append((source, f"{source.stem}.{level}", [f"-DEMU3_LEVEL={level}", *flags]))
+                jobs.append((source, level, [f"-I{CSRC}", f"-DEMU3_LEVEL={level}", *flags]))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda job: self.compile_one(*job), jobs))
         linker = [os.environ.get("CXX", "c++")]
@@ -79,8 +80,8 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([*linker, "-shared", *objects, *torch, "-ldl", "-o", target], check=True)
 
-    def compile_one(self, source: Path, name: str, flags: list[str]) -> str:
-        target = self.object_path(name)
+    def compile_one(self, source: Path, level: str, flags: list[str]) -> str:
+        target = self.object_path(source, level)
         compiler = os.environ.get("CXX", "c++")
         self.run_compiler([compiler, "-fPIC", *FLAGS, *WARNINGS, *flags], source, target)
         return target
@@ -91,16 +92,18 @@ class BuildNative(build_ext):
             f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#x}ULL",
         ]
         objects = []
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            target = self.object_path(f"{source.stem}.cuda")
+        for source in sorted((CSRC / "cuda").rglob("*.cu")):
+            target = self.object_path(source, "any")
             command = [nvcc(), *flags, *cuda_architectures(), *self.includes]
             self.run_compiler(command, source, target)
             objects.append(target)
         return objects
 
-    def object_path(self, name: str) -> str:
+    def object_path(self, source: Path, level: str) -> str:
+        """Return e.g. ``cpu.norm.rms_norm.avx2.o`` in the build folder."""
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        return str(Path(self.build_temp) / f"{name}.o")
+        name = ".".join(source.relative_to(CSRC).with_suffix("").parts)
+        return str(Path(self.build_temp) / f"{name}.{level}.o")
 
     def run_compiler(self, command: list[str], source: Path, target: str) -> None:
         if not self.force and is_newer_than_its_sources(Path(target)):
@@ -110,7 +113,7 @@ class BuildNative(build_ext):
 
 
 def is_newer_than_its_sources(target: Path) -> bool:
-    """Ask the list of sources that the compiler wrote beside ``target`` (``-MMD``)."""
+    """Compare ``target`` with the list of sources that the compiler wrote beside it (``-MMD``)."""
     listed = target.with_suffix(".d")
     if not (target.exists() and listed.exists()):
         return False

@@ -1,61 +1,84 @@
-"""Front door: ``python -m benchmarks COMMAND``, from the root."""
+"""Benchmarks: ``python -m benchmarks COMMAND``, from the root of the repository."""
 
 import time
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks import base as other_commit
-from benchmarks import machine, run
-from benchmarks.report import CODEGEN, RESULTS, write_pages
+from benchmarks.harness import compare as other_commit
+from benchmarks.harness import machine, run
+from benchmarks.harness.results import RESULTS
+from benchmarks.report.pages import CODEGEN, write_pages
+from benchmarks.report.tables import as_table
 from emu3_kernels.ops import OPS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
-Load = Annotated[bool, typer.Option(help="Time on a busy machine: print, and never write.")]
+Op = Annotated[list[str] | None, typer.Option(help="Op to time; all by default.")]
+Load = Annotated[bool, typer.Option(help="Run on a busy machine: print, write nothing.")]
 Threads = Annotated[list[int] | None, typer.Option(help="Thread counts; 1 and 2.")]
+OneThreads = Annotated[list[int] | None, typer.Option(help="Thread counts; 2.")]
+Seconds = Annotated[float, typer.Option(help="Limit of all rounds of a row.")]
+
 TOKENS = 256
-"""Of a step of training: 50 steps of 2048 tokens take nine minutes on two cores, of 256 two."""
+"""Per training step: 50 steps of 2048 tokens take nine minutes on two cores, of 256 two."""
 
 SECONDS = 0.4
-"""Of all rounds of a row when everything is timed; at least ``duel.MIN_ROUNDS`` are made."""
+"""Limit of all rounds of a row in ``all``; ``MIN_ROUNDS`` are made anyway."""
 
 
 @app.command()
 def ops(
-    op: Annotated[list[str] | None, typer.Option(help="Op to time; all by default.")] = None,
-    threads: Threads = None,
-    seconds: Annotated[float, typer.Option(help="All rounds of a row may take this long.")] = 2.0,
-    base: Annotated[str | None, typer.Option(help="Time against this commit, and print.")] = None,
-    rounds: Annotated[int, typer.Option(help="Processes of each side, with --base.")] = 5,
-    allow_load: Load = False,
+    op: Op = None, threads: Threads = None, seconds: Seconds = 2.0, allow_load: Load = False
 ) -> None:
-    """Time the ops beside their peers and write benchmarks/results."""
+    """Time the ops beside their peers and store the rows."""
+    run.refuse(time_all(run.runs(known(op), threads, seconds), allow_load))
+
+
+def known(op: list[str] | None) -> list[str]:
     chosen = op or list(OPS)
     if unknown := sorted(set(chosen) - set(OPS)):
         raise typer.BadParameter(f"--op must be of {', '.join(OPS)}, got {', '.join(unknown)}")
-    if base is None:
-        run.refuse(run.time_all(run.runs(chosen, threads, seconds), allow_load))
-        return
+    return chosen
+
+
+def time_all(listed: list[run.Run], allow_load: bool) -> list[str]:
+    show = lambda op, rows: run.console.print(as_table(op, rows))  # noqa: E731
+    return run.time_all(listed, allow_load, show)
+
+
+@app.command()
+def compare(
+    ref: Annotated[str, typer.Argument(help="Commit to compare with.")] = "HEAD",
+    tree: Annotated[Path | None, typer.Option(help="A built tree, in place of REF.")] = None,
+    op: Op = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; 2.")] = None,
+    rounds: Annotated[int, typer.Option(help="Processes of each side.")] = 5,
+    backend: Annotated[str | None, typer.Option(help="Backend; the default one.")] = None,
+    allow_load: Annotated[bool, typer.Option(help="Run on a busy machine.")] = False,
+) -> None:
+    """Time the ops of the working tree against another commit, in alternating processes."""
+    chosen = known(op)
     if (reason := machine.why_not_publish(machine.load())) and not allow_load:
         run.refuse([reason])
-    other_commit.compare(base, chosen, max(threads or [min(2, machine.cores())]), rounds)
+    count = threads or min(2, machine.cores())
+    other_commit.compare(ref, chosen, count, rounds, tree, backend)
 
 
 @app.command()
 def model(
-    threads: Annotated[list[int] | None, typer.Option(help="Thread counts; 2.")] = None,
-    seconds: Annotated[float, typer.Option(help="All rounds of a row may take this long.")] = 60.0,
-    steps: Annotated[int, typer.Option(help="Train so long too, and compare the losses.")] = 0,
+    threads: OneThreads = None,
+    seconds: Seconds = 60.0,
+    steps: Annotated[int, typer.Option(help="Train so many steps too; compare losses.")] = 0,
     step_tokens: Annotated[int, typer.Option(help="Tokens of such a step.")] = TOKENS,
     allow_load: Load = False,
 ) -> None:
-    """Time a training step (no optimizer) beside Hugging Face's Emu3 and write results."""
+    """Time a training step (no optimizer) beside Hugging Face's Emu3 and store the rows."""
     need_transformers()
-    listed = steps_of_model(threads, seconds, steps, step_tokens)
-    run.refuse(run.time_all(listed, allow_load))
+    run.refuse(time_all(model_runs(threads, seconds, steps, step_tokens), allow_load))
 
 
 def need_transformers() -> None:
@@ -63,7 +86,7 @@ def need_transformers() -> None:
         run.refuse(["transformers is not installed: pip install 'transformers>=5.23'"])
 
 
-def steps_of_model(
+def model_runs(
     threads: list[int] | None, seconds: float, steps: int, step_tokens: int
 ) -> list[run.Run]:
     counts = threads or [min(2, machine.cores())]
@@ -72,35 +95,31 @@ def steps_of_model(
 
 
 @app.command()
-def vision(
-    threads: Annotated[list[int] | None, typer.Option(help="Thread counts; 2.")] = None,
-    seconds: Annotated[float, typer.Option(help="All rounds of a row may take this long.")] = 60.0,
-    allow_load: Load = False,
-) -> None:
-    """Time a picture encoded and decoded beside Hugging Face's tokenizer and write results."""
+def vision(threads: OneThreads = None, seconds: Seconds = 60.0, allow_load: Load = False) -> None:
+    """Time an image encoded and decoded beside Hugging Face's tokenizer and store the rows."""
     need_transformers()
-    run.refuse(run.time_all(pictures(threads, seconds), allow_load))
+    run.refuse(time_all(vision_runs(threads, seconds), allow_load))
 
 
-def pictures(threads: list[int] | None, seconds: float) -> list[run.Run]:
+def vision_runs(threads: list[int] | None, seconds: float) -> list[run.Run]:
     counts = threads or [min(2, machine.cores())]
     return run.runs(["vision"], counts, seconds, scale=False)
 
 
 @app.command(name="all")
 def everything(allow_load: Load = False) -> None:
-    """Time and count everything and write the report.
+    """Time and count everything and write the pages.
 
-    Some 20 minutes on two quiet cores, 35 without AVX-512.
+    About 20 minutes on two quiet cores, 35 without AVX-512.
     """
     start, write = time.monotonic(), not allow_load
     if (reason := machine.why_not_publish(machine.load())) and write:
         run.refuse([reason])
     listed = run.runs(list(OPS), None, SECONDS)
     if find_spec("transformers"):
-        listed += steps_of_model(None, SECONDS, steps=50, step_tokens=TOKENS)
-        listed += pictures(None, 30.0)
-    failures = run.time_all(listed, allow_load)
+        listed += model_runs(None, SECONDS, steps=50, step_tokens=TOKENS)
+        listed += vision_runs(None, 30.0)
+    failures = time_all(listed, allow_load)
     if find_spec("triton"):
         run.progress(len(listed), len(listed), "machine code of the GPU kernels", start)
         failures += count_all(write)
@@ -111,8 +130,8 @@ def everything(allow_load: Load = False) -> None:
 
 
 def count_all(write: bool) -> list[str]:
-    """Count what the compiler makes of every kernel; return the contracts that are broken."""
-    codegen = import_module("benchmarks.codegen")
+    """Count the machine code of every kernel; return the broken contracts."""
+    codegen = import_module("benchmarks.suites.codegen")
     rows = codegen.rows_beside(OPS, peers=find_spec("liger_kernel") is not None)
     if write:
         codegen.write(RESULTS / CODEGEN, rows)
@@ -121,16 +140,17 @@ def count_all(write: bool) -> list[str]:
 
 @app.command()
 def report() -> None:
-    """Write the pages of benchmarks/results and their charts from the JSON files there."""
+    """Write the pages of benchmarks/results and their charts from the stored rows."""
     run.console.print(f"wrote {write_pages(RESULTS)}")
 
 
 if find_spec("triton"):
-    app.command()(import_module("benchmarks.codegen").codegen)
+    app.command()(import_module("benchmarks.suites.codegen").codegen)
+    app.command()(import_module("benchmarks.suites.host").host)
 
 
 def main() -> None:
-    run.start_again_alike()
+    run.restart_with_allocator()
     app()
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from emu3.config import ModelSettings
-from emu3_kernels import attention, decode_attention, in_large_pages
+from emu3_kernels import attention, decode_attention
+from emu3_kernels.runtime.library import advise_huge_pages
 
 MOST_NEW = 16
 """Most tokens of one ``decode_attention`` call."""
@@ -36,7 +37,8 @@ class KeyValueCache:
     ) -> None:
         shape = settings.num_layers, batch, capacity, settings.num_kv_heads, settings.head_dim
         self.keys, self.values = (
-            in_large_pages(torch.empty(shape, dtype=dtype, device=device)).zero_() for _ in range(2)
+            advise_huge_pages(torch.empty(shape, dtype=dtype, device=device)).zero_()
+            for _ in range(2)
         )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.longest, self.ragged = 0, False

@@ -16,7 +16,6 @@ from emu3.model import Emu3
 from emu3.prompt import generation_prompt, understanding_prompt
 from emu3.sampling import apply_cfg, sample
 from emu3.text import TextTokenizer
-from emu3_kernels import linear
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,12 @@ def generate_images(
     # The last forward feeds the last but one token of the grid.
     capacity = tokens.shape[1] + height * (width + 1) - 2
     cache = _cache(model, len(prompts), capacity)
-    visual_head = model.head.weight[ids.visual_start : ids.size]
+    visual_rows = slice(ids.visual_start, ids.size)
     codes = tokens.new_empty(len(captions), height, width)
     for row in range(height):
         for column in range(width):
             hidden = _last_hidden(model, tokens, cache, prompt_lengths)
-            logits = linear(hidden, visual_head)
+            logits = model.logits(hidden, visual_rows)
             if negatives:
                 logits = apply_cfg(*logits.chunk(2), how.guidance)
             code = sample(logits, top_k=how.top_k, temperature=how.temperature, generator=generator)
@@ -87,12 +86,12 @@ def generate_captions(
     tokens, prompt_lengths = _on(model, *pad_right(prompts, ids.pad))
     capacity = tokens.shape[1] + max_new_tokens - 1
     cache = _cache(model, len(prompts), capacity)
-    text_head, end_head = model.head.weight[: ids.num_text], model.head.weight[ids.eos][None]
+    text_rows, end_row = slice(ids.num_text), slice(ids.eos, ids.eos + 1)
     written = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         hidden = _last_hidden(model, tokens, cache, prompt_lengths)
-        logits = torch.cat((linear(hidden, text_head), linear(hidden, end_head)), dim=-1)
+        logits = torch.cat([model.logits(hidden, rows) for rows in (text_rows, end_row)], dim=-1)
         best = logits.argmax(-1)
         token = best.masked_fill(ended | (best == ids.num_text), ids.eos)
         ended |= token == ids.eos

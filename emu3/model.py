@@ -8,12 +8,13 @@ the fused ops read the parts in place.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
 from emu3_kernels import add_rms_norm, attention, linear_cross_entropy, rms_norm, swiglu_packed
-from emu3_kernels.modules import Linear, RotaryEmbedding
+from emu3_kernels.modules import RotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ class Attention(nn.Module):
         super().__init__()
         self.settings, self.layer = settings, layer
         all_heads = settings.num_heads + 2 * settings.num_kv_heads
-        self.qkv = Linear(settings.hidden_size, all_heads * settings.head_dim, bias=False)
-        self.out = Linear(settings.num_heads * settings.head_dim, settings.hidden_size, bias=False)
+        self.qkv = nn.Linear(settings.hidden_size, all_heads * settings.head_dim, bias=False)
+        self.out = nn.Linear(
+            settings.num_heads * settings.head_dim, settings.hidden_size, bias=False
+        )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         s = self.settings
@@ -57,8 +60,8 @@ class MLP(nn.Module):
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        self.gate_up = Linear(settings.hidden_size, 2 * settings.intermediate_size, bias=False)
-        self.down = Linear(settings.intermediate_size, settings.hidden_size, bias=False)
+        self.gate_up = nn.Linear(settings.hidden_size, 2 * settings.intermediate_size, bias=False)
+        self.down = nn.Linear(settings.intermediate_size, settings.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu_packed(self.gate_up(x)))
@@ -92,6 +95,8 @@ class Block(nn.Module):
 class Emu3(nn.Module):
     """Decoder and head; ``forward`` returns hidden states, ``loss`` never allocates ``[T, V]``."""
 
+    linear = staticmethod(F.linear)
+
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.settings = settings
@@ -102,7 +107,7 @@ class Emu3(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.num_layers))
         self.norm = nn.Parameter(torch.ones(settings.hidden_size))
-        self.head = Linear(settings.hidden_size, vocabulary.size, bias=False)
+        self.head = nn.Linear(settings.hidden_size, vocabulary.size, bias=False)
         self.rotate = RotaryEmbedding(
             settings.max_position_embeddings, settings.head_dim, theta=settings.rope_theta
         )
@@ -144,6 +149,10 @@ class Emu3(nn.Module):
         p = self.settings.dropout if self.training else 0.0
         hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps, dropout_p=p)
         return hidden
+
+    def logits(self, hidden: Tensor, rows: slice) -> Tensor:
+        """Logits ``[..., R]`` of ``hidden [..., D]`` for the ``rows`` of the head alone."""
+        return self.linear(hidden, self.head.weight[rows])
 
     def loss(self, tokens: Tensor, weights: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Mean next-token loss, each target weighted by its entry of ``weights [B, T]`` float32."""

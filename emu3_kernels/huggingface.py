@@ -1,45 +1,46 @@
 """The ops inside a Hugging Face Emu3: ``model = emu3_kernels.huggingface.apply(model)``.
 
-B batch, T tokens, D model width, K head width. Every function below ``apply`` is the forward pass
-of one kind of module, with the signature it has in transformers, which is imported in here only.
+B batch, T tokens, D model width, K ``head_dim``. Every function below ``apply`` is the forward pass
+of one kind of module, with its signature in transformers, which only this file imports.
 """
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels.ops.linear.api import linear
-from emu3_kernels.ops.loss.linear_cross_entropy_api import linear_cross_entropy
-from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
-from emu3_kernels.ops.norm.rms_norm_api import rms_norm
-from emu3_kernels.ops.rope.rope_api import rope
+from emu3_kernels.modules.slow_bfloat16 import (
+    check_own_forward,
+    replace_forward,
+    speed_up_bfloat16,
+)
+from emu3_kernels.ops.loss.api import linear_cross_entropy
+from emu3_kernels.ops.norm.api import add_rms_norm, rms_norm
+from emu3_kernels.ops.rope.api import rope
 from emu3_kernels.ops.swiglu.api import swiglu
 from emu3_kernels.ops.vq.api import LARGEST_DIM, nearest_code
-from emu3_kernels.runtime.gemm import SLOW_IN_BFLOAT16
 
 
 def apply(model: nn.Module) -> nn.Module:
-    """Let every part of a Hugging Face Emu3 for which there is an op compute with it.
+    """Replace the parts of a Hugging Face Emu3 for which there is an op by that op.
 
-    RMSNorm (after attention together with the residual sum), SwiGLU, the rotation of queries and
-    keys, linear layers where PyTorch is slow in bfloat16, the nearest code of the vision tokenizer,
-    and the loss: called with ``labels``, the model
-    computes it by :func:`emu3_kernels.linear_cross_entropy` from the hidden states, and
-    **``.logits`` of what it returns is None**; call it without labels for logits. The loss is that
-    of transformers, ``num_items_in_batch``, ``shift_labels`` and ``ignore_index`` included, but 0
-    where it is NaN there: over no token at all. A call for which the op is no equal runs as before:
-    with ``logits_to_keep``, another ``loss_function``, or a head that is no plain linear layer.
-    So do an MLP whose activation is not SiLU and a codebook of more than 32 dimensions.
+    These are RMSNorm (after attention fused with the residual sum), SwiGLU, the rotation of queries
+    and keys, the nearest code of the vision tokenizer, linear layers on a CPU that is slow in
+    bfloat16 (:func:`emu3_kernels.modules.speed_up_bfloat16`), and the loss: called with
+    ``labels``, the model computes it by :func:`emu3_kernels.linear_cross_entropy` from the hidden
+    states, and **the ``.logits`` that it returns are None**; call it without labels for logits. The
+    loss is that of transformers, with ``num_items_in_batch``, ``shift_labels`` and
+    ``ignore_index``, but 0 without a valid token, where transformers returns NaN. A call that the
+    op does not cover runs as before: with ``logits_to_keep``, another ``loss_function``, or a head
+    that is not a plain linear layer. So do an MLP with another activation than SiLU and a codebook
+    of more than 32 dimensions.
 
     The instance alone is changed, in place: no class is, nor parameters, state dicts, signatures,
     caches, hooks or gradient checkpointing. Copies are changed too, pickled ones are not. Results
-    differ from those before by rounding alone, mostly for the better: cosines and sines stay
-    float32 under narrower weights, and each op rounds once.
+    differ from those before by rounding alone, and are mostly more accurate: cosines and sines stay
+    float32 under bfloat16 weights, and each op rounds once.
 
     Args:
         model: any Emu3 model of ``transformers``: ``Emu3ForCausalLM``,
@@ -68,8 +69,6 @@ def apply(model: nn.Module) -> nn.Module:
         hf.Emu3ForCausalLM: _with_fused_loss(hf.Emu3ForCausalLM.forward),
         hf.Emu3ForConditionalGeneration: _with_fused_loss(hf.Emu3ForConditionalGeneration.forward),
     }
-    if SLOW_IN_BFLOAT16:
-        forwards[nn.Linear] = _linear
     found = [
         (name, module, forward)
         for name, module in model.named_modules()
@@ -77,42 +76,20 @@ def apply(model: nn.Module) -> nn.Module:
         if isinstance(module, kind) and type(module).forward is kind.forward and _fits(module)
     ]
     for name, module, _ in found:
-        _check_own(name, module)
+        check_own_forward("huggingface.apply", name, module)
+    speed_up_bfloat16(model, nn.Linear)
     for _, module, forward in found:
-        module.forward = MethodType(_dressed(forward, type(module).forward), module)
+        replace_forward(module, forward)
     return model
 
 
 def _fits(module: nn.Module) -> bool:
-    """Say whether the op computes what ``module`` does."""
+    """Return whether the op computes the same as ``module``."""
     if hasattr(module, "act_fn"):
         return module.config.hidden_act in ("silu", "swish")
     if isinstance(getattr(module, "embedding", None), nn.Embedding):
         return module.embedding.embedding_dim <= LARGEST_DIM
     return True
-
-
-def _check_own(name: str, module: nn.Module) -> None:
-    replaced = vars(module).get("forward")
-    if replaced is not None and not hasattr(replaced, "of_emu3_kernels"):
-        raise ValueError(
-            f"huggingface.apply: {name or type(module).__name__}.forward must be its class's own, "
-            f"got {replaced!r}: apply before hooks and other patches"
-        )
-
-
-def _dressed(forward: Callable, original: Callable) -> Callable:
-    """Give ``forward`` the name and signature of ``original``: trainers read the one, pickle both.
-
-    A pickled model looks ``forward`` up by that name, and so comes back with its class's own.
-    """
-
-    @wraps(original)
-    def dressed(self, *args, **kwargs):
-        return forward(self, *args, **kwargs)
-
-    dressed.of_emu3_kernels = True
-    return dressed
 
 
 def _rms_norm(self, hidden_states: Tensor) -> Tensor:
@@ -124,12 +101,8 @@ def _mlp(self, x: Tensor) -> Tensor:
     return self.down_proj(self.act_fn(gate) * up if _is_hooked(self.act_fn) else swiglu(gate, up))
 
 
-def _linear(self, input: Tensor) -> Tensor:
-    return linear(input, self.weight, self.bias)
-
-
 def _rotary_embedding(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[B or 1, T, K]`` as they are, not rounded to the dtype of ``x``."""
+    """Return cosines and sines ``[B or 1, T, K]`` in float32, not in the dtype of ``x``."""
     compute = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
     return type(self).forward(self, compute, position_ids)
 
@@ -153,7 +126,7 @@ def _attention(
     q, k = _rotated(q, k, *position_embeddings)
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-    if cache is not None:  # one of pages writes into kwargs what attend is to read
+    if cache is not None:  # a paged cache adds to kwargs, which attend reads
         k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
     attend = hf.ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, hf.eager_attention_forward
@@ -168,12 +141,12 @@ def _attention(
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate by ``cos`` and ``sin [B or 1, T, K]``, whose two halves are the same.
 
-    Their rows serve as the table: sequences that share positions start at row 0, the others each
-    at its own.
+    Their rows are the table of the op: row 0 on for sequences that share positions, else a range
+    of rows for each sequence.
     """
-    batch, num_tokens, width = cos.shape
+    batch, num_tokens, head_dim = cos.shape
     compute = torch.promote_types(cos.dtype, torch.float32)
-    cos, sin = (x[..., : width // 2].flatten(0, 1).to(compute) for x in (cos, sin))
+    cos, sin = (x[..., : head_dim // 2].flatten(0, 1).to(compute) for x in (cos, sin))
     positions = None
     if batch > 1:
         positions = torch.arange(batch * num_tokens, device=q.device).view(batch, num_tokens)
@@ -196,12 +169,12 @@ def _decoder_layer(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
 
 
 def _vector_quantizer(self, hidden_state: Tensor) -> Tensor:
-    """Codes ``[B, t, h, w]`` of latents ``[B, t, D, h, w]``, read where they lie."""
+    """Return codes ``[B, t, h, w]`` of latents ``[B, t, D, h, w]``, without a copy of these."""
     return nearest_code(hidden_state.transpose(1, 2), self.embedding.weight)
 
 
 def _with_fused_loss(original: Callable) -> Callable:
-    """Return ``original``, a forward pass with a head, with the loss computed without logits."""
+    """Return ``original``, the forward pass of a model with a head, with the fused loss."""
     from transformers.loss.loss_utils import ForCausalLMLoss
     from transformers.utils import can_return_tuple
 
@@ -225,14 +198,14 @@ def _with_fused_loss(original: Callable) -> Callable:
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Say whether ``head`` multiplies by its weight, and no patch or hook of others does more."""
+    """Return whether ``head`` is a linear layer alone, without hooks or patches of others."""
     forward = vars(head).get("forward")
     own = forward is None or hasattr(forward, "of_emu3_kernels")
     return own and type(head).forward is nn.Linear.forward and not _is_hooked(head)
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Say whether a call of ``module`` does more than its forward pass."""
+    """Return whether a call of ``module`` runs hooks beside its forward pass."""
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return any(getattr(module, name) for name in hooks)
 

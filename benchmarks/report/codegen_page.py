@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from benchmarks import tables
+from benchmarks.report import tables
 
 HEADER = (
     *("kernel", "config", "target", "registers", "stack", "spills", "shared"),

@@ -1,4 +1,4 @@
-#include "../cpu/attention.h"
+#include "cpu/attention/attention.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,7 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "torch_stable.h"
+#include "bindings/torch_stable.h"
+#include "cpu/attention/decode_attention.h"
 
 namespace emu3 {
 namespace {
@@ -27,7 +28,7 @@ const T* data(const std::optional<Tensor>& x) {
 
 // Runs body(task, worker) for every task in order, a thread taking the next when it is free.
 template <typename Body>
-void share(int64_t tasks, int64_t workers, Body body) {
+void run_tasks(int64_t tasks, int64_t workers, Body body) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t end) {
     for (; worker < end; ++worker)
@@ -40,34 +41,36 @@ int64_t workers(int64_t tasks) {
   return std::min<int64_t>(tasks, torch::stable::get_num_threads());
 }
 
-// Memory of `count` pieces, aligned to a cache line as all memory of torch is.
+// `count` buffers of `size` bytes, aligned to a cache line as all memory of torch is.
 struct Memory {
   Tensor tensor;
   int64_t size;
 
   Memory(const Tensor& like, int64_t count, int64_t size)
-      : tensor(fresh(like, {count * size}, ScalarType::Byte)), size(size) {}
+      : tensor(empty(like, {count * size}, ScalarType::Byte)), size(size) {}
 
   char* operator[](int64_t i) const {
     return static_cast<char*>(tensor.mutable_data_ptr()) + i * size;
   }
 };
 
-// What a call of either direction has; spans int32 [1 or B, T] with unit stride in T.
+// The arguments that forward and backward share; first and end are int32 [1 or B, T] with unit
+// stride in T.
 AttentionCall call_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& first,
                       const Tensor& end, double scale, double dropout_p,
                       const std::optional<Tensor>& seed, const std::optional<Tensor>& rows,
                       const std::optional<Tensor>& columns) {
   AttentionCall call{};
-  call.batch = q.size(0), call.queries = q.size(1), call.heads = q.size(2), call.width = q.size(3);
-  call.keys = k.size(1), call.groups = k.size(2);
-  STD_TORCH_CHECK(call.width <= kMostWidth && call.heads / call.groups <= kMostShared,
-                  "emu3_kernels: heads are at most 256 wide, and 1,024 share one of keys");
+  call.batch = q.size(0), call.queries = q.size(1), call.heads = q.size(2),
+  call.head_dim = q.size(3);
+  call.keys = k.size(1), call.kv_heads = k.size(2);
+  STD_TORCH_CHECK(call.head_dim <= kMaxHeadDim && call.heads / call.kv_heads <= kMaxHeadsPerKVHead,
+                  "attention: head_dim must be at most 256, and heads per KV head at most 1024");
   call.scale = static_cast<float>(scale);
   call.q = heads(q), call.k = heads(k), call.v = heads(v);
   call.first = static_cast<const int32_t*>(first.const_data_ptr());
   call.end = static_cast<const int32_t*>(end.const_data_ptr());
-  call.span_stride = first.size(0) == 1 ? 0 : first.size(1);
+  call.range_stride = first.size(0) == 1 ? 0 : first.size(1);
   if (dropout_p > 0) {
     call.dropout.seed = *data<uint64_t>(seed);
     call.dropout.drop_below =
@@ -78,15 +81,15 @@ AttentionCall call_of(const Tensor& q, const Tensor& k, const Tensor& v, const T
   return call;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const Tensor& first, const Tensor& end, double scale,
-                                   double dropout_p, const std::optional<Tensor>& seed,
-                                   const std::optional<Tensor>& rows,
-                                   const std::optional<Tensor>& columns, bool wide) {
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const Tensor& first, const Tensor& end, double scale,
+                                         double dropout_p, const std::optional<Tensor>& seed,
+                                         const std::optional<Tensor>& rows,
+                                         const std::optional<Tensor>& columns, bool float32_out) {
   AttentionCall call = call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns);
-  const auto dtype = wide ? ScalarType::Float : q.scalar_type();
-  Tensor out = fresh(q, q.sizes(), dtype);
-  Tensor lse = fresh(q, {call.batch, call.heads, call.queries}, ScalarType::Float);
+  const auto dtype = float32_out ? ScalarType::Float : q.scalar_type();
+  Tensor out = empty(q, q.sizes(), dtype);
+  Tensor lse = empty(q, {call.batch, call.heads, call.queries}, ScalarType::Float);
   call.out = heads(out);
   call.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (lse.numel() == 0) return {out, lse};
@@ -94,13 +97,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   kernels.plan(call);
   const int64_t key_blocks = call.key_blocks(), sequences = call.sequences();
   const Memory packed(q, sequences * key_blocks, kernels.packed_size(call));
-  share(sequences * key_blocks, workers(sequences * key_blocks), [&](int64_t task, int64_t) {
+  run_tasks(sequences * key_blocks, workers(sequences * key_blocks), [&](int64_t task, int64_t) {
     kernels.pack(call, task / key_blocks, task % key_blocks, packed[task]);
   });
-  // The last queries see the most keys where attention is causal: the longest tasks come first.
+  // Causal queries attend to more keys the later they are: the longest tasks come first.
   const int64_t tasks = sequences * call.query_blocks();
   const Memory scratch(q, workers(tasks), kernels.scratch_size(call));
-  share(tasks, workers(tasks), [&](int64_t task, int64_t worker) {
+  run_tasks(tasks, workers(tasks), [&](int64_t task, int64_t worker) {
     const int64_t sequence = task % sequences;
     kernels.attend(call, sequence, call.query_blocks() - 1 - task / sequences,
                    packed[sequence * key_blocks], scratch[worker]);
@@ -108,12 +111,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-// Lets the blocks of keys that meet a block of queries go to it one at a time, in their order. A
-// block that waits was begun after the one it waits for, so that one of them always runs.
-struct Turns {
+// A ticket lock per block of queries: blocks of keys add to its dq one at a time, in ascending
+// order. Tasks start in this order too, so a task that waits waits for one that runs.
+struct Tickets {
   std::vector<std::atomic<int64_t>> next;
 
-  explicit Turns(int64_t count) : next(count) {}
+  explicit Tickets(int64_t count) : next(count) {}
 
   void wait_for(int64_t i, int64_t turn) {
     while (next[i].load(std::memory_order_acquire) != turn) std::this_thread::yield();
@@ -121,17 +124,16 @@ struct Turns {
   void set(int64_t i, int64_t turn) { next[i].store(turn, std::memory_order_release); }
 };
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                            const Tensor& v, const Tensor& lse, const Tensor& delta,
-                                            const Tensor& first, const Tensor& end, double scale,
-                                            double dropout_p, const std::optional<Tensor>& seed,
-                                            const std::optional<Tensor>& rows,
-                                            const std::optional<Tensor>& columns, bool wide) {
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+    const Tensor& delta, const Tensor& first, const Tensor& end, double scale, double dropout_p,
+    const std::optional<Tensor>& seed, const std::optional<Tensor>& rows,
+    const std::optional<Tensor>& columns, bool float32_out) {
   AttentionCall call = call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns);
-  const auto dtype = wide ? ScalarType::Float : q.scalar_type();
-  Tensor dq = fresh(q, q.sizes(), dtype);
-  Tensor dk = fresh(k, k.sizes(), dtype);
-  Tensor dv = fresh(v, v.sizes(), dtype);
+  const auto dtype = float32_out ? ScalarType::Float : q.scalar_type();
+  Tensor dq = empty(q, q.sizes(), dtype);
+  Tensor dk = empty(k, k.sizes(), dtype);
+  Tensor dv = empty(v, v.sizes(), dtype);
   call.dout = heads(dout), call.dq = heads(dq), call.dk = heads(dk), call.dv = heads(dv);
   call.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
   call.delta = static_cast<const float*>(delta.const_data_ptr());
@@ -141,29 +143,121 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
   const int64_t blocks = sequences * query_blocks, tasks = sequences * call.key_blocks();
   const Memory packed(q, blocks, kernels.packed_size(call));
   const Memory scratch(q, workers(tasks), kernels.scratch_size(call));
-  Turns turns(blocks);
-  share(blocks, workers(blocks), [&](int64_t block, int64_t) {
+  Tickets tickets(blocks);
+  run_tasks(blocks, workers(blocks), [&](int64_t block, int64_t) {
     const int64_t sequence = block / query_blocks, i = block % query_blocks;
     kernels.pack(call, sequence, i, packed[block]);
-    turns.set(block, call.met(sequence, i).first);
+    tickets.set(block, call.key_blocks_of(sequence, i).first);
   });
-  share(tasks, workers(tasks), [&](int64_t task, int64_t worker) {
+  run_tasks(tasks, workers(tasks), [&](int64_t task, int64_t worker) {
     const int64_t sequence = task % sequences, key_block = task / sequences;
     kernels.begin(call, sequence, key_block, scratch[worker]);
     for (int64_t i = 0; i < query_blocks; ++i) {
-      const KeyBlocks met = call.met(sequence, i);
-      if (key_block < met.first || key_block >= met.end) continue;
+      const KeyBlocks attended = call.key_blocks_of(sequence, i);
+      if (key_block < attended.first || key_block >= attended.end) continue;
       const int64_t block = sequence * query_blocks + i;
-      turns.wait_for(block, key_block);
+      tickets.wait_for(block, key_block);
       kernels.step(call, sequence, key_block, i, packed[block], scratch[worker]);
-      turns.set(block, key_block + 1);
+      tickets.set(block, key_block + 1);
     }
     kernels.end(call, sequence, key_block, scratch[worker]);
   });
-  share(blocks, workers(blocks), [&](int64_t block, int64_t) {
+  run_tasks(blocks, workers(blocks), [&](int64_t block, int64_t) {
     kernels.write(call, block / query_blocks, block % query_blocks, packed[block]);
   });
   return {dq, dk, dv};
+}
+
+// Depends on the length alone, so that the result does not depend on the number of threads. 128
+// splits of a long row occupy many threads; splits of fewer than 256 keys cost more than they gain.
+int64_t keys_per_split(int64_t length) {
+  constexpr int64_t kMinKeys = 256, kSplits = 128;
+  return std::max(kMinKeys, (length + kSplits - 1) / kSplits);
+}
+
+Cache cache(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+void check_pages(const Tensor& table, int64_t row, int64_t used, int64_t pages) {
+  const int32_t* const ids =
+      static_cast<const int32_t*>(table.const_data_ptr()) + row * table.stride(0);
+  for (int64_t i = 0; i < used; ++i)
+    check(0 <= ids[i] && ids[i] < pages, "decode_attention: pages must lie in [0, ", pages,
+          "), got ", ids[i]);
+}
+
+// The splits of all batch entries in order; those of entry i are [first[i], first[i + 1]).
+struct Splits {
+  std::vector<KeySplit> splits;
+  std::vector<int64_t> first;
+
+  Splits(const Tensor& k, const Tensor& lengths, const std::optional<Tensor>& table) {
+    const int64_t page = k.size(1), capacity = page * (table ? table->size(1) : 1);
+    for (int64_t row = 0; row < lengths.size(0); ++row) {
+      const int64_t length = static_cast<const int32_t*>(lengths.const_data_ptr())[row];
+      check(0 <= length && length <= capacity, "decode_attention: lengths must lie in [0, ",
+            capacity, "], got ", length);
+      if (table && length > 0) check_pages(*table, row, (length + page - 1) / page, k.size(0));
+      first.push_back(static_cast<int64_t>(splits.size()));
+      const int64_t size = keys_per_split(length);
+      for (int64_t begin = 0; begin < length; begin += size)
+        splits.push_back({row, length, begin, std::min(begin + size, length)});
+    }
+    first.push_back(static_cast<int64_t>(splits.size()));
+  }
+};
+
+// q [B, T, H, K] and the caches have unit stride in K; lengths [B] and page_table [B, max_pages]
+// are int32 with unit stride in their last dimension.
+Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
+              const std::optional<Tensor>& table, double scale) {
+  constexpr double kLog2E = 1.4426950408889634;
+  const int64_t batch = q.size(0);
+  const DecodeCall call{dtype_of(q),
+                        q.size(1),
+                        q.size(2),
+                        k.size(2),
+                        q.size(3),
+                        static_cast<float>(scale * kLog2E),
+                        q.const_data_ptr(),
+                        q.stride(0),
+                        q.stride(1),
+                        q.stride(2),
+                        cache(k),
+                        cache(v),
+                        table ? Pages{static_cast<const int32_t*>(table->const_data_ptr()),
+                                      table->stride(0), k.size(1)}
+                              : Pages{}};
+  const Splits all(k, lengths, table);
+  const int64_t num_splits = static_cast<int64_t>(all.splits.size());
+  const int64_t queries = call.queries(), size = partial_size(call);
+  Tensor out = empty(q, q.sizes());
+  Tensor packed = empty(q, {batch * queries * call.padded()}, ScalarType::Float);
+  Tensor partials = empty(q, {num_splits * queries * size}, ScalarType::Float);
+  float* const packed_to = static_cast<float*>(packed.mutable_data_ptr());
+  float* const partial = static_cast<float*>(partials.mutable_data_ptr());
+  const DecodeAttention& kernels = decode_attention();
+  for (int64_t row = 0; row < batch; ++row)
+    kernels.pack(call, row, packed_to + row * queries * call.padded());
+  torch::stable::parallel_for(0, num_splits, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const KeySplit& split = all.splits[i];
+      kernels.attend(call, split, packed_to + split.row * queries * call.padded(),
+                     partial + i * queries * size);
+    }
+  });
+  torch::stable::parallel_for(0, batch * queries, 16, [&](int64_t begin, int64_t end) {
+    const int64_t queries_per_kv = queries / call.kv_heads, heads = call.heads / call.kv_heads;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / queries, query = i % queries, first = all.first[row];
+      const int64_t token = query % queries_per_kv / heads;
+      const int64_t head = query / queries_per_kv * heads + query % heads;
+      kernels.merge(
+          call, partial + (first * queries + query) * size, all.first[row + 1] - first,
+          queries * size,
+          mutable_at(out, ((row * call.new_tokens + token) * call.heads + head) * call.head_dim));
+    }
+  });
+  return out;
 }
 
 }  // namespace
@@ -171,16 +265,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
 STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor first, Tensor end, float scale, float "
-      "dropout_p, Tensor? seed, Tensor? rows, Tensor? columns, bool wide) -> (Tensor, Tensor)");
+      "dropout_p, Tensor? seed, Tensor? rows, Tensor? columns, bool float32_out) -> (Tensor, "
+      "Tensor)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
       "Tensor first, Tensor end, float scale, float dropout_p, Tensor? seed, Tensor? rows, Tensor? "
-      "columns, bool wide) -> (Tensor, Tensor, Tensor)");
+      "columns, bool float32_out) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? "
+      "page_table, float scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
-  m.impl("attention", TORCH_BOX(&forward));
-  m.impl("attention_backward", TORCH_BOX(&backward));
+  m.impl("attention", TORCH_BOX(&attention_fwd));
+  m.impl("attention_backward", TORCH_BOX(&attention_bwd));
+  m.impl("decode_attention", TORCH_BOX(&decode));
 }
 
 }  // namespace emu3

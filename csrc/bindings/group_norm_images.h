@@ -1,16 +1,16 @@
-// Images [B, ..., C] in channels-last memory and how threads share them: what the plain and the
-// spatial norm have in common. Nothing here depends on the number of threads.
+// Images [B, ..., C] in channels-last memory and parallel loops over them, shared by
+// group_norm_silu and spatial_norm_silu. No result depends on the number of threads.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "../cpu/group_norm.h"
-#include "torch_stable.h"
+#include "cpu/group_norm/group_norm.h"
+#include "bindings/torch_stable.h"
 
 namespace emu3 {
 
-// Zeros that start on a cache line, as every array of padded_channels() of them then does.
+// Zeros aligned to a cache line; so is every array of padded_channels() floats in them.
 class Floats {
  public:
   explicit Floats(int64_t count) : lines_((count + 15) / 16) {}
@@ -28,7 +28,7 @@ struct Images {
   Dtype dtype;
   int64_t batch, rows, channels, padded, groups;
   int64_t chunk_rows, chunks;  // an image in chunks of about 65,536 elements
-  int64_t at_once;             // images that stay in the caches between two passes over them
+  int64_t at_once;             // images that fit the caches between two passes
 
   int64_t offset(int64_t image, int64_t row) const { return (image * rows + row) * channels; }
 };
@@ -46,15 +46,15 @@ inline Images images_of(const Tensor& x, int64_t groups) {
   return m;
 }
 
-// Calls some(first, count) for images in turn, as many as stay in the caches.
+// Calls some(first, count) for groups of images that fit the caches.
 template <typename Some>
 void over_images(const Images& m, Some some) {
   for (int64_t first = 0; first < m.batch; first += m.at_once)
     some(first, std::min(m.at_once, m.batch - first));
 }
 
-// Calls chunk(image, unit, row, rows) in parallel, `unit` counting all chunks. In reverse, the
-// pixels that a pass before has left in the caches come first.
+// Calls chunk(image, unit, row, rows) in parallel; `unit` is the index of the chunk in all images.
+// The reverse order starts with the pixels that the previous pass left in the caches.
 template <typename Chunk>
 void over_chunks(const Images& m, int64_t count, bool reverse, Chunk chunk) {
   const int64_t units = count * m.chunks, grain = row_grain(m.chunk_rows * m.channels);
@@ -66,7 +66,7 @@ void over_chunks(const Images& m, int64_t count, bool reverse, Chunk chunk) {
   });
 }
 
-// Calls image(i) in parallel for what is little beside the pixels: a few thousand operations.
+// Calls image(i) in parallel, for work of a few thousand operations an image.
 template <typename Image>
 void over_each(int64_t count, Image image) {
   torch::stable::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
@@ -74,9 +74,9 @@ void over_each(int64_t count, Image image) {
   });
 }
 
-// Statistics of the images `first` and on, into mean and rstd [B, G].
-inline void take_statistics(const Images& m, const Tensor& x, int64_t first, int64_t count,
-                            double eps, const Tensor& mean, const Tensor& rstd) {
+// Writes the statistics of images [first, first + count) to mean and rstd [B, groups].
+inline void compute_statistics(const Images& m, const Tensor& x, int64_t first, int64_t count,
+                               double eps, const Tensor& mean, const Tensor& rstd) {
   Floats moments(count * m.chunks * 2 * m.padded);
   over_chunks(m, count, false, [&](int64_t image, int64_t unit, int64_t row, int64_t rows) {
     group_norm().moments(m.dtype, at(x, m.offset(first + image, row)), rows, m.channels,
@@ -91,7 +91,7 @@ inline void take_statistics(const Images& m, const Tensor& x, int64_t first, int
   });
 }
 
-// The affine of the images `first` and on: three arrays each.
+// Returns the affine of images [first, first + count): three arrays each.
 inline Floats affine_of(const Images& m, int64_t first, int64_t count, const Tensor& mean,
                         const Tensor& rstd, const Tensor& weight, const Tensor& bias) {
   Floats affine(count * 3 * m.padded);
@@ -104,23 +104,24 @@ inline Floats affine_of(const Images& m, int64_t first, int64_t count, const Ten
   return affine;
 }
 
-// Slopes of an image, from its sums, of which the second becomes the gradient of the weight.
-inline void take_slopes(const Images& m, double* sums, const Tensor& rstd, const Tensor& weight,
-                        int64_t image, float* slopes) {
-  group_norm().slopes(m.dtype, sums, (const float*)at(rstd, image * m.groups), at(weight, 0),
-                      m.rows, m.channels, m.groups, slopes);
+// Computes the stat_grads of an image from its sums; the second sum becomes the gradient of the
+// weight.
+inline void compute_stat_grads(const Images& m, double* sums, const Tensor& rstd,
+                               const Tensor& weight, int64_t image, float* stat_grads) {
+  group_norm().stat_grads(m.dtype, sums, (const float*)at(rstd, image * m.groups), at(weight, 0),
+                          m.rows, m.channels, m.groups, stat_grads);
 }
 
-// Sums of each image over its parts, `size` floats each, in the order of the parts.
+// Sums the parts of each image, `size` floats each, in order.
 inline std::vector<double> sum_parts(const Floats& from, int64_t count, int64_t parts,
                                      int64_t size) {
   std::vector<double> sums(count * size);
-  const int64_t pieces = size / 32;  // size is a multiple of a padded number of channels
-  torch::stable::parallel_for(0, count * pieces, 1 + 1024 / (1 + parts), [&](int64_t b, int64_t e) {
-    for (int64_t piece = b; piece < e; ++piece) {
-      const float* part = from.at(piece / pieces * parts * size + piece % pieces * 32);
+  const int64_t slices = size / 32;  // size is a multiple of a padded number of channels
+  torch::stable::parallel_for(0, count * slices, 1 + 1024 / (1 + parts), [&](int64_t b, int64_t e) {
+    for (int64_t slice = b; slice < e; ++slice) {
+      const float* part = from.at(slice / slices * parts * size + slice % slices * 32);
       for (int64_t p = 0; p < parts; ++p, part += size)
-        for (int64_t i = 0; i < 32; ++i) sums[piece * 32 + i] += part[i];
+        for (int64_t i = 0; i < 32; ++i) sums[slice * 32 + i] += part[i];
     }
   });
   return sums;

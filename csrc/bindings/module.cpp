@@ -2,7 +2,7 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
-#include "torch_stable.h"
+#include "bindings/torch_stable.h"
 
 namespace emu3 {
 namespace {
@@ -10,7 +10,7 @@ namespace {
 int64_t level() { return cpu_level(); }
 int64_t highest_level() { return highest_cpu_level(); }
 void set_level(int64_t level) { set_cpu_level(static_cast<int>(level)); }
-void large_pages(const Tensor& memory) { use_large_pages(memory); }
+void huge_pages(const Tensor& memory) { advise_huge_pages(memory); }
 
 }  // namespace
 
@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {
-  m.impl("use_large_pages", TORCH_BOX(&large_pages));
+  m.impl("use_large_pages", TORCH_BOX(&huge_pages));
 }
 
 }  // namespace emu3

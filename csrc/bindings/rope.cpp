@@ -1,19 +1,18 @@
-#include "../cpu/rope.h"
+#include "cpu/rope/rope.h"
 
 #include <optional>
 #include <tuple>
 
-#include "torch_stable.h"
+#include "bindings/torch_stable.h"
 
 namespace emu3 {
 namespace {
 
 void check_inside(const char* op, const char* name, int64_t index, int64_t stop) {
-  if (index < 0 || index >= stop)
-    refuse(op, ": ", name, " must lie in [0, ", stop, "), got ", index);
+  check(0 <= index && index < stop, op, ": ", name, " must lie in [0, ", stop, "), got ", index);
 }
 
-// The view of `indices` [B, T], every one of which must lie in [0, stop).
+// Checks that every index [B, T] is in [0, stop).
 Indices checked(const char* op, const char* name, const Tensor& indices, int64_t stop) {
   const Indices view{static_cast<const int64_t*>(indices.const_data_ptr()), indices.stride(0),
                      indices.stride(1)};
@@ -36,18 +35,18 @@ Tensor with_unit_stride(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// q [B, T, H, K] and k, v [B, T, G, K]; the tables [max_T, K/2].
+// q [B, T, H, K], k and v [B, T, KV heads, K], tables [max_T, K/2].
 void run(const Tensor& q, const Tensor& cos_table, const Tensor& sin_table, RopeCall call) {
   const Tensor cos = with_unit_stride(cos_table), sin = with_unit_stride(sin_table);
   call.dtype = dtype_of(q);
   call.tokens = q.size(1);
-  call.width = q.size(3);
+  call.head_dim = q.size(3);
   call.cos = static_cast<const float*>(cos.const_data_ptr());
   call.sin = static_cast<const float*>(sin.const_data_ptr());
   call.cos_stride = cos.stride(0);
   call.sin_stride = sin.stride(0);
   const int64_t heads = call.q.heads + call.k.heads + call.v.heads;
-  torch::stable::parallel_for(0, q.size(0) * call.tokens, row_grain(heads * call.width),
+  torch::stable::parallel_for(0, q.size(0) * call.tokens, row_grain(heads * call.head_dim),
                               [&](int64_t begin, int64_t end) { rope().rotate(call, begin, end); });
 }
 
@@ -67,12 +66,12 @@ void rotate_into(const Tensor& some_q, const Tensor& some_k, const Tensor& cos, 
 std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor& cos,
                                   const Tensor& sin, const std::optional<Tensor>& positions,
                                   bool inverse) {
-  const Tensor q_out = fresh(q, q.sizes()), k_out = fresh(k, k.sizes());
+  const Tensor q_out = empty(q, q.sizes()), k_out = empty(k, k.sizes());
   rotate_into(q, k, cos, sin, positions, inverse, q_out, k_out);
   return {q_out, k_out};
 }
 
-// The results have unit stride in K, here and below.
+// Outputs have unit stride in K, here and below.
 void rotate_out(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                 const std::optional<Tensor>& positions, const Tensor& q_out, const Tensor& k_out) {
   rotate_into(q, k, cos, sin, positions, false, q_out, k_out);
@@ -82,7 +81,7 @@ Tensor append(const Tensor& some_q, const Tensor& some_k, const Tensor& some_v, 
               const Tensor& sin, const Tensor& key_cache, const Tensor& value_cache,
               const Tensor& slots, const Tensor& positions) {
   const Tensor q = with_unit_stride(some_q), k = with_unit_stride(some_k);
-  const Tensor v = with_unit_stride(some_v), q_out = fresh(q, q.sizes());
+  const Tensor v = with_unit_stride(some_v), q_out = empty(q, q.sizes());
   RopeCall call{
       .positions = checked("rope_append", "positions", positions, cos.size(0)),
       .slots = checked("rope_append", "slots", slots, key_cache.size(1)),

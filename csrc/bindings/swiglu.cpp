@@ -1,6 +1,6 @@
-#include "../cpu/swiglu.h"
+#include "cpu/swiglu/swiglu.h"
 
-#include "torch_stable.h"
+#include "bindings/torch_stable.h"
 
 namespace emu3 {
 namespace {
@@ -8,7 +8,7 @@ namespace {
 // gate, up [rows, width], unit stride in the channels.
 Tensor forward(const Tensor& gate, const Tensor& up) {
   const int64_t rows = gate.size(0), width = gate.size(1);
-  Tensor out = fresh(gate, {rows, width});
+  Tensor out = empty(gate, {rows, width});
   const Dtype dtype = dtype_of(gate);
   const bool past = past_caches(out);
   torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
@@ -22,7 +22,7 @@ Tensor forward(const Tensor& gate, const Tensor& up) {
 // Both gradients in one packed [rows, 2 * width].
 Tensor backward(const Tensor& dout, const Tensor& gate, const Tensor& up) {
   const int64_t rows = gate.size(0), width = gate.size(1), packed = 2 * width;
-  Tensor dgate_up = fresh(gate, {rows, packed});
+  Tensor dgate_up = empty(gate, {rows, packed});
   const Dtype dtype = dtype_of(gate);
   const bool past = past_caches(dgate_up);
   torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {

@@ -1,5 +1,4 @@
-// What every file that knows torch shares: the stable ABI, dtypes, row views, dropout, when a
-// result is large.
+// Shared by all bindings: the stable ABI, dtypes, checks, allocation, dropout, streaming stores.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,17 +16,18 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "../cpu/dropout.h"
-#include "../cpu/dtype.h"
-#include "../cpu/levels.h"
+#include "cpu/lib/dropout.h"
+#include "cpu/lib/dtype.h"
+#include "cpu/lib/levels.h"
 
 namespace emu3 {
 
 using torch::stable::Tensor;
 
-// Raises Python's ValueError, which std::invalid_argument becomes on its way there.
+// Raises a ValueError in Python (torch translates std::invalid_argument) unless `condition` holds.
 template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
   std::ostringstream message;
   (message << ... << parts);
   throw std::invalid_argument(message.str());
@@ -37,7 +37,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "emu3_kernels: the native kernels take float32 and bfloat16");
+                  "emu3_kernels: dtype must be float32 or bfloat16");
   return type == ScalarType::Float ? Dtype::float32 : Dtype::bfloat16;
 }
 
@@ -49,25 +49,25 @@ inline char* mutable_at(const Tensor& tensor, int64_t element) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + element * tensor.element_size();
 }
 
-// Asks for large pages where as many as two fit: the small ones of fresh memory cost 0.4 ns a byte
-// when they are first touched, these a quarter, and memory is read faster through fewer of them.
-inline void use_large_pages(void* memory, int64_t bytes) {
+// Advises huge pages if at least two fit. The first touch of memory costs 0.4 ns a byte with small
+// pages, a quarter of that with huge ones, and later accesses miss the TLB less.
+inline void advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin + kPage < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin =
+      (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
+  if (begin + kHugePage < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
-inline void use_large_pages(const Tensor& memory) {
-  use_large_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
+inline void advise_huge_pages(const Tensor& memory) {
+  advise_huge_pages(memory.mutable_data_ptr(), memory.numel() * memory.element_size());
 }
 
-// Uninitialised, of the dtype of `like` by default. By the allocator's own entry:
-// torch::stable::new_empty looks the operator up by its name, which takes as long as the norm of a
-// decoded token.
-inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+// As torch::stable::new_empty, which looks up the operator by name: that takes as long as the norm
+// of one decoded token. `dtype` is that of `like` by default.
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                     std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
   int32_t type, layout, device, index;
   AtenTensorHandle made;
@@ -80,9 +80,9 @@ inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
                                                           static_cast<int64_t>(sizes.size()), &type,
                                                           &layout, &device, index, nullptr, &made));
   const Tensor result(made);
-  int64_t count = 1;  // to ask a tensor for it takes longer
+  int64_t count = 1;  // numel() of a tensor takes longer
   for (const int64_t size : sizes) count *= size;
-  if (count >= 1 << 20 && device == aoti_torch_device_type_cpu()) use_large_pages(result);
+  if (count >= 1 << 20 && device == aoti_torch_device_type_cpu()) advise_huge_pages(result);
   return result;
 }
 
@@ -90,18 +90,18 @@ struct Free {
   void operator()(float* memory) const { std::free(memory); }
 };
 
-// Scratch memory, aligned to a cache line, and to a page where it is large.
+// Returns scratch memory, aligned to a cache line, or to a huge page if it fills one.
 inline std::unique_ptr<float, Free> uninitialised(int64_t count) {
-  constexpr size_t kLine = 64, kLargePage = 2 << 20;
-  const size_t bytes = count * sizeof(float), unit = bytes < kLargePage ? kLine : kLargePage;
+  constexpr size_t kLine = 64, kHugePage = 2 << 20;
+  const size_t bytes = count * sizeof(float), unit = bytes < kHugePage ? kLine : kHugePage;
   const size_t whole = (bytes + unit - 1) / unit * unit;
   void* const memory = std::aligned_alloc(unit, whole);
   if (!memory) throw std::bad_alloc();
-  use_large_pages(memory, whole);
+  advise_huge_pages(memory, whole);
   return std::unique_ptr<float, Free>(static_cast<float*>(memory));
 }
 
-// drop_below() and keep_scale() of _dropout.py; the seed is 0-d int64.
+// drop_below() and keep_scale() of emu3_kernels/runtime/dropout.py; `seed` is 0-d int64.
 inline Dropout dropout_of(double p, const Tensor& seed) {
   const double below = __builtin_nearbyint(p * 4294967296.0);
   return {
@@ -111,13 +111,14 @@ inline Dropout dropout_of(double p, const Tensor& seed) {
   };
 }
 
-// A result that overflows the caches is written past them; a smaller one is soon read again.
+// Returns whether to write a result with streaming stores: only if it overflows the caches, since a
+// smaller one is likely to be read soon.
 inline bool past_caches(const Tensor& result) {
   constexpr int64_t kBytes = 16 << 20;
   return result.numel() * static_cast<int64_t>(result.element_size()) >= kBytes;
 }
 
-// Rows one thread takes at the least, so that it has 32,768 elements to work on.
+// The least number of rows of one thread: at least 32,768 elements.
 inline int64_t row_grain(int64_t width) { return 1 + 32767 / (width > 0 ? width : 1); }
 
 }  // namespace emu3

@@ -22,6 +22,7 @@ from emu3.train.start import begin
 from emu3.train.usage import CodeUsage
 from emu3.vision import VisionTokenizer
 from emu3.weights import save_vision
+from emu3_kernels.modules import speed_up_bfloat16
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,6 +59,7 @@ class TokenizerStage:
         self.discriminator = PatchDiscriminator(o.discriminator_channels, o.discriminator_layers)
         self.average = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(o.average))
         self.tokenizer.compute_dtype = torch.bfloat16 if o.bfloat16 else None
+        speed_up_bfloat16(self.tokenizer)
         self.usage = CodeUsage(tokenizer.settings.num_codes)
         self.modules = {
             "model": self.tokenizer,

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels import attention, linear, widened
-from emu3_kernels.modules import Conv2d, Conv3x3
+from emu3_kernels import attention
+from emu3_kernels.modules import Conv3x3
 
 MakeNorm = Callable[..., nn.Module]
 """Called with the number of channels and the norm's ``silu``."""
@@ -25,7 +25,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = norm(narrow), norm(wide)
         self.conv1, self.conv2 = Conv3x3(narrow, wide), Conv3x3(wide, wide)
-        self.nin_shortcut = Conv2d(narrow, wide, 1) if narrow != wide else None
+        self.nin_shortcut = nn.Conv2d(narrow, wide, 1) if narrow != wide else None
 
     def forward(self, x: Tensor, *latent: Tensor) -> Tensor:
         change = self.norm2(self.conv1(self.norm1(x, *latent)), *latent)
@@ -35,6 +35,8 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """One head, its dim the number of channels, over all positions; added to its input."""
 
+    linear = staticmethod(F.linear)
+
     def __init__(self, channels: int, norm: MakeNorm) -> None:
         super().__init__()
         self.norm = norm(channels, silu=False)
@@ -42,9 +44,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *latent: Tensor) -> Tensor:
         positions = self.norm(x, *latent).permute(0, 2, 3, 1).flatten(1, 2)
-        q, k, v = (_per_position(conv, positions).unsqueeze(2) for conv in (self.q, self.k, self.v))
-        out = _per_position(self.proj_out, attention(q, k, v, causal=False).squeeze(2))
+        q, k, v = (
+            self._per_position(conv, positions).unsqueeze(2) for conv in (self.q, self.k, self.v)
+        )
+        out = self._per_position(self.proj_out, attention(q, k, v, causal=False).squeeze(2))
         return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2).add_(x)
+
+    def _per_position(self, conv: nn.Conv2d, positions: Tensor) -> Tensor:
+        """Apply a 1x1 convolution to ``positions [B, H * W, C]``."""
+        return self.linear(positions, conv.weight.flatten(1), conv.bias)
 
 
 class Stage(nn.Module):
@@ -84,7 +92,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -97,6 +105,8 @@ class Upsample(nn.Module):
     stride 2.
     """
 
+    conv_transpose2d = staticmethod(F.conv_transpose2d)
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -104,15 +114,10 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         taps = self.conv.weight.permute(1, 2, 3, 0).contiguous()  # [in, 3, 3, out]
         weight = _pair_sums(_pair_sums(taps, dim=1), dim=2).permute(0, 3, 1, 2)
-        return widened(F.conv_transpose2d, x, weight, self.conv.bias, stride=2, padding=1)
+        return self.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
 
 
 def _pair_sums(weight: Tensor, dim: int) -> Tensor:
     """Three taps to four, last first: sums of the taps that apply to the same input pixel."""
     first, middle, last = weight.unbind(dim)
     return torch.stack((last, middle + last, first + middle, first), dim)
-
-
-def _per_position(conv: nn.Conv2d, positions: Tensor) -> Tensor:
-    """Apply a 1x1 convolution to ``positions [B, H * W, C]``."""
-    return linear(positions, conv.weight.flatten(1), conv.bias)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from emu3.config import VisionSettings
 from emu3.vision.blocks import Middle, Stage, Upsample
 from emu3.vision.temporal import TemporalConv, num_doublings
-from emu3_kernels.modules import Conv2d, Memory, SpatialNormSiLU, TemporalResidual
+from emu3_kernels.modules import Memory, SpatialNormSiLU, TemporalResidual
 
 
 class Decoder(nn.Module):
@@ -25,7 +25,7 @@ class Decoder(nn.Module):
         self.time_conv = nn.ModuleList(
             TemporalConv(latent_width, (3, 3, 3)) for _ in range(doublings)
         )
-        self.conv_in = Conv2d(latent_width, widths[-1], 3, padding=1)
+        self.conv_in = nn.Conv2d(latent_width, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], norm)
         self.up = nn.ModuleList(
             Stage(
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         for stage, width in zip(self.up[1:], widths[1:], strict=True):
             stage.upsample = Upsample(width)
         self.norm_out = norm(widths[0])
-        self.conv_out = Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def part(self, x: Tensor, latents: Tensor, *, is_image: bool, memory: Memory | None) -> tuple:
         """Upsample both ``[B, D, t, h, w]`` to ``temporal_factor * t`` frames.

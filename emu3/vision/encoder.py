@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from emu3.config import VisionSettings
 from emu3.vision.blocks import Downsample, Middle, Stage
 from emu3.vision.temporal import TemporalConv, num_doublings
-from emu3_kernels.modules import Conv2d, GroupNormSiLU, Memory, TemporalResidual
+from emu3_kernels.modules import GroupNormSiLU, Memory, TemporalResidual
 
 
 class Encoder(nn.Module):
     def __init__(self, settings: VisionSettings) -> None:
         super().__init__()
         widths, norm = settings.widths, partial(GroupNormSiLU, settings.groups)
-        self.conv_in = Conv2d(3, settings.base_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(3, settings.base_channels, 3, padding=1)
         self.down = nn.ModuleList(
             Stage(
                 narrow,
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
             stage.downsample = Downsample(width)
         self.mid = Middle(widths[-1], norm)
         self.norm_out = norm(widths[-1])
-        self.conv_out = Conv2d(widths[-1], settings.code_width, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], settings.code_width, 3, padding=1)
         doublings = num_doublings(settings)
         self.time_conv = nn.ModuleList(
             TemporalConv(settings.code_width, (4, 3, 3), stride=2) for _ in range(doublings)

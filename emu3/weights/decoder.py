@@ -21,6 +21,7 @@ from emu3.weights.files import (
     save_tensors,
     shards_of,
 )
+from emu3_kernels.modules import speed_up_bfloat16
 
 # Prefixes of the Hugging Face files (as converted, and as their runtime saves) -> official.
 _FOREIGN = (
@@ -70,7 +71,7 @@ def load_decoder(path: Path) -> Emu3:
         raise ValueError(f"weights: {path} holds no decoder; it holds {parts_of(path)}")
     model = Emu3(settings)
     load_decoder_into(model, path)
-    return model.eval()
+    return speed_up_bfloat16(model.eval())
 
 
 def load_decoder_into(model: Emu3, path: Path) -> None:

@@ -19,6 +19,7 @@ from emu3.settings import SettingsError, parse
 from emu3.vision import VisionTokenizer
 from emu3.vision.quantizer import RUNNING_MEANS
 from emu3.weights.files import opened, read_settings, save_tensors, shards_of
+from emu3_kernels.modules import speed_up_bfloat16
 
 _TO_HUGGING_FACE = (
     (r"\.mid\.attn_1\.norm\.", ".mid.attn_norm."),
@@ -96,7 +97,7 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
         tokenizer = VisionTokenizer(settings)
     tokenizer.to(codebook.dtype).to_empty(device="cpu")
     _fill(tokenizer, tensors, where)
-    return tokenizer.eval()
+    return speed_up_bfloat16(tokenizer.eval())
 
 
 def _own(names: Iterable[str]) -> list[str]:

@@ -1,21 +1,20 @@
-"""The ops as ``nn.Module``: the same mathematics, with parameters under the names everybody uses.
+"""The ops as ``nn.Module``, with parameters under the usual names.
 
-Every module calls the op of its name, whose docstring states formula and precision;
-``use_backend`` chooses for them.
+Every module calls the op of its name, whose docstring states formula and precision.
+``use_backend`` applies to them, and ``speed_up_bfloat16`` to a whole model on an old CPU.
 """
 
 from emu3_kernels.modules.language import (
     AddRMSNorm,
     CrossEntropy,
-    Linear,
     LinearCrossEntropy,
     RMSNorm,
     RotaryEmbedding,
     SwiGLU,
 )
+from emu3_kernels.modules.slow_bfloat16 import speed_up_bfloat16
 from emu3_kernels.modules.vision import (
     CausalConv3d,
-    Conv2d,
     Conv3x3,
     GroupNormSiLU,
     Memory,
@@ -27,11 +26,9 @@ from emu3_kernels.modules.vision import (
 __all__ = [
     "AddRMSNorm",
     "CausalConv3d",
-    "Conv2d",
     "Conv3x3",
     "CrossEntropy",
     "GroupNormSiLU",
-    "Linear",
     "LinearCrossEntropy",
     "Memory",
     "RMSNorm",
@@ -40,4 +37,5 @@ __all__ = [
     "SwiGLU",
     "TemporalResidual",
     "VectorQuantizer",
+    "speed_up_bfloat16",
 ]

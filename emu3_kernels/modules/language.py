@@ -1,27 +1,15 @@
 """The ops of a language model as modules.
 
-D model width, V classes, H query heads, G key heads, K head width.
+D model width, V classes, H query heads, KV heads ``num_kv_heads``, K ``head_dim``.
 """
 
 import torch
 from torch import Tensor, nn
 
-from emu3_kernels.ops.linear.api import linear
-from emu3_kernels.ops.loss.cross_entropy_api import cross_entropy
-from emu3_kernels.ops.loss.linear_cross_entropy_api import linear_cross_entropy
-from emu3_kernels.ops.norm.add_rms_norm_api import add_rms_norm
-from emu3_kernels.ops.norm.rms_norm_api import rms_norm
-from emu3_kernels.ops.rope.rope_api import rope, rope_tables
-from emu3_kernels.ops.rope.rope_append_api import rope_append
+from emu3_kernels.ops.loss.api import cross_entropy, linear_cross_entropy
+from emu3_kernels.ops.norm.api import add_rms_norm, rms_norm
+from emu3_kernels.ops.rope.api import rope, rope_append, rope_tables
 from emu3_kernels.ops.swiglu.api import swiglu
-
-
-class Linear(nn.Linear):
-    """:func:`emu3_kernels.linear` with the arguments and parameters of ``nn.Linear``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply ``x [..., D]``."""
-        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -30,7 +18,7 @@ class RMSNorm(nn.Module):
     Args:
         width: D.
         eps: added to the mean square; 1e-5 in Emu3.
-        device: where the weight lies.
+        device: of the weight.
         dtype: of the weight.
     """
 
@@ -61,7 +49,7 @@ class AddRMSNorm(RMSNorm):
         width: D.
         eps: added to the mean square; 1e-5 in Emu3.
         dropout_p: share of ``x`` that is dropped in training.
-        device: where the weight lies.
+        device: of the weight.
         dtype: of the weight.
     """
 
@@ -95,15 +83,15 @@ class SwiGLU(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """:func:`emu3_kernels.rope` with its tables, which no state dict holds.
+    """:func:`emu3_kernels.rope` with its tables, which are not in the state dict.
 
-    The tables stay float32 when the module is cast to a narrower dtype.
+    The tables stay float32 when the module is cast to bfloat16 or float16.
 
     Args:
-        num_positions: the longest sequence.
+        num_positions: rows of the tables, the longest sequence.
         width: K, even.
         theta: the base of the wavelengths; 1e6 in Emu3.
-        device: where the tables lie.
+        device: of the tables.
     """
 
     def __init__(
@@ -122,7 +110,7 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Rotate ``q [B, T, H, K]`` and ``k [B, T, G, K]``; ``positions [B, T]`` as in the op."""
+        """Rotate ``q [B, T, H, K]`` and ``k [B, T, num_kv_heads, K]``; positions as in the op."""
         return rope(q, k, self.cos, self.sin, positions)
 
     def append(
@@ -152,8 +140,8 @@ class CrossEntropy(nn.Module):
 
     Args:
         z_loss: factor of the squared log-sum-exp.
-        label_smoothing: share of the target's probability that all V classes divide.
-        ignore_index: the target of tokens that do not count.
+        label_smoothing: probability that is spread evenly over all V classes.
+        ignore_index: the target of ignored tokens.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
 
@@ -194,8 +182,8 @@ class LinearCrossEntropy(CrossEntropy):
     Args:
         width: D.
         num_classes: V.
-        memory: bytes that a call may take beyond its gradients.
-        device: where the weight lies.
+        memory: bytes that a call may allocate beyond its gradients.
+        device: of the weight.
         dtype: of the weight.
         settings: those of :class:`CrossEntropy`.
     """

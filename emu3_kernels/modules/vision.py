@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3_kernels.ops.conv2d.api import conv3x3
-from emu3_kernels.ops.conv3d.cache import FrameCache
 from emu3_kernels.ops.conv3d.api import causal_conv3d, temporal_residual
+from emu3_kernels.ops.conv3d.cache import FrameCache
 from emu3_kernels.ops.group_norm.api import group_norm_silu, spatial_norm_silu
 from emu3_kernels.ops.vq.api import nearest_code
-from emu3_kernels.runtime.gemm import widened
 
 Memory = dict[nn.Module, FrameCache]
-"""The frames that each convolution has still to see: an empty one starts a video in pieces."""
+"""Past frames by convolution, for a video in pieces; an empty one begins a video."""
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -27,7 +26,7 @@ class GroupNormSiLU(nn.GroupNorm):
         num_channels: C.
         eps: added to the variance; 1e-6 in Emu3.
         silu: False leaves the normalised x, scaled and shifted.
-        device: where the parameters lie.
+        device: of the parameters.
         dtype: of the parameters.
     """
 
@@ -64,7 +63,7 @@ class SpatialNormSiLU(nn.Module):
         latent_width: L; 4 in Emu3.
         eps: added to the variance; 1e-6 in Emu3.
         silu: False leaves the modulated x.
-        device: where the parameters lie.
+        device: of the parameters.
         dtype: of the parameters.
     """
 
@@ -107,20 +106,13 @@ class SpatialNormSiLU(nn.Module):
         return f"silu={self.silu}"
 
 
-class Conv2d(nn.Conv2d):
-    """``nn.Conv2d``, its arguments and parameters; see :func:`emu3_kernels.widened`."""
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return widened(super()._conv_forward, x, weight, bias)
-
-
 class Conv3x3(nn.Conv2d):
     """:func:`emu3_kernels.conv3x3` with the parameters of ``nn.Conv2d(C, O, 3, padding=1)``.
 
     Args:
         in_channels: C.
         out_channels: O.
-        device: where the parameters lie.
+        device: of the parameters.
         dtype: of the parameters.
     """
 
@@ -150,7 +142,7 @@ class CausalConv3d(nn.Conv3d):
         bias: whether there is one.
         activation: ``"silu"`` before the convolution, or None.
         post_activation: ``"silu"`` after the bias, or None.
-        device: where the parameters lie.
+        device: of the parameters.
         dtype: of the parameters.
     """
 
@@ -182,8 +174,8 @@ class CausalConv3d(nn.Conv3d):
     ) -> Tensor:
         """Convolve ``x [B, C, T, H, W]``; scale, shift and residual as in the op.
 
-        With a ``memory``, ``x`` is the next piece of a video and takes up where the last one
-        ended: the frames still to be seen are read from the memory, and the next ones kept there.
+        With a ``memory``, ``x`` is the next piece of a video: the past frames in its window
+        are read from the memory, and its own last frames are saved there.
         """
         settings = {"stride": self.stride, **self.activations}
         settings |= {"scale": scale, "shift": shift, "residual": residual}
@@ -201,14 +193,14 @@ class CausalConv3d(nn.Conv3d):
 class TemporalResidual(nn.Module):
     """:func:`emu3_kernels.temporal_residual` with its batch norms and convolutions.
 
-    Names and values at first are those of Emu3's block (``Emu3VisionVQResnetTemporalBlock``):
+    Names and initial values are those of Emu3's block (``Emu3VisionVQResnetTemporalBlock``):
     ``norm1`` and ``norm2`` as ``nn.BatchNorm3d(C)``, ``conv1.conv`` and ``conv2.conv`` as
     ``nn.Conv3d(C, C, 3)``. In training the norms take the statistics of the batch, and the block
-    is two calls of :func:`emu3_kernels.causal_conv3d`; so it is with a memory.
+    is two calls of :func:`emu3_kernels.causal_conv3d`, as it is with a memory.
 
     Args:
         channels: C; 4 in Emu3.
-        device: where parameters and running statistics lie.
+        device: of parameters and running statistics.
         dtype: of both.
     """
 
@@ -231,7 +223,7 @@ class TemporalResidual(nn.Module):
         """Add both convolutions to ``x [B, C, T, H, W]``; memory as in :class:`CausalConv3d`."""
         first, second = self.conv1.conv, self.conv2.conv
         if not self.training and memory is None:
-            # Running statistics are the same whatever a norm is given.
+            # Running statistics do not depend on the input of a norm.
             of_first = (*self.norm1(x), first.weight, first.bias)
             return temporal_residual(x, *of_first, *self.norm2(x), second.weight, second.bias)
         scale, shift = self.norm1(x)
@@ -241,10 +233,10 @@ class TemporalResidual(nn.Module):
 
 
 class _FoldedBatchNorm(nn.BatchNorm3d):
-    """A norm by channel that is left to the next convolution, as a scale and a shift."""
+    """A batch norm folded into the next convolution, as a scale and a shift by channel."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``scale, shift [C]`` in float32; in training of ``x``, and the running ones follow."""
+        """Return ``scale, shift [C]`` in float32, of the batch in training."""
         compute = torch.promote_types(x.dtype, torch.float32)
         running = self.running_mean, self.running_var
         mean, variance = self._of_batch(x.to(compute)) if self.training else running
@@ -271,7 +263,7 @@ class VectorQuantizer(nn.Module):
     Args:
         num_codes: N.
         width: D, at most 32.
-        device: where the codebook lies.
+        device: of the codebook.
         dtype: of the codebook.
     """
 

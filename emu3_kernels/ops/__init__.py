@@ -16,6 +16,5 @@ OPS = {
     "causal_conv3d": "conv3d",
     "temporal_residual": "conv3d",
     "conv3x3": "conv2d",
-    "linear": "linear",
 }
 """The family, a folder beside this file, of every op with a generic test."""

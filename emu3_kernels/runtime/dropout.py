@@ -1,9 +1,9 @@
-"""Counter-based dropout: whether an element is kept depends on the seed and its place alone.
+"""Counter-based dropout: whether an element is kept depends on the seed and its indices alone.
 
 Philox 4x32-10, from "Parallel random numbers: as easy as 1, 2, 3" (Salmon et al., SC'11). Key: the
-64 bits of the seed. Counter: ``(column // 4, row, head, 0)``, of which the element takes word
-``column % 4``; it is kept iff that word is at least ``p * 2**32``. Every backend draws the same
-words, and so does a shard that knows where it begins. Here in plain PyTorch: the definition.
+64 bits of the seed. Counter: ``(column // 4, row, head, 0)``; the element uses word ``column % 4``
+and is kept iff that word is at least ``p * 2**32``. Every backend computes the same words, and so
+does a shard from its offsets. This file is the definition, in plain PyTorch.
 """
 
 import torch
@@ -27,34 +27,34 @@ def drop_below(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """Return the factor of the kept elements, which leaves the mean as it was."""
+    """Return the factor of the kept elements, which preserves the mean."""
     return 1 / (1 - p)
 
 
 def keep(
     seed: Tensor, p: float, row: Tensor | int, column: Tensor | int, head: Tensor | int = 0
 ) -> Tensor:
-    """Say which elements dropout keeps: a bool for each of the broadcast places.
+    """Return a bool for each element, true if dropout keeps it; the indices broadcast.
 
     Args:
-        seed: 0-d int64; all 64 bits count.
-        p: share of the elements that are dropped, in ``[0, 1)``.
-        row: int64 tensor or number, of which the lower 32 bits count; as of the next two.
+        seed: 0-d int64; all 64 bits are used.
+        p: probability that an element is dropped, in ``[0, 1)``.
+        row: int64 tensor or number; its lower 32 bits are used, as are those of the next two.
         column: channel, or key of an attention.
-        head: head over all of the batch of an attention; 0 elsewhere.
+        head: ``batch * H + head`` of an attention; 0 elsewhere.
     """
-    place = row, column, head
-    row, column, head = (torch.as_tensor(index, device=seed.device) for index in place)
+    indices = row, column, head
+    row, column, head = (torch.as_tensor(index, device=seed.device) for index in indices)
     words = philox(seed, column >> 2, row, head, torch.zeros_like(head))
     first, second = (torch.where(column % 4 == i, words[i], words[i + 2]) for i in (0, 1))
     return torch.where(column % 2 == 0, first, second) >= drop_below(p)
 
 
 def philox(key: Tensor, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Encrypt the four words of ``counter`` in ten rounds; a word is the lower half of an int64."""
+    """Encrypt the four words of ``counter`` in ten rounds. A word is the lower half of an int64."""
     a, b, c, d = counter
     for i in range(10):
-        # Products wrap around at 64 bits, whose upper half the mask cuts out of a signed shift.
+        # A product wraps around at 64 bits; LOWER masks the sign extension of its shift.
         x, y = (MULTIPLIERS[0] * (a & LOWER)), (MULTIPLIERS[1] * (c & LOWER))
         a, c = (y >> 32) ^ b ^ (key + i * WEYL[0]), (x >> 32) ^ d ^ ((key >> 32) + i * WEYL[1])
         b, d = y, x

@@ -1,28 +1,34 @@
-"""Products of PyTorch, and what takes their place where it is slow in bfloat16.
+"""GEMMs of PyTorch, and what replaces them on a CPU where they are slow in bfloat16.
 
-Without AVX-512 PyTorch multiplies bfloat16 at a tenth of the rate of float32.
+Without AVX-512 the bfloat16 GEMMs of PyTorch run at a tenth of the rate of float32.
 """
 
 from collections.abc import Callable
+from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emu3_kernels.runtime import library
+from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import rows
 
-_HAS_NARROW = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-SLOW_IN_BFLOAT16 = "avx2" in library.cpu_levels() and not _HAS_NARROW
-"""Whether bfloat16 products on this CPU are csrc/cpu/matmul.cpp's, in float32 and rounded once."""
+_HAS_BFLOAT16 = (
+    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+SLOW_IN_BFLOAT16 = "avx2" in library.cpu_levels() and not _HAS_BFLOAT16
+"""Whether this CPU is slow in bfloat16, and csrc/cpu/matmul.cpp can take over."""
 
 
 def is_slow(x: Tensor) -> bool:
-    """Say whether PyTorch is slow to multiply ``x``."""
+    """Return whether a GEMM of PyTorch is slow in the dtype and on the device of ``x``."""
     return SLOW_IN_BFLOAT16 and x.dtype == torch.bfloat16 and x.is_cpu
 
 
 def autocast(x: Tensor) -> Tensor:
-    """Cast an operand as ``torch.autocast`` casts that of a product, where it is on."""
+    """Cast an operand of a GEMM as ``torch.autocast`` does, where that is enabled."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
@@ -30,9 +36,11 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def mm_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
-    """Write ``a @ b`` into ``out``, or add it; ``out`` may be wider."""
+    """Write ``a @ b`` into ``out``, or add it to ``out``, which may be of a wider dtype."""
     if is_slow(a):
-        torch.ops.emu3_kernels.matmul_into(_in_lines(a), _in_lines(b), out if add else None, out)
+        torch.ops.emu3_kernels.matmul_into(
+            _unit_stride(a), _unit_stride(b), out if add else None, out
+        )
     elif not add and out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif add and out.dtype == a.dtype:
@@ -42,35 +50,80 @@ def mm_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     return out
 
 
-def matmul(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
-    """Return ``a @ b + plus`` of bfloat16 matrices by csrc/cpu/matmul.cpp, ``plus [1 or M, N]``."""
-    plus = None if plus is None else rows(plus)
-    return torch.ops.emu3_kernels.matmul(_in_lines(a), _in_lines(b), plus)
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``a @ b + bias`` of bfloat16 matrices: csrc/cpu/matmul.cpp.
+
+    Blocks of both operands are converted to float32 in the cache; the sums are float32 and rounded
+    once. Up to 16 rows of ``a`` skip the packing of ``b``.
+
+    Args:
+        a: ``[M, K]``.
+        b: ``[K, N]``.
+        bias: ``[N]`` of any stride, or None.
+    """
+    bias = None if bias is None else rows(bias.unsqueeze(0))
+    return torch.ops.emu3_kernels.matmul(_unit_stride(a), _unit_stride(b), bias)
 
 
-def _in_lines(x: Tensor) -> Tensor:
-    """Return ``x`` with its rows or its columns in one piece each."""
+def _unit_stride(x: Tensor) -> Tensor:
+    """Return ``x`` with unit stride in one of its two dimensions."""
     return x if 1 in x.stride() else x.contiguous()
 
 
-def widened(
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As ``torch.nn.functional.linear``, by :func:`matmul` where PyTorch is slow.
+
+    Differentiable in all tensors, and subject to ``torch.autocast``, as PyTorch's is.
+    """
+    x, weight, bias = autocast(x), autocast(weight), None if bias is None else autocast(bias)
+    if not (is_slow(x) and is_slow(weight)):
+        return F.linear(x, weight, bias)
+    tokens = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    if needs_gradient(x, weight, *(() if bias is None else (bias,))):
+        y = _Linear.apply(tokens, weight, bias)
+    else:
+        y = matmul(tokens, weight.t(), bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    """On tokens ``[M, K]``, with ``weight [N, K]``."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return matmul(x, weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = matmul(dy, weight) if ctx.needs_input_grad[0] else None
+        dweight = matmul(dy.t(), x) if ctx.needs_input_grad[1] else None
+        dbias = None
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype)
+        return dx, dweight, dbias
+
+
+def in_float32_if_slow(
     function: Callable[..., Tensor], x: Tensor, *weights: Tensor | None, **settings
 ) -> Tensor:
-    """Call a product of PyTorch, in float32 where it is slow in the dtype of ``x``.
+    """Call a GEMM or convolution of PyTorch, in float32 where it is slow in the dtype of ``x``.
 
     Args:
         function: takes ``x``, ``weights`` and ``settings``, such as ``F.conv2d``.
         x: any floating dtype.
         weights: in the dtype of ``x``, or None.
-        settings: named arguments.
+        settings: keyword arguments.
 
     Returns:
-        What ``function`` does, in the dtype of ``x``.
+        The result of ``function``, rounded once to the dtype of ``x``.
     """
     if not is_slow(x):
         return function(x, *weights, **settings)
-    wide = (w if w is None else w.float() for w in (x, *weights))
-    return function(*wide, **settings).to(x.dtype)
+    operands = (w if w is None else w.float() for w in (x, *weights))
+    return function(*operands, **settings).to(x.dtype)
 
 
 if not library.MISSING:

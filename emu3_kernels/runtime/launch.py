@@ -3,13 +3,10 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from emu3_kernels.runtime.contracts import Config, Contract, meta
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads the variable when a kernel is decorated; so do we, once, at import."""
@@ -63,11 +60,12 @@ def launch(kernel, grid: tuple[int, ...], first: Tensor, *args, **options) -> No
 
 def why_not_triton(tensor: Tensor) -> str | None:
     """Say why a Triton kernel cannot run on ``tensor``; None if it can."""
-    if tensor.device.type not in DEVICES:
+    if not tensor.is_cuda and not (tensor.is_cpu and "cpu" in DEVICES):
         return f"Triton has no {tensor.device.type} target here"
-    if tensor.dtype == torch.float64:
+    dtype = tensor.dtype
+    if dtype == torch.float64:
         return "float64 is left to the reference"
-    if INTERPRETED and tensor.dtype == torch.bfloat16:
+    if INTERPRETED and dtype == torch.bfloat16:
         return "Triton's interpreter is wrong in bfloat16 (ttsem tests it instead)"
     return None
 
@@ -87,27 +85,3 @@ def tile(num_warps: int, num_stages: int = 1, **blocks: int) -> dict[str, int | 
     FP fusion is among them since Triton 3.10 flips its default.
     """
     return blocks | {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-
-
-# ---- until every family uses what stands above
-
-NUM_MULTIPROCESSORS, WARP = _assumed.num_sms, _assumed.warp_size
-__all__ = ["Config", "Contract", "meta"]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How many elements a program holds, and the warps that hold them."""
-
-    block: int
-    num_warps: int
-    num_stages: int = 1
-
-    def options(self) -> dict[str, int | bool]:
-        """Return the keywords of a launch: FP fusion too, whose default Triton 3.10 flips."""
-        return {
-            "BLOCK": self.block,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }

@@ -1,4 +1,4 @@
-"""Counter-based dropout in Triton: the words of ``dropout.py``, which defines them."""
+"""Counter-based dropout in Triton: the same random words as the definition, ``dropout.py``."""
 
 import triton
 import triton.language as tl
@@ -20,10 +20,10 @@ def load_seed(seed_ptr):
 
 @triton.jit
 def keep(seed, drop_below, row, column, head):
-    """Say which elements are kept; ``row``, ``column`` and ``head`` broadcast.
+    """Return which elements are kept; ``row``, ``column`` and ``head`` broadcast.
 
-    Columns that lie side by side in a thread share their Philox: the compiler sees that its four
-    words are the same, as long as the first column is known to be a multiple of 4.
+    Four adjacent columns of a thread share one Philox: the compiler merges its calls if the first
+    column is known to be a multiple of 4.
     """
     row, column = tl.to_tensor(row).to(tl.uint32), tl.to_tensor(column).to(tl.uint32)
     head = tl.to_tensor(head).to(tl.uint32)

@@ -6,7 +6,7 @@ numbers are COUNTED: nothing here is timed. What was counted once is kept on dis
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,7 +24,6 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from emu3_kernels.ops import OPS
-from emu3_kernels.runtime import launch as launching
 from emu3_kernels.runtime.contracts import Config, Contract
 from emu3_kernels.runtime.launch import INTERPRETED, Gpu, assume_gpu
 from emu3_kernels.testing import machine_code
@@ -94,26 +93,13 @@ def rows_of_op(op: str, target: str) -> list[list[Row]]:
 
 def configs_of(op: str) -> Sequence[Config]:
     """Return what the ``contracts.py`` of the family has for ``op``: ``CONFIGS[op]``."""
-    family = f"emu3_kernels.ops.{OPS[op]}"
-    if find_spec(f"{family}.contracts"):
-        configs = import_module(f"{family}.contracts").CONFIGS
-        if isinstance(configs, Mapping):
-            return configs.get(op, ())
-    return _configs_beside_the_kernels(op, family)
-
-
-# MERGER: delete this function, its call and the patch of WARP when every family has contracts.py.
-def _configs_beside_the_kernels(op: str, family: str) -> Sequence[Config]:
-    for module in (f"{family}.{op}_triton", f"{family}.triton"):
-        if find_spec(module):
-            return getattr(import_module(module), "CONFIGS", ())
-    return ()
+    contracts = f"emu3_kernels.ops.{OPS[op]}.contracts"
+    return import_module(contracts).CONFIGS.get(op, ()) if find_spec(contracts) else ()
 
 
 def rows_of(op: str, config: Config, target: str) -> Iterator[Row]:
     """Compile what ``config`` launches for ``target`` and compare it with its contracts."""
-    gpu = GPUS[target]
-    with assume_gpu(gpu), mock.patch.object(launching, "WARP", gpu.warp_size, create=True):
+    with assume_gpu(GPUS[target]):
         launches = launches_of(config)
     for launch in launches:
         kernel = launch.kernel.__name__

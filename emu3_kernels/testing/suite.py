@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,7 +19,6 @@ import emu3_kernels
 from emu3_kernels.ops import OPS
 from emu3_kernels.runtime import dispatch, library
 from emu3_kernels.runtime.cases import Cases
-from emu3_kernels.runtime.dispatch import path_of
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.cache import cached
 
@@ -33,39 +30,19 @@ KEPT_BYTES = 4 << 20
 """Results of the reference for larger inputs are computed each time: reading them is as slow."""
 
 
-def part(op: str, name: str) -> ModuleType:
-    """Until every family has CASES and Backends: a module of an op that has not."""
-    return import_module(path_of(op, name))
-
-
 def cases(op: str) -> Cases:
     """Return the sizes of ``op``."""
-    package = f"emu3_kernels.ops.{OPS[op]}"
-    if find_spec(f"{package}.cases"):
-        stated = getattr(import_module(f"{package}.cases"), "CASES", None)
-        if stated is not None:
-            return stated[op]
-    stated = vars(part(op, "cases"))
-    names = {"make": "make", "check": "CHECK", "time": "TIME", "decode": "DECODE"}
-    names |= {"scale": "SCALE", "constants": "CONSTANTS", "written": "WRITTEN"}
-    names |= {"cpu_dtypes": "NATIVE_DTYPES", "bytes_moved": "bytes_moved", "flops": "flops"}
-    names |= {"backward_bytes": "backward_bytes", "training_bytes": "training_bytes"}
-    return Cases(**{field: stated[name] for field, name in names.items() if name in stated})
+    return import_module(f"emu3_kernels.ops.{OPS[op]}.cases").CASES[op]
 
 
 def backends_of(op: str) -> Mapping:
     """Return the backends of ``op`` by name; of one that is not there, the reason why."""
-    if op in dispatch._by_op:
-        present = dispatch.backends(op)
-        return {name: present[name] for name in present if name != "reference"}
-    return part(op, "api").BACKENDS
+    return {name: backend for name, backend in dispatch.backends(op).items() if name != "reference"}
 
 
 def reference(op: str) -> Callable:
     """Return the definition of ``op`` in plain PyTorch."""
-    if op in dispatch._by_op:
-        return dispatch.backends(op)["reference"].function
-    return getattr(part(op, "reference"), op)
+    return dispatch.backends(op)["reference"].function
 
 
 def public(op: str) -> Callable:

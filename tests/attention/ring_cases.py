@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from threading import Event
@@ -13,16 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emu3_kernels import ring_attention, shard_sequence, unshard_sequence
-from emu3_kernels.ops.attention import attention_api, reference
-from emu3_kernels.ops.attention import ring_attention_api as api
+from emu3_kernels import attention, ring_attention, shard_sequence, unshard_sequence
+from emu3_kernels.ops.attention import reference
 from emu3_kernels.ops.attention.ring import ring, schedule
 from emu3_kernels.ops.attention.ring.agreement import LostRankError
+from emu3_kernels.runtime import dispatch
 from emu3_kernels.testing.budget import assert_as_accurate
 from tests.attention import plain_attention
 
 NAMES = "out", "dq", "dk", "dv"
-KERNELS = {**api.BACKENDS, "plain": plain_attention}
+PLAIN = {"plain": plain_attention.BACKEND}
 
 
 def make(
@@ -56,11 +57,11 @@ def make(
 
 @contextmanager
 def pieces_of(tokens: int) -> Iterator[None]:
-    """Cut shards of a test as if they were long, and know all kernels in both ops."""
+    """Split the shards of a test as if they were long, and add the plain kernels to both ops."""
     with (
         mock.patch.object(schedule, "MIN_PIECE", tokens),
-        mock.patch.dict(api.BACKENDS, KERNELS),
-        mock.patch.dict(attention_api.BACKENDS, KERNELS),
+        mock.patch.dict(dispatch.backends("ring_attention"), PLAIN),
+        mock.patch.dict(dispatch.backends("attention"), PLAIN),
     ):
         yield
 
@@ -82,7 +83,7 @@ def in_one_process(whole: dict, dtype: torch.dtype, function: Callable) -> tuple
 
 
 def equals_one_process(group, size: dict, backend: str, **settings: object) -> None:
-    """Native and Triton may make the errors of the same kernels at once, if those are larger."""
+    """CPU C++ and Triton may make the errors of the same kernels in one process, if larger."""
     whole, dtype = make(**size), size.get("dtype", torch.float32)
     if settings.get("dropout_p"):
         settings["seed"] = torch.tensor(-1234567890123)
@@ -94,7 +95,7 @@ def equals_one_process(group, size: dict, backend: str, **settings: object) -> N
             exact = in_one_process(whole, torch.float64, definition)
             alone = [definition]
             if backend in ("cpu", "triton"):
-                alone.append(partial(attention_api.attention, backend=backend, **settings))
+                alone.append(partial(attention, backend=backend, **settings))
             lows = zip(*(in_one_process(whole, dtype, one) for one in alone), strict=True)
             for name, x, low, truth in zip(NAMES, actual, lows, exact, strict=True):
                 worst = max(low, key=partial(error, truth)) if truth.numel() else low[0]
@@ -140,23 +141,25 @@ def records_the_order(group, size: dict) -> list[str]:
     """Return the order of messages posted, awaited and of kernels called."""
     events = []
 
-    def noting(event, function, *args, **settings):
+    def recording(event, function, *args, **settings):
         events.append(event)
         return function(*args, **settings)
 
-    posted, forward = ring.Posted, plain_attention.forward
+    posted = ring.Posted
+    forward = partial(recording, "attend", plain_attention.forward)
+    recorded = replace(plain_attention.BACKEND, forward=forward)
     with (
         pieces_of(3),
-        mock.patch.object(ring, "Posted", partial(noting, "post", posted)),
-        mock.patch.object(posted, "wait", partial_method(noting, "wait", posted.wait)),
-        mock.patch.object(plain_attention, "forward", partial(noting, "attend", forward)),
+        mock.patch.object(ring, "Posted", partial(recording, "post", posted)),
+        mock.patch.object(posted, "wait", partial_method(recording, "wait", posted.wait)),
+        mock.patch.dict(dispatch.backends("ring_attention"), {"plain": recorded}),
     ):
         on_a_ring(group, make(**size), backend="plain")
     return events
 
 
-def partial_method(noting, event, function):
-    return lambda self: noting(event, function, self)
+def partial_method(recording, event, function):
+    return lambda self: recording(event, function, self)
 
 
 def draws_the_seed_of_rank_0(group) -> None:
@@ -191,7 +194,7 @@ def is_attention_bit_for_bit(group, size: dict, backend: str) -> None:
     with pieces_of(3):
         actual = on_a_ring(group, whole, backend=backend)
         leaves = [whole[name].requires_grad_() for name in ("q", "k", "v")]
-        out = attention_api.attention(*leaves, document_ids=whole["document_ids"], backend=backend)
+        out = attention(*leaves, document_ids=whole["document_ids"], backend=backend)
         expected = out, *torch.autograd.grad(out, leaves, whole["dout"])
     for name, x, y in zip(NAMES, actual, expected, strict=True):
         assert torch.equal(x, y), name
@@ -230,17 +233,19 @@ def survives(group, how: str, where: str) -> tuple[str, float]:
     original = getattr(plain_attention, where)
 
     def failing(q, *rest, **settings):
-        if dist.get_rank(group) == 1 and settings["wide"] and not done.is_set():
+        if dist.get_rank(group) == 1 and settings["float32_out"] and not done.is_set():
             done.set()
             if how == "dies":
                 os._exit(1)
-            raise MemoryError("no room for a miracle")
+            raise MemoryError("no memory")
         return original(q, *rest, **settings)
 
     done = Event()
     start = time.monotonic()
+    backend = replace(plain_attention.BACKEND, **{where: failing})
+    plain = mock.patch.dict(dispatch.backends("ring_attention"), {"plain": backend})
     try:
-        with pieces_of(3), mock.patch.object(plain_attention, where, failing):
+        with pieces_of(3), plain:
             if how == "absent" and dist.get_rank(group) == 1:
                 return "", 0.0
             on_a_ring(group, make(tokens=96), backend="plain")

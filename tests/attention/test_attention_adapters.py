@@ -1,26 +1,31 @@
 """attention by flash-attn and xformers, neither of which can be installed without a GPU.
 
-What stands in for them has the signatures of their public functions, as recorded from
+Fakes have the signatures of their public functions, as recorded from
 flash_attn/flash_attn_interface.py (commit 0053002), xformers/ops/fmha/__init__.py (00afc12) and
-attn_bias.py (deebdef) there, and computes by the definition: what is tested is which arguments
-the adapters pass. The kernels of others are tested where there is a GPU, and a library.
+attn_bias.py (deebdef) there, and compute by the definition: these tests hold the arguments that the
+adapters pass. The libraries themselves are tested on a GPU, where they are installed.
 """
 
+import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
-from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from emu3_kernels.ops.attention import attention_cases as cases
-from emu3_kernels.ops.attention import attention_reference as reference
-from emu3_kernels.ops.attention.attention_api import attention
-from emu3_kernels.ops.attention.documents import starts_of
+from emu3_kernels import attention
+from emu3_kernels.ops.attention import flash_attn, optional, reference, xformers
+from emu3_kernels.ops.attention.key_ranges import document_starts
+from emu3_kernels.runtime import dispatch
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import double, value_and_gradients
+from emu3_kernels.testing.suite import cases, double, value_and_gradients
+
+CASES = cases("attention")
+ADAPTERS = {"flash_attn": flash_attn, "xformers": xformers}
 
 
 def flash_attn_func(
@@ -65,7 +70,7 @@ class BlockDiagonalMask:
 
 
 def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
-    """Heads of a group are a dimension of their own, and share their keys."""
+    """The query heads of a KV head are a dimension of their own, and share its keys."""
     assert p == 0
     assert key.shape[3] == 1 or key.stride(3) == value.stride(3) == 0
     if isinstance(attn_bias, BlockDiagonalMask):
@@ -81,27 +86,27 @@ def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=N
 
 
 @pytest.fixture
-def adapter(monkeypatch):
-    """Import an adapter as if its library were installed, and forget it after the test."""
+def adapter(monkeypatch, forget):
+    """Return an adapter that finds a fake of its library."""
+    flash = ModuleType("flash_attn")
+    flash.flash_attn_func = flash_attn_func
+    flash.flash_attn_varlen_func = flash_attn_varlen_func
+    ops, fmha = ModuleType("xformers.ops"), ModuleType("xformers.ops.fmha")
+    ops.memory_efficient_attention = memory_efficient_attention
+    bias = fmha.attn_bias = ModuleType("xformers.ops.fmha.attn_bias")
+    bias.BlockDiagonalMask = BlockDiagonalMask
+    bias.LowerTriangularFromBottomRightMask = LowerTriangularFromBottomRightMask
+    for module in (flash, ops, fmha, bias, ModuleType("xformers")):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return ADAPTERS.get
 
-    def load(name):
-        flash = ModuleType("flash_attn")
-        flash.flash_attn_func = flash_attn_func
-        flash.flash_attn_varlen_func = flash_attn_varlen_func
-        ops, bias = ModuleType("xformers.ops"), ModuleType("xformers.ops.fmha.attn_bias")
-        ops.memory_efficient_attention = memory_efficient_attention
-        bias.AttentionBias = object
-        bias.BlockDiagonalMask = BlockDiagonalMask
-        bias.LowerTriangularFromBottomRightMask = LowerTriangularFromBottomRightMask
-        for module in (flash, ops, bias, ModuleType("xformers"), ModuleType("xformers.ops.fmha")):
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-        full = f"emu3_kernels.ops.attention.{name}"
-        monkeypatch.delitem(sys.modules, full, raising=False)
-        module = import_module(full)
-        monkeypatch.setitem(sys.modules, full, module)
-        return module
 
-    return load
+@pytest.fixture
+def forget():
+    """Let a library be imported and tried anew, before the test and after it."""
+    optional._failure.cache_clear()
+    yield
+    optional._failure.cache_clear()
 
 
 SIZES = [
@@ -117,7 +122,7 @@ SIZES = [
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["flash_attn", "xformers"])
 def test_the_arguments_mean_the_same(name, size, adapter):
-    inputs = cases.make(**size, dtype=torch.float32, device="cpu")
+    inputs = CASES.make(**size, dtype=torch.float32, device="cpu")
     call = {key: inputs[key] for key in ("q", "k", "v", "causal", "document_ids", "dropout_p")}
     call["scale"] = 0.3
     actual = value_and_gradients("attention", adapter(name).attention, call)
@@ -128,10 +133,10 @@ def test_the_arguments_mean_the_same(name, size, adapter):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU for the libraries themselves")
-@pytest.mark.parametrize("size", cases.CHECK[2:])
+@pytest.mark.parametrize("size", CASES.check[2:])
 @pytest.mark.parametrize("name", ["flash_attn", "xformers"])
 def test_the_library_itself(name, size):
-    inputs = cases.make(
+    inputs = CASES.make(
         **size | {"lse": False, "dropout": 0.0}, dtype=torch.bfloat16, device="cuda"
     )
     call = partial(attention, backend=name)
@@ -154,7 +159,7 @@ REFUSED = [
     ({"device": "cpu"}, "no kernel for a cpu tensor"),
 ]
 FLASH = [({"width": 512}, "256 at most, got 512"), ({"queries": 1 << 24}, "32 bits")]
-XFORMERS = [({"width": 512}, "256 at most, got 512"), ({"queries": 9}, "sees no key")]
+XFORMERS = [({"width": 512}, "256 at most, got 512"), ({"queries": 9}, "without a key")]
 
 
 def reason(module, queries=4, keys=4, width=64, dtype=torch.bfloat16, device="cuda", gradient=False,
@@ -189,7 +194,71 @@ def test_gradients_of_xformers_must_repeat(adapter):
         torch.use_deterministic_algorithms(True, warn_only=warns)
 
 
+def test_importing_the_kernels_imports_no_optional_library():
+    code = "import sys, emu3_kernels; sys.exit(any(x in sys.modules for x in sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", code, *ADAPTERS], check=True)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_library_that_is_not_installed_is_named(name, forget, monkeypatch):
+    if find_spec(name):
+        pytest.skip(f"{name} is installed")
+    q = torch.randn(1, 4, 2, 8)
+    message = f"backend '{name}' cannot run this call: the package '{name}' is not installed"
+    with pytest.raises(NotImplementedError, match=message):
+        attention(q, q, q, backend=name)
+
+
+class Broken(ModuleType):
+    """A package whose extension was built for another torch."""
+
+    __path__ = ()
+
+    def __getattr__(self, name):
+        raise ImportError(f"undefined symbol: {name}")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_library_that_fails_to_import_is_a_backend_that_cannot_run(name, forget, monkeypatch):
+    for module in (name, f"{name}.ops"):
+        monkeypatch.setitem(sys.modules, module, Broken(module))
+    for _ in range(2):
+        assert "its first use failed with ImportError" in reason(ADAPTERS[name])
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(NotImplementedError, match="undefined symbol"):
+        attention(q, q, q, backend=name)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_library_is_tried_once_and_refused_if_that_fails(name, adapter, monkeypatch):
+    tries = []
+
+    def unsupported(*args, **settings):
+        tries.append(args)
+        raise RuntimeError("no kernel image is available for this GPU")
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_func", unsupported)
+    monkeypatch.setattr(sys.modules["xformers.ops"], "memory_efficient_attention", unsupported)
+    for _ in range(2):
+        assert "failed with RuntimeError: no kernel image" in reason(adapter(name))
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_library_is_tried_while_a_graph_is_traced(name, adapter, monkeypatch):
+    """Traced, neither the import nor the tiny call may break the graph."""
+    module = adapter(name)
+    monkeypatch.setattr(module, "why_not", lambda q, *_: optional.failure(module._try, q.device))
+    backend = replace(module.BACKENDS["attention"], why_not=module.why_not)
+    monkeypatch.setitem(dispatch.backends("attention"), name, backend)
+    torch.compiler.reset()
+    q = torch.randn(1, 5, 2, 8)
+    call = partial(attention, backend=name)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, q, q), call(q, q, q))
+
+
 def test_documents_end_with_their_row():
     ids = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 2]], dtype=torch.int32)
-    assert starts_of(ids).tolist() == [0, 2, 4, 7, 8]
-    assert starts_of(ids).dtype == torch.int32
+    assert document_starts(ids).tolist() == [0, 2, 4, 7, 8]
+    assert document_starts(ids).dtype == torch.int32

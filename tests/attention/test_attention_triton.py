@@ -1,6 +1,6 @@
 """What is special about attention in Triton: shards of a ring, head widths, scales, skipped blocks.
 
-Float32 is interpreted; bfloat16, which the interpreter gets wrong, is run by ttsem.
+Float32 is interpreted; bfloat16, which the interpreter gets wrong, runs under ttsem.
 """
 
 import os
@@ -11,18 +11,23 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from emu3_kernels.ops.attention import attention_cases as cases
-from emu3_kernels.ops.attention import attention_reference as reference
-from emu3_kernels.ops.attention.attention_api import attention
-from emu3_kernels.ops.attention.spans import Dropout, spans_of
+from emu3_kernels import attention
+from emu3_kernels.ops.attention import reference
+from emu3_kernels.ops.attention.key_ranges import (
+    Dropout,
+    KeyRanges,
+    key_ranges_of,
+    one_document,
+)
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import double, value_and_gradients
+from emu3_kernels.testing.suite import cases, double, value_and_gradients
 
 if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""):
     pytest.skip("triton is not installed: there is no kernel to run", allow_module_level=True)
 
-from emu3_kernels.ops.attention import attention_triton as triton
+from emu3_kernels.ops.attention import triton
 
+CASES = cases("attention")
 TOKENS, HEADS, GROUPS, WIDTH = 4 * 19, 2, 1, 32  # a shard is a block of 32 and a ragged one
 SCALE = WIDTH**-0.5
 SEED = 1234
@@ -60,15 +65,16 @@ def sharded(q, k, v, mine, douts, device, causal, document_ids, dropout_p):
     calls = []
     for shard in shards:
         ids = [None if document_ids is None else document_ids[:, p] for p in (mine, shard)]
-        spans = spans_of(mine, shard, *ids, causal=causal)
-        places = mine.int(), shard.int()
-        dropout = Dropout(dropout_p, torch.tensor(SEED, device=device), *places)
-        settings = (spans, SCALE, dropout if dropout_p else None)
+        key_ranges = key_ranges_of(mine, shard, *ids, causal=causal)
+        positions = mine.int(), shard.int()
+        dropout = Dropout(dropout_p, torch.tensor(SEED, device=device), *positions)
+        settings = (key_ranges, SCALE, dropout if dropout_p else None)
         calls.append(((q[:, mine], k[:, shard], v[:, shard]), settings))
-    out, lse = merged([triton.forward(*qkv, *rest, wide=True) for qkv, rest in calls])
+    out, lse = merged([triton.forward(*qkv, *rest, float32_out=True) for qkv, rest in calls])
     delta = (dout * out).sum(-1).transpose(1, 2) - dlse
     gradients = [
-        triton.backward(dout.to(q.dtype), *qkv, lse, delta, *rest, wide=True) for qkv, rest in calls
+        triton.backward(dout.to(q.dtype), *qkv, lse, delta, *rest, float32_out=True)
+        for qkv, rest in calls
     ]
     dk, dv = torch.full_like(k, torch.nan).float(), torch.full_like(v, torch.nan).float()
     for shard, (_, dk_part, dv_part) in zip(shards, gradients, strict=True):
@@ -118,7 +124,7 @@ RING = [
 
 @pytest.mark.parametrize(("rank", "causal", "documents", "dropout_p"), RING)
 def test_shards_of_a_ring_add_up(rank, causal, documents, dropout_p, device):
-    """Queries that see nothing of a shard are among them, and lse and delta are the whole's."""
+    """Some queries have no key in a shard, and lse and delta are the whole's."""
     check_ring(rank, causal, documents, dropout_p, device)
 
 
@@ -129,7 +135,7 @@ def test_shards_of_a_ring_add_up_in_bfloat16(emulating):
 
 def check_public(device, settings=None, **size):
     size = {"batch": 1, "queries": 37, "keys": 41, "heads": 2, "groups": 1, "width": 16} | size
-    inputs = cases.make(**size, lse=True, dtype=torch.float32, device=device) | (settings or {})
+    inputs = CASES.make(**size, lse=True, dtype=torch.float32, device=device) | (settings or {})
     actual = value_and_gradients("attention", partial(attention, backend="triton"), inputs)
     low = value_and_gradients("attention", reference.attention, inputs)
     exact = value_and_gradients("attention", reference.attention, double(inputs))
@@ -144,13 +150,13 @@ def test_heads_narrower_than_their_block(width, device):
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 0.5])
 def test_any_scale(scale, device):
-    """The largest score is looked for before it is scaled, which a scale below 0 turns around."""
+    """The maximum is taken before scores are scaled, and a scale below 0 would turn it around."""
     check_public(device, {"scale": scale})
 
 
 def test_wider_heads_are_refused(device):
     q = torch.randn(1, 4, 1, 160, device=device)
-    with pytest.raises(NotImplementedError, match="heads of 128 at most, got 160"):
+    with pytest.raises(NotImplementedError, match="head_dim of 128 at most, got 160"):
         attention(q, q, q, backend="triton")
 
 
@@ -179,12 +185,27 @@ def test_offsets_need_64_bits(tmp_path):
 
 def causal(q, k):
     positions = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
-    return spans_of(*positions, causal=True), SCALE, None, False
+    return key_ranges_of(*positions, causal=True), SCALE, None
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(70, 70), (37, 101), (101, 37), (33, 1)])
+def test_key_ranges_are_the_same_as_tensors_and_as_an_offset(queries, keys, causal, device):
+    q, dout = torch.randn(2, 2, queries, 2, 16, device=device)
+    k, v = torch.randn(2, 2, keys, 1, 16, device=device)
+    offset = one_document(queries, keys, causal=causal)
+    results = []
+    for key_ranges in (offset, KeyRanges(*offset.tensors(q, k))):
+        out, lse = triton.forward(q, k, v, key_ranges, SCALE, None)
+        delta = (out * dout).sum(-1).transpose(1, 2)
+        gradients = triton.backward(dout, q, k, v, lse, delta, key_ranges, SCALE, None)
+        results.append((out, lse, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_blocks_of_other_documents_are_not_read(device):
     """They would be masked: without NaN in them only the time would tell."""
-    inputs = cases.make(
+    inputs = CASES.make(
         batch=1, queries=384, keys=384, heads=1, groups=1, width=16, documents=[128, 256],
         dtype=torch.float32, device=device,
     )  # fmt: skip
@@ -199,10 +220,10 @@ def test_the_blocks_of_other_documents_are_not_read(device):
 
 
 @pytest.mark.parametrize("keys", [0, 3])
-def test_nothing_to_see_gives_zero(keys, device):
+def test_queries_without_keys_give_zero(keys, device):
     q, k = torch.randn(1, 3, 2, 16, device=device), torch.randn(1, keys, 2, 16, device=device)
-    spans, *rest = causal(q, k)
-    nothing = type(spans)(torch.zeros_like(spans.first), torch.zeros_like(spans.end))
+    key_ranges, *rest = causal(q, k)
+    nothing = KeyRanges(*(torch.zeros_like(x) for x in key_ranges[:2]))
     out, lse = triton.forward(q, k, k, nothing, *rest)
     gradients = triton.backward(q, q, k, k, lse, lse.new_zeros(lse.shape), nothing, *rest)
     assert (lse == -torch.inf).all()

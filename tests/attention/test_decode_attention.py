@@ -6,14 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu3_kernels import decode_attention
-from emu3_kernels.ops.attention import decode_attention_cases as cases
-from emu3_kernels.ops.attention import decode_attention_reference as reference
+from emu3_kernels.ops.attention import reference
+from emu3_kernels.ops.attention.cases import paged
 from emu3_kernels.runtime import library
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import at_level, backends, double, runnable
+from emu3_kernels.testing.suite import at_level, backends, cases, double, runnable
 
-BACKENDS = [*backends("decode_attention")]
-NATIVE = [backend for backend in BACKENDS if backend.startswith("cpu@")]
+CASES = cases("decode_attention")
+BACKENDS = [backend for backend in backends("decode_attention") if backend != "cuda"]
+"""CUDA C++ runs on tensors on a GPU alone, and on a CPU under tests/gates/fibers."""
+CPU = [backend for backend in BACKENDS if backend.startswith("cpu@")]
 
 
 def call(backend, inputs):
@@ -24,7 +26,7 @@ def call(backend, inputs):
 
 def make(dtype=torch.float32, **size):
     stated = {"batch": 1, "new": 1, "heads": 2, "groups": 1, "width": 64}
-    return cases.make(**stated | size, dtype=dtype, device="cpu")
+    return CASES.make(**stated | size, dtype=dtype, device="cpu")
 
 
 def check(backend, inputs):
@@ -38,7 +40,7 @@ def check(backend, inputs):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("capacity", [1, 31, 32, 33, 63, 64, 65, 256, 257, 513])
 def test_blocks_and_pieces_and_a_key(backend, capacity):
-    """32 or 64 keys are a block, 256 a piece of the native kernel."""
+    """A block is 32 or 64 keys, a split of the CPU kernel 256."""
     check(backend, make(capacity=capacity))
 
 
@@ -46,11 +48,11 @@ def test_blocks_and_pieces_and_a_key(backend, capacity):
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (6, 2), (8, 1), (4, 4), (7, 1)])
 @pytest.mark.parametrize("new", [1, 3, 16])
 def test_every_number_of_queries_that_share_a_key(backend, heads, groups, new):
-    """From 1 to 128: tiles of 4, 2 and 1, and more than the rows of one product."""
+    """From 1 to 128: tiles of 4, 2 and 1, and more than the rows of one dot."""
     check(backend, make(new=new, heads=heads, groups=groups, capacity=70, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("backend", CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 24, 32, 40, 96, 256])
 def test_every_head_width_on_a_cpu(backend, width, dtype):
@@ -79,10 +81,10 @@ def calls(draw):
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(size=calls())
 def test_any_lengths_and_pages(backend, size):
-    check(backend, cases.make(**size, dtype=runnable(backend, torch.bfloat16), device="cpu"))
+    check(backend, CASES.make(**size, dtype=runnable(backend, torch.bfloat16), device="cpu"))
 
 
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("backend", CPU)
 def test_the_number_of_threads_changes_nothing(backend):
     inputs = make(torch.bfloat16, batch=2, capacity=2000, heads=4, lengths=[2000, 700])
     before = torch.get_num_threads()
@@ -97,8 +99,8 @@ def test_the_number_of_threads_changes_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_layer_of_a_cache_is_read_where_it_lies(backend):
-    """Views of ``[L, B, S, G, K]``, and heads outside the positions; none is copied."""
+def test_a_layer_of_a_cache_is_read_in_place(backend):
+    """Views of ``[L, B, S, KV, K]``, and heads outside the positions; none is copied."""
     inputs = make(batch=2, capacity=300, heads=4, groups=2, lengths=[300, 41])
     expected = call(backend, inputs)
     caches = torch.stack([torch.full_like(inputs["k_cache"], torch.nan), inputs["k_cache"]])
@@ -116,12 +118,12 @@ def test_a_layer_of_a_cache_is_read_where_it_lies(backend):
 def test_pages_hold_what_a_plain_cache_does(backend):
     plain = make(torch.float32, batch=2, new=3, capacity=192, heads=4, lengths=[192, 100])
     random = torch.Generator().manual_seed(3)
-    k, v, table = cases.paged(plain["k_cache"], plain["v_cache"], 32, random)
+    k, v, table = paged(plain["k_cache"], plain["v_cache"], 32, random)
     assert not torch.equal(table, table.sort().values)
-    paged = plain | {"k_cache": k, "v_cache": v, "page_table": table}
-    strided = paged | {"page_table": table.repeat_interleave(2, dim=1)[:, ::2]}
+    inputs = plain | {"k_cache": k, "v_cache": v, "page_table": table}
+    strided = inputs | {"page_table": table.repeat_interleave(2, dim=1)[:, ::2]}
     expected = call(backend, plain)
-    assert torch.equal(call(backend, paged), expected)
+    assert torch.equal(call(backend, inputs), expected)
     assert torch.equal(call(backend, strided), expected)
 
 
@@ -139,7 +141,7 @@ def test_new_tokens_are_causal_among_themselves(backend):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_a_query_that_sees_nothing_gets_zero(backend):
+def test_a_query_without_a_key_gets_zero(backend):
     out = call(backend, make(batch=2, new=3, capacity=8, lengths=[0, 1]))
     assert out[0].eq(0).all()
     assert out[1, :2].eq(0).all()
@@ -154,7 +156,7 @@ def test_large_scores_do_not_overflow(backend):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_a_nan_among_the_keys_is_not_hidden(backend):
+def test_a_nan_among_the_keys_is_not_masked(backend):
     inputs = make(capacity=600, heads=2)
     inputs["k_cache"][0, 17, 0, 3] = torch.nan
     assert call(backend, inputs).isnan().all()
@@ -190,8 +192,8 @@ def test_bad_arguments_are_named():
     refused(ValueError, "has no gradient", q=q.clone().requires_grad_())
 
 
-@pytest.mark.skipif(not NATIVE, reason="the native library was not built")
-def test_the_native_kernel_checks_what_a_traced_call_could_not():
+@pytest.mark.skipif(not CPU, reason="the native library was not built")
+def test_the_cpu_kernel_checks_values_that_a_traced_call_could_not():
     q, cache = torch.randn(1, 1, 1, 8), torch.randn(2, 4, 1, 8)
     op = torch.ops.emu3_kernels.decode_attention
     lengths, table = torch.tensor([5], dtype=torch.int32), torch.tensor([[0, 2]], dtype=torch.int32)
@@ -212,9 +214,9 @@ def test_a_backend_that_cannot_run_says_why():
             decode_attention(**double(inputs) | {"scale": 1.0}, backend="cpu")
 
 
-@pytest.mark.parametrize("size", cases.CHECK)
+@pytest.mark.parametrize("size", CASES.check)
 def test_sdpa_a_row_at_a_time(size):
-    inputs = cases.make(**size, dtype=torch.float32, device="cpu")
+    inputs = CASES.make(**size, dtype=torch.float32, device="cpu")
     if inputs["page_table"] is None:
         check("sdpa", inputs)
     else:

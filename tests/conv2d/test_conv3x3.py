@@ -1,19 +1,18 @@
-"""What is special about conv3x3: what it leaves to PyTorch, its error, pictures by themselves."""
+"""What is special about conv3x3: the calls it leaves to PyTorch, its error, single images."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from emu3_kernels import conv3x3, record_backends
-from emu3_kernels.ops.conv2d import api, cases
-from emu3_kernels.ops.conv2d import cpu as native
-from emu3_kernels.ops.conv2d.reference import conv3x3 as reference
-from emu3_kernels.testing.suite import double
+from emu3_kernels.ops.conv2d import api
+from emu3_kernels.runtime.dispatch import Backend
+from emu3_kernels.testing.suite import backends_of, cases, double, reference
 
 
 def operands(dtype: torch.dtype = torch.bfloat16, **changes: object) -> dict:
     size = {"shape": [2, 32, 45, 47], "out": 64, "residual": True} | changes
-    return cases.make(**size, dtype=dtype, device="cpu")
+    return cases("conv3x3").make(**size, dtype=dtype, device="cpu")
 
 
 def ran(**inputs: object) -> str:
@@ -23,7 +22,7 @@ def ran(**inputs: object) -> str:
 
 
 @pytest.mark.skipif(api.HAS_TILES, reason="oneDNN is faster on AMX")
-def test_bfloat16_is_native_and_the_rest_is_pytorch_s():
+def test_bfloat16_is_ours_and_the_rest_is_pytorch_s():
     assert ran(**operands()) == "cpu"
     assert ran(**operands(torch.float32)) == "aten"
     assert ran(**operands(shape=[9, 32, 40, 40])) == "aten"
@@ -32,27 +31,27 @@ def test_bfloat16_is_native_and_the_rest_is_pytorch_s():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dtype": torch.float32}, "torch.float32 would lose digits"),
+        ({"dtype": torch.float32}, "torch.float32 would lose precision"),
         ({"shape": [1, 24, 48, 48]}, "24 to 64 channels are not multiples of 16 and 64"),
         ({"out": 96}, "32 to 96 channels are not multiples of 16 and 64"),
         ({"shape": [9, 32, 40, 41]}, "110 tiles of 4x4 pixels are fewer than 128"),
     ],
 )
-def test_what_native_leaves_to_others_is_named(changes, reason):
+def test_what_cpu_leaves_to_others_is_named(changes, reason):
     with pytest.raises(NotImplementedError, match=f"^conv3x3: backend 'cpu' cannot.*{reason}"):
         conv3x3(**operands(**changes), backend="cpu")
 
 
 def test_its_mean_error_is_that_of_one_rounding():
-    """Winograd in bfloat16 would be off by ten times as much: it multiplies in float32."""
+    """Winograd in bfloat16 would have ten times the error: it computes in float32."""
     inputs = operands(shape=[1, 256, 48, 48])
-    exact = reference(**double(inputs))
+    exact = reference("conv3x3")(**double(inputs))
     error = (conv3x3(**inputs, backend="cpu").double() - exact).abs().mean()
     once = (exact.bfloat16().double() - exact).abs().mean()
     assert error < 1.01 * once
 
 
-def test_a_picture_does_not_depend_on_its_batch_nor_on_the_threads():
+def test_an_image_does_not_depend_on_its_batch_nor_on_the_threads():
     inputs = operands(shape=[3, 32, 45, 47])
     whole = conv3x3(**inputs, backend="cpu")
     apart = {"weight": inputs["weight"], "bias": inputs["bias"], "backend": "cpu"}
@@ -60,15 +59,15 @@ def test_a_picture_does_not_depend_on_its_batch_nor_on_the_threads():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            pictures = zip(inputs["x"].split(1), inputs["residual"].split(1), strict=True)
-            alone = [conv3x3(x, residual=residual, **apart) for x, residual in pictures]
+            images = zip(inputs["x"].split(1), inputs["residual"].split(1), strict=True)
+            alone = [conv3x3(x, residual=residual, **apart) for x, residual in images]
             assert torch.cat(alone).equal(whole)
     finally:
         torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("asked", [("x",), ("weight",), ("weight", "bias"), ("residual",)])
-def test_no_gradient_is_computed_that_nobody_asked_for(asked, monkeypatch):
+def test_no_gradient_is_computed_that_is_not_needed(asked, monkeypatch):
     inputs, computed = operands(), []
     y = conv3x3(**{name: t.requires_grad_() for name, t in inputs.items()}, backend="cpu")
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
@@ -78,8 +77,9 @@ def test_no_gradient_is_computed_that_nobody_asked_for(asked, monkeypatch):
         computed.extend(backward(*args))
         return computed
 
-    backward = native.backward
-    monkeypatch.setattr(native, "backward", kept)
+    cpu = backends_of("conv3x3")["cpu"]
+    backward = cpu.backward
+    monkeypatch.setitem(api.CONV3X3, "cpu", Backend(cpu.why_not, cpu.forward, kept))
     for name, tensor in inputs.items():
         tensor.requires_grad_(name in asked)
     conv3x3(**inputs, backend="cpu").backward(dy)
@@ -88,7 +88,7 @@ def test_no_gradient_is_computed_that_nobody_asked_for(asked, monkeypatch):
     assert all(inputs[name].grad.equal(every[name]) for name in asked)
 
 
-def test_pytorch_s_own_is_called_as_it_is():
+def test_aten_is_pytorch_s_own_convolution():
     x, weight, bias, residual = operands(torch.float32).values()
     expected = F.conv2d(x, weight, bias, padding=1) + residual
     assert conv3x3(x, weight, bias, residual, backend="aten").equal(expected)

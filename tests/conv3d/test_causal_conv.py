@@ -96,8 +96,8 @@ def four_threads():
 def test_the_block_is_two_convolutions_bit_for_bit(backend, dtype, shape):
     """At once and, since it is how the two stream, in pieces.
 
-    The generic suite asks for gradients, and so for two passes: this is the test of the one. Four
-    threads cut its shapes into tiles of frames and of rows, which have to compute what lies around.
+    The generic suite needs gradients, which take two passes: this tests the one pass. Four
+    threads split its shapes into tiles of frames and of rows, which recompute their borders.
     Triton's, which is two launches, has a test in bfloat16.
     """
     name, level = at_level(backend)
@@ -129,12 +129,12 @@ def test_the_number_of_threads_changes_no_bit(op):
         assert all(torch.equal(other[name], value) for other in results[1:]), name
 
 
-def gradients(op: str, inputs: dict, asked: tuple[str, ...]) -> dict[str, Tensor]:
-    """Of the inputs that are ``asked`` for, while the others require none."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in asked}
+def gradients(op: str, inputs: dict, wrt: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the gradients of the inputs ``wrt``; the others require none."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in wrt}
     y = getattr(emu3_kernels, op)(**inputs | leaves)
     dy = draw(*y.shape, seed=7, dtype=y.dtype)
-    return dict(zip(asked, torch.autograd.grad(y, tuple(leaves.values()), dy), strict=True))
+    return dict(zip(wrt, torch.autograd.grad(y, tuple(leaves.values()), dy), strict=True))
 
 
 def recorded(function: Callable) -> tuple[Callable, list]:
@@ -150,11 +150,11 @@ def recorded(function: Callable) -> tuple[Callable, list]:
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(
-    "asked",
+    "wrt",
     [("x",), ("scale",), ("shift",), ("weight",), ("bias",), ("residual",), ("x", "weight")],
 )
-def test_only_the_gradients_that_are_needed_are_computed(backend, asked, monkeypatch):
-    """Those of norms come with the video's, of biases with the weights': sums of the same elements."""
+def test_only_the_gradients_that_are_needed_are_computed(backend, wrt, monkeypatch):
+    """Gradients of norms come with dx, of biases with dweight: sums over the same elements."""
     inputs = {"x": draw(1, 3, 3, 4, 5), "weight": draw(2, 3, 3, 3, 3, seed=1), "bias": draw(2)}
     inputs |= {"scale": draw(3, seed=2), "shift": draw(3, seed=3), "residual": draw(1, 2, 3, 4, 5)}
     how = {"activation": "silu", "post_activation": "silu", "backend": backend}
@@ -162,19 +162,19 @@ def test_only_the_gradients_that_are_needed_are_computed(backend, asked, monkeyp
     present = dispatch.backends("causal_conv3d")
     backward, results = recorded(present[backend].backward)
     monkeypatch.setitem(present, backend, replace(present[backend], backward=backward))
-    for name, gradient in gradients("causal_conv3d", inputs | how, asked).items():
+    for name, gradient in gradients("causal_conv3d", inputs | how, wrt).items():
         assert torch.equal(gradient, every[name])
     [(dx, dweight, dbias, dscale, dshift)] = results
     for together, names in (
         ((dx, dscale, dshift), {"x", "scale", "shift"}),
         ((dweight, dbias), {"weight", "bias"}),
     ):
-        assert all((gradient is not None) == bool(names & set(asked)) for gradient in together)
+        assert all((gradient is not None) == bool(names & set(wrt)) for gradient in together)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(
-    ("asked", "passes"),
+    ("wrt", "passes"),
     [
         (("weight2",), [(False, True)]),
         (("bias2",), [(False, True)]),
@@ -187,7 +187,7 @@ def test_only_the_gradients_that_are_needed_are_computed(backend, asked, monkeyp
         (("x",), [(True, False), (True, False)]),
     ],
 )
-def test_a_block_computes_only_the_passes_that_are_needed(backend, asked, passes, monkeypatch):
+def test_a_block_computes_only_the_passes_that_are_needed(backend, wrt, passes, monkeypatch):
     """Of the second convolution, and then of the first: the input's gradient, the weight's."""
     inputs = block_inputs([1, 3, 3, 4, 5], torch.float32)
     every = gradients("temporal_residual", inputs | {"backend": backend}, tuple(inputs))
@@ -201,8 +201,8 @@ def test_a_block_computes_only_the_passes_that_are_needed(backend, asked, passes
         return grads
 
     monkeypatch.setattr(block, "backward", of_block)
-    asked_for = gradients("temporal_residual", inputs | {"backend": backend}, asked)
-    for name, gradient in asked_for.items():
+    of_call = gradients("temporal_residual", inputs | {"backend": backend}, wrt)
+    for name, gradient in of_call.items():
         assert torch.equal(gradient, every[name])
     made = [(dx is not None, dweight is not None) for dx, dweight, *_ in results]
     assert made == passes
@@ -349,7 +349,7 @@ def test_what_the_cpu_kernels_leave_to_the_reference_is_named(shape, reason):
 
 
 def test_more_tiles_than_partial_sums_are_all_in_the_gradient():
-    """A batch of 19 is 19 tiles, whose sums 16 parts share."""
+    """A batch of 19 is 19 tiles, summed in 16 parts."""
     inputs = {"x": draw(19, 2, 2, 3, 5), "weight": draw(2, 2, 3, 3, 3, seed=1), "bias": draw(2)}
     inputs |= {"scale": draw(2, seed=2), "shift": draw(2, seed=3), "activation": "silu"}
     actual = value_and_gradients("causal_conv3d", partial(causal_conv3d, backend="cpu"), inputs)

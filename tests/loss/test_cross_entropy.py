@@ -1,4 +1,4 @@
-"""What is special about cross_entropy: what counts, what divides, extreme logits."""
+"""What is special about cross_entropy: valid tokens, the normalizer, extreme logits."""
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ def test_huge_logits_neither_overflow_nor_vanish(backend, dtype, shift):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rises", [True, False])
-def test_the_largest_logit_may_stand_in_any_block(backend, rises):
+def test_the_largest_logit_may_be_in_any_block(backend, rises):
     """Random logits have it in the first of two blocks mostly, and never scale the sum again."""
     logits = torch.linspace(-9, 9, 6000).repeat(2, 1) * (1 if rises else -1)
     targets = torch.tensor([0, 5999])
@@ -119,7 +119,7 @@ def test_the_largest_logit_may_stand_in_any_block(backend, rises):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_classes_at_minus_infinity_are_out_of_the_race(backend):
+def test_classes_at_minus_infinity_have_probability_zero(backend):
     """A whole first block of them: no difference of infinities may appear."""
     logits, targets = sample(3, 5000)
     targets = targets % 200 + 4800
@@ -133,7 +133,7 @@ def test_classes_at_minus_infinity_are_out_of_the_race(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("at", [0, 2500, 2999])
-def test_a_nan_is_seen_wherever_it_stands(backend, at):
+def test_a_nan_anywhere_gives_a_nan(backend, at):
     logits, targets = sample(2, 3000)
     logits[0, at] = NAN
     loss, dlogits = gradient(backend, logits, targets, reduction="none")
@@ -159,7 +159,7 @@ def test_where_a_row_starts_changes_no_bit(backend, dtype, num_classes):
 
 @pytest.mark.parametrize("backend", [*backends("cross_entropy")])
 def test_a_class_is_added_in_one_order_wherever_its_row_starts(backend):
-    """Three classes that share an accumulator, the last of them in a whole group or in a part."""
+    """Three classes that share an accumulator, the last in a whole vector or in the tail."""
     logits, targets = torch.full((8, 9001), -float("inf")), torch.full((8,), 9000)
     logits[:, 808::4096] = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     expected = gradient(backend, logits, targets, reduction="none")
@@ -219,7 +219,7 @@ def test_bad_arguments_are_named():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_gradient_that_is_no_number_stays_out_of_tokens_that_do_not_count(backend, reduction):
+def test_a_gradient_that_is_no_number_does_not_reach_ignored_tokens(backend, reduction):
     logits, targets = torch.randn(3, 5, requires_grad=True), torch.tensor([1, -100, 2])
     weights = torch.tensor([1.0, 1.0, 0.0])
     name, level = at_level(backend)
@@ -244,5 +244,5 @@ def test_over_no_token_a_normalizer_of_zero_divides_nothing(normalizer):
     assert cross_entropy(logits, none, normalizer=normalizer) == 0
 
 
-def test_no_class_at_all_is_fine_where_no_token_counts():
+def test_no_class_at_all_is_fine_without_a_valid_token():
     assert cross_entropy(torch.zeros(2, 3, 0), torch.full((2, 3), -100)) == 0

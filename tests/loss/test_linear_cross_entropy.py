@@ -1,4 +1,4 @@
-"""What is special about linear_cross_entropy: dropped tokens, tiles, kept gradients."""
+"""What is special about linear_cross_entropy: dropped tokens, chunks, saved gradients."""
 
 from functools import partial
 
@@ -7,16 +7,23 @@ import torch
 import torch.nn.functional as F
 
 from emu3_kernels import cross_entropy, linear_cross_entropy
-from emu3_kernels.ops.loss import blocks
-from emu3_kernels.ops.loss import linear_cross_entropy_cases as cases
-from emu3_kernels.ops.loss import linear_cross_entropy_reference as reference
-from emu3_kernels.ops.loss.tiles import MEMORY, MIN_CLASSES, MIN_TOKENS
+from emu3_kernels.ops.loss import chunks
+from emu3_kernels.ops.loss.chunking import MEMORY, MIN_CLASSES, MIN_TOKENS
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import at_level, backends, double, runnable, value_and_gradients
+from emu3_kernels.testing.suite import (
+    at_level,
+    backends,
+    cases,
+    double,
+    runnable,
+    value_and_gradients,
+)
+from emu3_kernels.testing.suite import reference as reference_of
 
 FUSED = list(backends("linear_cross_entropy"))
-SEVERAL_TILES = {
-    "tokens": MIN_TOKENS * 8 // 5,  # of which two thirds count
+REFERENCE = reference_of("linear_cross_entropy")
+SEVERAL_CHUNKS = {
+    "tokens": MIN_TOKENS * 8 // 5,  # of which two thirds are valid
     "width": 24,
     "classes": 2 * MIN_CLASSES + 37,
     "weighted": True,
@@ -32,7 +39,7 @@ def run(backend, inputs, **settings):
 
 
 def make(dtype=torch.float32, **size):
-    return cases.make(**size, dtype=dtype, device="cpu")
+    return cases("linear_cross_entropy").make(**size, dtype=dtype, device="cpu")
 
 
 def assert_same(actual, expected):
@@ -45,13 +52,11 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize(
     "settings", [{}, {"reduction": "none"}, {"label_smoothing": 0.1, "z_loss": 1e-3}]
 )
-def test_several_tiles_are_as_accurate_as_one(backend, dtype, settings):
-    inputs = make(runnable(backend, dtype), **SEVERAL_TILES, **settings)
+def test_several_chunks_are_as_accurate_as_one(backend, dtype, settings):
+    inputs = make(runnable(backend, dtype), **SEVERAL_CHUNKS, **settings)
     actual = run(backend, inputs, memory=0)
-    low = value_and_gradients("linear_cross_entropy", reference.linear_cross_entropy, inputs)
-    exact = value_and_gradients(
-        "linear_cross_entropy", reference.linear_cross_entropy, double(inputs)
-    )
+    low = value_and_gradients("linear_cross_entropy", REFERENCE, inputs)
+    exact = value_and_gradients("linear_cross_entropy", REFERENCE, double(inputs))
     for name, value in actual.items():
         assert_as_accurate(name, value, low[name], exact[name])
 
@@ -59,11 +64,11 @@ def test_several_tiles_are_as_accurate_as_one(backend, dtype, settings):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("memory", [0, MEMORY])
 def test_dropping_tokens_is_exact(backend, memory):
-    """The tokens that count give the bits that they give alone, whatever the others hold.
+    """Valid tokens alone give the same bits, whatever the hidden states of the others.
 
-    Only the sum over tokens may add in another order.
+    Only the sum over tokens may have another order.
     """
-    inputs = make(**SEVERAL_TILES, reduction="sum")
+    inputs = make(**SEVERAL_CHUNKS, reduction="sum")
     kept = (inputs["targets"] != -100) & (inputs["weights"] != 0)
     alone = inputs | {name: inputs[name][kept] for name in ("hidden", "targets", "weights")}
     inputs["hidden"][~kept] = float("nan")
@@ -84,7 +89,7 @@ def test_no_token_at_all_costs_nothing(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_it_is_cross_entropy_of_the_logits(backend):
-    inputs = make(**SEVERAL_TILES, z_loss=0.1, reduction="none")
+    inputs = make(**SEVERAL_CHUNKS, z_loss=0.1, reduction="none")
     hidden, head, *_ = inputs.values()
     rest = {name: value for name, value in inputs.items() if name not in ("hidden", "head")}
     expected = cross_entropy(F.linear(hidden, head), **rest)
@@ -92,7 +97,7 @@ def test_it_is_cross_entropy_of_the_logits(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_the_kept_gradient_is_scaled_as_often_as_it_is_asked_for(backend):
+def test_the_saved_gradient_is_scaled_in_every_backward_pass(backend):
     inputs = make(tokens=5, width=24, classes=33)
     name, level = at_level(backend)
     hidden = inputs.pop("hidden").requires_grad_()
@@ -105,7 +110,7 @@ def test_the_kept_gradient_is_scaled_as_often_as_it_is_asked_for(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_without_gradients_the_value_is_the_same(backend):
-    inputs = make(**SEVERAL_TILES)
+    inputs = make(**SEVERAL_CHUNKS)
     name, level = at_level(backend)
     with level:
         loss = linear_cross_entropy(**inputs, backend=name)
@@ -114,7 +119,7 @@ def test_without_gradients_the_value_is_the_same(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_two_runs_and_two_thread_counts_give_the_same_bits(backend):
-    inputs = make(runnable(backend, torch.bfloat16), **SEVERAL_TILES)
+    inputs = make(runnable(backend, torch.bfloat16), **SEVERAL_CHUNKS)
     threads = torch.get_num_threads()
     first = run(backend, inputs)
     torch.set_num_threads(1)
@@ -125,8 +130,8 @@ def test_two_runs_and_two_thread_counts_give_the_same_bits(backend):
 
 
 @pytest.fixture
-def products(monkeypatch):
-    """The multiplications of every matrix product; a dispatch mode sees no inside of an op."""
+def gemms(monkeypatch):
+    """M * N * K of every GEMM; a dispatch mode does not see inside a custom op."""
     counts = []
 
     def counted(function, *args, **kwargs):
@@ -134,7 +139,7 @@ def products(monkeypatch):
         counts.append(left.shape[0] * left.shape[1] * right.shape[1])
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(blocks, "mm_", partial(counted, blocks.mm_))
+    monkeypatch.setattr(chunks, "mm_", partial(counted, chunks.mm_))
     return counts
 
 
@@ -148,15 +153,15 @@ def products(monkeypatch):
         (torch.float32, 0, True, True, 3),
         (torch.bfloat16, 0, True, False, 2),
         (torch.bfloat16, 0, False, False, 1),
-        (torch.bfloat16, 0, True, True, 3 + 2 / 3),  # three blocks, the last is still there
+        (torch.bfloat16, 0, True, True, 3 + 2 / 3),  # three chunks, the last is still there
         (torch.bfloat16, 0, False, True, 2 + 2 / 3),
     ],
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_product_is_made_that_nobody_asked_for(
-    dtype, memory, hidden, head, expected, reduction, products
+def test_no_gemm_runs_for_a_gradient_that_is_not_needed(
+    dtype, memory, hidden, head, expected, reduction, gemms
 ):
-    """A head that is frozen costs its products, a trunk that is frozen its own."""
+    """A frozen head saves the GEMM of dhead, a frozen trunk that of dhidden."""
     size = {"tokens": 3 * MIN_TOKENS, "width": 8, "classes": 3 * MIN_CLASSES, "dropped": 0.0}
     inputs = make(dtype, **size)
     inputs["hidden"].requires_grad_(hidden)
@@ -165,27 +170,27 @@ def test_no_product_is_made_that_nobody_asked_for(
     if hidden or head:
         loss.sum().backward()
     one = size["tokens"] * size["width"] * size["classes"]
-    again = reduction == "none" and (hidden or head)  # the forward pass keeps nothing then
-    assert sum(products) == pytest.approx((expected + again) * one)
+    again = reduction == "none" and (hidden or head)  # the forward pass saves nothing then
+    assert sum(gemms) == pytest.approx((expected + again) * one)
 
 
-def test_only_what_does_not_fit_is_multiplied_again(products):
-    """The tile that is still there on the way back is a whole one, the first takes what is left."""
+def test_only_the_chunks_that_do_not_fit_are_computed_again(gemms):
+    """The chunk that is kept for the backward pass is whole; the first takes the remainder."""
     size = {"tokens": 3 * MIN_TOKENS, "width": 8, "classes": 2 * MIN_CLASSES + 37, "dropped": 0.0}
     inputs = make(torch.bfloat16, **size)
     inputs["hidden"].requires_grad_()
     inputs["head"].requires_grad_()
     linear_cross_entropy(**inputs, memory=0).backward()
     multiplied = 3 * size["classes"] + size["classes"] - MIN_CLASSES
-    assert sum(products) == multiplied * size["tokens"] * size["width"]
+    assert sum(gemms) == multiplied * size["tokens"] * size["width"]
 
 
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
 @pytest.mark.parametrize("name", ["hidden", "head"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_one_gradient_alone_is_as_accurate_as_both(backend, name, reduction):
-    inputs = make(runnable(backend, torch.bfloat16), **SEVERAL_TILES, reduction=reduction)
-    oracle = partial(value_and_gradients, "linear_cross_entropy", reference.linear_cross_entropy)
+    inputs = make(runnable(backend, torch.bfloat16), **SEVERAL_CHUNKS, reduction=reduction)
+    oracle = partial(value_and_gradients, "linear_cross_entropy", REFERENCE)
     low, exact = oracle(inputs), oracle(double(inputs))
     chosen, level = at_level(backend)
     leaf = inputs[name].detach().requires_grad_()
@@ -196,7 +201,7 @@ def test_one_gradient_alone_is_as_accurate_as_both(backend, name, reduction):
     assert_as_accurate(name, gradient, low[f"d{name}"], exact[f"d{name}"])
 
 
-def test_one_graph_serves_every_number_of_tokens_that_count():
+def test_one_graph_serves_every_number_of_valid_tokens():
     torch.compiler.reset()
     call = partial(linear_cross_entropy, backend="cpu")
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -227,7 +232,7 @@ def test_bad_arguments_are_named(backend):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_gradient_that_is_no_number_stays_out_of_tokens_that_do_not_count(reduction):
+def test_a_gradient_that_is_no_number_does_not_reach_ignored_tokens(reduction):
     hidden, head = torch.randn(3, 8, requires_grad=True), torch.randn(9, 8)
     loss = linear_cross_entropy(hidden, head, torch.tensor([1, -100, 2]), reduction=reduction)
     (loss.sum() * float("nan")).backward()
@@ -235,7 +240,7 @@ def test_a_gradient_that_is_no_number_stays_out_of_tokens_that_do_not_count(redu
     assert not hidden.grad[1].any()
 
 
-def test_a_head_without_channels_finds_all_classes_alike():
+def test_a_head_without_channels_gives_all_classes_the_same_logit():
     loss = linear_cross_entropy(
         torch.zeros(2, 3, 0), torch.zeros(7, 0), torch.zeros(2, 3, dtype=torch.int64)
     )
@@ -244,8 +249,8 @@ def test_a_head_without_channels_finds_all_classes_alike():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
-def test_autocast_narrows_the_operands_and_nothing_more(backend, reduction):
-    """A head of float32 under a decoder that autocast had narrowed was refused."""
+def test_autocast_casts_hidden_and_head_alone(backend, reduction):
+    """A float32 head raised under a decoder whose output autocast had cast."""
     name, level = at_level(backend)
     narrow = runnable(backend, torch.bfloat16)
     inputs = make(tokens=70, width=16, classes=1100)

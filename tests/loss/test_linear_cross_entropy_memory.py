@@ -1,4 +1,4 @@
-"""What linear_cross_entropy takes beyond its gradients, measured: never more than allowed."""
+"""The memory that linear_cross_entropy allocates beyond its gradients, measured."""
 
 import subprocess
 import sys
@@ -10,17 +10,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from emu3_kernels import linear_cross_entropy
-from emu3_kernels.ops.loss import linear_cross_entropy_api as api
-from emu3_kernels.ops.loss import linear_cross_entropy_cases as cases
-from emu3_kernels.ops.loss.halves import Halves
-from emu3_kernels.ops.loss.tiles import (
+from emu3_kernels.ops.loss import api
+from emu3_kernels.ops.loss.chunking import (
+    BYTES_PER_TOKEN,
     MIN_CLASSES,
     MIN_TOKENS,
     SCRATCH,
-    VECTORS,
     aligned,
 )
+from emu3_kernels.ops.loss.split_sum import SplitSum
 from emu3_kernels.runtime.gemm import mm_
+from emu3_kernels.testing.suite import cases
 
 MIB = 1 << 20
 TOKENS, WIDTH, CLASSES = 900, 64, 5003
@@ -30,7 +30,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 def caller(dtype, tokens, classes, memory, wants, **settings):
     """A call with its gradients, and the bytes of these."""
     size = {"tokens": tokens, "width": WIDTH, "classes": classes, "dropped": 0.0}
-    inputs = cases.make(**size, dtype=dtype, device="cpu")
+    inputs = cases("linear_cross_entropy").make(**size, dtype=dtype, device="cpu")
     leaves = [inputs[name].requires_grad_() for name in wants]
 
     def call():
@@ -55,8 +55,8 @@ def peak(call):
 
 
 def least(dtype, tokens):
-    """The documented minimum: the larger of the two smallest tiles, and what goes with them."""
-    per_token = VECTORS + WIDTH * (2 * dtype.itemsize + 8)
+    """The documented minimum: the larger of the two smallest chunks, and its temporaries."""
+    per_token = BYTES_PER_TOKEN + WIDTH * (2 * dtype.itemsize + 8)
     of_tokens = MIN_TOKENS * aligned(CLASSES) * dtype.itemsize
     of_classes = tokens * MIN_CLASSES * dtype.itemsize
     return max(of_tokens, of_classes) + tokens * per_token + SCRATCH
@@ -66,7 +66,7 @@ def least(dtype, tokens):
 @pytest.mark.parametrize("memory", [0, 14 * MIB, 40 * MIB])
 @pytest.mark.parametrize("wants", [("hidden", "head"), ("hidden",), ("head",), ()])
 @pytest.mark.parametrize("settings", [{}, {"reduction": "none", "label_smoothing": 0.1}])
-def test_the_allocator_gives_no_more_than_the_memory(dtype, memory, wants, settings):
+def test_the_allocator_hands_out_no_more_than_the_memory(dtype, memory, wants, settings):
     call, gradients = caller(dtype, TOKENS, CLASSES, memory, wants, **settings)
     assert peak(call) - gradients <= max(memory, least(dtype, TOKENS))
 
@@ -80,23 +80,23 @@ def test_by_default_it_may_copy_hidden_too(dtype, monkeypatch):
     assert peak(call) == peak(told)
 
 
-def test_a_sum_of_halves_is_the_float32_sum_rounded_once():
+def test_a_split_sum_is_the_float32_sum_rounded_once():
     parts = slice(0, 24), slice(24, 40)
-    tiles = [(draw(9, 40, seed=i).t(), draw(9, 24, seed=i + 9)) for i in range(3)]
+    chunks = [(draw(9, 40, seed=i).t(), draw(9, 24, seed=i + 9)) for i in range(3)]
     expected = torch.zeros(40, 24)
-    for (a, b), part in product(tiles, parts):
+    for (a, b), part in product(chunks, parts):
         mm_(expected[part], a[part], b, add=True)
     for out in (draw(40, 24, seed=0), draw(24, 40, seed=0).t()):
-        halves = Halves(out, 24)
-        for (i, (a, b)), part in product(enumerate(tiles), parts):
-            halves.add_(part, a[part], b, first=i == 0, last=i == 2)
+        split_sum = SplitSum(out, 24)
+        for (i, (a, b)), part in product(enumerate(chunks), parts):
+            split_sum.add_(part, a[part], b, first=i == 0, last=i == 2)
         assert out.equal(expected.bfloat16())
 
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux resets the peak of a process")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_process_grows_by_no_more_than_the_memory(dtype):
-    """At Emu3's vocabulary; products that pack their operands would be seen here alone."""
+    """At Emu3's vocabulary; a GEMM that packs its operands shows here alone."""
     memory = 96 * MIB
     arguments = [str(dtype).removeprefix("torch."), str(memory)]
     done = subprocess.run(

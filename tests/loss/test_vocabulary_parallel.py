@@ -1,6 +1,6 @@
 """linear_cross_entropy over a group equals one process: 2 and 4 ranks of gloo, uneven shards.
 
-One fixture starts four processes, in which every case runs; the tests look at what they gave.
+One fixture starts four processes, which run every case; the tests check their results.
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -13,22 +13,20 @@ import torch
 import torch.distributed as dist
 
 from emu3_kernels import linear_cross_entropy as call
-from emu3_kernels.ops.loss import linear_cross_entropy_cases as cases
-from emu3_kernels.ops.loss import linear_cross_entropy_reference as reference
-from emu3_kernels.ops.loss.tiles import MEMORY, tile
+from emu3_kernels.ops.loss.chunking import MEMORY, chunking
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import double, value_and_gradients
+from emu3_kernels.testing.suite import cases, double, reference, value_and_gradients
 
 OP = "linear_cross_entropy"
 WORLD = 4
 PATIENCE = timedelta(seconds=60)
 UNEVEN = {(0, 1): (1533, 667), (2, 3): (0, 2200), (0, 1, 2, 3): (600, 0, 1533, 67)}
-"""The classes of the ranks of each group: with 1,024 at the least, the largest make two tiles."""
+"""The classes of the ranks of each group: with 1,024 at the least, the largest make two chunks."""
 WIDTH, CLASSES = 16, 2200
 FEW, MANY = 210, 900
-"""Tokens, of which every third is ignored: three tiles of 64, and two of 320."""
+"""Tokens, of which every third is ignored: three chunks of 64, and two of 320."""
 SUMMED = 11_150_000
-"""Bytes in which the bfloat16 dhead of MANY tokens is added up over tiles of them."""
+"""Bytes in which the bfloat16 dhead of MANY tokens is added up over chunks of them."""
 SETTINGS = {
     "mean": {"weighted": True},
     "none": {"reduction": "none", "weighted": True, "z_loss": 1e-2},
@@ -49,11 +47,11 @@ def shards(head, ranks):
 
 def make(settings, tokens, dtype):
     size = {"tokens": tokens, "width": WIDTH, "classes": CLASSES, **SETTINGS[settings]}
-    return cases.make(**size, dtype=dtype, device="cpu")
+    return cases(OP).make(**size, dtype=dtype, device="cpu")
 
 
 def make_small(dtype):
-    return cases.make(tokens=9, width=8, classes=20, dtype=dtype, device="cpu")
+    return cases(OP).make(tokens=9, width=8, classes=20, dtype=dtype, device="cpu")
 
 
 def on_rank(rank, store):
@@ -125,7 +123,7 @@ def ranks(tmp_path_factory):
 
 
 def truth(inputs):
-    oracle = partial(value_and_gradients, OP, reference.linear_cross_entropy)
+    oracle = partial(value_and_gradients, OP, reference(OP))
     return oracle(inputs), oracle(double(inputs))
 
 
@@ -145,7 +143,7 @@ def test_a_group_gives_what_one_process_gives(case, ranks):
         assert_as_accurate(value, numbers, low[value], exact[value])
 
 
-def test_no_token_that_counts_is_no_reason_to_wait(ranks):
+def test_without_a_valid_token_no_rank_waits(ranks):
     for given in ranks:
         for values in given["dropped"]:
             assert not any(value.any() for value in values.values())
@@ -169,16 +167,18 @@ def test_one_gradient_alone_is_the_same_gradient(ranks):
     assert_as_accurate("dhead", dhead, low["dhead"], exact["dhead"])
 
 
-def test_the_cases_cut_the_logits_in_every_way():
-    """Or their memories have lost their meaning."""
-    cuts = set()
+def test_the_cases_chunk_the_logits_in_every_way():
+    """Else the memories above are no longer right."""
+    chunkings = set()
     for backend, _, tokens, dtype, memory, ranks in CASES:
-        kept, largest = tokens * 2 // 3, max(UNEVEN[ranks])
-        cut = tile(kept, largest, WIDTH, dtype, memory, wants_head=True)
+        valid, largest = tokens * 2 // 3, max(UNEVEN[ranks])
+        chosen = chunking(valid, largest, WIDTH, dtype, memory, wants_head=True)
         if backend == "cpu":
             size = dtype.itemsize
-            cuts.add((size, cut.tokens < kept, cut.classes < largest, cut.sums_dhead))
-    assert cuts == {
+            chunkings.add(
+                (size, chosen.tokens < valid, chosen.classes < largest, chosen.sums_dhead)
+            )
+    assert chunkings == {
         (4, True, False, False),
         (2, False, False, False),
         (2, True, False, True),

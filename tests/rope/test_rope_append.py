@@ -1,4 +1,4 @@
-"""What is special about rope_append: it writes into caches, at slots that are not the positions."""
+"""rope_append beyond the generic suite: writes into caches at slots that differ from positions."""
 
 import pytest
 import torch
@@ -16,17 +16,17 @@ def call(backend, *args):
         return rope_append(*args, backend=name)
 
 
-def some_heads(dtype=torch.float32, batch=2, tokens=3):
-    """Views of a packed projection: four heads of q, two of k and of v."""
+def make_heads(dtype=torch.float32, batch=2, tokens=3):
+    """Views of a packed projection: four query heads, two KV heads."""
     return torch.randn(batch, tokens, 8, 70).to(dtype).split((4, 2, 2), dim=2)
 
 
-def some_caches(dtype=torch.float32, batch=2):
+def make_caches(dtype=torch.float32, batch=2):
     return torch.randn(2, batch, 9, 2, 70).to(dtype)
 
 
 def appended(q, k, v, caches, slots, positions):
-    """The two steps apart, one token at a time."""
+    """Two separate steps, one token at a time."""
     q, k = rope(q, k, *TABLES, positions, backend="reference")
     caches = caches.clone()
     for row in range(slots.shape[0]):
@@ -38,7 +38,7 @@ def appended(q, k, v, caches, slots, positions):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_row_continues_at_its_own_length(backend):
-    heads, caches = some_heads(tokens=1), some_caches()
+    heads, caches = make_heads(tokens=1), make_caches()
     slots = torch.tensor([[5], [2]])
     expected = appended(*heads, caches, slots, slots)
     q = call(backend, *heads, *TABLES, *caches, slots)
@@ -47,8 +47,8 @@ def test_every_row_continues_at_its_own_length(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_to_the_left_moves_the_slots_and_not_the_positions(backend):
-    heads, caches = some_heads(), some_caches()
+def test_left_padding_shifts_the_slots_and_not_the_positions(backend):
+    heads, caches = make_heads(), make_caches()
     slots = torch.arange(4, 7).expand(2, 3)
     positions = slots - torch.tensor([[4], [1]])
     expected = appended(*heads, caches, slots, positions)
@@ -59,9 +59,9 @@ def test_padding_to_the_left_moves_the_slots_and_not_the_positions(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_other_slot_is_touched_and_values_are_copied_bit_for_bit(backend, dtype):
+def test_no_other_slot_is_written_and_values_are_copied_bit_for_bit(backend, dtype):
     dtype = runnable(backend, dtype)
-    (q, k, v), caches = some_heads(dtype), some_caches(dtype)
+    (q, k, v), caches = make_heads(dtype), make_caches(dtype)
     v[0, 0, 0, 0], v[0, 0, 1, -1] = torch.finfo(dtype).tiny / 2, torch.inf  # a subnormal number
     before, slots = caches.clone(), torch.tensor([[8, 0, 3], [1, 2, 3]])
     call(backend, q, k, v, *TABLES, *caches, slots)
@@ -73,8 +73,8 @@ def test_no_other_slot_is_touched_and_values_are_copied_bit_for_bit(backend, dty
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_caches_may_be_views_of_one_layer_with_heads_outside_slots(backend):
-    """[layers, 2, B, G, S, K], as for an attention that wants heads first; K keeps unit stride."""
-    heads, everything = some_heads(), torch.randn(3, 2, 2, 2, 20, 70)
+    """[layers, 2, B, KV, S, K], as for an attention with heads first; K has unit stride."""
+    heads, everything = make_heads(), torch.randn(3, 2, 2, 2, 20, 70)
     caches = everything[1, ..., ::2, :].transpose(2, 3)
     before, slots = everything.clone(), torch.tensor([[8, 0, 3], [1, 2, 3]])
     expected = appended(*heads, caches, slots, slots)
@@ -87,8 +87,8 @@ def test_caches_may_be_views_of_one_layer_with_heads_outside_slots(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pages_of_one_pool_are_the_slots_of_a_single_row(backend):
-    q, k, v = (x.reshape(1, 6, -1, 70) for x in some_heads())
-    pool = some_caches(batch=4)  # four pages of nine slots
+    q, k, v = (x.reshape(1, 6, -1, 70) for x in make_heads())
+    pool = make_caches(batch=4)  # four pages of nine slots
     slots, positions = torch.tensor([[7, 8, 27, 35, 18, 0]]), torch.tensor([[7, 8, 9, 0, 1, 2]])
     caches = pool.view(2, 1, 36, 2, 70)
     expected = appended(q, k, v, caches, slots, positions)
@@ -98,7 +98,7 @@ def test_pages_of_one_pool_are_the_slots_of_a_single_row(backend):
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 def test_nothing_is_copied_on_the_way_into_the_caches(backend):
-    heads, caches = some_heads(), some_caches()
+    heads, caches = make_heads(), make_caches()
     slots = torch.tensor([[8, 0, 3], [1, 2, 3]])
     with torch.profiler.profile() as profile:
         call(backend, *heads, *TABLES, *caches, slots)
@@ -112,8 +112,8 @@ def test_nothing_is_copied_on_the_way_into_the_caches(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("outside", [-1, 9])
-def test_slots_outside_the_cache_are_refused_before_anything_is_written(backend, outside):
-    heads, caches = some_heads(), some_caches()
+def test_slots_outside_the_cache_raise_before_any_write(backend, outside):
+    heads, caches = make_heads(), make_caches()
     before, slots = caches.clone(), torch.tensor([[0, 1, 2], [0, 1, outside]])
     with pytest.raises(ValueError, match=r"rope_append: slots must lie in \[0, 9\), got"):
         call(backend, *heads, *TABLES, *caches, slots, slots.clamp(0, 8))
@@ -122,8 +122,8 @@ def test_slots_outside_the_cache_are_refused_before_anything_is_written(backend,
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("outside", [-1, 16])
-def test_positions_outside_the_tables_are_refused_before_anything_is_written(backend, outside):
-    heads, caches = some_heads(), some_caches()
+def test_positions_outside_the_tables_raise_before_any_write(backend, outside):
+    heads, caches = make_heads(), make_caches()
     before, positions = caches.clone(), torch.tensor([[0, 1, 2], [0, 1, outside]])
     with pytest.raises(ValueError, match=r"rope_append: positions must lie in \[0, 16\), got"):
         call(backend, *heads, *TABLES, *caches, positions.clamp(0, 8), positions)
@@ -132,7 +132,7 @@ def test_positions_outside_the_tables_are_refused_before_anything_is_written(bac
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_decoding_loop_compiles_once(backend):
-    heads, caches = some_heads(tokens=1), some_caches()
+    heads, caches = make_heads(tokens=1), make_caches()
     expected = caches.clone()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -148,8 +148,8 @@ def test_a_decoding_loop_compiles_once(backend):
     assert torch.equal(caches, expected)
 
 
-def test_a_gradient_is_refused():
-    (q, k, v), caches = some_heads(), some_caches()
+def test_a_call_that_needs_a_gradient_raises():
+    (q, k, v), caches = make_heads(), make_caches()
     slots = torch.zeros(2, 3, dtype=torch.int64)
     for leaf in (q, k, v):
         inputs = [x.clone().requires_grad_() if x is leaf else x for x in (q, k, v)]
@@ -161,8 +161,8 @@ def test_a_gradient_is_refused():
         rope_append(q, k, v, *TABLES, caches[0], caches[1].clone().requires_grad_(), slots)
 
 
-def test_bad_arguments_are_named():
-    (q, k, v), (keys, values) = some_heads(), some_caches()
+def test_bad_arguments_raise():
+    (q, k, v), (keys, values) = make_heads(), make_caches()
     slots = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"rope_append: q must be \[B, T, H, K\] and k"):
         rope_append(q, k[:, :2], v[:, :2], *TABLES, keys, values, slots)

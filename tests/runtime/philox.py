@@ -1,4 +1,4 @@
-"""The words of ``triton_dropout.py`` as they decide: a kernel that keeps ones."""
+"""A kernel that writes which elements ``triton_dropout.py`` keeps."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from tests.gates.emulated import emulated
 
 
 @triton.jit
-def _keep_kernel(seed_ptr, kept_ptr, width, drop_below, first_column, head, BLOCK: tl.constexpr):
+def keep_kernel(seed_ptr, kept_ptr, width, drop_below, first_column, head, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     keep = triton_dropout.keep(tl.load(seed_ptr), drop_below, row, first_column + c, head)
@@ -18,11 +18,11 @@ def _keep_kernel(seed_ptr, kept_ptr, width, drop_below, first_column, head, BLOC
 
 
 def kept(seed: Tensor, p: float, shape: tuple[int, int], first_column: int, head: int) -> Tensor:
-    """Launch the kernel over rows of ``shape``, whose columns begin at ``first_column``."""
+    """Launch the kernel over rows of ``shape``, whose columns start at ``first_column``."""
     result = torch.zeros(shape, dtype=torch.bool)
     block = triton.next_power_of_2(shape[1])
     scalars = shape[1], dropout.drop_below(p), first_column, head
-    _keep_kernel[(shape[0],)](seed, result, *scalars, BLOCK=block, enable_fp_fusion=True)
+    keep_kernel[(shape[0],)](seed, result, *scalars, BLOCK=block, enable_fp_fusion=True)
     return result
 
 
@@ -31,11 +31,11 @@ def kept_emulated(*args: object) -> Tensor:
         return kept(*args)
 
 
-def products() -> int:
-    """Count the upper halves of products in the code of a thread that holds eight columns."""
+def num_multiplies() -> int:
+    """Count the multiply-high instructions of a thread with eight columns."""
     types = dict.fromkeys(("width", "drop_below", "first_column", "head"), "i32")
     source = triton.compiler.ASTSource(
-        _keep_kernel,
+        keep_kernel,
         {"seed_ptr": "*i64", "kept_ptr": "*i1", **types, "BLOCK": "constexpr"},
         {"BLOCK": 1024, "first_column": 0},
         {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2)},

@@ -1,4 +1,4 @@
-"""What autograd may ask of every op beside its gradients: an answer, or a refusal."""
+"""Second and forward derivatives, and in-place writes: right, or refused, for every op."""
 
 from functools import partial
 
@@ -7,13 +7,12 @@ import torch
 
 from emu3_kernels import add_rms_norm, rms_norm, rope, rope_append, rope_tables
 from emu3_kernels.ops import OPS
-from emu3_kernels.testing.suite import differentiable, part, public
+from emu3_kernels.testing.suite import cases, differentiable, public
 
 
 def call(op):
     """The largest check of ``op`` on a backend of ours, and its inputs that have a gradient."""
-    cases = part(op, "cases")
-    inputs = cases.make(**cases.CHECK[-1], dtype=torch.float32, device="cpu")
+    inputs = cases(op).make(**cases(op).check[-1], dtype=torch.float32, device="cpu")
     return partial(public(op), **inputs), {n: inputs[n] for n in differentiable(op, inputs)}
 
 

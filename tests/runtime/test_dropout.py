@@ -1,6 +1,6 @@
-"""The random words of dropout: Philox as published, alike on every backend and in every shard.
+"""The random words of dropout: Philox as published, the same on every backend and shard.
 
-And ``add_rms_norm`` with dropout, where the generic suite does not go.
+Also ``add_rms_norm`` with dropout beyond the generic suite.
 """
 
 from importlib.util import find_spec
@@ -10,16 +10,16 @@ import torch
 from torch.utils._pytree import tree_map
 
 from emu3_kernels import add_rms_norm
-from emu3_kernels.ops.norm import add_rms_norm_cases as cases
+from emu3_kernels.ops.norm.cases import CASES
 from emu3_kernels.runtime import dropout
 from emu3_kernels.testing.suite import at_level, backends, value_and_gradients
 
 SEEDS = [torch.tensor(s) for s in (0, -1, 0x299F31D0A4093822, torch.iinfo(torch.int64).min)]
-SHARES = [0.0, 0.1, 0.5, 1 - 2**-40]
+PROBABILITIES = [0.0, 0.1, 0.5, 1 - 2**-40]
 TRITON = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 
 
-# Of Random123, the authors' own library: counter, key, words.
+# From Random123, the authors' own library: counter, key, words.
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     [
@@ -38,8 +38,8 @@ def test_philox_gives_the_published_words(counter, key, words):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_the_kept_share_is_what_was_asked_for(p):
-    """Over a million places, and over each of the four words: within five standard deviations."""
+def test_the_fraction_of_kept_elements_is_one_minus_p(p):
+    """Of a million elements, and of each of the four words: within five standard deviations."""
     rows, columns = torch.arange(1024)[:, None], torch.arange(1024)
     kept = dropout.keep(torch.tensor(7), p, rows, columns, 3).double()
     for part in (kept, *kept.unflatten(1, (-1, 4)).unbind(-1)):
@@ -48,7 +48,7 @@ def test_the_kept_share_is_what_was_asked_for(p):
 
 
 def test_another_seed_row_column_or_head_is_another_mask():
-    """Neighbours in any of them agree on half the places, as independent coins do."""
+    """Two masks agree on half the elements, as independent ones do."""
     rows, columns = torch.arange(256)[:, None], torch.arange(256)
     first = dropout.keep(torch.tensor(7), 0.5, rows, columns, 3)
     for seed, row, column, head in [
@@ -82,7 +82,7 @@ def test_the_seed_comes_from_the_generator_of_torch():
 
 
 @TRITON
-@pytest.mark.parametrize("p", SHARES)
+@pytest.mark.parametrize("p", PROBABILITIES)
 @pytest.mark.parametrize("seed", SEEDS, ids=hex)
 def test_triton_keeps_what_the_definition_keeps(seed, p):
     from tests.runtime import philox
@@ -105,11 +105,11 @@ def test_four_columns_share_a_philox(compiling):
     """Eight columns a thread take two Philoxes of ten rounds, two products each."""
     from tests.runtime import philox
 
-    assert compiling(philox.products) <= 2 * 10 * 2
+    assert compiling(philox.num_multiplies) <= 2 * 10 * 2
 
 
 def ones_kept(backend, p, seed, dtype=torch.float32):
-    """What is kept of ones; wider than a row that any kernel keeps at hand, and ragged."""
+    """The sum for x of ones: a ragged row, too wide for registers."""
     ones = torch.ones(3, 16425, dtype=dtype)
     name, level = at_level(backend)
     with level:
@@ -132,8 +132,8 @@ def test_every_backend_keeps_the_same_elements(backend, p, dtype):
 
 
 @pytest.mark.parametrize("backend", [*backends("add_rms_norm"), "reference"])
-def test_the_gradient_is_kept_where_the_element_was(backend):
-    """And the residual's is kept everywhere; neither depends on the shape that rows come in."""
+def test_the_gradient_has_the_mask_of_the_forward_pass(backend):
+    """The gradient of the residual has none; neither depends on the leading dimensions."""
     name, level = at_level(backend)
     x = torch.randn(2, 3, 41).requires_grad_()
     residual = torch.zeros_like(x).requires_grad_()
@@ -167,7 +167,7 @@ def test_without_a_seed_one_is_drawn(backend):
 
 
 def test_no_dropout_draws_nothing_and_adds_alike():
-    """Random numbers that follow stay what they were without the argument."""
+    """The random numbers after it are those after a call without the argument."""
     x, weight = torch.randn(4, 256), torch.ones(256)
     before = torch.get_rng_state()
     plain, zero = add_rms_norm(x, x, weight), add_rms_norm(x, x, weight, dropout_p=0, seed=SEEDS[1])
@@ -177,7 +177,7 @@ def test_no_dropout_draws_nothing_and_adds_alike():
 
 def dropped_inputs():
     size = {"num_rows": 37, "width": 41, "dropout_p": 0.1}
-    return cases.make(**size, dtype=torch.float32, device="cpu")
+    return CASES["add_rms_norm"].make(**size, dtype=torch.float32, device="cpu")
 
 
 @pytest.mark.parametrize("drawn", [True, False])
@@ -195,7 +195,7 @@ def test_dropout_compiles_as_one_graph(backend, drawn):
     assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
 
 
-def test_the_native_ops_are_registered_right():
+def test_the_ops_of_the_library_are_registered_right():
     inputs = dropped_inputs()
     x, residual, weight, p, seed = inputs.values()
     ops = torch.ops.emu3_kernels
@@ -207,14 +207,14 @@ def test_the_native_ops_are_registered_right():
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])
-def test_a_share_that_is_none_is_refused(p):
+def test_an_invalid_probability_raises(p):
     x = torch.ones(2, 8)
     with pytest.raises(ValueError, match=r"add_rms_norm: dropout_p must lie in \[0, 1\), got "):
         add_rms_norm(x, x, x[0], dropout_p=p)
 
 
 @pytest.mark.parametrize("seed", [torch.tensor([1]), torch.tensor(1.0), torch.tensor(1).int()])
-def test_a_seed_that_is_none_is_refused(seed):
+def test_an_invalid_seed_raises(seed):
     x = torch.ones(2, 8)
     with pytest.raises(ValueError, match=r"seed must be \(\) torch.int64 cpu, got \(1?,?\) torch"):
         add_rms_norm(x, x, x[0], dropout_p=0.5, seed=seed)

@@ -103,7 +103,7 @@ def damaged_dds(path) -> bytes:
         ("no width", "is not an image, or has no pixels or unknown channels"),
         ("cut", "cannot be read: "),
         ("float", "has pixels of mode F; expected RGB, RGBA"),
-        ("five channels", "of unknown channels"),
+        ("five channels", "unknown channels"),
         ("another format", "is not an image, or has no pixels or unknown channels"),
         ("missing", "No such file"),
     ],

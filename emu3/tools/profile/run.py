@@ -23,7 +23,8 @@ from emu3.tools.profile.cost import (
     seconds_of,
     synchronize,
 )
-from emu3_kernels import attention, decode_attention, linear, use_backend
+from emu3_kernels import attention, decode_attention, use_backend
+from emu3_kernels.modules import speed_up_bfloat16
 
 SHORTEST = 1024
 ATTENTION_OPS = "attention", "decode_attention"
@@ -134,7 +135,7 @@ def random_model(settings: ModelSettings, dtype: torch.dtype, device: str) -> Em
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return Emu3(settings).eval()
+            return speed_up_bfloat16(Emu3(settings).eval())
     finally:
         torch.set_default_dtype(before)
 
@@ -162,11 +163,11 @@ def decode_call(model: Emu3, cache: KeyValueCache, context: int) -> Callable[[],
     """One token that fills the context, and the logits of the next visual code."""
     ids = model.settings.vocabulary
     token = torch.full((1, 1), ids.visual_start, device=cache.keys.device)
-    visual_head = model.head.weight[ids.visual_start : ids.size]
+    visual_rows = slice(ids.visual_start, ids.size)
 
     def call() -> None:
         rewind(cache, context - 1)
-        linear(model(token, cache)[:, -1], visual_head)
+        model.logits(model(token, cache)[:, -1], visual_rows)
 
     return call
 

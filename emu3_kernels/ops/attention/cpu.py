@@ -1,26 +1,29 @@
-"""attention's kernels on the CPU: csrc/cpu/attention.cpp and attention_backward.cpp."""
+"""The family's CPU C++: csrc/cpu, attention.cpp, attention_backward.cpp, decode_attention.cpp."""
 
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.attention.spans import Dropout, Spans
+from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges
 from emu3_kernels.runtime import library
+from emu3_kernels.runtime.dispatch import Backend
 
-WIDEST = 256
+MAX_HEAD_DIM = 256
 """Channels of a head that the kernels' buffers hold."""
 
-
-MOST_SHARED = 1024
-"""Query heads that may share one of keys."""
+MAX_HEADS_PER_KV_HEAD = 1024
 
 
-def why_not(q: Tensor, k: Tensor) -> str | None:
-    """Say why the kernels cannot take heads such as those of ``q`` and ``k``; None if they can."""
-    width, shared = q.shape[-1], q.shape[2] // k.shape[2]
-    if width % 2 or width > WIDEST:
-        return f"heads of an odd width or one above {WIDEST} are left to the reference, got {width}"
-    if shared > MOST_SHARED:
-        return f"more than {MOST_SHARED} query heads for one of keys are the reference's: {shared}"
+def why_not(q: Tensor, k: Tensor, *_: object) -> str | None:
+    head_dim, shared = q.shape[-1], q.shape[2] // k.shape[2]
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        return (
+            f"an odd head_dim or one above {MAX_HEAD_DIM} is left to the reference, got {head_dim}"
+        )
+    if shared > MAX_HEADS_PER_KV_HEAD:
+        return (
+            f"more than {MAX_HEADS_PER_KV_HEAD} query heads per KV head are left to the reference, "
+            f"got {shared}"
+        )
     return library.why_not_cpu(q)
 
 
@@ -28,13 +31,15 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spans: Spans,
+    key_ranges: KeyRanges,
     scale: float,
     dropout: Dropout | None,
-    wide: bool,
+    *,
+    float32_out: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (_dense(x) for x in (q, k, v))
-    return torch.ops.emu3_kernels.attention(q, k, v, *_settings(spans, scale, dropout), wide)
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    settings = _settings(q, k, key_ranges, scale, dropout)
+    return torch.ops.emu3_kernels.attention(q, k, v, *settings, float32_out)
 
 
 def backward(
@@ -44,37 +49,76 @@ def backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    spans: Spans,
+    key_ranges: KeyRanges,
     scale: float,
     dropout: Dropout | None,
-    wide: bool,
+    *,
+    float32_out: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = (_dense(x) for x in (dout, q, k, v))
+    dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
     lse, delta = lse.contiguous(), delta.contiguous()
+    settings = _settings(q, k, key_ranges, scale, dropout)
     return torch.ops.emu3_kernels.attention_backward(
-        dout, q, k, v, lse, delta, *_settings(spans, scale, dropout), wide
+        dout, q, k, v, lse, delta, *settings, float32_out
     )
 
 
-def _dense(heads: Tensor) -> Tensor:
-    """Give the channels of a head unit stride, by a copy only if they have another."""
+def _unit_stride(heads: Tensor) -> Tensor:
     return heads if heads.stride(-1) == 1 else heads.contiguous()
 
 
-def _settings(spans: Spans, scale: float, dropout: Dropout | None) -> tuple:
-    first, end = (span.contiguous() for span in spans)
+def _settings(
+    q: Tensor, k: Tensor, key_ranges: KeyRanges, scale: float, dropout: Dropout | None
+) -> tuple:
+    first, end = (x.contiguous() for x in key_ranges.tensors(q, k))
     return first, end, scale, *((0.0, None, None, None) if dropout is None else dropout)
+
+
+def why_not_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
+    if k_cache.stride()[3] != 1 or v_cache.stride()[3] != 1:
+        return "a cache without unit stride in K is left to the reference"
+    return library.why_not_cpu(q)
+
+
+def decode_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    page_table: Tensor | None,
+) -> Tensor:
+    if q.stride()[3] != 1:
+        q = q.clone(memory_format=torch.contiguous_format)
+    if page_table is not None and page_table.stride(1) != 1:
+        page_table = page_table.contiguous()
+    lengths = lengths.contiguous()
+    return torch.ops.emu3_kernels.decode_attention(q, k_cache, v_cache, lengths, page_table, scale)
 
 
 if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::attention")
-    def _(q, k, v, first, end, scale, dropout_p, seed, rows, columns, wide):
-        batch, queries, heads, _ = q.shape
-        out = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
-        return out, q.new_empty((batch, heads, queries), dtype=torch.float32)
+    def _(q, k, v, first, end, scale, dropout_p, seed, rows, columns, float32_out):
+        batch, num_queries, num_heads, _ = q.shape
+        out = q.new_empty(q.shape, dtype=torch.float32 if float32_out else q.dtype)
+        return out, q.new_empty((batch, num_heads, num_queries), dtype=torch.float32)
 
     @torch.library.register_fake("emu3_kernels::attention_backward")
-    def _(dout, q, k, v, lse, delta, first, end, scale, dropout_p, seed, rows, columns, wide):
-        dtype = torch.float32 if wide else q.dtype
+    def _(
+        dout, q, k, v, lse, delta, first, end, scale, dropout_p, seed, rows, columns, float32_out
+    ):
+        dtype = torch.float32 if float32_out else q.dtype
         return tuple(x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
+
+    @torch.library.register_fake("emu3_kernels::decode_attention")
+    def _(q, k_cache, v_cache, lengths, page_table, scale):
+        return q.new_empty(q.shape)
+
+
+BACKENDS = {
+    "attention": Backend(why_not, forward, backward),
+    "ring_attention": Backend(why_not, forward, backward),
+    "decode_attention": Backend(why_not_decode, decode_forward),
+}

@@ -1,4 +1,4 @@
-"""The definition of attention in plain PyTorch."""
+"""The definitions of attention and decode_attention in plain PyTorch."""
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ def attention(
     seed: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    (batch, num_queries, heads, width), (num_keys, groups) = q.shape, k.shape[1:3]
+    (batch, num_queries, num_heads, head_dim), (num_keys, num_kv_heads) = q.shape, k.shape[1:3]
     compute = torch.promote_types(q.dtype, torch.float32)
-    q_grouped = q.to(compute).unflatten(2, (groups, heads // groups))
+    q_grouped = q.to(compute).unflatten(2, (num_kv_heads, num_heads // num_kv_heads))
     row = torch.arange(num_queries, device=q.device)[:, None]
     column = torch.arange(num_keys, device=q.device)
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
@@ -30,13 +30,45 @@ def attention(
         same = document_ids[:, :, None] == document_ids[:, None, :]
         visible = (visible & same)[:, None, None]
     scores = torch.einsum("btgrk,bsgk->bgrts", q_grouped, k.to(compute))
-    scores = (scores * (width**-0.5 if scale is None else scale)).masked_fill(~visible, -torch.inf)
+    scale = head_dim**-0.5 if scale is None else scale
+    scores = (scores * scale).masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(-1)
-    # A query that sees nothing has an lse of -inf, and no probability.
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    # A query that attends to no key has an lse of -inf, and no probability.
+    p = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     if dropout_p > 0:
-        head = torch.arange(batch * heads, device=q.device).view(scores.shape[:3])[..., None, None]
-        kept = keep(seed, dropout_p, row + num_keys - num_queries, column, head)
-        weights = weights * kept * keep_scale(dropout_p)
-    out = torch.einsum("bgrts,bsgk->btgrk", weights, v.to(compute)).flatten(2, 3).to(q.dtype)
+        head = torch.arange(batch * num_heads, device=q.device).view(scores.shape[:3])
+        kept = keep(seed, dropout_p, row + num_keys - num_queries, column, head[..., None, None])
+        p = p * kept * keep_scale(dropout_p)
+    out = torch.einsum("bgrts,bsgk->btgrk", p, v.to(compute)).flatten(2, 3).to(q.dtype)
     return (out, lse.flatten(1, 2)) if return_lse else out
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    page_table: Tensor | None = None,
+) -> Tensor:
+    if page_table is not None and not len(k_cache):  # nor is any row longer than 0
+        k_cache = v_cache = k_cache.new_empty(len(q), 0, *k_cache.shape[2:])
+    elif page_table is not None:
+        # Entries of the table beyond the keys of a row are arbitrary.
+        pages = page_table.long().clamp(0, len(k_cache) - 1)
+        k_cache, v_cache = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)
+    (num_new, num_heads, head_dim), (capacity, num_kv_heads) = q.shape[1:], k_cache.shape[1:3]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    column = torch.arange(capacity, device=q.device)
+    absent = (column >= lengths[:, None])[..., None, None]
+    k, v = (cache.to(compute).masked_fill(absent, 0) for cache in (k_cache, v_cache))
+    last = lengths[:, None] - num_new + torch.arange(num_new, device=q.device)
+    masked = (column > last[..., None])[:, None, None]
+    q = q.to(compute).unflatten(2, (num_kv_heads, num_heads // num_kv_heads))
+    scale = head_dim**-0.5 if scale is None else scale
+    scores = torch.einsum("btgrk,bsgk->bgrts", q, k) * scale
+    # Where every key is masked the softmax is NaN, and the second mask makes it 0.
+    p = scores.masked_fill(masked, -torch.inf).softmax(-1).masked_fill(masked, 0)
+    out = torch.einsum("bgrts,bsgk->btgrk", p, v)
+    return out.flatten(2, 3).to(v_cache.dtype)

@@ -1,142 +1,118 @@
-"""What the attention kernels in Triton share: tiles, rows of heads, and spans cut into blocks.
+"""What the attention kernels in Triton share: heads of rows, and the blocks of key ranges.
 
-The blocks of a span that are wholly visible are not masked; those at its ragged ends are.
+Blocks of keys to which every query of a block attends are not masked; those at ragged ends are.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.ops.attention.spans import Dropout, Spans
-from emu3_kernels.runtime.launch import next_power_of_2, why_not_triton
-
-WIDEST = 128
-"""Channels of a head that the tiles are made for."""
+from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges
+from emu3_kernels.runtime.dropout import drop_below, keep_scale
+from emu3_kernels.runtime.launch import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-class Tile(NamedTuple):
-    """How many queries and keys a program holds at once, its warps, and the blocks under way."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, int | bool]:
-        return {
-            "QUERIES": self.queries,
-            "KEYS": self.keys,
-            "STAGES": self.num_stages,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
-
-
-def why_not(q: Tensor) -> str | None:
-    """Say why the kernels cannot take heads such as those of ``q``; None if they can."""
-    if q.shape[-1] > WIDEST:
-        return f"the kernels take heads of {WIDEST} at most, got {q.shape[-1]}"
-    return why_not_triton(q)
 
 
 def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def heads(q: Tensor, k: Tensor) -> dict[str, int]:
-    """Return the numbers of a kernel that are the same for every program."""
-    width = q.shape[3]
-    return {
-        "num_queries": q.shape[1],
-        "num_heads": q.shape[2],
-        "num_groups": k.shape[2],
-        "WIDTH": width,
-        # A product is at least 16 wide.
-        "HEAD": max(next_power_of_2(width), 16),
-    }
+def padded(head_dim: int) -> int:
+    """Return the channels of a block: a dot is at least 16 wide."""
+    return max(next_power_of_2(head_dim), 16)
 
 
-def span_stride(spans: Spans) -> int:
-    """Return the stride of the batch: 0 where one row serves all."""
-    return 0 if spans.first.shape[0] == 1 else spans.first.stride(0)
+def range_arguments(key_ranges: KeyRanges) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Return ``first_ptr``, ``end_ptr``, the stride of the batch (0 if shared) and the offset."""
+    first, end, offset = key_ranges
+    if first is None or first.shape[0] == 1:
+        return first, end, 0, offset
+    return first, end, first.stride(0), offset
 
 
-def drops(dropout: Dropout | None) -> tuple[Tensor | int | float | None, ...]:
-    """Return what a kernel asks of dropout: seed, rows, columns, smallest word kept, factor."""
+def dropout_arguments(dropout: Dropout | None) -> tuple[Tensor | int | float | None, ...]:
+    """Return the seed, both positions, the smallest word that is kept, and the factor."""
     if dropout is None:
         return None, None, None, 0, 1.0
-    word, factor = dropout.drop_below(dropout.p), dropout.keep_scale(dropout.p)
-    return dropout.seed, dropout.rows, dropout.columns, word, factor
+    p, seed, q_positions, k_positions = dropout
+    return seed, q_positions, k_positions, drop_below(p), keep_scale(p)
 
 
 @triton.jit
-def place(num_blocks, num_heads, num_groups):
-    """Return the batch, group, head and block of queries of a program.
+def program_ids(num_blocks, num_heads, num_kv_heads):
+    """Return the batch, KV head, head and block of queries of a program.
 
-    Heads that share keys run side by side; the last block, which may see the most keys, is first.
+    Heads that share keys are neighbours. The last block, which may have the most keys, is first.
     """
     program = tl.program_id(0)
-    members = num_heads // num_groups
-    member, program = program % members, program // members
+    heads_per_kv_head = num_heads // num_kv_heads
+    head, program = program % heads_per_kv_head, program // heads_per_kv_head
     block, program = num_blocks - 1 - program % num_blocks, program // num_blocks
-    group, batch = (program % num_groups).to(tl.int64), (program // num_groups).to(tl.int64)
-    return batch, group, group * members + member, block
+    kv_head, batch = (program % num_kv_heads).to(tl.int64), (program // num_kv_heads).to(tl.int64)
+    return batch, kv_head, kv_head * heads_per_kv_head + head, block
 
 
 @triton.jit
-def load_rows(ptr, row, stride, WIDTH: tl.constexpr, HEAD: tl.constexpr):
-    """Load the head of every row; there is no mask on rows, so each must exist."""
-    c = tl.arange(0, HEAD)
+def load_rows(ptr, row, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load the head of every row; rows are not masked, so each must exist."""
+    c = tl.arange(0, BLOCK_D)
     ptrs = ptr + row.to(tl.int64)[:, None] * stride + c[None, :]
-    if WIDTH < HEAD:
-        return tl.load(ptrs, mask=(c < WIDTH)[None, :], other=0)
+    if HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=(c < HEAD_DIM)[None, :], other=0)
     return tl.load(ptrs)
 
 
 @triton.jit
-def store_rows(ptr, row, stride, value, inside, WIDTH: tl.constexpr, HEAD: tl.constexpr):
-    c = tl.arange(0, HEAD)
+def store_rows(ptr, row, stride, value, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    c = tl.arange(0, BLOCK_D)
     ptrs = ptr + row.to(tl.int64)[:, None] * stride + c[None, :]
-    inside = inside[:, None] & (c < WIDTH)[None, :] if WIDTH < HEAD else inside[:, None]
+    inside = inside[:, None] & (c < HEAD_DIM)[None, :] if HEAD_DIM < BLOCK_D else inside[:, None]
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def keys_of(first_ptr, end_ptr, low, num_queries, QUERIES: tl.constexpr):
-    """Return the first key that a block of queries sees, the one after the last, and the same two
-    for those that all of its queries see.
-    """
-    high = tl.minimum(low + QUERIES, num_queries) - 1
-    return (
-        tl.load(first_ptr + low), tl.load(end_ptr + high),
-        tl.load(first_ptr + high), tl.load(end_ptr + low),
-    )  # fmt: skip
+def clip(i, end):
+    return tl.minimum(tl.maximum(i, 0), end)
 
 
 @triton.jit
-def load_spans(first_ptr, end_ptr, i):
-    """Return the first key that each of the queries sees, and how many it sees."""
-    first = tl.load(first_ptr + i)
-    return first, tl.maximum(tl.load(end_ptr + i) - first, 0)
+def keys_of_block(
+    first_ptr, end_ptr, offset, low, num_queries, num_keys, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Return the range of keys to which any query of a block attends, and that of all of them."""
+    high = tl.minimum(low + BLOCK_M, num_queries) - 1
+    if first_ptr is None:
+        return 0, clip(high + offset, num_keys), 0, clip(low + offset, num_keys)
+    else:  # noqa: RET505 (Triton compiles what follows a branch that returns)
+        return (
+            tl.load(first_ptr + low), tl.load(end_ptr + high),
+            tl.load(first_ptr + high), tl.load(end_ptr + low),
+        )  # fmt: skip
 
 
 @triton.jit
-def sees(j, first, length):
+def load_key_range(first_ptr, end_ptr, offset, i, num_keys):
+    """Return the first key to which each of the queries attends, and the number of its keys."""
+    if first_ptr is None:
+        return tl.zeros_like(i), clip(i + offset, num_keys)
+    else:  # noqa: RET505
+        first = tl.load(first_ptr + i)
+        return first, tl.maximum(tl.load(end_ptr + i) - first, 0)
+
+
+@triton.jit
+def is_visible(j, first, length):
     """``first <= j < first + length`` in one comparison: masks are what spills on gfx942."""
     return (j - first).to(tl.uint32) < length.to(tl.uint32)
 
 
 @triton.jit
-def product(a, b):
-    """``a @ b`` in float32, of float32 factors too."""
+def dot(a, b):
+    """``a @ b`` in float32, of float32 inputs too."""
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
-def add_product(a, b, total):
-    return tl.dot(a, b, total, input_precision="ieee")
+def dot_acc(a, b, acc):
+    return tl.dot(a, b, acc, input_precision="ieee")

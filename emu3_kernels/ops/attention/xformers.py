@@ -1,18 +1,14 @@
-"""attention by xformers, where it is installed: gradient and all."""
+"""attention by xformers, an optional library, with its gradient."""
 
 import torch
 from torch import Tensor
-from xformers.ops import memory_efficient_attention
-from xformers.ops.fmha.attn_bias import (
-    AttentionBias,
-    BlockDiagonalMask,
-    LowerTriangularFromBottomRightMask,
-)
 
-from emu3_kernels.ops.attention.documents import starts_of
+from emu3_kernels.ops.attention.key_ranges import document_starts
+from emu3_kernels.ops.attention.optional import failure
 from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.dispatch import Backend
 
-WIDEST = 256
+MAX_HEAD_DIM = 256
 
 
 def why_not(
@@ -24,25 +20,27 @@ def why_not(
     dropout_p: float,
     return_lse: bool,
 ) -> str | None:
+    if reason := failure(_import):
+        return reason
     if q.device.type != "cuda":
         return f"xformers has no kernel for a {q.device.type} tensor"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{q.dtype} is left to other backends"
-    if q.shape[-1] > WIDEST:
-        return f"xformers takes heads of {WIDEST} at most, got {q.shape[-1]}"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"xformers takes a head_dim of {MAX_HEAD_DIM} at most, got {q.shape[-1]}"
     if dropout_p > 0:
-        return "xformers drops by random numbers of its own"
+        return "xformers draws its dropout from random numbers of its own"
     if return_lse:
         return "xformers' lse has no gradient"
     if needs_gradient(q, k, v) and not torch.are_deterministic_algorithms_enabled():
-        return "xformers' gradients repeat under torch.use_deterministic_algorithms alone"
+        return "xformers' gradients repeat only under torch.use_deterministic_algorithms"
     if not (q.numel() and k.numel()):
         return "xformers takes no empty tensor"
     if causal and q.shape[1] > k.shape[1]:
-        return "xformers leaves a query that sees no key undefined"
+        return "xformers leaves a query without a key undefined"
     if document_ids is not None and torch.compiler.is_compiling():
-        return "xformers wants the documents counted, which is left to no graph"
-    return None
+        return "xformers needs the number of documents, which is unknown while a graph is traced"
+    return failure(_try, q.device)
 
 
 def attention(
@@ -53,28 +51,45 @@ def attention(
     causal: bool,
     document_ids: Tensor | None,
     scale: float,
-    dropout_p: float,
+    **_: object,
 ) -> Tensor:
-    rows = (q, k, v)
+    from xformers.ops import memory_efficient_attention
+
+    tensors = (q, k, v)
     if document_ids is not None:
-        rows = (x.flatten(0, 1)[None] for x in rows)
-    queries, *shared = rows
-    members = q.shape[2] // k.shape[2]
-    # [B, T, G, H/G, K]: the keys of a group are the same memory for every head of it.
-    shared = (x.unsqueeze(3).expand(-1, -1, -1, members, -1) for x in shared)
+        tensors = (x.flatten(0, 1)[None] for x in tensors)
+    queries, *shared = tensors
+    num_kv_heads = k.shape[2]
+    heads_per_kv_head = q.shape[2] // num_kv_heads
+    # [B, T, KV, H/KV, K]: keys and values are expanded to their query heads without a copy.
+    shared = (x.unsqueeze(3).expand(-1, -1, -1, heads_per_kv_head, -1) for x in shared)
     out = memory_efficient_attention(
-        queries.unflatten(2, (k.shape[2], members)),
+        queries.unflatten(2, (num_kv_heads, heads_per_kv_head)),
         *shared,
         attn_bias=_mask(causal, document_ids),
-        p=dropout_p,
         scale=scale,
     )
     return out.reshape(q.shape)
 
 
-def _mask(causal: bool, document_ids: Tensor | None) -> AttentionBias | None:
+def _mask(causal: bool, document_ids: Tensor | None) -> object:
+    from xformers.ops.fmha import attn_bias
+
     if document_ids is None:
-        return LowerTriangularFromBottomRightMask() if causal else None
-    lengths = starts_of(document_ids).diff().tolist()
-    blocks = BlockDiagonalMask.from_seqlens(lengths, device=document_ids.device)
+        return attn_bias.LowerTriangularFromBottomRightMask() if causal else None
+    lengths = document_starts(document_ids).diff().tolist()
+    blocks = attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=document_ids.device)
     return blocks.make_causal() if causal else blocks
+
+
+def _import() -> None:
+    from xformers.ops import memory_efficient_attention  # noqa: F401
+    from xformers.ops.fmha import attn_bias  # noqa: F401
+
+
+def _try(device: torch.device) -> None:
+    x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
+    attention(x, x, x, causal=True, document_ids=None, scale=1.0)
+
+
+BACKENDS = {"attention": Backend(why_not, function=attention)}

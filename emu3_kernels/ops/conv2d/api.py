@@ -1,6 +1,6 @@
-"""A 3x3 convolution of pictures and what is added to it, by fewer products.
+"""A 3x3 convolution of images plus a residual, by Winograd's algorithm on the CPU.
 
-B pictures, C channels in, O channels out, H rows and W columns.
+B images, C input channels, O output channels, H rows and W columns.
 """
 
 import torch
@@ -11,13 +11,19 @@ from emu3_kernels.ops.conv2d import reference
 from emu3_kernels.runtime import library
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_floating, describe
-from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.dispatch import Backends
 from emu3_kernels.runtime.gemm import autocast
 from emu3_kernels.runtime.layout import from_channels_last, to_channels_last
 
 HAS_TILES = library.cpu_levels()[-1:] == ("amx",)
-"""Tiles of bfloat16 have sixteen times the rate of float32: oneDNN comes first where they are."""
-BACKENDS = load("conv3x3", *(("aten", "cpu") if HAS_TILES else ("cpu", "aten")))
+"""AMX tiles have sixteen times the rate of float32 in bfloat16: oneDNN comes first with AMX."""
+CONV3X3 = Backends(
+    "conv3x3",
+    __package__,
+    reference.conv3x3,
+    cpu=("aten", "cpu") if HAS_TILES else ("cpu", "aten"),
+    cuda=("aten",),
+)
 
 
 def conv3x3(
@@ -30,19 +36,20 @@ def conv3x3(
 ) -> Tensor:
     r"""Convolve with zeros around and add: ``y = conv2d(x, weight, padding=1) + bias + residual``.
 
-    Natively, bfloat16 is multiplied in float32 by Winograd's F(4x4, 3x3): a quarter of the products
-    at half the rate, with an error that is lost in the rounding of the result. Computed in float32
-    and rounded once. The rest is left to ``aten``, PyTorch's own convolution (oneDNN, cuDNN): GPUs;
-    float32, whose last digits Winograd costs; channels that fill no block; pictures of fewer than
-    128 tiles of 4x4, which do not pay for the weights' transform; and, unless native is asked for,
-    processors with AMX. It rounds before it adds the residual. Differentiable in all tensors;
-    ``torch.autocast`` narrows them.
+    The backend ``cpu`` computes bfloat16 in float32 by Winograd's F(4x4, 3x3), with a quarter of
+    the multiplications at half the rate, and rounds once; the error of the algorithm is lost in
+    that rounding. All other calls run on ``aten``, PyTorch's own convolution (oneDNN, cuDNN), which
+    rounds before it adds the residual: GPUs; float32, since Winograd is less precise; channels that
+    are not multiples of 16 and 64; images of fewer than 128 tiles of 4x4, since the transform of
+    the weights costs more than it saves; and processors with AMX, unless ``cpu`` is asked for by
+    name. Differentiable in all tensors; ``torch.autocast`` casts them.
 
-    The native error is that of a whole 4x4 tile: in one that reads a pixel of 1e4, results of 4 or
-    less are off by up to 0.04 (aten's by 0.008), and a NaN spoils all of the tile it lies in.
+    The error of ``cpu`` is relative to the largest value of a 4x4 tile and its border: next to a
+    pixel of 1e4, results of 4 or less are off by up to 0.04 (aten's by 0.008), and a NaN spreads
+    to the whole tile.
 
-    Channels-last memory is read as it is, any other layout copied to it; native results are
-    channels-last, and that of a picture does not depend on its batch.
+    Channels-last memory is read in place, any other layout is copied to it. Results of ``cpu`` are
+    channels-last, and that of an image does not depend on the rest of its batch.
 
     From "Fast Algorithms for Convolutional Neural Networks" (Lavin and Gray, arXiv 1509.09308).
 
@@ -59,16 +66,14 @@ def conv3x3(
     x, weight, bias = autocast(x), autocast(weight), autocast(bias)
     residual = None if residual is None else autocast(residual)
     _check(x, weight, bias, residual)
-    chosen = choose("conv3x3", BACKENDS, backend, x, weight)
-    if chosen == "reference":
-        return reference.conv3x3(x, weight, bias, residual)
-    if chosen == "aten":
-        return BACKENDS[chosen].forward(x, weight, bias, residual)
+    chosen = CONV3X3.choose(backend, x, weight)
+    if chosen.function is not None:
+        return chosen.function(x, weight, bias, residual)
     operands = to_channels_last(x), to_channels_last(weight), bias.contiguous()
     rest = None if residual is None else to_channels_last(residual)
     if needs_gradient(x, weight, bias, *(() if residual is None else (residual,))):
         return from_channels_last(_Conv3x3.apply(*operands, rest, chosen))
-    return from_channels_last(BACKENDS[chosen].forward(*operands, rest))
+    return from_channels_last(chosen.forward(*operands, rest))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
@@ -100,11 +105,10 @@ class _Conv3x3(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, backend):
         ctx.save_for_backward(x, weight)
         ctx.backend, ctx.has_residual = backend, residual is not None
-        return BACKENDS[backend].forward(x, weight, bias, residual)
+        return backend.forward(x, weight, bias, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        wanted = ctx.needs_input_grad[:3]
-        gradients = BACKENDS[ctx.backend].backward(dy, *ctx.saved_tensors, wanted)
+        gradients = ctx.backend.backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[:3])
         return *gradients, dy if ctx.has_residual else None, None

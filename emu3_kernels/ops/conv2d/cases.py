@@ -3,24 +3,13 @@
 import torch
 from torch import Tensor
 
-NATIVE_DTYPES = (torch.bfloat16,)
-CHECK = [
-    {"shape": [0, 16, 48, 48], "out": 64},
-    {"shape": [1, 16, 1, 512], "out": 64},  # one row: most of every tile is outside
-    {"shape": [2, 48, 45, 47], "out": 64, "residual": True},  # ragged tiles; blocks over pictures
-    {"shape": [1, 144, 44, 61], "out": 128},  # more channels than one stretch, two panels
-]
-TIME = [
-    {"shape": [1, 256, 256, 256], "out": 256, "residual": True},  # Emu3's decoder at 256 x 256
-    {"shape": [1, 512, 128, 128], "out": 512, "residual": True},
-    {"shape": [1, 512, 64, 64], "out": 512, "residual": True},
-]
+from emu3_kernels.runtime.cases import Cases
 
 
 def make(
     *, shape: list[int], out: int, residual: bool = False, dtype: torch.dtype, device: str
 ) -> dict[str, Tensor | None]:
-    """Draw results of about one, in channels-last memory."""
+    """Draw channels-last inputs whose results are about one."""
     random = torch.Generator(device).manual_seed(0)
     batch, channels, height, width = shape
 
@@ -38,7 +27,27 @@ def make(
 
 
 def bytes_moved(*, shape: list[int], out: int, residual: bool = False, dtype: torch.dtype) -> int:
-    """Count what must be read and written; how many products it takes is up to the algorithm."""
+    """One read of every input and one write of the output; FLOPs depend on the algorithm."""
     batch, channels, height, width = shape
     pixels = batch * height * width * (channels + (1 + residual) * out)
     return (pixels + 9 * channels * out) * dtype.itemsize
+
+
+CASES = {
+    "conv3x3": Cases(
+        make=make,
+        check=[
+            {"shape": [0, 16, 48, 48], "out": 64},
+            {"shape": [1, 16, 1, 512], "out": 64},  # one row: most of every tile is padding
+            {"shape": [2, 48, 45, 47], "out": 64, "residual": True},  # ragged; blocks of two images
+            {"shape": [1, 144, 44, 61], "out": 128},  # two blocks of input and output channels
+        ],
+        time=[
+            {"shape": [1, 256, 256, 256], "out": 256, "residual": True},  # Emu3's decoder, 256x256
+            {"shape": [1, 512, 128, 128], "out": 512, "residual": True},
+            {"shape": [1, 512, 64, 64], "out": 512, "residual": True},
+        ],
+        bytes_moved=bytes_moved,
+        cpu_dtypes=(torch.bfloat16,),
+    )
+}

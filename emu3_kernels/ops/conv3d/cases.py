@@ -25,7 +25,7 @@ def make_causal_conv3d(
     dtype: torch.dtype,
     device: str,
 ) -> dict[str, object]:
-    """Draw results of about one: the weights shrink with the number of terms."""
+    """Draw weights of variance 1 / K of the GEMM, so that outputs are about one."""
     random = torch.Generator(device).manual_seed(0)
     channels, sizes = shape[1], shape[2:]
 

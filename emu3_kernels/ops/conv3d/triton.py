@@ -49,9 +49,10 @@ def forward(
     y = x.new_empty(out_shape(x, weight, plan))
     if y.numel():
         dtype = gemm_dtype(x, weight)
-        options = gemm_tile(x, dtype, weight.shape[0])
+        num_pixels = y[0, 0].numel()
+        options = gemm_tile(x, dtype, num_pixels, weight.shape[0])
         packed = pack_weight(weight, dtype, options["BLOCK_N"])
-        num_pixels, columns = y[0, 0].numel(), packed.shape[2]
+        columns = packed.shape[2]
         blocks = cdiv(num_pixels, options["BLOCK_M"]) * (columns // options["BLOCK_N"])
         launch(
             causal_conv3d_fwd_kernel, (blocks * len(y),),

@@ -67,7 +67,7 @@ def _backward_z(
     """Return dz ``[B, pixels, channels]``: the gradient of the input of the SiLU after the bias."""
     num_pixels, width = dy[0, 0].numel(), padded_channels(dy.shape[1])
     dz = a.new_empty(len(dy), num_pixels, width)
-    options = gemm_tile(x, a.dtype, weight.shape[0])
+    options = gemm_tile(x, a.dtype, num_pixels, weight.shape[0])
     packed = pack_weight(weight, a.dtype, options["BLOCK_N"])
     columns = packed.shape[2]
     blocks = cdiv(num_pixels, options["BLOCK_M"]) * (columns // options["BLOCK_N"])
@@ -90,13 +90,13 @@ def _backward_x(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dx = torch.empty_like(x)
     batch, channels, *sizes = x.shape
-    options = gemm_tile(x, dz.dtype, channels)
+    of_phase = prod(cdiv(n, s) for n, s in zip(sizes, plan.stride, strict=True))
+    options = gemm_tile(x, dz.dtype, of_phase, channels)
     # x, its norm and the derivative of SiLU share the registers with the accumulator, and so do
     # addresses where the columns of a phase are not contiguous.
     options["BLOCK_N"] = min(options["BLOCK_N"], 64 if plan.stride[2] == 1 else 32)
     packed = pack_weight(weight.transpose(0, 1), dz.dtype, options["BLOCK_N"])
     columns, phases = packed.shape[2], prod(plan.stride)
-    of_phase = prod(cdiv(n, s) for n, s in zip(sizes, plan.stride, strict=True))
     blocks = cdiv(of_phase, options["BLOCK_M"])
     sums = None
     if scale is not None:
@@ -116,10 +116,10 @@ def _backward_weight(
     dz: Tensor, a: Tensor, x: Tensor, weight: Tensor, y_shape: torch.Size, plan: Plan
 ) -> Tensor:
     out_channels, channels = weight.shape[:2]
-    options = gemm_tile(x, a.dtype, out_channels)
+    num_taps, width = weight[0, 0].numel(), a.shape[2]
+    options = gemm_tile(x, a.dtype, num_taps * width, out_channels)
     if a.dtype == torch.float32:
         options["BLOCK_K"] = 16  # 32 spill
-    num_taps, width = weight[0, 0].numel(), a.shape[2]
     columns = cdiv(out_channels, options["BLOCK_N"]) * options["BLOCK_N"]
     tiles = cdiv(num_taps * width, options["BLOCK_M"]) * (columns // options["BLOCK_N"])
     steps = len(dz) * cdiv(dz.shape[1], options["BLOCK_K"])
@@ -181,7 +181,7 @@ def causal_conv3d_bwd_x_kernel(
     batch, block, p, n = program_tile(num_pixels, columns, BLOCK_M, BLOCK_N)
     t, h, w = coordinates(p, rows_h, rows_w)
     phase = tl.program_id(1)
-    # A pixel of the video lies at stride * q + tap of its padded axis, for q of a result.
+    # A pixel of the video is at stride * q + tap of its padded axis, for q of an output.
     at_t = phase // (SH * SW) + front
     at_h = phase // SW % SH + (KH - SH + 1) // 2
     at_w = phase % SW + (KW - SW + 1) // 2

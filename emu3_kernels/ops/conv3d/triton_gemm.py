@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.runtime.launch import cdiv, gpu_of, launch, next_power_of_2, tile
+from emu3_kernels.runtime.launch import INTERPRETED, cdiv, gpu_of, launch, next_power_of_2, tile
 
 WHOLE = 64
 """Packed channels are a multiple of this, or a power of two below it."""
 
 
-def gemm_tile(x: Tensor, dtype: torch.dtype, n: int) -> dict[str, int | bool]:
+def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | bool]:
     """Choose by N alone: a piece of a video must have the tile, and so the sums, of the whole.
 
     A third stage is more than the shared memory of gfx942.
@@ -30,6 +30,9 @@ def gemm_tile(x: Tensor, dtype: torch.dtype, n: int) -> dict[str, int | bool]:
     else:
         blocks = {"BLOCK_M": 128, "BLOCK_K": 64, "BLOCK_N": block_n}
         num_warps, num_stages = 8 if block_n == 128 else 4, 2 if gpu_of(x).warp_size == 64 else 3
+    if INTERPRETED:
+        # An operation takes the same time at any size, so few programs; the order of K is kept.
+        blocks["BLOCK_M"] = max(blocks["BLOCK_M"], min(next_power_of_2(m), 1024))
     return tile(num_warps, num_stages, **blocks, STAGES=num_stages)
 
 

@@ -1,12 +1,12 @@
-"""What the two token losses share: argument checks, the weight of a token, the definition.
+"""What the two losses share: argument checks, the weight of a token, the reduction.
 
-``[...]`` are the leading dimensions of the targets, V the number of classes.
+``[...]`` are the leading dimensions of the targets.
 """
 
 import torch
 from torch import Tensor
 
-from emu3_kernels.runtime.checks import describe
+from emu3_kernels.runtime.checks import check_values, describe
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -14,11 +14,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def check_targets(
     op: str, targets: Tensor, *, shape: torch.Size, num_classes: int, ignore_index: int
 ) -> None:
-    """Raise unless ``targets`` are int64 of ``shape``, each a class or ``ignore_index``.
-
-    Values are looked at where that costs no synchronisation: in eager calls on a CPU. Traced
-    calls and other devices assert when they run.
-    """
+    """Raise unless ``targets`` are int64 of ``shape``, each a class or ``ignore_index``."""
     if targets.dtype != torch.int64:
         raise TypeError(f"{op}: targets must be int64, got {targets.dtype}")
     if targets.shape != shape:
@@ -26,11 +22,12 @@ def check_targets(
             f"{op}: targets must have shape {tuple(shape)}, got {tuple(targets.shape)}"
         )
     inside = (targets >= 0) & (targets < num_classes) | (targets == ignore_index)
-    must = f"{op}: targets must lie in [0, {num_classes}) or equal ignore_index {ignore_index}"
-    if torch.compiler.is_compiling() or targets.device.type != "cpu":
-        torch._assert_async(inside.all(), must)
-    elif not inside.all():
-        raise ValueError(f"{must}, got {targets[~inside][0].item()}")
+    check_values(
+        op,
+        inside.all(),
+        f"targets must lie in [0, {num_classes}) or equal ignore_index {ignore_index}",
+        lambda: f"{targets[~inside][0].item()}",
+    )
 
 
 def check_settings(
@@ -67,13 +64,13 @@ def check_settings(
 def token_weights(
     targets: Tensor, weights: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return the weight of every token in ``dtype``: 0 where the target is ``ignore_index``."""
-    counted = targets != ignore_index
-    return counted.to(dtype) if weights is None else torch.where(counted, weights, 0).to(dtype)
+    """Return the weight of every token in ``dtype``: 0 for an ignored one."""
+    valid = targets != ignore_index
+    return valid.to(dtype) if weights is None else torch.where(valid, weights, 0).to(dtype)
 
 
 def divisor(weights: Tensor, normalizer: Tensor | float | None, reduction: str) -> Tensor | float:
-    """Return what the weighted sum is divided by; 1 if no token counts."""
+    """Return what the weighted sum is divided by; 1 if no token is valid."""
     if isinstance(normalizer, Tensor):
         total = normalizer.to(weights).reshape(())
     elif normalizer is not None:
@@ -92,22 +89,3 @@ def reduce(
     weighted = losses * weights
     total = weighted if reduction == "none" else weighted.sum()
     return total / divisor(weights, normalizer, reduction)
-
-
-def token_losses(
-    logits: Tensor, targets: Tensor, weights: Tensor, z_loss: float, label_smoothing: float
-) -> Tensor:
-    """The definition of the loss of each token, before its weight: plain PyTorch.
-
-    Computed in the dtype of ``weights``. A token of weight 0 has loss 0, whatever its logits.
-    """
-    kept = weights != 0
-    logits = logits.to(weights.dtype).masked_fill(~kept[..., None], 0)
-    classes = torch.where(kept, targets, 0)
-    lse = logits.logsumexp(-1)
-    target = logits.gather(-1, classes[..., None]).squeeze(-1)
-    if label_smoothing:  # else a class at -infinity would turn 0 * infinity into NaN
-        target = torch.lerp(target, logits.mean(-1), label_smoothing)
-    if z_loss:  # likewise
-        lse = lse + z_loss * lse.square()
-    return torch.where(kept, lse - target, 0)

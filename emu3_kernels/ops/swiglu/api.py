@@ -1,4 +1,10 @@
-"""SwiGLU: the gated activation of Emu3's feed-forward layers. C channels."""
+"""SwiGLU: the gated activation of Emu3's feed-forward layers. C channels, R rows.
+
+The kernels of a backend take rows ``[R, C]`` with unit stride in C:
+
+    forward(gate, up) -> out
+    backward(dout, gate, up) -> dgate_up [R, 2C]
+"""
 
 import torch
 from torch import Tensor
@@ -13,9 +19,12 @@ from emu3_kernels.runtime.checks import (
     rows,
     unrows,
 )
-from emu3_kernels.runtime.dispatch import choose, load
+from emu3_kernels.runtime.dispatch import Backends
 
-BACKENDS = load("swiglu", "cpu", "triton")
+SWIGLU, SWIGLU_PACKED = (
+    Backends(op, __package__, reference.swiglu, cpu=("cpu",), cuda=("triton",))
+    for op in ("swiglu", "swiglu_packed")
+)
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -23,30 +32,30 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Computed in float32 (float64 for float64 inputs) and rounded once, to the
     dtype of ``gate``. Differentiable in both inputs; the backward pass
-    recomputes the sigmoid, so only the inputs are kept, and writes both
-    gradients into one packed tensor of which they are the halves. Rows may be
-    strided (the halves of a packed projection): no copy is made.
+    recomputes the sigmoid, so only the inputs are saved, and writes both
+    gradients as the halves of one packed tensor. Rows may be strided (the
+    halves of a packed projection): no copy is made.
 
     From "GLU Variants Improve Transformer" (Shazeer, arXiv 2002.05202).
 
     Args:
         gate: ``[..., C]``, any floating dtype.
         up: same shape, dtype and device as ``gate``.
-        backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
+        backend: ``"cpu"``, ``"triton"``, ``"reference"``, or None for the first that fits.
 
     Returns:
         ``[..., C]`` in the dtype of ``gate``.
     """
-    check_alike("swiglu", gate=gate, up=up)
-    check_has_channels("swiglu", gate=gate)
-    chosen = choose("swiglu", BACKENDS, backend, gate, up)
-    if chosen == "reference":
-        return reference.swiglu(gate, up)
-    operands = rows(gate), rows(up)
+    check_alike("swiglu", "gate and up", gate, up)
+    if gate.dim() == 0:
+        check_has_channels("swiglu", gate=gate)
+    chosen = SWIGLU.choose(backend, gate)
+    if chosen.function is not None:
+        return chosen.function(gate, up)
     if needs_gradient(gate, up):
-        out = _SwiGLU.apply(*operands, chosen)
+        out = _SwiGLU.apply(rows(gate), rows(up), chosen)
     else:
-        out = BACKENDS[chosen].forward(*operands)
+        out = chosen.forward(rows(gate), rows(up))
     return unrows(out, gate)
 
 
@@ -67,13 +76,13 @@ def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
             f"swiglu_packed: gate_up must be [..., 2C], got shape {tuple(gate_up.shape)}"
         )
     gate, up = gate_up.chunk(2, dim=-1)
-    chosen = choose("swiglu_packed", BACKENDS, backend, gate, up)
-    if chosen == "reference":
-        return reference.swiglu(gate, up)
+    chosen = SWIGLU_PACKED.choose(backend, gate_up)
+    if chosen.function is not None:
+        return chosen.function(gate, up)
     if needs_gradient(gate_up):
         out = _SwiGLUPacked.apply(rows(gate_up), chosen)
     else:
-        out = BACKENDS[chosen].forward(rows(gate), rows(up))
+        out = chosen.forward(rows(gate), rows(up))
     return unrows(out, gate)
 
 
@@ -82,12 +91,12 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate, up, backend):
         ctx.save_for_backward(gate, up)
         ctx.backend = backend
-        return BACKENDS[backend].forward(gate, up)
+        return backend.forward(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        dgate_up = BACKENDS[ctx.backend].backward(rows(dout), *ctx.saved_tensors)
+        dgate_up = ctx.backend.backward(rows(dout), *ctx.saved_tensors)
         return *dgate_up.chunk(2, dim=-1), None
 
 
@@ -96,10 +105,10 @@ class _SwiGLUPacked(torch.autograd.Function):
     def forward(ctx, gate_up, backend):
         ctx.save_for_backward(gate_up)
         ctx.backend = backend
-        return BACKENDS[backend].forward(*gate_up.chunk(2, dim=-1))
+        return backend.forward(*gate_up.chunk(2, dim=-1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         (gate_up,) = ctx.saved_tensors
-        return BACKENDS[ctx.backend].backward(rows(dout), *gate_up.chunk(2, dim=-1)), None
+        return ctx.backend.backward(rows(dout), *gate_up.chunk(2, dim=-1)), None

@@ -3,15 +3,7 @@
 import torch
 from torch import Tensor
 
-CHECK = [
-    {"num_rows": 0, "width": 8},
-    {"num_rows": 3, "width": 41},
-    {"num_rows": 2, "width": 1030},  # one full block of the Triton kernel and a ragged one
-]
-TIME = [
-    {"num_rows": 2048, "width": 14336},  # Emu3-8B, one packed sequence
-]
-DECODE = [{"num_rows": 1, "width": 14336}]  # Emu3-8B, one decoded token
+from emu3_kernels.runtime.cases import Cases
 
 
 def make(*, num_rows: int, width: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -21,10 +13,26 @@ def make(*, num_rows: int, width: int, dtype: torch.dtype, device: str) -> dict[
 
 
 def bytes_moved(*, num_rows: int, width: int, dtype: torch.dtype) -> int:
-    """Forward traffic that no implementation can avoid: two reads and a write."""
+    """gate and up are read, out is written."""
     return 3 * num_rows * width * dtype.itemsize
 
 
 def backward_bytes(*, num_rows: int, width: int, dtype: torch.dtype) -> int:
-    """Of a backward pass: dout, gate and up are read, dgate and dup are written."""
+    """dout, gate and up are read, dgate and dup are written."""
     return 5 * num_rows * width * dtype.itemsize
+
+
+CASES = {
+    "swiglu": Cases(
+        make=make,
+        check=[
+            {"num_rows": 0, "width": 8},
+            {"num_rows": 3, "width": 41},
+            {"num_rows": 2, "width": 1030},  # one full block of the Triton kernel, one ragged
+        ],
+        time=[{"num_rows": 2048, "width": 14336}],  # Emu3-8B, one packed sequence
+        decode=[{"num_rows": 1, "width": 14336}],  # Emu3-8B, one decoded token
+        bytes_moved=bytes_moved,
+        backward_bytes=backward_bytes,
+    )
+}

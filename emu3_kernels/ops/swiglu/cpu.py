@@ -1,13 +1,10 @@
-"""swiglu on the CPU: csrc/cpu/swiglu.cpp."""
+"""swiglu on the CPU: csrc/cpu/swiglu.cpp. See api.py for the arguments."""
 
 import torch
 from torch import Tensor
 
 from emu3_kernels.runtime import library
-
-
-def why_not(gate: Tensor, up: Tensor) -> str | None:
-    return library.why_not_cpu(gate)
+from emu3_kernels.runtime.dispatch import Backend
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -17,6 +14,10 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 def backward(dout: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return torch.ops.emu3_kernels.swiglu_backward(dout, gate, up)
 
+
+BACKENDS = dict.fromkeys(
+    ("swiglu", "swiglu_packed"), Backend(library.why_not_cpu, forward, backward)
+)
 
 if not library.MISSING:
 

@@ -9,10 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from emu3_kernels.runtime.dispatch import Backend
-from emu3_kernels.runtime.launch import cdiv, launch, why_not_triton
+from emu3_kernels.runtime.launch import INTERPRETED, cdiv, launch, why_not_triton
 
 # A thread holds four neighbouring codes (16 bytes for each d) against every query of the program.
-QUERIES, CODES = 8, 512
+# Interpreted, an operation takes the same time at any size.
+QUERIES, CODES = 256 if INTERPRETED else 8, 512
 NUM_WARPS = 4
 
 
@@ -38,7 +39,7 @@ def forward(z: Tensor, codebook: Tensor, tree: Tensor | None) -> Tensor:
             QUERIES=QUERIES,
             CODES=CODES,
             num_warps=NUM_WARPS,
-            enable_fp_fusion=False,  # the definition rounds every product
+            enable_fp_fusion=False,  # the definition rounds every multiplication
         )
     return nearest
 

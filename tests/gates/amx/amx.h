@@ -1,7 +1,8 @@
-// The AMX instructions that our kernels use, in plain C++, for processors without them: forced into
-// a kernel's file (-include) it takes the place of their intrinsics. Results are those that Intel's
-// Software Developer's Manual, volume 2, defines, numbers below 2^-126 as zero included; registers
-// without a shape, or used before they hold anything, end the program or give NaN.
+// The AMX intrinsics of our kernels in plain C++, for processors without AMX: included before a
+// kernel
+// (-include), it replaces them by macros. Results are those of Intel's Software Developer's Manual,
+// volume 2, with numbers below 2^-126 flushed to zero. A tile without a shape ends the program, and
+// a tile that is read before it is written is NaN.
 #pragma once
 
 #include <immintrin.h>
@@ -37,7 +38,7 @@ inline void expect(bool held) {
   if (!held) __builtin_trap();
 }
 
-// A register that the configuration gives a shape, which has none by default.
+// Returns a tile register, which must be configured.
 inline Register& at(int i) {
   expect(shape.palette == 1 && i >= 0 && i < 8 && shape.rows[i] && shape.row_bytes[i]);
   return registers[i];
@@ -72,25 +73,26 @@ inline float flushed(float x) {
   return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0, x) : x;
 }
 
-inline float widened(uint32_t upper_half) {
+inline float to_float(uint32_t upper_half) {
   float x;
   const uint32_t bits = upper_half << 16;
   __builtin_memcpy(&x, &bits, sizeof x);
   return flushed(x);
 }
 
-// to[m][n] += the products of pairs a[m][k] and b[k][n]: first and second numbers summed apart.
+// to[m][n] += dot products of the pairs a[m][k] and b[k][n]; first and second elements are summed
+// apart.
 inline void multiply(int to, int a, int b) {
-  const int depth = shape.row_bytes[a] / 4;
-  expect(shape.rows[to] == shape.rows[a] && shape.rows[b] == depth);
+  const int K = shape.row_bytes[a] / 4;
+  expect(shape.rows[to] == shape.rows[a] && shape.rows[b] == K);
   expect(shape.row_bytes[to] == shape.row_bytes[b] && to != a && to != b && a != b);
   for (int m = 0; m < shape.rows[to]; ++m)
     for (int n = 0; n < shape.row_bytes[to] / 4; ++n) {
       float sum[2] = {};
-      for (int k = 0; k < depth; ++k) {
+      for (int k = 0; k < K; ++k) {
         const uint32_t x = at(a).words[m][k], y = at(b).words[k][n];
-        sum[0] = flushed(sum[0] + widened(x & 0xffff) * widened(y & 0xffff));
-        sum[1] = flushed(sum[1] + widened(x >> 16) * widened(y >> 16));
+        sum[0] = flushed(sum[0] + to_float(x & 0xffff) * to_float(y & 0xffff));
+        sum[1] = flushed(sum[1] + to_float(x >> 16) * to_float(y >> 16));
       }
       float total;
       __builtin_memcpy(&total, &at(to).words[m][n], sizeof total);

@@ -1,5 +1,6 @@
-// What the bindings of attention are linked with where there is no level but AMX.
-#include "../../csrc/cpu/attention.h"
+// Links the bindings of attention with no level but AMX.
+#include "cpu/attention/attention.h"
+#include "cpu/attention/decode_attention.h"
 
 namespace emu3 {
 
@@ -7,6 +8,7 @@ namespace emu3 {
   namespace level {                                    \
   extern const Attention attention{};                  \
   extern const AttentionBackward attention_backward{}; \
+  extern const DecodeAttention decode_attention{};     \
   }
 EMU3_NO_KERNELS(base)
 EMU3_NO_KERNELS(avx2)

@@ -1,9 +1,9 @@
 // Runs CUDA C++ on a CPU, for tests: compile a .cuh with g++ and this header first, then call
-// fiber::launch. A block is one fiber per thread; every thread runs until it waits, in an order
-// that a seed shuffles anew after each barrier, and shared memory is filled with NaN before each
-// block. So a missing __syncthreads() reads NaN or another order's values; a barrier that not every
-// thread of the block reaches, or that they reach at different lines, is an error. Blocks run one
-// after the other.
+// fiber::launch. A block has one fiber per thread. A thread runs until it waits at a barrier or a
+// shuffle; a seed shuffles the order of threads anew after each barrier, and shared memory is
+// filled with NaN before each block. A missing __syncthreads() therefore reads NaN or values that
+// depend on the seed. A barrier that not every thread of the block reaches, or that threads reach
+// at different lines, is an error. Blocks run one after the other.
 #pragma once
 
 #include <link.h>
@@ -24,8 +24,8 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-// The thread-local storage of the program is the shared memory: one piece, so that it can be
-// poisoned. All blocks run on one thread of the system, one after the other, so that one copy does.
+// Shared memory is the thread-local storage of the program, one range that can be filled with NaN.
+// All blocks run on one thread of the system, one after the other, so one copy is enough.
 #define __shared__ static thread_local
 #define __syncthreads() fiber::wait({__LINE__, 0xffffffff, true})
 #define __syncwarp() fiber::wait({__LINE__, 0xffffffff, false})
@@ -61,7 +61,7 @@ inline uint32_t __float_as_uint(float x) {
   return bits;
 }
 
-// A fiber gives way only where it waits, so that plain code is atomic.
+// A fiber yields only where it waits, so plain code is atomic.
 template <typename T>
 T atomicAdd(T* at, T value) {
   const T before = *at;
@@ -99,7 +99,7 @@ struct Thread {
   dim3 index;
   bool waits = false, done = false;
   Place place{};
-  uint64_t sent = 0;  // what it offers to a shuffle
+  uint64_t sent = 0;  // its value in a shuffle
 };
 
 struct Block {
@@ -161,7 +161,7 @@ inline void start(Thread& thread) {
                            std::to_string(blockIdx.x) + " " + what);
 }
 
-// Lets [begin, end) go on if all of them that `mask` names wait at one place.
+// Resumes the threads of [begin, end) in `mask` if all of them wait at the same place.
 inline bool release(int begin, int end, uint32_t mask) {
   std::vector<Thread*> group;
   for (int i = begin; i < end; ++i)
@@ -172,7 +172,8 @@ inline bool release(int begin, int end, uint32_t mask) {
   return true;
 }
 
-// After every thread waits or is done: open one barrier or more, or say which never opens.
+// Opens at least one barrier when every thread waits or is done, or fails with one that never
+// opens.
 inline void open_barriers() {
   const int count = static_cast<int>(block.threads.size());
   bool opened = false;

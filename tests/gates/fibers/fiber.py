@@ -1,31 +1,32 @@
 """Builds a test program around fiber.h with the C++ compiler; one build per content."""
 
-import hashlib
-import os
-import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.gates.compiled import CSRC, CXX, file_of, has, version_of, with_includes
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-COMPILER = os.environ.get("CXX", "c++")
+FLAGS = ["-O2", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 
 
+@cache
 def build(source: str) -> Path:
-    """Compile ``tests/cuda/<source>`` and return the program."""
-    assert shutil.which(COMPILER), "the tests of the CUDA kernels need a C++ compiler"
-    headers = [*sorted((ROOT / "csrc/cuda").glob("*.cuh")), *sorted(HERE.glob("*.h"))]
-    content = b"".join(path.read_bytes() for path in [HERE / source, *headers])
-    name = f"{Path(source).stem}-{hashlib.sha256(content).hexdigest()[:16]}"
-    program = ROOT / "build/fiber" / name
-    if not program.exists():
-        program.parent.mkdir(parents=True, exist_ok=True)
-        flags = ["-O2", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-        fresh = program.with_suffix(f".{os.getpid()}")
-        command = [COMPILER, *flags, f"-I{ROOT / 'csrc/cuda'}", str(HERE / source), "-o", fresh]
-        subprocess.run(command, check=True)
-        fresh.rename(program)
-    return program
+    """Compile ``tests/gates/fibers/<source>`` and return the program."""
+    assert has(CXX), "the tests of the CUDA kernels need a C++ compiler"
+
+    def make() -> bytes:
+        with TemporaryDirectory() as folder:
+            program = Path(folder, "program")
+            includes = [f"-I{CSRC}", f"-I{HERE}"]
+            subprocess.run([CXX, *FLAGS, *includes, HERE / source, "-o", program], check=True)
+            return program.read_bytes()
+
+    text = with_includes((HERE / source).read_text(), HERE)
+    return file_of(
+        "\n".join(["fiber", version_of(CXX), *FLAGS, text]), make, f"-{Path(source).stem}"
+    )
 
 
 def run(program: Path, *args: str, stdin: bytes = b"") -> bytes:

@@ -1,4 +1,4 @@
-// Memory that ends where unmapped memory begins: an access past it is a segmentation fault.
+// Memory that ends at an unmapped page: an access past its end is a segmentation fault.
 #pragma once
 
 #include <stdio.h>

@@ -1,4 +1,4 @@
-// Small kernels, right and wrong, that show what fiber.h runs and what it refuses.
+// Small kernels, correct and faulty, to test fiber.h.
 #include "fiber.h"
 
 #include <stdio.h>
@@ -19,7 +19,7 @@ __global__ void reverse(const int* in, int* out) {
   out[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
 }
 
-// A tile is overwritten while slow threads may still read it, unless a second barrier stands.
+// Without the second barrier, a tile is overwritten while slow threads may still read it.
 template <bool kSecondSync>
 __global__ void sum_tiles(const int* in, int* out) {
   __shared__ int tile[kThreads];
@@ -33,7 +33,7 @@ __global__ void sum_tiles(const int* in, int* out) {
   out[threadIdx.x] = sum;
 }
 
-// Every thread writes one place: the last one wins.
+// A race: every thread writes the same address, and the last one wins.
 __global__ void last_writer(const int* in, int* out) {
   __shared__ int winner;
   winner = in[threadIdx.x];

@@ -1,10 +1,10 @@
 // causal_conv.cuh and temporal_residual.cuh on the CPU. Reads a call from stdin, writes its results
-// to stdout; the inputs end where unmapped memory begins, so that a read past them is a
-// segmentation fault, and the results are NaN until they are written.
+// to stdout; inputs end at an unmapped page, so that a read past the end is a segmentation fault,
+// and results are NaN until they are written.
 #include "fiber.h"
 
 #include "guarded.h"
-#include "temporal_residual.cuh"
+#include "cuda/conv3d/temporal_residual.cuh"
 
 namespace {
 

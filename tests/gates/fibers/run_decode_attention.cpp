@@ -1,15 +1,15 @@
-// decode_attention.cuh on the CPU. Reads a call from stdin, writes its results to stdout; the
-// inputs end where unmapped memory begins, so that a read past them is a segmentation fault.
+// decode_attention.cuh on the CPU. Reads a call from stdin, writes its results to stdout; inputs
+// end at an unmapped page, so that a read past the end is a segmentation fault.
 #include "fiber.h"
 
-#include "decode_attention.cuh"
+#include "cuda/attention/decode_attention.cuh"
 #include "guarded.h"
 
 namespace {
 
 struct Header {
   double scale;
-  int64_t is_bfloat16, batch, new_tokens, heads_of_group, groups, width, capacity, page;
+  int64_t is_bfloat16, batch, new_tokens, heads_per_kv, kv_heads, head_dim, capacity, page;
   int64_t table_columns, num_multiprocessors, seed;
   int64_t strides[9], bytes[3];  // of q, k and v
 };
@@ -22,16 +22,16 @@ emu3::DecodeHeads<T> read_heads(const Header& h, int which) {
 
 template <typename T>
 void run(const Header& h) {
-  const int rows = static_cast<int>(h.new_tokens * h.heads_of_group);
+  const int rows = static_cast<int>(h.new_tokens * h.heads_per_kv);
   const auto q = read_heads<T>(h, 0), k = read_heads<T>(h, 1), v = read_heads<T>(h, 2);
   const void* const lengths = read_guarded(h.batch * sizeof(int32_t));
   const void* const table = read_guarded(h.batch * h.table_columns * sizeof(int32_t));
-  const int splits = emu3::decode_splits(h.batch, static_cast<int>(h.groups), rows, h.capacity,
+  const int splits = emu3::decode_splits(h.batch, static_cast<int>(h.kv_heads), rows, h.capacity,
                                          static_cast<int>(h.num_multiprocessors));
-  const int64_t results = h.batch * h.groups * splits * rows;
-  std::vector<float4> partial(results * h.width / 4, make_float4(NAN, NAN, NAN, NAN));
-  std::vector<float> lse(results, NAN);
-  std::vector<float4> out(h.batch * h.groups * rows * h.width * sizeof(T) / 16,
+  const int64_t rows_of_splits = h.batch * h.kv_heads * splits * rows;
+  std::vector<float4> partial(rows_of_splits * h.head_dim / 4, make_float4(NAN, NAN, NAN, NAN));
+  std::vector<float> lse(rows_of_splits, NAN);
+  std::vector<float4> out(h.batch * h.kv_heads * rows * h.head_dim * sizeof(T) / 16,
                           make_float4(NAN, NAN, NAN, NAN));
   const emu3::Decode<T> call{q,
                              k,
@@ -41,14 +41,14 @@ void run(const Header& h) {
                              h.table_columns,
                              static_cast<int>(h.page),
                              static_cast<int>(h.new_tokens),
-                             static_cast<int>(h.heads_of_group),
-                             static_cast<int>(h.groups),
+                             static_cast<int>(h.heads_per_kv),
+                             static_cast<int>(h.kv_heads),
                              splits,
                              static_cast<float>(h.scale),
                              &partial[0].x,
                              lse.data(),
                              reinterpret_cast<T*>(out.data())};
-  emu3::decode_attention(call, static_cast<int>(h.width), h.batch, [&](auto kernel, dim3 grid) {
+  emu3::decode_attention(call, static_cast<int>(h.head_dim), h.batch, [&](auto kernel, dim3 grid) {
     fiber::launch(grid, {emu3::kDecodeThreads}, static_cast<unsigned>(h.seed),
                   [&] { kernel(call); });
   });

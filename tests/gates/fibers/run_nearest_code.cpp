@@ -1,14 +1,14 @@
-// nearest_code.cuh on the CPU. Reads a call from stdin, writes its ids to stdout; the inputs end
-// where unmapped memory begins, so that a read past them is a segmentation fault.
+// nearest_code.cuh on the CPU. Reads a call from stdin, writes its ids to stdout; inputs end at an
+// unmapped page, so that a read past the end is a segmentation fault.
 #include "fiber.h"
 
 #include "guarded.h"
-#include "nearest_code.cuh"
+#include "cuda/vq/nearest_code.cuh"
 
 namespace {
 
 struct Header {
-  int64_t is_bfloat16, num_queries, places, batch_stride, dim_stride, place_stride, dim;
+  int64_t is_bfloat16, num_queries, positions, batch_stride, dim_stride, position_stride, dim;
   int64_t z_bytes, num_codes, num_multiprocessors, seed;
 };
 
@@ -16,10 +16,10 @@ template <typename T>
 void run(const Header& h) {
   const emu3::Latents<T> z{static_cast<const T*>(read_guarded(h.z_bytes)),
                            h.num_queries,
-                           h.places,
+                           h.positions,
                            h.batch_stride,
                            h.dim_stride,
-                           h.place_stride,
+                           h.position_stride,
                            static_cast<int>(h.dim)};
   const int num_codes = static_cast<int>(h.num_codes);
   const size_t bytes = sizeof(float) * emu3::padded_dim(z.dim) * h.num_codes;

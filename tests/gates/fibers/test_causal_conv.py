@@ -5,14 +5,13 @@ import struct
 import pytest
 import torch
 
-from emu3_kernels.ops.conv3d import reference
 from emu3_kernels.ops.conv3d.plan import Plan, out_shape
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import cases, double
+from emu3_kernels.testing.suite import cases, double, reference
 from tests.gates.fibers import fiber
 
 FEW, MANY = 1, 10_000
-"""Multiprocessors of a machine that one block of frames fills, and of one that wants many."""
+"""SMs of a GPU that one block of frames fills, and of one that needs many."""
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -69,8 +68,8 @@ BLOCKS = [
 ]
 
 
-def in_two(inputs, **settings):
-    """The block as two convolutions, whose bits it must have."""
+def by_two_convolutions(inputs, **settings):
+    """Return the block as two convolutions, to which it must be equal bit by bit."""
     x, first, second = (
         inputs["x"],
         *(
@@ -87,7 +86,7 @@ def in_two(inputs, **settings):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_convolution(size, dtype):
     inputs = cases("causal_conv3d").make(**size, dtype=dtype, device="cpu")
-    low, exact = reference.causal_conv3d(**inputs), reference.causal_conv3d(**double(inputs))
+    low, exact = reference("causal_conv3d")(**inputs), reference("causal_conv3d")(**double(inputs))
     assert_as_accurate("y", conv_on_fibers(**inputs), low, exact)
 
 
@@ -95,23 +94,23 @@ def test_every_convolution(size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [*BLOCKS, {"shape": [1, 4, 19, 18, 36]}], ids=str)
 def test_every_block(size, dtype, multiprocessors):
-    """19 frames are two blocks of frames, of which the second computes four frames again."""
+    """19 frames are two blocks of frames; the second recomputes four frames."""
     inputs = cases("temporal_residual").make(**size, dtype=dtype, device="cpu")
-    low = reference.temporal_residual(**inputs)
-    exact = reference.temporal_residual(**double(inputs))
+    low = reference("temporal_residual")(**inputs)
+    exact = reference("temporal_residual")(**double(inputs))
     actual = block_on_fibers(**inputs, multiprocessors=multiprocessors)
     assert_as_accurate("y", actual, low, exact)
-    assert torch.equal(actual, in_two(inputs))
+    assert torch.equal(actual, by_two_convolutions(inputs))
 
 
-def test_pieces_of_a_video_are_the_video():
+def test_chunks_of_a_video_equal_the_whole():
     size = {"shape": [1, 4, 7, 5, 12], "out": 4, "kernel": [3, 3, 3], "activation": "silu"}
     inputs = cases("causal_conv3d").make(**size, dtype=torch.float32, device="cpu")
     x, rest = inputs.pop("x"), inputs
     whole = conv_on_fibers(x, **rest)
     first, second = x[:, :, :3], x[:, :, 1:]
-    pieces = [conv_on_fibers(first, **rest), conv_on_fibers(second, **rest, front=0)]
-    assert torch.equal(torch.cat(pieces, dim=2), whole)
+    chunks = [conv_on_fibers(first, **rest), conv_on_fibers(second, **rest, front=0)]
+    assert torch.equal(torch.cat(chunks, dim=2), whole)
 
 
 def test_the_order_of_threads_changes_nothing():

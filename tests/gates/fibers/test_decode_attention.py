@@ -6,26 +6,24 @@ import struct
 import pytest
 import torch
 
-from emu3_kernels.ops.attention import decode_attention_cases as cases
-from emu3_kernels.ops.attention import decode_attention_reference as reference
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import double
+from emu3_kernels.testing.suite import cases, double, reference
 from tests.gates.fibers import fiber
 from tests.gates.fibers.test_nearest_code import raw
 
 FEW, MANY = 10_000, 1
-"""Multiprocessors of a machine that wants all the splits it can get, and of one that wants few."""
+"""SMs of a GPU that needs as many splits as there are, and of one that needs few."""
 
 
 def on_fibers(q, k_cache, v_cache, lengths, scale, page_table, multiprocessors=FEW, seed=0):
     """decode_attention by the CUDA kernels, called as their binding calls them."""
-    (batch, new, heads, width), groups = q.shape, k_cache.shape[2]
+    (batch, new, heads, head_dim), kv_heads = q.shape, k_cache.shape[2]
     columns = 0 if page_table is None else page_table.shape[1]
     page = k_cache.shape[1]
     data = [raw(tensor) for tensor in (q, k_cache, v_cache)]
     header = struct.pack(
-        "d23q", scale * math.log2(math.e), q.dtype == torch.bfloat16, batch, new, heads // groups,
-        groups, width, page * max(columns, 1), page, columns, multiprocessors, seed,
+        "d23q", scale * math.log2(math.e), q.dtype == torch.bfloat16, batch, new, heads // kv_heads,
+        kv_heads, head_dim, page * max(columns, 1), page, columns, multiprocessors, seed,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *map(len, data),
     )  # fmt: skip
     table = b"" if page_table is None else raw(page_table)
@@ -35,38 +33,43 @@ def on_fibers(q, k_cache, v_cache, lengths, scale, page_table, multiprocessors=F
 
 
 def check(inputs, **settings):
-    low = reference.decode_attention(**inputs)
-    exact = reference.decode_attention(**double(inputs))
+    low = reference("decode_attention")(**inputs)
+    exact = reference("decode_attention")(**double(inputs))
     assert_as_accurate("out", on_fibers(**inputs, **settings), low, exact)
 
 
-SIZES = [size for size in cases.CHECK if size["batch"]]
+SIZES = [size for size in cases("decode_attention").check if size["batch"]]
 
 
 @pytest.mark.parametrize("multiprocessors", [FEW, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size(size, dtype, multiprocessors):
-    check(cases.make(**size, dtype=dtype, device="cpu"), multiprocessors=multiprocessors)
+    check(
+        cases("decode_attention").make(**size, dtype=dtype, device="cpu"),
+        multiprocessors=multiprocessors,
+    )
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4, 5, 8, 9])
 @pytest.mark.parametrize("capacity", [1, 63, 64, 65, 129])
-def test_runs_of_whole_blocks_and_a_key(capacity, heads):
-    """9 heads of a group are a block of 8 queries and a ragged one."""
+def test_splits_of_whole_blocks_and_one_key(capacity, heads):
+    """9 heads of a KV head are a block of 8 queries and a ragged one."""
     size = {"batch": 1, "new": 1, "capacity": capacity, "heads": heads, "groups": 1, "width": 64}
-    check(cases.make(**size, dtype=torch.float32, device="cpu"))
+    check(cases("decode_attention").make(**size, dtype=torch.float32, device="cpu"))
 
 
 def test_the_order_of_threads_changes_nothing():
-    inputs = cases.make(**cases.CHECK[-1], dtype=torch.bfloat16, device="cpu")
+    inputs = cases("decode_attention").make(
+        **cases("decode_attention").check[-1], dtype=torch.bfloat16, device="cpu"
+    )
     first, *others = (on_fibers(**inputs, seed=seed) for seed in range(3))
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_a_layer_of_a_cache_is_read_where_it_lies():
+def test_strided_caches_are_read_in_place():
     size = {"batch": 2, "new": 1, "capacity": 70, "heads": 4, "groups": 2, "width": 64}
-    inputs = cases.make(**size, dtype=torch.float32, device="cpu")
+    inputs = cases("decode_attention").make(**size, dtype=torch.float32, device="cpu")
     expected = on_fibers(**inputs)
     caches = torch.stack([torch.stack([inputs["k_cache"], inputs["v_cache"]])] * 2, dim=2)
     inputs |= {"k_cache": caches[0, :, 1], "v_cache": caches[1, :, 1]}

@@ -1,4 +1,4 @@
-"""The harness bites: it runs right kernels right and does not let wrong ones pass."""
+"""fiber.h runs correct kernels correctly and detects faulty ones."""
 
 import pytest
 

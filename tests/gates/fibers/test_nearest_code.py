@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from emu3_kernels.ops.vq import reference
-from emu3_kernels.testing.suite import cases
+from emu3_kernels.testing.suite import cases, reference
 from tests.gates.fibers import fiber
 
 FEW, MANY = 10_000, 1
-"""Multiprocessors of a machine that the queries do not fill, and of one that they do."""
+"""SMs of a GPU that the queries do not fill, and of one that they do."""
 
 
 def raw(tensor):
@@ -23,20 +22,20 @@ def raw(tensor):
 
 def on_fibers(z, codebook, num_multiprocessors, seed=0):
     """nearest_code of ``z`` ``[B, D, P]`` by the CUDA kernel, called as its binding calls it."""
-    batch, dim, places = z.shape
+    batch, dim, positions = z.shape
     padded = next(width for width in (4, 8, 16, 32) if dim <= width)
     codes = F.pad(codebook.float(), (0, padded - dim))
     data = raw(z)
     header = struct.pack(
-        "11q", z.dtype == torch.bfloat16, batch * places, places, *z.stride(), dim, len(data),
+        "11q", z.dtype == torch.bfloat16, batch * positions, positions, *z.stride(), dim, len(data),
         len(codebook), num_multiprocessors, seed,
     )  # fmt: skip
     out = fiber.run(fiber.build("run_nearest_code.cpp"), stdin=header + data + raw(codes))
-    return torch.frombuffer(bytearray(out), dtype=torch.int64).view(batch, places)
+    return torch.frombuffer(bytearray(out), dtype=torch.int64).view(batch, positions)
 
 
-def make(batch, dim, places, num_codes, dtype=torch.float32, on_grid=False):
-    size = {"shape": (batch, dim, places), "num_codes": num_codes, "on_grid": on_grid}
+def make(batch, dim, positions, num_codes, dtype=torch.float32, on_grid=False):
+    size = {"shape": (batch, dim, positions), "num_codes": num_codes, "on_grid": on_grid}
     return cases("nearest_code").make(**size, dtype=dtype, device="cpu").values()
 
 
@@ -44,10 +43,10 @@ def make(batch, dim, places, num_codes, dtype=torch.float32, on_grid=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [1, 3, 4, 8, 13, 32])
 def test_every_dimension(dim, dtype, num_multiprocessors):
-    """4,099 codes of D 4 are four whole tiles and a ragged one; 301 places, blocks and a rest."""
+    """4,099 codes of D 4 are four whole tiles and a ragged one; 301 positions are ragged."""
     z, codebook = make(2, dim, 301, 16384 // dim + 3, dtype)
     actual = on_fibers(z, codebook, num_multiprocessors)
-    assert torch.equal(actual, reference.nearest_code(z, codebook))
+    assert torch.equal(actual, reference("nearest_code")(z, codebook))
 
 
 @pytest.mark.parametrize("num_codes", [1, 7, 8, 9, 128, 129, 1024, 1025])
@@ -55,7 +54,7 @@ def test_ties_go_to_the_lowest_code(num_codes):
     """Sizes around a group, a warp's share of a tile and a tile, with many equal distances."""
     z, codebook = make(1, 4, 65, num_codes, on_grid=True)
     codebook = (codebook * 2).round() / 2
-    assert torch.equal(on_fibers(z, codebook, MANY), reference.nearest_code(z, codebook))
+    assert torch.equal(on_fibers(z, codebook, MANY), reference("nearest_code")(z, codebook))
 
 
 def test_the_order_of_threads_changes_nothing():
@@ -68,7 +67,7 @@ def test_strides_are_followed():
     z, codebook = make(2, 4, 40, 100)
     channels_last = z.mT.contiguous().mT
     every_other = torch.stack([z, z], -1).flatten(2)[..., ::2]
-    expected = reference.nearest_code(z, codebook)
+    expected = reference("nearest_code")(z, codebook)
     assert torch.equal(on_fibers(channels_last, codebook, FEW), expected)
     assert torch.equal(on_fibers(every_other, codebook, FEW), expected)
 
@@ -79,5 +78,5 @@ def test_what_is_not_finite_gets_a_code_in_range():
     z[0, :, 3] = 3e38
     codebook[0, 0], codebook[7, 1], codebook[1029, 2] = torch.nan, torch.inf, -torch.inf
     actual = on_fibers(z, codebook, MANY)
-    assert torch.equal(actual, reference.nearest_code(z, codebook))
+    assert torch.equal(actual, reference("nearest_code")(z, codebook))
     assert actual[0, :4].tolist() == [0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""What the ranks tell each other beside keys: their arguments before, and failures at any time."""
+"""What the ranks exchange beside keys: their arguments before, and failures at any time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ FAILURE = "emu3_kernels.ring_attention: failure"
 
 
 class Facts(NamedTuple):
-    """What must be the same on all ranks, as numbers; of a rank that refuses, none."""
+    """What must be the same on all ranks, as numbers; zeros where the arguments are invalid."""
 
     batch: float = 0
-    query_heads: float = 0
-    key_heads: float = 0
-    width: float = 0
+    num_heads: float = 0
+    num_kv_heads: float = 0
+    head_dim: float = 0
     dtype: float = 0
     needs_gradient: float = 0
     causal: float = 0
@@ -31,24 +31,24 @@ class Facts(NamedTuple):
 
 
 def agree(
-    refusal: Exception | None, size: int, seed: Tensor, facts: Facts, group: dist.ProcessGroup
+    invalid: Exception | None, size: int, seed: Tensor, facts: Facts, group: dist.ProcessGroup
 ) -> tuple[Zigzag, Tensor]:
     """Compare the arguments of all ranks in one small message.
 
-    Every rank raises where one refuses its arguments or where they differ, so that none waits
-    for another in vain.
+    Every rank raises if the arguments of one are invalid or if they differ, so that none waits for
+    another in vain.
 
     Args:
-        refusal: what this rank's own checks raised, or None.
+        invalid: what this rank's own checks raised, or None.
         size: tokens of this rank.
         seed: 0-d int64; its device is that of the message.
         facts: of this rank.
         group: the ring.
 
     Returns:
-        How the sequence is dealt, and the seed: of rank 0, unless all are given one.
+        How the sequence is sharded, and the seed: that of rank 0, unless all are given one.
     """
-    mine = torch.tensor([refusal is not None, size, *facts], dtype=torch.float64)
+    mine = torch.tensor([invalid is not None, size, *facts], dtype=torch.float64)
     mine = torch.cat([mine.view(torch.int64).to(seed.device), seed[None]])
     ranks = mine.new_empty(dist.get_world_size(group), len(mine))
     with waiting("to compare arguments", group):
@@ -56,7 +56,7 @@ def agree(
     seeds = ranks[:, -1]
     numbers = ranks[:, :-1].cpu().view(torch.float64)
     if numbers[:, 0].any():
-        _raise_refusals(refusal, group)
+        _raise_invalid(invalid, group)
     columns = dict(zip(Facts._fields, numbers[:, 2:].T.tolist(), strict=True))
     if facts.seed:
         columns["seed"] = seeds.tolist()
@@ -66,11 +66,11 @@ def agree(
     return check_sizes("ring_attention", numbers[:, 1].long().tolist()), seeds[0].clone()
 
 
-def _raise_refusals(refusal: Exception | None, group: dist.ProcessGroup) -> None:
+def _raise_invalid(invalid: Exception | None, group: dist.ProcessGroup) -> None:
     messages: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, refusal and str(refusal), group=group)
-    if refusal:
-        raise refusal
+    dist.all_gather_object(messages, invalid and str(invalid), group=group)
+    if invalid:
+        raise invalid
     rank, message = next((r, message) for r, message in enumerate(messages) if message)
     raise ValueError(f"{message} (on rank {rank})")
 
@@ -81,20 +81,20 @@ class LostRankError(RuntimeError):
 
 @contextmanager
 def waiting(purpose: str, group: dist.ProcessGroup) -> Iterator[None]:
-    """Name this rank and its errand where the group gives up; quote the rank that failed."""
+    """Name this rank and the purpose if the group times out; quote the rank that failed."""
     try:
         yield
     except RuntimeError as error:
         store = group.get_group_store()
-        told = f"{store.get(FAILURE).decode()}; " if store.check([FAILURE]) else ""
+        cause = f"{store.get(FAILURE).decode()}; " if store.check([FAILURE]) else ""
         raise LostRankError(
-            f"ring_attention: rank {dist.get_rank(group)} waited {purpose} in vain: {told}{error}"
+            f"ring_attention: rank {dist.get_rank(group)} waited {purpose} in vain: {cause}{error}"
         ) from error
 
 
 @contextmanager
 def failing_together(group: dist.ProcessGroup) -> Iterator[None]:
-    """Leave word of an exception, which those that wait for this rank repeat."""
+    """Publish an exception to the ranks that wait for this one, which repeat its message."""
     try:
         yield
     except LostRankError:

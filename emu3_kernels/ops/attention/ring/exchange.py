@@ -1,4 +1,4 @@
-"""Messages that travel while this rank computes."""
+"""Messages that are in flight while this rank computes."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from emu3_kernels.ops.attention.ring.agreement import waiting
 
 
 class Posted:
-    """Messages under way to ``reader`` and from ``owner``; empty tensors cost none."""
+    """Messages in flight to ``reader`` and from ``owner``; empty tensors cost none."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Posted:
             self.works = dist.batch_isend_irecv(batch) if batch else []
 
     def wait(self) -> list[Tensor]:
-        """Return what was received; what was sent may be freed."""
+        """Return the received tensors and release the sent ones."""
         with waiting(self.purpose, self.group):
             for work in self.works:
                 work.wait()

@@ -1,7 +1,7 @@
-"""Which tokens travel when, from whom to whom: pure functions of sizes and documents.
+"""Which tokens are sent when, by which rank to which: pure functions of sizes and documents.
 
-At hop h rank r reads the keys of rank r-h, in pieces; only what it sees is sent, by its owner
-itself, so every rank has the same part of every hop and no token passes through a third.
+At hop h rank r reads the keys of rank r-h, in pieces. Their owner itself sends only keys to which r
+attends, so every rank has the same part of every hop and no token passes through a third.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from torch import Tensor
 from emu3_kernels.ops.attention.ring.shards import Zigzag
 
 MIN_PIECE = 512
-"""Tokens below which a shard is not cut: messages and kernels of less are mostly latency."""
+"""Tokens below which a shard is not split: smaller messages and launches are mostly latency."""
 
 
 class Edges(NamedTuple):
-    """The documents at both ends of a chunk, and how many of its tokens are theirs."""
+    """The documents at both ends of a chunk, and the numbers of their tokens in it."""
 
     first: int
     head: int
@@ -25,10 +25,10 @@ class Edges(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """What a rank reads of another's keys in a step, and its own queries that see them.
+    """What a rank reads of another's keys in a step, and its own queries that attend to them.
 
-    Ranges of indices in the owner's and in the reader's shard, ascending and apart; no keys,
-    no message. Queries are at most one range a chunk.
+    Ranges of indices in the owner's and in the reader's shard, ascending and disjoint; without keys
+    there is no message. Queries are at most one range a chunk.
     """
 
     keys: tuple[range, ...]
@@ -46,15 +46,15 @@ class Schedule(NamedTuple):
     causal: bool
     edges: list[list[Edges]] | None
 
-    def num_pieces(self, most: int) -> int:
-        return max(1, min(most, self.zigzag.num_tokens // self.zigzag.world // MIN_PIECE))
+    def num_pieces(self, max_pieces: int) -> int:
+        return max(1, min(max_pieces, self.zigzag.num_tokens // self.zigzag.world // MIN_PIECE))
 
-    def steps(self, most_pieces: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (hop, piece, pieces), the same on every rank: what is sent depends on the rank.
+    def steps(self, max_pieces: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (hop, piece, pieces), the same on every rank; what is sent depends on the rank.
 
-        Messages of a step cannot overtake those of another, whoever takes part in it.
+        So messages of a step cannot overtake those of another.
         """
-        pieces = self.num_pieces(most_pieces)
+        pieces = self.num_pieces(max_pieces)
         for hop in range(1, self.zigzag.world):
             for piece in range(pieces):
                 yield hop, piece, pieces
@@ -68,18 +68,18 @@ class Schedule(NamedTuple):
             rows = []
             for c in self.zigzag.chunks_of(owner):
                 met_keys, met_queries = self.meeting(c, d)
-                seen = _overlap(self.zigzag.local(c, met_keys), cell)
-                if seen and met_queries:
-                    keys.append(seen)
+                attended = _overlap(self.zigzag.local(c, met_keys), cell)
+                if attended and met_queries:
+                    keys.append(attended)
                     rows.append(self.zigzag.local(d, met_queries))
             if rows:
                 queries.append(range(min(r.start for r in rows), max(r.stop for r in rows)))
         return Transfer(_union(keys), tuple(queries))
 
     def meeting(self, c: int, d: int) -> tuple[range, range]:
-        """Return the keys of chunk ``c`` that are seen from chunk ``d``, and the queries that do.
+        """Return the keys of chunk ``c`` to which chunk ``d`` attends, and its queries that do.
 
-        Documents are contiguous: of two chunks, only one that fills all between them is in both.
+        Documents are contiguous: two chunks share one only if it fills everything between them.
         """
         keys, queries = self.zigzag.chunk(c), self.zigzag.chunk(d)
         if self.causal and c > d:
@@ -98,7 +98,7 @@ class Schedule(NamedTuple):
     def num_sent(self, rank: int) -> int:
         """Count the tokens whose k and v ``rank`` sends, once for each reader.
 
-        Backward they travel again, and their dk and dv in float32 the other way.
+        Backward they are sent again, and their dk and dv return in float32.
         """
         others = (reader for reader in range(self.zigzag.world) if reader != rank)
         return sum(self.transfer(rank, reader).num_keys for reader in others)
@@ -111,12 +111,12 @@ class Schedule(NamedTuple):
 def ring_schedule(
     num_tokens: int, world: int, *, causal: bool = True, document_ids: Tensor | None = None
 ) -> Schedule:
-    """Plan who sends what to whom.
+    """Plan the transfers of a ring.
 
     Args:
         num_tokens: T, of the whole sequence.
         world: P, the number of ranks.
-        causal: whether later keys are hidden.
+        causal: whether later keys are masked.
         document_ids: ``[B, T]`` of the whole sequence, on the CPU.
     """
     zigzag = Zigzag(num_tokens, world)

@@ -11,9 +11,9 @@ Group = dist.ProcessGroup | tuple[int, int]
 
 
 class Zigzag(NamedTuple):
-    """How ``num_tokens`` are dealt to ``world`` ranks; under a causal mask all work alike.
+    """How ``num_tokens`` are sharded over ``world`` ranks; a causal mask leaves all the same work.
 
-    Chunks are as equal as whole tokens allow, so any number of tokens can be dealt.
+    Chunks differ by one token at most, so any number of tokens can be sharded.
     """
 
     num_tokens: int
@@ -31,7 +31,7 @@ class Zigzag(NamedTuple):
         return sum(len(self.chunk(c)) for c in self.chunks_of(rank))
 
     def local(self, c: int, positions: range) -> range:
-        """Say where in its shard a range of a chunk lies."""
+        """Return the indices in its shard of a range of a chunk."""
         before = 0 if c < self.world else len(self.chunk(2 * self.world - 1 - c))
         shift = before - self.chunk(c).start
         return range(positions.start + shift, positions.stop + shift)
@@ -44,35 +44,35 @@ class Zigzag(NamedTuple):
 
 
 def shard_sequence(tensor: Tensor, group: Group, dim: int = 1) -> Tensor:
-    """Cut this rank's zigzag shard out of a whole sequence, as :func:`ring_attention` takes it.
+    """Return this rank's zigzag shard of a whole sequence, as :func:`ring_attention` takes it.
 
     For whatever has one entry a token: ids, positions, labels, weights, documents. Chunks r and
-    2P-1-r of 2P, in that order; any number of tokens can be dealt, chunks then differ by one.
-    Differentiable, and no communication.
+    2P-1-r of 2P, in that order; any number of tokens can be sharded, chunks then differ by one.
+    Differentiable, without communication.
 
     Args:
         tensor: the same on every rank, of any dtype.
-        group: the process group, or the (rank, world size) to cut for.
+        group: the process group, or a (rank, world size).
         dim: dimension of the tokens.
 
     Returns:
         A new tensor, with the shard's tokens along ``dim``.
     """
-    rank, world = _place(group)
+    rank, world = _rank_and_world(group)
     zigzag = Zigzag(tensor.shape[dim], world)
     parts = (zigzag.chunk(c) for c in zigzag.chunks_of(rank))
     return torch.cat([tensor.narrow(dim, part.start, len(part)) for part in parts], dim)
 
 
 def unshard_sequence(shard: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
-    """Gather a whole sequence from the shards of all ranks: undoes :func:`shard_sequence`.
+    """Gather a whole sequence from the shards of all ranks: inverse of :func:`shard_sequence`.
 
     Differentiable: the gradient of a shard is that of the sum of all ranks' losses, so a loss
-    that every rank computes alike from the whole has to be divided by their number.
+    that every rank computes alike from the whole must be divided by their number.
 
     Args:
-        shard: alike on all ranks but in ``dim``.
-        group: the process group; every rank has to call.
+        shard: of the same shape on all ranks except in ``dim``.
+        group: the process group; every rank must call.
         dim: dimension of the tokens.
 
     Returns:
@@ -87,7 +87,7 @@ def unshard_sequence(shard: Tensor, group: dist.ProcessGroup, dim: int = 1) -> T
 
 
 def check_sizes(op: str, sizes: list[int]) -> Zigzag:
-    """Raise unless the ranks hold as many tokens as the shards of one sequence have."""
+    """Raise unless the numbers of tokens on the ranks are those of the shards of one sequence."""
     zigzag = Zigzag(sum(sizes), len(sizes))
     expected = [zigzag.size(rank) for rank in range(len(sizes))]
     if sizes != expected:
@@ -99,7 +99,7 @@ def check_sizes(op: str, sizes: list[int]) -> Zigzag:
 
 
 def gather(rows: Tensor, zigzag: Zigzag, group: dist.ProcessGroup) -> Tensor:
-    """Return the whole of which ``rows`` ``[size, ...]`` is this rank's shard."""
+    """Gather the whole sequence, of which ``rows`` ``[size, ...]`` is this rank's shard."""
     sizes = [zigzag.size(rank) for rank in range(zigzag.world)]
     longest = max(sizes)
     padded = rows.new_zeros(longest, *rows.shape[1:])
@@ -129,7 +129,7 @@ class _Gather(torch.autograd.Function):
         return shard_sequence(total, ctx.group, dim=0), None, None
 
 
-def _place(group: Group) -> tuple[int, int]:
+def _rank_and_world(group: Group) -> tuple[int, int]:
     if not isinstance(group, tuple):
         return dist.get_rank(group), dist.get_world_size(group)
     rank, world = group

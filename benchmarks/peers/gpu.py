@@ -1,0 +1,135 @@
+"""Peers on a GPU: one small function for each library and op.
+
+A peer function imports its library and returns a differentiable function of the op's inputs by
+name. ``**rest`` takes the inputs that a peer has no argument for, at the op's defaults. Each peer
+has its own copies of the inputs: some write over them.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.peers.cpu import UnavailableError
+
+EPS = 1e-5
+INSTALL = {
+    "liger_kernel": "pip install liger-kernel==0.8.5",
+    "flash_attn": "pip install flash-attn --no-build-isolation",
+    "xformers": "pip install xformers",
+    "cut_cross_entropy": (
+        'pip install "cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git"'
+    ),
+    "quack": "pip install quack-kernels",
+}
+
+Peer = Callable[..., Any]
+
+
+def library(module: str) -> Any:
+    package = module.partition(".")[0]
+    try:
+        return import_module(module)
+    except (ImportError, OSError) as error:
+        raise UnavailableError(f"{module} cannot be imported: {INSTALL[package]}") from error
+
+
+def unweighted(weights: Tensor | None) -> None:
+    if weights is not None:
+        raise UnavailableError("it has no token weights")
+
+
+def liger_rms_norm() -> Peer:
+    norm = library("liger_kernel.transformers.functional").liger_rms_norm
+    return lambda x, weight: norm(x, weight, EPS, in_place=False)
+
+
+def liger_add_rms_norm() -> Peer:
+    norm = library("liger_kernel.transformers.functional").liger_fused_add_rms_norm
+    return lambda x, residual, weight: norm(x, residual, weight, EPS, in_place=False)
+
+
+def liger_swiglu() -> Peer:
+    swiglu = library("liger_kernel.transformers.functional").liger_swiglu
+    return lambda gate, up: swiglu(gate, up)
+
+
+def liger_rope() -> Peer:
+    rope = library("liger_kernel.transformers.functional").liger_rope
+
+    def call(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        """Rotate with the heads first, as Liger does."""
+        tables = (t[None, : q.shape[1]].repeat(1, 1, 2) for t in (cos, sin))
+        rotated = rope(q.transpose(1, 2), k.transpose(1, 2), *tables)
+        return tuple(x.transpose(1, 2) for x in rotated)
+
+    return call
+
+
+def liger_cross_entropy() -> Peer:
+    loss = library("liger_kernel.transformers.functional").liger_cross_entropy
+    return lambda logits, targets: loss(logits, targets)
+
+
+def liger_linear_cross_entropy() -> Peer:
+    loss = library("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+
+    def call(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None):
+        unweighted(weights)
+        return loss(hidden, head, targets)
+
+    return call
+
+
+def cut_linear_cross_entropy() -> Peer:
+    loss = library("cut_cross_entropy").linear_cross_entropy
+
+    def call(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None):
+        unweighted(weights)
+        return loss(hidden, head, targets)
+
+    return call
+
+
+def quack_rms_norm() -> Peer:
+    norm = library("quack").rmsnorm
+    return lambda x, weight: norm(x, weight, eps=EPS)
+
+
+def quack_cross_entropy() -> Peer:
+    loss = library("quack").cross_entropy
+    return lambda logits, targets: loss(logits, targets, reduction="mean")
+
+
+def flash_attention() -> Peer:
+    attention = library("flash_attn").flash_attn_func
+    return lambda q, k, v, causal=True, **rest: attention(q, k, v, causal=causal)
+
+
+def xformers_attention() -> Peer:
+    ops = library("xformers.ops")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, **rest: Any) -> Tensor:
+        """Split the heads as ``[B, T, H_kv, H / H_kv, D]``; expand k and v without a copy."""
+        kv_heads = k.shape[2]
+        grouped = q.unflatten(2, (kv_heads, q.shape[2] // kv_heads))
+        k, v = (x.unsqueeze(3).expand(-1, -1, -1, grouped.shape[3], -1) for x in (k, v))
+        mask = ops.LowerTriangularMask() if causal else None
+        return ops.memory_efficient_attention(grouped, k, v, attn_bias=mask).flatten(2, 3)
+
+    return call
+
+
+PEERS: Mapping[str, Mapping[str, Callable[[], Peer]]] = {
+    "rms_norm": {"Liger": liger_rms_norm, "quack": quack_rms_norm},
+    "add_rms_norm": {"Liger": liger_add_rms_norm},
+    "swiglu": {"Liger": liger_swiglu},
+    "rope": {"Liger": liger_rope},
+    "cross_entropy": {"Liger": liger_cross_entropy, "quack": quack_cross_entropy},
+    "linear_cross_entropy": {
+        "Liger": liger_linear_cross_entropy,
+        "cut-cross-entropy": cut_linear_cross_entropy,
+    },
+    "attention": {"flash-attn": flash_attention, "xformers": xformers_attention},
+}

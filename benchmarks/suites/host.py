@@ -1,0 +1,137 @@
+"""Host time: the Python time of one call of the Triton backend, without a GPU.
+
+Every Triton launch is recorded and not made, so that what remains is the host code of the op.
+Results are undefined.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Annotated
+from unittest import mock
+
+import torch
+import typer
+from rich.table import Table
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from benchmarks.harness import calls, machine, results, run
+from benchmarks.report import tables
+from emu3_kernels.ops import OPS
+from emu3_kernels.runtime import launch as launching
+from emu3_kernels.testing import suite
+
+BACKEND = "triton"
+SAMPLES, SAMPLE_SECONDS = 9, 0.02
+H100 = launching.Gpu(warp_size=32, num_sms=132)
+
+
+class Launches:
+    """Counts the launches that are recorded."""
+
+    count = 0
+
+
+@contextmanager
+def recorded_launches() -> Iterator[Launches]:
+    """Record every Triton launch inside the block and make none; take CPU tensors for a GPU's."""
+    launches = Launches()
+
+    def record(kernel, *args, **options) -> None:
+        launches.count += 1
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(InterpretedFunction, "run", record),
+        mock.patch.object(launching, "DEVICES", {"cpu", "cuda"}),
+        launching.assume_gpu(H100),
+    ):
+        yield launches
+
+
+def host(
+    op: Annotated[list[str] | None, typer.Option(help="Op to time; all by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the floating inputs.")] = "bfloat16",
+    write: Annotated[bool, typer.Option(help="Store the rows of this machine.")] = False,
+) -> None:
+    """Time the Python code of one call of each op, without a GPU."""
+    if write and (reason := machine.why_not_publish(machine.load())):
+        run.refuse([reason])
+    torch.set_num_threads(1)
+    rows = [row for name in op or OPS for row in rows_of_op(name, getattr(torch, dtype))]
+    run.console.print(table(rows))
+    if write:
+        path = results.store(results.RESULTS / f"{machine.kind()}.jsonl", rows)
+        run.console.print(f"wrote {len(rows)} rows to {path}")
+
+
+def rows_of_op(op: str, dtype: torch.dtype) -> list[dict]:
+    """Time forward, and backward if there is one; no row for an op without a Triton backend."""
+    if isinstance(suite.backends_of(op).get(BACKEND, ""), str):
+        return []
+    stated = suite.cases(op)
+    smallest = stated.decode[0] if stated.decode else stated.check[-1]
+    rows = [row_of(op, smallest, dtype, "forward")]
+    sample = stated.make(**stated.check[-1], dtype=dtype, device="cpu")
+    if suite.differentiable(op, sample):
+        rows += [row_of(op, stated.check[-1], dtype, way) for way in ("forward, grad", "backward")]
+    return rows
+
+
+def row_of(op: str, size: dict, dtype: torch.dtype, direction: str) -> dict:
+    inputs = suite.cases(op).make(**size, dtype=dtype, device="cpu")
+    leaves = suite.differentiable(op, inputs)
+    function = lambda **given: suite.public(op)(**given, backend=BACKEND)  # noqa: E731
+    with recorded_launches() as launches, torch.set_grad_enabled(direction != "forward"):
+        if direction == "forward, grad":
+            inputs = inputs | {name: inputs[name].requires_grad_() for name in leaves}
+        way = "backward" if direction == "backward" else "forward"
+        call = calls.bind(function, inputs, way, leaves)
+        call()
+        launches.count = 0
+        call()
+        count = launches.count
+        seconds = samples(call)
+    return {
+        "label": "MEASURED",
+        "suite": "host",
+        "op": op,
+        "backend": BACKEND,
+        "device": "cpu",
+        "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "direction": direction,
+        "threads": 1,
+        "load": [machine.load()],
+        "ms": 1e3 * median(seconds),
+        "range_ms": [1e3 * min(seconds), 1e3 * max(seconds)],
+        "launches": count,
+        "peers": {},
+        "missing": {},
+        **results.made_by(machine.facts(), (commit := machine.commit()), commit["time"]),
+    }
+
+
+def samples(call: Callable[[], object]) -> list[float]:
+    """Return seconds per call of ``SAMPLES`` samples."""
+    start = time.perf_counter()
+    call()
+    repeats = max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
+    taken = []
+    for _ in range(SAMPLES):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        taken.append((time.perf_counter() - start) / repeats)
+    return taken
+
+
+def table(rows: list[dict]) -> Table:
+    shown = Table(title="MEASURED: Python time of one call; launches recorded, not made")
+    for index, column in enumerate(tables.HOST_HEADER):
+        shown.add_column(column, justify="left" if index < 4 else "right")
+    for row in rows:
+        shown.add_row(*tables.host_line(row))
+    return shown

@@ -1,0 +1,273 @@
+"""Attention, of whole sequences and of new tokens to a cache.
+
+B batch, T queries, S keys, H query heads, KV key/value heads, K head_dim.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from emu3_kernels.ops.attention import reference
+from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges, key_ranges_of, one_document
+from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.checks import check_grouped_heads, check_values, describe
+from emu3_kernels.runtime.dispatch import Backends
+from emu3_kernels.runtime.dropout import check_dropout, draw_seed
+
+ATTENTION = Backends(
+    "attention",
+    __package__,
+    reference.attention,
+    cpu=("cpu", "sdpa"),
+    cuda=("flash_attn", "triton", "xformers", "sdpa"),
+)
+DECODE_ATTENTION = Backends(
+    "decode_attention",
+    __package__,
+    reference.decode_attention,
+    cpu=("cpu", "sdpa"),
+    cuda=("triton", "cuda", "sdpa"),
+)
+
+MAX_NEW_TOKENS = 16
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Average values by the softmax of scores: ``out = softmax(scale * q @ k.T) @ v`` per head.
+
+    Query head h reads KV head ``h // (H/KV)``; keys and values are not copied for it. A causal
+    mask aligns the last query with the last key. Scores, softmax and sums are float32 (float64 for
+    float64 inputs), probabilities are rounded to the dtype of v before they are multiplied by v,
+    and results are rounded once. A query that attends to no key gets 0 and an lse of -inf.
+
+    Differentiable in q, k and v, deterministically; the inputs, the result and the lse are saved.
+    Blocks of keys to which no query of a block attends are skipped, not masked: the cost of
+    documents is that of their own squares.
+
+    From "FlashAttention-2" (Dao, arXiv 2307.08691); grouped heads from "GQA" (Ainslie et al.,
+    arXiv 2305.13245).
+
+    Args:
+        q: ``[B, T, H, K]``, any floating dtype.
+        k: ``[B, S, KV, K]``, H a multiple of KV; dtype and device of ``q``.
+        v: as ``k``.
+        causal: whether query t attends to key s only if ``s - S <= t - T``.
+        document_ids: ``[B, T]`` int32, non-decreasing along T: a query attends only to keys of its
+            own document. Needs S = T; None is one document.
+        scale: factor of the scores; None is ``K ** -0.5``.
+        dropout_p: probability in ``[0, 1)`` of dropping a probability after the softmax. Seed, head
+            and positions alone decide which are dropped.
+        seed: scalar int64 tensor on the device of ``q``; None draws one.
+        return_lse: whether to return the logarithm of the softmax's denominator too,
+            differentiable.
+        backend: a key of ``ATTENTION``, or None for the first that fits.
+
+    Returns:
+        ``[B, T, H, K]`` in the dtype of ``q``; with ``return_lse`` also ``[B, H, T]`` float32
+        (float64 for float64 inputs).
+    """
+    layout = "q must be [B, T, H, K], k and v [B, S, KV, K]"
+    check_grouped_heads("attention", layout, q, k, v, shared=1)
+    if document_ids is not None:
+        _check_documents(q, k, document_ids)
+    check_dropout("attention", dropout_p, seed, q.device)
+    chosen = ATTENTION.choose(backend, q, k, v, causal, document_ids, dropout_p, return_lse)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if dropout_p > 0 and seed is None:
+        seed = draw_seed(q.device)
+    if chosen.function is not None:
+        return chosen.function(
+            *(q, k, v),
+            causal=causal,
+            document_ids=document_ids,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_lse=return_lse,
+        )
+    key_ranges, positions = _key_ranges(q, k, causal, document_ids, dropout_p)
+    dropout = Dropout(dropout_p, seed, *positions) if dropout_p > 0 else None
+    if needs_gradient(q, k, v):
+        dropped = dropout or (0.0, None, None, None)
+        out, lse = _Attention.apply(q, k, v, *key_ranges, scale, *dropped, chosen)
+    else:
+        out, lse = chosen.forward(q, k, v, key_ranges, scale, dropout)
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q, k, v, first, end, offset, scale, dropout_p, seed, q_positions, k_positions, backend
+    ):
+        dropout = Dropout(dropout_p, seed, q_positions, k_positions) if dropout_p > 0 else None
+        out, lse = backend.forward(q, k, v, KeyRanges(first, end, offset), scale, dropout)
+        ctx.save_for_backward(q, k, v, first, end, seed, q_positions, k_positions, out, lse)
+        ctx.settings = offset, scale, dropout_p, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, first, end, seed, q_positions, k_positions, out, lse = ctx.saved_tensors
+        offset, scale, dropout_p, backend = ctx.settings
+        dropout = Dropout(dropout_p, seed, q_positions, k_positions) if dropout_p > 0 else None
+        dout = torch.zeros_like(out) if dout is None else dout
+        # Where one key dominates a row its dq is a difference of nearly equal numbers, and an
+        # error of delta is all that is left of it: PyTorch's sum is pairwise.
+        delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+        delta = delta if dlse is None else delta - dlse
+        key_ranges = KeyRanges(first, end, offset)
+        gradients = backend.backward(dout, q, k, v, lse, delta, key_ranges, scale, dropout)
+        return *gradients, *[None] * 9
+
+
+def _key_ranges(
+    q: Tensor, k: Tensor, causal: bool, document_ids: Tensor | None, dropout_p: float
+) -> tuple[KeyRanges, tuple[Tensor, Tensor] | tuple[()]]:
+    """Return the key ranges; with documents or dropout also the positions of queries and keys."""
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    if document_ids is None and dropout_p == 0:
+        return one_document(num_queries, num_keys, causal=causal), ()
+    k_positions = torch.arange(num_keys, dtype=torch.int32, device=q.device)
+    q_positions = torch.arange(num_queries, dtype=torch.int32, device=q.device)
+    q_positions += num_keys - num_queries
+    if document_ids is None:
+        key_ranges = one_document(num_queries, num_keys, causal=causal)
+    else:
+        ids = document_ids, document_ids
+        key_ranges = key_ranges_of(q_positions, k_positions, *ids, causal=causal)
+    return key_ranges, (q_positions, k_positions)
+
+
+def _check_documents(q: Tensor, k: Tensor, document_ids: Tensor) -> None:
+    if document_ids.dtype != torch.int32:
+        raise TypeError(f"attention: document_ids must be int32, got {document_ids.dtype}")
+    if document_ids.shape != q.shape[:2] or document_ids.device != q.device:
+        raise ValueError(
+            f"attention: document_ids must be {tuple(q.shape[:2])} on {q.device}, "
+            f"got {describe(document_ids)}"
+        )
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"attention: document_ids need as many keys as queries, got {k.shape[1]} keys for "
+            f"{q.shape[1]} queries"
+        )
+    ascending = (document_ids[:, 1:] >= document_ids[:, :-1]).all()
+    must = "document_ids must not decrease along T"
+    check_values("attention", ascending, must, lambda: str(document_ids.tolist()))
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    page_table: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Attend from the last tokens of every row: ``out = softmax(scale * q @ k.T) @ v`` per head.
+
+    The queries are the last t of the ``lengths[b]`` positions of row b, causal among themselves:
+    query i attends to the keys ``j < lengths[b] - t + i + 1``, and one without a key gets 0. Query
+    head h reads KV head ``h // (H/KV)``; each key and value is read once for the query heads that
+    share it, and nothing beyond ``lengths[b]`` is read. Keys are split among threads or programs,
+    whose float32 results are merged by their lse in a fixed order; the result is rounded once and
+    does not depend on the number of threads. Not differentiable.
+
+    From "Flash-Decoding" (Dao et al., 2023); pages from "PagedAttention" (Kwon et al., arXiv
+    2309.06180).
+
+    Args:
+        q: ``[B, t, H, K]``, t from 1 to 16, any floating dtype.
+        k_cache: ``[B, S, KV, K]``, any strides in B, S and KV, or ``[pages, page, KV, K]`` with a
+            ``page_table``; H a multiple of KV; dtype and device of ``q``.
+        v_cache: shape, dtype and device of ``k_cache``.
+        lengths: ``[B]`` int32, at most S, keys of each row, the t new ones included. Its values and
+            those of the page table are checked in eager calls on a CPU; elsewhere the caller
+            guarantees them.
+        scale: factor of the scores; None is ``K ** -0.5``.
+        page_table: ``[B, max_pages]`` int32: key j of row b is key ``j % page`` of page
+            ``page_table[b, j // page]``. Entries beyond the keys of a row are not read.
+        backend: a key of ``DECODE_ATTENTION``, or None for the first that fits.
+
+    Returns:
+        ``[B, t, H, K]`` in the dtype of ``q``.
+    """
+    layout = "q must be [B, t, H, K] and the caches alike, [B, S, KV, K] or [pages, page, KV, K],"
+    check_grouped_heads("decode_attention", layout, q, k_cache, v_cache, shared=0)
+    _check_rows(q, k_cache, lengths, page_table)
+    if needs_gradient(q, k_cache, v_cache):
+        raise ValueError("decode_attention: has no gradient, got inputs that require one")
+    chosen = DECODE_ATTENTION.choose(backend, q, k_cache, v_cache, page_table)
+    if q.is_cpu and chosen is not DECODE_ATTENTION["cpu"]:  # whose kernel checks them itself
+        _check_values(k_cache, lengths, page_table)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    run = chosen.function or chosen.forward
+    return run(q, k_cache, v_cache, lengths, scale=scale, page_table=page_table)
+
+
+def _check_rows(q: Tensor, k_cache: Tensor, lengths: Tensor, page_table: Tensor | None) -> None:
+    (batch, num_new, *_), device = q.shape, q.device
+    if not 1 <= num_new <= MAX_NEW_TOKENS:
+        raise ValueError(
+            f"decode_attention: the new tokens must be 1 to {MAX_NEW_TOKENS}, got {num_new}"
+        )
+    if lengths.dtype != torch.int32:
+        raise TypeError(f"decode_attention: lengths must be int32, got {lengths.dtype}")
+    if lengths.shape != (batch,) or lengths.device != device:
+        raise ValueError(
+            f"decode_attention: lengths must be ({batch},) on {device}, got {describe(lengths)}"
+        )
+    if page_table is not None:
+        if page_table.dtype != torch.int32:
+            raise TypeError(f"decode_attention: page_table must be int32, got {page_table.dtype}")
+        if page_table.dim() != 2 or len(page_table) != batch or page_table.device != device:
+            raise ValueError(
+                f"decode_attention: page_table must be [{batch}, max_pages] on {device}, "
+                f"got {describe(page_table)}"
+            )
+    elif k_cache.shape[0] != batch:
+        raise ValueError(
+            f"decode_attention: the caches must have a row for each of the {batch} of q, "
+            f"got {len(k_cache)}"
+        )
+
+
+def _check_values(k_cache: Tensor, lengths: Tensor, page_table: Tensor | None) -> None:
+    """Check the values of CPU tensors; a traced call has none."""
+    if torch.compiler.is_compiling() or not len(lengths):
+        return
+    num_pages, page = k_cache.shape[:2]
+    capacity = page if page_table is None else page * page_table.shape[1]
+    values = lengths.tolist()
+    low, high = min(values), max(values)
+    if low < 0 or high > capacity:
+        raise ValueError(
+            f"decode_attention: lengths must lie in [0, {capacity}], got {low} … {high}"
+        )
+    if page_table is None:
+        return
+    first_key = torch.arange(page_table.shape[1]) * page
+    used = page_table[first_key < lengths[:, None]]
+    if used.numel():
+        low, high = (value.item() for value in used.aminmax())
+        if low < 0 or high >= num_pages:
+            raise ValueError(
+                f"decode_attention: pages must lie in [0, {num_pages}), got {low} … {high}"
+            )

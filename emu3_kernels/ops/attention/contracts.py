@@ -1,0 +1,158 @@
+"""The launches of the family that are compiled without a GPU, and their contracts."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from emu3_kernels.ops.attention import triton as attention
+from emu3_kernels.ops.attention import triton_decode
+from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges, one_document
+from emu3_kernels.runtime.contracts import Config, Contract, CudaKernel, meta
+
+TOKENS = 8192
+
+
+def _attention(
+    head_dim: int, *, backward: bool = False, documents: bool = False, dropout: bool = False
+) -> None:
+    """Emu3-8B: 32 heads of q, 8 of k and of v in one projection of 8,192 tokens."""
+    q, k, v = meta(1, TOKENS, 48, head_dim).split((32, 8, 8), dim=2)
+    key_ranges = one_document(TOKENS, TOKENS, causal=True)
+    if documents:
+        key_ranges = KeyRanges(*(meta(1, TOKENS, dtype=torch.int32) for _ in range(2)))
+    dropped = None
+    if dropout:
+        positions = (meta(TOKENS, dtype=torch.int32) for _ in range(2))
+        dropped = Dropout(0.1, meta(dtype=torch.int64), *positions)
+    settings = key_ranges, head_dim**-0.5, dropped
+    if backward:
+        dout, lse = meta(1, TOKENS, 32, head_dim), meta(1, 32, TOKENS, dtype=torch.float32)
+        attention.backward(dout, q, k, v, lse, lse, *settings)
+    else:
+        attention.forward(q, k, v, *settings)
+
+
+# Of 65,536 registers, 255 a thread leave room for one program of 256 threads, which forward and
+# dkdv have, and for two of 128, which dq has; a thread of gfx942 may have 512. Scalars are the key
+# ranges, lse, delta and positions of rows: of 64 queries, a thread may have 32.
+AMD = {
+    "gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950",
+    "gfx942: stores": "v_mfma leaves a thread four channels side by side: 8 bytes",
+}
+SCALAR_SPILLS = {"gfx942: spills": "a few scalar registers, into vector registers: none to memory"}
+DOTS = Contract(max_registers=255, tensor_cores=True, async_copies=True, exceptions=AMD)
+
+
+def _forward(**terms: object) -> Mapping[str, Contract]:
+    return {"attention_fwd_kernel": replace(DOTS, scalar_stores=1, **terms)}
+
+
+def _backward(dq: Contract, dkdv: Contract) -> Mapping[str, Contract]:
+    return {"attention_bwd_dq_kernel": dq, "attention_bwd_dkdv_kernel": dkdv}
+
+
+FORWARD = _forward(scalar_loads=12)
+BACKWARD = _backward(replace(DOTS, scalar_loads=24), replace(DOTS, scalar_loads=74))
+DROPOUT_BACKWARD = _backward(
+    replace(DOTS, max_registers=272, scalar_loads=40),
+    replace(DOTS, scalar_loads=80, exceptions=AMD | SCALAR_SPILLS),
+)
+
+
+def _decode(num_new: int, page: int | None) -> None:
+    """Emu3-8B, two rows of 8,192 positions."""
+    shape = (2, 8192, 8, 128) if page is None else (2 * 8192 // page, page, 8, 128)
+    table = None if page is None else meta(2, 8192 // page, dtype=torch.int32)
+    tensors = meta(2, num_new, 32, 128), meta(*shape), meta(*shape), meta(2, dtype=torch.int32)
+    triton_decode.forward(*tensors, scale=128**-0.5, page_table=table)
+
+
+# 128 registers leave room for four programs of four warps on a multiprocessor, 255 for two. Scalars
+# are the length, the pages of the keys that a thread reads, and the lse of a row.
+SPLIT = Contract(
+    128, scalar_loads=1, scalar_stores=1, tensor_cores=True, async_copies=True,
+    exceptions={"gfx942: async_copies": AMD["gfx942: async_copies"]},
+)  # fmt: skip
+MERGE = Contract(64, scalar_loads=4, scalar_stores=1)
+
+
+def _decoding(split: Contract) -> Mapping[str, Contract]:
+    return {"decode_attention_split_kernel": split, "decode_attention_merge_kernel": MERGE}
+
+
+CONFIGS = {
+    "attention": (
+        Config("8192, 32:8 heads of 128", lambda: _attention(128), FORWARD),
+        Config("8192, 32:8 heads of 64", lambda: _attention(64), FORWARD),
+        Config("8192, documents", lambda: _attention(128, documents=True), FORWARD),
+        Config("8192, 64, documents", lambda: _attention(64, documents=True), FORWARD),
+        Config("8192, dropout", lambda: _attention(128, dropout=True), _forward(scalar_loads=20)),
+        Config("8192, 32:8 heads of 128", lambda: _attention(128, backward=True), BACKWARD),
+        Config("8192, 32:8 heads of 64", lambda: _attention(64, backward=True), BACKWARD),
+        Config(
+            "8192, documents",
+            lambda: _attention(128, backward=True, documents=True),
+            BACKWARD,
+        ),
+        Config(
+            "8192, 64, documents",
+            lambda: _attention(64, backward=True, documents=True),
+            BACKWARD,
+        ),
+        Config(
+            "8192, dropout, documents",
+            lambda: _attention(128, backward=True, documents=True, dropout=True),
+            DROPOUT_BACKWARD,
+        ),
+    ),
+    "decode_attention": (
+        Config("one token", lambda: _decode(1, None), _decoding(SPLIT)),
+        Config(
+            "16 tokens", lambda: _decode(16, None), _decoding(replace(SPLIT, max_registers=255))
+        ),
+        Config(
+            "one token, pages of 16",
+            lambda: _decode(1, 16),
+            _decoding(replace(SPLIT, scalar_loads=8)),
+        ),
+    ),
+}
+
+# Blocks have 128 threads: 168 registers leave room for three on a multiprocessor, 85 for six, 255
+# for two. Scalar loads are the length, and a page for each key that a sub-warp group reads; the
+# scalar store is one lse a query.
+CUDA = (
+    CudaKernel(
+        "decode_attention",
+        "decode_attention_kernel<bfloat16, 128, 4>",
+        "(Decode<bfloat16>)",
+        Contract(max_registers=168, scalar_loads=5, scalar_stores=1),
+    ),
+    CudaKernel(
+        "decode_attention",
+        "decode_attention_kernel<bfloat16, 128, 1>",
+        "(Decode<bfloat16>)",
+        Contract(max_registers=85, scalar_loads=5, scalar_stores=1),
+    ),
+    CudaKernel(
+        "decode_attention",
+        "decode_attention_kernel<bfloat16, 128, 8>",
+        "(Decode<bfloat16>)",
+        Contract(max_registers=255, scalar_loads=3, scalar_stores=1),
+    ),
+    CudaKernel(
+        "decode_attention",
+        "decode_attention_kernel<float, 64, 8>",
+        "(Decode<float>)",
+        Contract(max_registers=168, scalar_loads=3, scalar_stores=1),
+    ),
+    # Eight blocks a multiprocessor. Scalar loads are the length and the lse of each split; the
+    # scalar store is four elements of bfloat16 a lane.
+    CudaKernel(
+        "decode_attention",
+        "merge_decoded_kernel<bfloat16, 128>",
+        "(Decode<bfloat16>)",
+        Contract(max_registers=64, scalar_loads=8, scalar_stores=1),
+    ),
+)

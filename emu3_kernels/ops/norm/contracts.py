@@ -1,0 +1,81 @@
+"""What the compiled Triton kernels of rms_norm and add_rms_norm are held to."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from emu3_kernels.ops.norm.triton import backward, forward
+from emu3_kernels.runtime.contracts import Config, Contract, meta
+
+# 256 threads of 64 registers keep 32 warps on a multiprocessor; of 512 threads it holds one block
+# at 128. The scalar is rstd: one float32 a row.
+FORWARD = Contract(max_registers=64, scalar_stores=1)
+FORWARD_16384 = Contract(max_registers=128, scalar_stores=1)
+TWO_PASS = Contract(max_registers=64, scalar_loads=1)
+# One program a multiprocessor: the 128 registers that 512 threads may have. Rows are copied ahead
+# to shared memory, on gfx942 to registers. rstd is loaded once a stage.
+ROWS_AHEAD = Contract(
+    max_registers=128,
+    scalar_loads=3,
+    async_copies=True,
+    exceptions={"gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950"},
+)
+# The sum leaves one column a thread: 8 KiB are written in narrow stores, 2 MiB read in wide loads.
+SUM = Contract(max_registers=64, scalar_stores=1)
+BACKWARD = {"rms_norm_bwd_kernel": ROWS_AHEAD, "rms_norm_sum_dweight_kernel": SUM}
+BACKWARD_TWO_PASS = {
+    "rms_norm_bwd_dx_kernel": TWO_PASS,
+    "rms_norm_bwd_dweight_kernel": TWO_PASS,
+    "rms_norm_sum_dweight_kernel": SUM,
+}
+
+
+def run_forward(num_rows: int, width: int, *, residual: bool, dropout: bool = False) -> None:
+    x = meta(num_rows, width)
+    forward(x, x if residual else None, meta(width), 1e-5, *_random(dropout))
+
+
+def run_backward(num_rows: int, width: int, *, residual: bool, dropout: bool = False) -> None:
+    x, rstd = meta(num_rows, width), meta(num_rows, dtype=torch.float32)
+    backward(x, x if residual else None, x, meta(width), rstd, *_random(dropout))
+
+
+def _random(dropout: bool) -> tuple[float, Tensor | None]:
+    return (0.1, meta(dtype=torch.int64)) if dropout else (0.0, None)
+
+
+# Emu3's width, the widest rows in registers, and wider ones.
+SHAPES = (
+    (run_forward, 4096, 4096, {"rms_norm_fwd_kernel": FORWARD}),
+    (run_forward, 1024, 16384, {"rms_norm_fwd_kernel": FORWARD_16384}),
+    (run_forward, 512, 32768, {"rms_norm_fwd_two_pass_kernel": FORWARD}),
+    (run_backward, 4096, 4096, BACKWARD),
+    (run_backward, 2048, 8192, BACKWARD),
+    (run_backward, 512, 32768, BACKWARD_TWO_PASS),
+)
+
+
+def _config(
+    run: Callable, num_rows: int, width: int, contracts: dict[str, Contract], *, residual: bool
+) -> Config:
+    call = partial(run, num_rows, width, residual=residual)
+    return Config(f"{num_rows} x {width}", call, contracts)
+
+
+def _with_dropout(config: Config) -> Config:
+    """The seed is one more scalar."""
+    contracts = {
+        name: replace(contract, scalar_loads=contract.scalar_loads + 1)
+        for name, contract in config.contracts.items()
+    }
+    return Config(f"{config.name}, dropout", partial(config.call, dropout=True), contracts)
+
+
+_ADD = tuple(_config(*shape, residual=True) for shape in SHAPES)
+CONFIGS = {
+    "rms_norm": tuple(_config(*shape, residual=False) for shape in SHAPES),
+    "add_rms_norm": (*_ADD, *map(_with_dropout, _ADD)),
+}
