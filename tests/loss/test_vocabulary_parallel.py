@@ -3,10 +3,8 @@
 One fixture starts four processes, which run every case; the tests check their results.
 """
 
-from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from emu3_kernels import linear_cross_entropy as call
 from emu3_kernels.ops.loss.chunking import MEMORY, chunking
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import cases, double, reference, value_and_gradients
+from tests.ranks import Ranks
 
 OP = "linear_cross_entropy"
 WORLD = 4
@@ -54,13 +53,9 @@ def make_small(dtype):
     return cases(OP).make(tokens=9, width=8, classes=20, dtype=dtype, device="cpu")
 
 
-def on_rank(rank, store):
-    """Run every case that ``rank`` takes part in, twice; and the calls that must be refused."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=PATIENCE
-    )
+def on_rank(world):
+    """Run every case that this rank takes part in, twice; and the calls that must be refused."""
+    rank = world.rank()
     groups = {ranks: dist.new_group(list(ranks), timeout=PATIENCE) for ranks in UNEVEN}
     given = {}
     for case in CASES:
@@ -73,7 +68,6 @@ def on_rank(rank, store):
     given["dropped"] = dropped(rank, groups[(0, 1, 2, 3)])
     given["refused"] = list(refused(rank, groups[(0, 1, 2, 3)]))
     given["frozen"] = list(frozen(rank, groups[(0, 1, 2, 3)]))
-    dist.destroy_process_group()
     return given
 
 
@@ -115,11 +109,10 @@ def frozen(rank, group):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    store = tmp_path_factory.mktemp("group") / "store"
-    with ProcessPoolExecutor(WORLD, get_context("spawn")) as pool:
-        running = [pool.submit(on_rank, rank, str(store)) for rank in range(WORLD)]
-        return [one.result(timeout=4 * PATIENCE.seconds) for one in running]
+def ranks():
+    started = Ranks(WORLD)
+    yield started.run(on_rank)
+    started.close()
 
 
 def truth(inputs):
