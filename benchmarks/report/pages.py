@@ -60,7 +60,7 @@ def write_pages(folder: Path) -> Path:
 
 
 def codegen(folder: Path) -> list[str]:
-    from benchmarks import codegen_page
+    from benchmarks.report import codegen_page
 
     counted = folder / CODEGEN
     if not counted.exists():

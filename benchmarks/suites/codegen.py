@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks.harness import machine
 from benchmarks.peers import codegen as peers_codegen
 from emu3_kernels.ops import OPS
 from emu3_kernels.testing.codegen import SHARED_LIMIT, Row, by_config, listed, rows_of_op

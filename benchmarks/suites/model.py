@@ -25,13 +25,13 @@ OURS, THEIRS, APPLIED = "emu3.Emu3", "Hugging Face", "Hugging Face with our ops"
 
 SETTINGS = PRESETS["8b"].model_copy(
     update={
-        "width": 512,
-        "layers": 8,
-        "heads": 8,
-        "kv_heads": 2,
-        "head_width": 64,
-        "ff_width": 1408,
-        "max_positions": 4096,
+        "hidden_size": 512,
+        "num_layers": 8,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 1408,
+        "max_position_embeddings": 4096,
         "dropout": 0.0,
     }
 )
@@ -78,13 +78,13 @@ def hugging_face(settings: ModelSettings, dtype: torch.dtype) -> nn.Module:
 
     config = Emu3TextConfig(
         vocab_size=settings.vocabulary.size,
-        hidden_size=settings.width,
-        intermediate_size=settings.ff_width,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.kv_heads,
-        head_dim=settings.head_width,
-        max_position_embeddings=settings.max_positions,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=settings.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
         rms_norm_eps=settings.norm_eps,
         initializer_range=settings.init_std,
@@ -125,11 +125,12 @@ def gemm_shapes(
     Without those of attention. The head takes the valid tokens alone.
     """
     s = settings
-    queries, heads = s.heads * s.head_width, (s.heads + 2 * s.kv_heads) * s.head_width
-    of_a_block = [(s.width, heads), (queries, s.width), (s.width, 2 * s.ff_width)]
-    of_a_block.append((s.ff_width, s.width))
-    blocks = [(num_tokens, *matrix) for _ in range(s.layers) for matrix in of_a_block]
-    return [*blocks, (num_valid, s.width, s.vocabulary.size)]
+    width, queries = s.hidden_size, s.num_heads * s.head_dim
+    qkv = queries + 2 * s.num_kv_heads * s.head_dim
+    block = [(width, qkv), (queries, width), (width, 2 * s.intermediate_size)]
+    block.append((s.intermediate_size, width))
+    blocks = [(num_tokens, *matrix) for _ in range(s.num_layers) for matrix in block]
+    return [*blocks, (num_valid, width, s.vocabulary.size)]
 
 
 def gemms(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu") -> Call:

@@ -18,13 +18,13 @@ from emu3.config import BYTE_VOCABULARY, ModelSettings
 NUM_TOKENS, NUM_VALID = 40, 23
 TINY = ModelSettings(
     vocabulary=BYTE_VOCABULARY,
-    width=48,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_width=16,
-    ff_width=80,
-    max_positions=128,
+    hidden_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=80,
+    max_position_embeddings=128,
     dropout=0.0,
     init_std=0.3,
 )
