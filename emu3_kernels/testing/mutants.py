@@ -94,7 +94,7 @@ def _of_python(path: Path) -> Iterator[Mutant]:
         return Mutant("triton", path.relative_to(ROOT), start, end, text)
 
     for function in ast.walk(ast.parse(source)):
-        if not isinstance(function, ast.FunctionDef) or not _is_kernel(function):
+        if not isinstance(function, ast.FunctionDef) or not _is_jitted(function):
             continue
         for statement in function.body:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
@@ -104,7 +104,7 @@ def _of_python(path: Path) -> Iterator[Mutant]:
                     yield mutant(start, end, text)
 
 
-def _is_kernel(function: ast.FunctionDef) -> bool:
+def _is_jitted(function: ast.FunctionDef) -> bool:
     return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from ttsem import sanitize
 
+from emu3_kernels.ops.loss import triton as loss
 from emu3_kernels.runtime import launch
 from emu3_kernels.testing.budget import assert_as_accurate
-from emu3_kernels.testing.suite import cases, part, public, truth, value_and_gradients
+from emu3_kernels.testing.suite import cases, public, truth, value_and_gradients
 from tests.gates import faulty
 
 ROUND_TWICE = {"linear_cross_entropy", "attention", "causal_conv3d", "temporal_residual"}
@@ -79,14 +80,13 @@ def check_the_sum_is_rounded() -> None:
 
 def check_a_dropped_row_is_not_read() -> None:
     """The third row does not exist: a read of it would be out of bounds."""
-    module = part("cross_entropy", "triton")
     logits, targets = torch.randn(2, 4133), torch.tensor([1, 2, 3])
     losses, denominators = torch.ones(3), torch.ones(3, 2)
-    options = module.SUMS_TILE.options() | {"STAGES": 1, "LANES": 4, "SMOOTHED": False}
+    options = loss.SUMS_TILE | {"STAGES": 1, "VECTOR": 4, "SMOOTHED": False}
     with emulated():
-        module._fwd_kernel[(3,)](
+        loss.cross_entropy_fwd_kernel[(3,)](
             *(logits, targets, torch.tensor([1.0, 1.0, 0.0]), losses, denominators),
-            *(module.lead_of(logits), 4133, 4133, 0.0, 0.0),
+            *(loss.misalignment_of(logits), 4133, 4133, 0.0, 0.0),
             **options,
         )
     assert losses.ne(0).tolist() == denominators.any(dim=1).tolist() == [True, True, False]

@@ -63,9 +63,15 @@ SPATIAL_NORM = STATISTICS | {
     "group_norm_fwd_kernel": Contract(max_registers=128, scalar_loads=78),
 }
 SPATIAL_NORM_BACKWARD = GROUP_BACKWARD | {
-    "spatial_norm_bwd_sums_kernel": Contract(max_registers=168, scalar_loads=18, scalar_stores=2),
-    "spatial_norm_bwd_reduce_kernel": Contract(max_registers=128, scalar_loads=69, scalar_stores=2),
-    "spatial_norm_bwd_latent_kernel": Contract(max_registers=128, scalar_loads=4, scalar_stores=1),
+    "spatial_norm_silu_bwd_sums_kernel": Contract(
+        max_registers=168, scalar_loads=18, scalar_stores=2
+    ),
+    "spatial_norm_silu_bwd_reduce_kernel": Contract(
+        max_registers=128, scalar_loads=69, scalar_stores=2
+    ),
+    "spatial_norm_silu_bwd_latent_kernel": Contract(
+        max_registers=128, scalar_loads=4, scalar_stores=1
+    ),
     "group_norm_bwd_x_kernel": Contract(max_registers=168, scalar_loads=80),
 }
 

@@ -32,7 +32,8 @@ def position_sums(
     sums = x.new_empty(batch, num_positions, 2, channels, dtype=torch.float32)
     grid = num_positions, cdiv(channels, block), batch
     launch(
-        spatial_norm_bwd_sums_kernel, grid, dy, x, mean, rstd, weight, bias, latent, table, sums,
+        spatial_norm_silu_bwd_sums_kernel, grid,
+        dy, x, mean, rstd, weight, bias, latent, table, sums,
         *resize_args(x, latent), channels, WIDTH=latent.shape[-1], SILU=silu,
         **tile(num_warps=4, ROWS=rows, BLOCK=block),
     )  # fmt: skip
@@ -53,7 +54,8 @@ def weighted_sums(sums: Tensor, latent: Tensor, table: Tensor, of_norm: bool) ->
     out = sums.new_empty(batch, num_weights, num_parts, 2, channels)
     grid = num_parts, cdiv(channels, options["BLOCK"]), batch * num_weights
     launch(
-        spatial_norm_bwd_reduce_kernel, grid, sums, latent, table, out, num_positions, channels,
+        spatial_norm_silu_bwd_reduce_kernel, grid,
+        sums, latent, table, out, num_positions, channels,
         part, WIDTH=width, OF_NORM=of_norm, **options,
     )  # fmt: skip
     return out
@@ -67,7 +69,8 @@ def latent_gradient(
     options = tile(num_warps=4, ROWS=16, BLOCK=min(next_power_of_2(channels), 128))
     grid = cdiv(num_positions, options["ROWS"]), latent.shape[-1], batch
     launch(
-        spatial_norm_bwd_latent_kernel, grid, sums, weight, bias, table, dlatent, num_positions,
+        spatial_norm_silu_bwd_latent_kernel, grid,
+        sums, weight, bias, table, dlatent, num_positions,
         channels, WIDTH=latent.shape[-1], **options,
     )  # fmt: skip
     return dlatent
@@ -92,7 +95,7 @@ def _pixel_range(position, size, ratio, num_pixels):
 
 
 @triton.jit
-def spatial_norm_bwd_sums_kernel(
+def spatial_norm_silu_bwd_sums_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, latent_ptr, table_ptr, sums_ptr,
     num_frames, height, width, frames, rows, columns, frame_ratio, row_ratio, column_ratio,
     channels, WIDTH: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -138,7 +141,7 @@ def spatial_norm_bwd_sums_kernel(
 
 
 @triton.jit
-def spatial_norm_bwd_reduce_kernel(
+def spatial_norm_silu_bwd_reduce_kernel(
     sums_ptr, latent_ptr, table_ptr, out_ptr, num_positions, channels, part, WIDTH: tl.constexpr,
     OF_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +176,7 @@ def spatial_norm_bwd_reduce_kernel(
 
 
 @triton.jit
-def spatial_norm_bwd_latent_kernel(
+def spatial_norm_silu_bwd_latent_kernel(
     sums_ptr, weight_ptr, bias_ptr, table_ptr, dlatent_ptr, num_positions, channels,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
