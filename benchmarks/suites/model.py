@@ -125,15 +125,12 @@ def gemm_shapes(
     Without those of attention. The head takes the valid tokens alone.
     """
     s = settings
-    queries, heads = s.num_heads * s.head_dim, (s.num_heads + 2 * s.num_kv_heads) * s.head_dim
-    of_a_block = [
-        (s.hidden_size, heads),
-        (queries, s.hidden_size),
-        (s.hidden_size, 2 * s.intermediate_size),
-    ]
-    of_a_block.append((s.intermediate_size, s.hidden_size))
-    blocks = [(num_tokens, *matrix) for _ in range(s.num_layers) for matrix in of_a_block]
-    return [*blocks, (num_valid, s.hidden_size, s.vocabulary.size)]
+    width, queries = s.hidden_size, s.num_heads * s.head_dim
+    qkv = queries + 2 * s.num_kv_heads * s.head_dim
+    block = [(width, qkv), (queries, width), (width, 2 * s.intermediate_size)]
+    block.append((s.intermediate_size, width))
+    blocks = [(num_tokens, *matrix) for _ in range(s.num_layers) for matrix in block]
+    return [*blocks, (num_valid, width, s.vocabulary.size)]
 
 
 def gemms(shapes: list[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu") -> Call:
