@@ -95,6 +95,8 @@ def _backward_x(
     # x, its norm and the derivative of SiLU share the registers with the accumulator, and so do
     # addresses where the columns of a phase are not contiguous.
     options["BLOCK_N"] = min(options["BLOCK_N"], 64 if plan.stride[2] == 1 else 32)
+    if INTERPRETED and scale is not None:
+        options["BLOCK_M"] = 128  # NumPy adds the rows of a block one after the other
     packed = pack_weight(weight.transpose(0, 1), dz.dtype, options["BLOCK_N"])
     columns, phases = packed.shape[2], prod(plan.stride)
     blocks = cdiv(of_phase, options["BLOCK_M"])

@@ -32,8 +32,8 @@ def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | 
         num_warps, num_stages = 8 if block_n == 128 else 4, 2 if gpu_of(x).warp_size == 64 else 3
     if INTERPRETED:
         # Little but the number of operations takes time. BLOCK_N, which pads channels, is a GPU's.
-        blocks["BLOCK_M"] = max(blocks["BLOCK_M"], min(next_power_of_2(m), 1024))
-        blocks["BLOCK_K"] = 256
+        blocks["BLOCK_M"] = max(blocks["BLOCK_M"], min(next_power_of_2(m), 512))
+        blocks["BLOCK_K"] = 128
     return tile(num_warps, num_stages, **blocks, STAGES=num_stages)
 
 
