@@ -296,8 +296,8 @@ def cross_entropy_bwd_kernel(
         i = tl.where(ends < VECTOR, ends, ends + (end_whole - 1) * VECTOR)
         inside = (i >= misalignment) & (i < misalignment + width)
         inside &= (ends < VECTOR) == (i < first_whole * VECTOR)
-        read = inside & (i < tl.where(valid, misalignment + width, 0))
+        read_ends = inside & (i < tl.where(valid, misalignment + width, 0))
         _store_gradient(
-            logits_ptr, dlogits_ptr, i, read, inside,
+            logits_ptr, dlogits_ptr, i, read_ends, inside,
             m_i, log2_l, scale, spread, onehot, at_target,
         )  # fmt: skip
