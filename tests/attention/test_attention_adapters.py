@@ -6,7 +6,6 @@ attn_bias.py (deebdef) there, and compute by the definition: these tests hold th
 adapters pass. The libraries themselves are tested on a GPU, where they are installed.
 """
 
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -198,11 +197,6 @@ def test_gradients_of_xformers_must_repeat(adapter):
         assert reason(module) is None
     finally:
         torch.use_deterministic_algorithms(True, warn_only=warns)
-
-
-def test_importing_the_kernels_imports_no_optional_library():
-    code = "import sys, emu3_kernels; sys.exit(any(x in sys.modules for x in sys.argv[1:]))"
-    subprocess.run([sys.executable, "-c", code, *ADAPTERS], check=True)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

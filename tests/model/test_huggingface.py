@@ -244,7 +244,7 @@ def test_recorded_hidden_states_and_attentions_are_those_of_every_layer():
         model(TOKENS, labels=LABELS, output_hidden_states=True, output_attentions=True)
         for model in (ours, theirs, exact)
     ]
-    for what, count in (("hidden_states", 1 + TINY.layers), ("attentions", TINY.layers)):
+    for what, count in (("hidden_states", 1 + TINY.num_layers), ("attentions", TINY.num_layers)):
         layers = [getattr(output, what) for output in seen]
         assert len(layers[0]) == count
         for actual, low, true in zip(*layers, strict=True):

@@ -23,7 +23,7 @@ def test_hooks_of_parts_that_an_op_spans_are_called_as_before(part):
 
 def test_a_decoder_layer_takes_its_arguments_by_place_too():
     ours, theirs, _ = pair()
-    hidden, places = torch.randn(1, 5, TINY.width), torch.arange(5)[None]
+    hidden, places = torch.randn(1, 5, TINY.hidden_size), torch.arange(5)[None]
     drawn = []
     for model in (ours, theirs):
         tables = model.model.rotary_emb(hidden, places)

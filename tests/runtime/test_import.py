@@ -1,5 +1,6 @@
 """``import emu3_kernels``: no GPU is touched, no optional library is imported, and it is quick."""
 
+import os
 import subprocess
 import sys
 
@@ -15,24 +16,23 @@ for name in ("_lazy_init", "current_device", "device_count", "get_device_propert
     setattr(torch.cuda, name, touched)
 torch.cuda.is_initialized = lambda: False
 torch.version.cuda = "13.0"
-began = time.perf_counter()
+began = time.process_time()
 import emu3_kernels
-seconds = time.perf_counter() - began
-optional = {"flash_attn", "xformers", "transformers", "vllm", "faiss"} & set(sys.modules)
+seconds = time.process_time() - began
+optional = {"flash_attn", "xformers", "transformers", "vllm", "faiss", "torch._dynamo"} & set(sys.modules)
 print(seconds, *optional)
 """
 
 
-def imported() -> tuple[float, list[str]]:
+def test_an_import_touches_no_gpu_imports_no_optional_library_and_is_quick():
+    """CPU time beside torch's own import, which other processes do not inflate: at most 0.5 s.
+
+    Half as much again is allowed, for a processor whose clock is low.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", FAKED]
-    seconds, *optional = subprocess.run(
-        command, capture_output=True, text=True, check=True
-    ).stdout.split()
-    return float(seconds), optional
-
-
-def test_an_import_touches_no_gpu_and_imports_no_optional_library():
-    """It took 0.3 s on a quiet core; the target is 0.5 beside torch's own import."""
-    attempts = [imported() for _ in range(3)]
-    assert all(not optional for _, optional in attempts)
-    assert min(seconds for seconds, _ in attempts) <= 1.0  # twice the target: CI is not quiet
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, *optional = done.stdout.split()
+    assert optional == []
+    assert float(seconds) <= 0.75

@@ -6,16 +6,17 @@ Importing ``emu3_kernels`` imports none.
 from collections.abc import Callable
 from functools import cache
 
-import torch
 
-
-@torch.compiler.assume_constant_result
 def failure(call: Callable[..., object], *args: object) -> str | None:
     """Make ``call(*args)`` once in the process; return the reason if it failed, from then on.
 
     Any failure counts: a missing package or extension, another torch, an unsupported GPU.
     """
     return _failure(call, *args)
+
+
+# What torch.compiler.assume_constant_result sets, which imports torch._dynamo: seconds.
+failure._dynamo_marked_constant = True
 
 
 @cache
