@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from emu3.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,19 +43,20 @@ def test_the_targets_of_make_exist(line):
     assert run([*line.split(), "--dry-run"])
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python")])
 def test_the_benchmark_runs(line):
     assert run([sys.executable, *line.split()[1:], "--op", "swiglu"])
 
 
-def test_the_emu3_commands_run_one_after_another(tmp_path):
-    """Two steps of training stand in for two thousand."""
+def test_the_emu3_commands_run_one_after_another(tmp_path, monkeypatch):
+    """In this process, as one that starts imports torch anew; with two steps of training."""
+    monkeypatch.chdir(tmp_path)
     for line in (line for line in LINES if line.startswith("emu3")):
         words = shlex.split(line)[1:]
-        run(
-            [sys.executable, "-m", "emu3", *words, *(["train.steps=2"] * (words[0] == "train"))],
-            tmp_path,
-        )
+        words += ["train.steps=2"] if words[0] == "train" else []
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (line, done.output, done.exception)
     assert (tmp_path / "generated.png").stat().st_size > 0
 
 

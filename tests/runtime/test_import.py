@@ -19,7 +19,7 @@ torch.version.cuda = "13.0"
 began = time.process_time()
 import emu3_kernels
 seconds = time.process_time() - began
-optional = {"flash_attn", "xformers", "transformers", "vllm", "faiss", "torch._dynamo"} & set(sys.modules)
+optional = {"flash_attn", "xformers", "transformers", "faiss", "torch._dynamo"} & set(sys.modules)
 print(seconds, *optional)
 """
 
