@@ -21,7 +21,7 @@ WHOLE = 64
 def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | bool]:
     """Choose by N alone: a piece of a video must have the tile, and so the sums, of the whole.
 
-    A third stage is more than the shared memory of gfx942.
+    M matters to the interpreter. A third stage is more than the shared memory of gfx942.
     """
     block_n = min(max(next_power_of_2(n), 16), 128)
     if dtype == torch.float32:
