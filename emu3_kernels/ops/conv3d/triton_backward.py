@@ -119,7 +119,9 @@ def _backward_weight(
     out_channels, channels = weight.shape[:2]
     num_taps, width = weight[0, 0].numel(), a.shape[2]
     options = gemm_tile(x, a.dtype, num_taps * width, out_channels)
-    if a.dtype == torch.float32 and not INTERPRETED:
+    if INTERPRETED:
+        options["BLOCK_K"] = 128
+    elif a.dtype == torch.float32:
         options["BLOCK_K"] = 16  # 32 spill
     columns = cdiv(out_channels, options["BLOCK_N"]) * options["BLOCK_N"]
     tiles = cdiv(num_taps * width, options["BLOCK_M"]) * (columns // options["BLOCK_N"])
