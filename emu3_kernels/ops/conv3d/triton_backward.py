@@ -91,12 +91,11 @@ def _backward_x(
     dx = torch.empty_like(x)
     batch, channels, *sizes = x.shape
     of_phase = prod(cdiv(n, s) for n, s in zip(sizes, plan.stride, strict=True))
-    options = gemm_tile(x, dz.dtype, of_phase, channels)
+    # NumPy adds the rows of a block in sequence: for dscale and dshift as few as on a GPU.
+    options = gemm_tile(x, dz.dtype, of_phase if scale is None else 0, channels)
     # x, its norm and the derivative of SiLU share the registers with the accumulator, and so do
     # addresses where the columns of a phase are not contiguous.
     options["BLOCK_N"] = min(options["BLOCK_N"], 64 if plan.stride[2] == 1 else 32)
-    if INTERPRETED and scale is not None:
-        options["BLOCK_M"] = 128  # NumPy adds the rows of a block one after the other
     packed = pack_weight(weight.transpose(0, 1), dz.dtype, options["BLOCK_N"])
     columns, phases = packed.shape[2], prod(plan.stride)
     blocks = cdiv(of_phase, options["BLOCK_M"])
@@ -120,7 +119,9 @@ def _backward_weight(
     out_channels, channels = weight.shape[:2]
     num_taps, width = weight[0, 0].numel(), a.shape[2]
     options = gemm_tile(x, a.dtype, num_taps * width, out_channels)
-    if a.dtype == torch.float32 and not INTERPRETED:
+    if INTERPRETED:
+        options["BLOCK_K"] = 128
+    elif a.dtype == torch.float32:
         options["BLOCK_K"] = 16  # 32 spill
     columns = cdiv(out_channels, options["BLOCK_N"]) * options["BLOCK_N"]
     tiles = cdiv(num_taps * width, options["BLOCK_M"]) * (columns // options["BLOCK_N"])

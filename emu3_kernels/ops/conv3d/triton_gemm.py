@@ -21,7 +21,7 @@ WHOLE = 64
 def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | bool]:
     """Choose by N alone: a piece of a video must have the tile, and so the sums, of the whole.
 
-    A third stage is more than the shared memory of gfx942.
+    M matters to the interpreter. A third stage is more than the shared memory of gfx942.
     """
     block_n = min(max(next_power_of_2(n), 16), 128)
     if dtype == torch.float32:
@@ -31,9 +31,8 @@ def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | 
         blocks = {"BLOCK_M": 128, "BLOCK_K": 64, "BLOCK_N": block_n}
         num_warps, num_stages = 8 if block_n == 128 else 4, 2 if gpu_of(x).warp_size == 64 else 3
     if INTERPRETED:
-        # Little but the number of operations takes time. BLOCK_N, which pads channels, is a GPU's.
+        # Little but the number of operations takes time. BLOCK_K, the order of sums, is a GPU's.
         blocks["BLOCK_M"] = max(blocks["BLOCK_M"], min(next_power_of_2(m), 512))
-        blocks["BLOCK_K"] = 128
     return tile(num_warps, num_stages, **blocks, STAGES=num_stages)
 
 
