@@ -20,6 +20,7 @@ from emu3.config import PRESETS, ModelSettings
 from emu3.model import Emu3
 from emu3.weights import official_views
 from emu3_kernels import huggingface
+from emu3_kernels.modules import speed_up_bfloat16
 
 OURS, THEIRS, APPLIED = "emu3.Emu3", "Hugging Face", "Hugging Face with our ops"
 
@@ -65,7 +66,7 @@ def trained_models(settings: ModelSettings, dtype: torch.dtype) -> list[Trained]
 
 def emu3(settings: ModelSettings, theirs: nn.Module) -> Emu3:
     """Build our decoder with the weights of ``theirs``."""
-    ours = Emu3(settings).to(theirs.dtype)
+    ours = speed_up_bfloat16(Emu3(settings).to(theirs.dtype))
     weights = theirs.state_dict()
     for name, view in official_views(ours).items():
         view.copy_(weights[name])
