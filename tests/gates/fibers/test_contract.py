@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 from ast import literal_eval
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from importlib import import_module
@@ -41,10 +40,7 @@ def kernels_of(family: str) -> tuple[CudaKernel, ...]:
     return getattr(import_module(name), "CUDA", ()) if find_spec(name) else ()
 
 
-def stated() -> Iterator:
-    for family in FAMILIES:
-        for kernel in kernels_of(family):
-            yield pytest.param(kernel, id=kernel.kernel)
+KERNELS = [pytest.param(k, id=k.kernel) for family in FAMILIES for k in kernels_of(family)]
 
 
 @cache
@@ -87,7 +83,7 @@ def test_a_family_with_cuda_kernels_states_their_contracts(family):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", stated())
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_keeps_its_contract(kernel, target):
     contract = kernel.contract
     facts = facts_of(instance(kernel.header, kernel.kernel, kernel.arguments), target)
