@@ -19,7 +19,7 @@ _HAS_BFLOAT16 = (
     torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
 SLOW_IN_BFLOAT16 = "avx2" in library.cpu_levels() and not _HAS_BFLOAT16
-"""Whether this CPU is slow in bfloat16, and csrc/cpu/matmul.cpp can take over."""
+"""Whether this CPU is slow in bfloat16, and csrc/cpu/gemm/matmul.cpp can take over."""
 
 
 def is_slow(x: Tensor) -> bool:
@@ -51,7 +51,7 @@ def mm_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``a @ b + bias`` of bfloat16 matrices: csrc/cpu/matmul.cpp.
+    """Return ``a @ b + bias`` of bfloat16 matrices: csrc/cpu/gemm/matmul.cpp.
 
     Blocks of both operands are converted to float32 in the cache; the sums are float32 and rounded
     once. Up to 16 rows of ``a`` skip the packing of ``b``.
@@ -87,7 +87,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether csrc/cpu/matmul.cpp, which checks nothing, can take these tensors."""
+    """Return whether csrc/cpu/gemm/matmul.cpp, which checks nothing, can take these tensors."""
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         return False
     alike = (weight, *(() if bias is None else (bias,)))

@@ -1,4 +1,4 @@
-"""decode_attention in CUDA C++: csrc/cuda/decode_attention.cuh."""
+"""decode_attention in CUDA C++: csrc/cuda/attention/decode_attention.cuh."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""conv3x3 on the CPU: csrc/cpu/conv3x3.cpp; its gradients are PyTorch's own.
+"""conv3x3 on the CPU: csrc/cpu/conv2d/conv3x3.cpp; its gradients are PyTorch's own.
 
 Tensors are channels-last: ``x [B, H, W, C]``, ``weight [O, 3, 3, C]``.
 """

@@ -1,4 +1,4 @@
-"""The causal convolutions on the CPU: csrc/cpu/causal_conv.cpp, causal_conv_gradient.cpp.
+"""The causal convolutions on the CPU: csrc/cpu/conv3d/causal_conv.cpp, causal_conv_gradient.cpp.
 
 The kernels take vectors in float32 and weights in float32 or bfloat16; they return gradients of
 both in float32.

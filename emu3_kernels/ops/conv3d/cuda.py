@@ -1,6 +1,6 @@
 """The causal convolutions on a GPU in CUDA C++, for few channels and without a gradient.
 
-csrc/cuda/causal_conv.cuh, temporal_residual.cuh. The kernels take all parameters in float32.
+csrc/cuda/conv3d/causal_conv.cuh, temporal_residual.cuh. The kernels take all parameters in float32.
 """
 
 import torch

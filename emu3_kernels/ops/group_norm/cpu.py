@@ -1,4 +1,4 @@
-"""The group norms on the CPU: csrc/cpu/group_norm.cpp, csrc/cpu/spatial_norm.cpp."""
+"""The group norms on the CPU: csrc/cpu/group_norm."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Both losses on the CPU: csrc/cpu/cross_entropy.cpp; the GEMMs are those of runtime.gemm.
+"""Both losses on the CPU: csrc/cpu/loss/cross_entropy.cpp; the GEMMs are those of runtime.gemm.
 
 T tokens.
 """

@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm on the CPU: csrc/cpu/rms_norm.cpp. See api.py for the arguments."""
+"""rms_norm and add_rms_norm on the CPU: csrc/cpu/norm/rms_norm.cpp. Arguments: see api.py."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""rope and rope_append on the CPU: csrc/cpu/rope.cpp. See api.py for the arguments."""
+"""rope and rope_append on the CPU: csrc/cpu/rope/rope.cpp. See api.py for the arguments."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""swiglu on the CPU: csrc/cpu/swiglu.cpp. See api.py for the arguments."""
+"""swiglu on the CPU: csrc/cpu/swiglu/swiglu.cpp. See api.py for the arguments."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""nearest_code on the CPU: csrc/cpu/nearest_code.cpp."""
+"""nearest_code on the CPU: csrc/cpu/vq/nearest_code.cpp."""
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def build_tree(codebook: Tensor) -> Tensor:
 
 
 def tree_size(num_codes: int, dim: int) -> int:
-    """Count the 32-bit words of a tree, as csrc/cpu/code_tree.cpp lays it out."""
+    """Count the 32-bit words of a tree, as csrc/cpu/vq/code_tree.cpp lays it out."""
     num_leaves = 16
     while num_leaves * 16 < num_codes:
         num_leaves *= 2

@@ -1,4 +1,4 @@
-"""nearest_code on a GPU in CUDA C++: csrc/cuda/nearest_code.cuh."""
+"""nearest_code on a GPU in CUDA C++: csrc/cuda/vq/nearest_code.cuh."""
 
 import torch
 from torch import Tensor
