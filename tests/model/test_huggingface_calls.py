@@ -31,6 +31,7 @@ def test_a_decoder_layer_takes_its_arguments_by_place_too():
     torch.testing.assert_close(*drawn)
 
 
+@pytest.mark.e2e  # 40 s, nearly all in transformers
 def test_continuous_batching_gives_the_same_tokens():
     sizes = {"num_blocks": 16, "max_batch_tokens": 32}
     settings = GenerationConfig(
