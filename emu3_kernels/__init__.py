@@ -1,4 +1,4 @@
-"""Fused, differentiable ops for Emu3-type models: Triton, CUDA C++ and native CPU code."""
+"""Fused, differentiable ops for Emu3-type models: Triton, CUDA C++ and CPU C++."""
 
 from emu3_kernels.ops.attention.api import attention, decode_attention
 from emu3_kernels.ops.attention.ring.api import ring_attention

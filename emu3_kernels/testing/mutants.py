@@ -1,8 +1,8 @@
-"""Mutants: kernels with one operator, constant, mask or index changed, which tests must notice.
+"""Mutants: kernels with one operator, constant, mask or index changed, which tests must detect.
 
 ``python -m emu3_kernels.testing.mutants FAMILY`` changes the Triton, C++ and CUDA C++ kernels of a
 family one place at a time, each in a copy of the repository, runs the family's tests on it until
-one fails, and lists the survivors: a survivor asks for a test, or is equivalent to the original.
+one fails, and lists the survivors: a survivor needs a test, or is equivalent to the original.
 """
 
 import ast
@@ -254,7 +254,7 @@ def report(
     family: str, listed: dict[str, list[Mutant]], verdicts: list[tuple[Mutant, str]]
 ) -> None:
     table = Table(title=f"COUNTED: mutants of {family}")
-    for column in ("kind", "places", "tried", "killed", "survived", "share killed"):
+    for column in ("kind", "sites", "tried", "killed", "survived", "share killed"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     for kind, all_ in listed.items():
         ended = [how for m, how in verdicts if m.kind == kind and how != "does not build"]
