@@ -21,6 +21,7 @@ import pytest  # noqa: E402
 from emu3_kernels.ops import OPS  # noqa: E402
 from emu3_kernels.testing.compilers import compiling, emulating  # noqa: E402, F401
 from emu3_kernels.testing.suite import is_lower_level  # noqa: E402
+from tests.unchanged import Unchanged  # noqa: E402
 
 TESTS = Path(__file__).parent
 FAMILIES = sorted(set(OPS.values()))
@@ -30,6 +31,16 @@ QUICK = {"test_config.py", "test_dispatch.py", "test_layers.py", "test_prompt.py
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--family", choices=FAMILIES, help="Run the tests of one family of ops.")
+    parser.addoption(
+        "--skip-unchanged",
+        action="store_true",
+        help="Leave out tests of ops that passed before on the same sources.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--skip-unchanged"):
+        config.pluginmanager.register(Unchanged())
 
 
 @pytest.hookimpl(tryfirst=True)

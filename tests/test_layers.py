@@ -28,6 +28,7 @@ EMU3 = (
 FAMILIES = sorted(
     path for path in (ROOT / "emu3_kernels/ops").iterdir() if (path / "__init__.py").exists()
 )
+HOMES = ("emu3_kernels.ops", "tests")
 COMPILED = "emu3_kernels._C"
 BACKENDS = {"cpu", "cuda", "triton", "aten", "sdpa", "flash_attn", "xformers", "reference"}
 
@@ -124,6 +125,27 @@ def test_a_family_imports_the_runtime_alone(family):
         if within(name, ("emu3_kernels",)) and not within(name, allowed)
     }
     assert not others
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda path: path.name)
+def test_the_tests_of_a_family_call_no_other(family):
+    """``--skip-unchanged`` leaves them out after an edit of another family."""
+    paths = sorted((ROOT / "tests" / family.name).rglob("*.py"))
+    others = tuple(f"{folder}.{f.name}" for f in FAMILIES if f != family for folder in HOMES)
+    wrong = {
+        f"{path.name} imports {name}"
+        for path in paths
+        for name in imports(path)
+        if within(name, ("emu3", "emu3_kernels.modules", *others))
+    }
+    wrong |= {
+        f"{path.name} calls {name}"
+        for path in paths
+        for name in re.findall(r"\w+", path.read_text())
+        if OPS.get(name, family.name) != family.name
+    }
+    assert paths
+    assert not wrong
 
 
 def backend_of(stem: str) -> str | None:
