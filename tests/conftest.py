@@ -1,7 +1,6 @@
 """Set before anything imports triton: the interpreter where there is no GPU, and NaN poison."""
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -18,13 +17,10 @@ from importlib.util import find_spec  # noqa: E402
 
 import pytest  # noqa: E402
 
-from emu3_kernels.ops import OPS  # noqa: E402
 from emu3_kernels.testing.compilers import compiling, emulating  # noqa: E402, F401
 from emu3_kernels.testing.suite import is_lower_level  # noqa: E402
-from tests.unchanged import Unchanged  # noqa: E402
+from tests.unchanged import FAMILIES, Unchanged, families_of, params_of  # noqa: E402
 
-TESTS = Path(__file__).parent
-FAMILIES = sorted(set(OPS.values()))
 QUICK = {"test_config.py", "test_dispatch.py", "test_layers.py", "test_prompt.py"}
 """Files that ``make check`` runs beside every test that is marked so."""
 
@@ -51,26 +47,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.check)
         if "ranks" in item.fixturenames:
             item.add_marker(pytest.mark.distributed)
-        if any(_is_lower_level(value) for value in _params(item).values()):
+        if any(_is_lower_level(value) for value in params_of(item)):
             item.add_marker(pytest.mark.levels)
     if family := config.getoption("--family"):
-        others = [item for item in items if family not in _families(item)]
+        others = [item for item in items if family not in families_of(item)]
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if family in _families(item)]
-
-
-def _params(item: pytest.Item) -> dict:
-    return item.callspec.params if hasattr(item, "callspec") else {}
+        items[:] = [item for item in items if family in families_of(item)]
 
 
 def _is_lower_level(value: object) -> bool:
     return isinstance(value, str) and (is_lower_level(value) or is_lower_level(f"cpu@{value}"))
-
-
-def _families(item: pytest.Item) -> set[str]:
-    folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
-    named = {OPS[value] for value in _params(item).values() if value in list(OPS)}
-    return named | {folder}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -77,14 +77,20 @@ class Unchanged:
 
 def family_of(item: pytest.Item) -> str | None:
     """Return the one family whose sources decide the outcome of ``item``; None if there is none."""
+    families = families_of(item)
     where = item.path.relative_to(ROOT).parts[1]
-    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    families = {OPS[value] for value in params if isinstance(value, str) and value in OPS}
-    if where in FAMILIES:
-        families.add(where)
-    elif where != SHARED_TESTS:
-        return None
-    return families.pop() if len(families) == 1 else None
+    return families.pop() if len(families) == 1 and {where} <= {SHARED_TESTS, *FAMILIES} else None
+
+
+def families_of(item: pytest.Item) -> set[str]:
+    """Return the families of the folder and of the parameters of ``item``."""
+    where = item.path.relative_to(ROOT).parts[1]
+    ops = {value for value in params_of(item) if isinstance(value, str) and value in OPS}
+    return {OPS[op] for op in ops} | {where} & {*FAMILIES}
+
+
+def params_of(item: pytest.Item) -> list:
+    return [*item.callspec.params.values()] if hasattr(item, "callspec") else []
 
 
 def passed_before(family: str) -> set[str]:

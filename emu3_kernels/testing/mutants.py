@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated
 
+import pytest
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -177,7 +178,7 @@ def verdict(mutant: Mutant, family: str, tree: Path, seconds: float) -> tuple[st
     try:
         if mutant.kind == "cpu" and not _builds(tree):
             return "does not build", time.monotonic() - began
-        return _tested(mutant, family, tree, seconds), time.monotonic() - began
+        return _tested(mutant.kind, family, tree, seconds), time.monotonic() - began
     finally:
         path.write_text(original)
 
@@ -189,12 +190,13 @@ def _builds(tree: Path) -> bool:
     return done.returncode == 0
 
 
-def _tested(mutant: Mutant, family: str, tree: Path, seconds: float) -> str:
-    """Run the tests of the mutant's own backend, then all of the family's; a failure kills it."""
+def _tested(kind: str, family: str, tree: Path, seconds: float) -> str:
+    """Run the tests of the backend of ``kind``, then all of the family's; a failure kills."""
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     base = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", "--no-header"]
     deadline = time.monotonic() + seconds
-    for chosen in (["-k", mutant.kind], []):
+    nearest = ["-k", kind, f"tests/{family}", "tests/gates"]
+    for chosen in (nearest, []):
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 [*base, f"--family={family}", *chosen],
@@ -210,9 +212,19 @@ def _tested(mutant: Mutant, family: str, tree: Path, seconds: float) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 return "timeout"
-        if code not in (0, 5):  # 5: no test was selected
-            return "killed"
+            if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+                output.seek(0)
+                raise RuntimeError(f"mutants: pytest broke off:\n{output.read().decode()}")
+            if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+                return "killed"  # also by a crash
     return "survived"
+
+
+def check_unchanged(kinds: Iterable[str], family: str, tree: Path) -> None:
+    """Fail if a test does without any change: it would kill every mutant."""
+    for kind in kinds:
+        if _tested(kind, family, tree, seconds=3600) != "survived":
+            raise RuntimeError(f"mutants: a test of {family} fails without a change")
 
 
 @app.command()
@@ -236,6 +248,10 @@ def main(
         trees: SimpleQueue[Path] = SimpleQueue()
         for job in range(jobs):
             trees.put(copy_of_the_repository(Path(folder) / str(job)))
+
+        tree = trees.get()
+        check_unchanged(listed, family, tree)
+        trees.put(tree)
 
         def judge(mutant: Mutant) -> tuple[str, float]:
             tree = trees.get()

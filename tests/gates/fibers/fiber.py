@@ -5,6 +5,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+from torch import Tensor
+
 from tests.gates.compiled import CSRC, CXX, file_of, has, version_of, with_includes
 
 HERE = Path(__file__).parent
@@ -37,3 +40,10 @@ def run(program: Path, *args: str, stdin: bytes = b"") -> bytes:
     if done.returncode:
         raise RuntimeError(done.stderr.decode())
     return done.stdout
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The bytes from a tensor's first element to its last, gaps of its strides included."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.as_strided((last + 1,), (1,))
+    return flat.view(torch.uint8).numpy().tobytes()

@@ -9,7 +9,7 @@ import torch
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import cases, double, reference
 from tests.gates.fibers import fiber
-from tests.gates.fibers.test_nearest_code import raw
+from tests.gates.fibers.fiber import raw
 
 FEW, MANY = 10_000, 1
 """SMs of a GPU that needs as many splits as there are, and of one that needs few."""

@@ -13,24 +13,17 @@ FEW, MANY = 10_000, 1
 """SMs of a GPU that the queries do not fill, and of one that they do."""
 
 
-def raw(tensor):
-    """The bytes from a tensor's first element to its last, gaps of its strides included."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((last + 1,), (1,))
-    return flat.view(torch.uint8).numpy().tobytes()
-
-
 def on_fibers(z, codebook, num_multiprocessors, seed=0):
     """nearest_code of ``z`` ``[B, D, P]`` by the CUDA kernel, called as its binding calls it."""
     batch, dim, positions = z.shape
     padded = next(width for width in (4, 8, 16, 32) if dim <= width)
     codes = F.pad(codebook.float(), (0, padded - dim))
-    data = raw(z)
+    data = fiber.raw(z)
     header = struct.pack(
         "11q", z.dtype == torch.bfloat16, batch * positions, positions, *z.stride(), dim, len(data),
         len(codebook), num_multiprocessors, seed,
     )  # fmt: skip
-    out = fiber.run(fiber.build("run_nearest_code.cpp"), stdin=header + data + raw(codes))
+    out = fiber.run(fiber.build("run_nearest_code.cpp"), stdin=header + data + fiber.raw(codes))
     return torch.frombuffer(bytearray(out), dtype=torch.int64).view(batch, positions)
 
 
