@@ -29,7 +29,6 @@ from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("csrc", "emu3", "emu3_kernels", "tests", "pyproject.toml", "setup.py")
 SWAPS = {"+": "-", "-": "+", "*": "+", "/": "*", "//": "*", "%": "+", "&": "|", "|": "&"}
 SWAPS |= {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 SWAPS |= {"&&": "||", "||": "&&"}
@@ -150,12 +149,14 @@ def _of_cpp(kind: str, path: Path) -> Iterator[Mutant]:
 
 
 def copy_of_the_repository(folder: Path) -> Path:
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+    """Copy the files that git knows and the native library to ``folder``."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    libraries = (path.relative_to(ROOT) for path in (ROOT / "emu3_kernels").glob("*.so"))
+    for name in [*listed.stdout.splitlines(), *libraries]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     if (ROOT / "build").is_dir():  # objects, so that a mutant compiles one file
         subprocess.run(["cp", "-a", str(ROOT / "build"), str(folder)], check=True)
         _touch_sources_before_objects(folder)
@@ -224,7 +225,7 @@ def check_unchanged(kinds: Iterable[str], family: str, tree: Path) -> None:
     """Fail if a test does without any change: it would kill every mutant."""
     for kind in kinds:
         if _tested(kind, family, tree, seconds=3600) != "survived":
-            raise RuntimeError(f"mutants: a test of {family} fails without a change")
+            raise RuntimeError(f"mutants: a test of {family} fails without a change ({kind})")
 
 
 @app.command()
