@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from tests.model.test_huggingface import LABELS, TOKENS, pair, plain_loss
 from tests.model.test_model import hugging_face
@@ -31,16 +32,13 @@ def test_a_decoder_layer_takes_its_arguments_by_place_too():
     torch.testing.assert_close(*drawn)
 
 
-@pytest.mark.e2e  # 40 s, nearly all in transformers
 def test_continuous_batching_gives_the_same_tokens():
-    sizes = {"num_blocks": 16, "max_batch_tokens": 32}
-    settings = GenerationConfig(
-        max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0, **sizes
-    )
+    sizes = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     drawn = []
     for model in pair()[:2]:
         model.set_attn_implementation("sdpa")
-        answers = model.eval().generate_batch([[5, 6, 7, 8], [9, 10, 11]], settings)
+        answers = model.eval().generate_batch([[5, 6, 7, 8], [9, 10, 11]], settings, sizes)
         drawn.append(sorted(answer.generated_tokens for answer in answers.values()))
     assert drawn[0] == drawn[1]
     assert [len(tokens) for tokens in drawn[0]] == [4, 4]

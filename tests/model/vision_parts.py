@@ -25,20 +25,22 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def random_tokenizer(settings: VisionSettings = SMALL, seed: int = 0) -> VisionTokenizer:
-    """Draw norms and batch statistics too, and spread the codebook as the latents are spread."""
+def random_tokenizer(
+    settings: VisionSettings = SMALL, seed: int = 0, num_images: int = 4
+) -> VisionTokenizer:
+    """Draw norms and batch statistics too; spread the codebook as latents of images are spread."""
     torch.manual_seed(seed)
     tokenizer = VisionTokenizer(settings).eval()
     for name, value in tokenizer.state_dict().items():
         if "norm" in name and value.is_floating_point():
             centre = 1.0 if name.endswith(FACTORS) else 0.0
             value.copy_(centre + 0.2 * torch.randn_like(value).clamp(-2, 2))
-    spread_codebook(tokenizer)
+    spread_codebook(tokenizer, num_images)
     return tokenizer
 
 
 @torch.no_grad()
-def spread_codebook(tokenizer: VisionTokenizer) -> None:
-    rows = tokenizer.latents(images(4, 1, 3, 64, 64)).movedim(1, -1).flatten(0, -2)
+def spread_codebook(tokenizer: VisionTokenizer, num_images: int = 4) -> None:
+    rows = tokenizer.latents(images(num_images, 1, 3, 64, 64)).movedim(1, -1).flatten(0, -2)
     codebook = tokenizer.quantize.embedding.weight
     codebook.copy_(rows.mean(0) + rows.std(0) * torch.randn_like(codebook))
