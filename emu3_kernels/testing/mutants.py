@@ -20,9 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Timer
 from typing import Annotated
 
 import pytest
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -39,6 +41,26 @@ CPP_CALL = re.compile(r"\b(min|max)(?=\()")
 CPP_SKIPPED = re.compile(
     r"#|\s*(template|static_assert|namespace|using|typedef|//)|.*(alignas|asm)"
 )
+
+INTERPRET = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+"""As in ``tests/conftest.py``, since the parent of the tests imports triton before it."""
+FORKS = """
+import os, sys
+import hypothesis, pytest, torch, triton
+
+torch.set_num_threads(1)
+for line in sys.stdin:
+    log, *arguments = line.rstrip("\\n").split("\\t")
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        handle = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        os._exit(pytest.main(arguments))
+    print(pid, flush=True)
+    _, status = os.waitpid(pid, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
 
 app = typer.Typer(add_completion=False)
 console = Console()
@@ -171,15 +193,43 @@ def _touch_sources_before_objects(folder: Path) -> None:
         listed.write_text(listed.read_text().replace(f"{ROOT}/", f"{folder}/"))
 
 
-def verdict(mutant: Mutant, family: str, tree: Path, seconds: float) -> tuple[str, float]:
+class Runner:
+    """A process that has imported the libraries of the tests and forks one for each run."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+        self.log = tree / "pytest.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKS],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"} | INTERPRET,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def pytest(self, arguments: list[str], seconds: float) -> int | None:
+        """Return the exit code of pytest; None if it was killed after ``seconds``."""
+        self.process.stdin.write("\t".join([str(self.log), *arguments]) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        timer = Timer(seconds, os.killpg, (pid, signal.SIGKILL))
+        timer.start()
+        code = int(self.process.stdout.readline())
+        timed_out = not timer.is_alive()
+        timer.cancel()
+        return None if timed_out else code
+
+
+def verdict(mutant: Mutant, family: str, runner: Runner, seconds: float) -> str:
     """Return how ``mutant`` ended: ``survived``, ``killed``, ``timeout`` or ``does not build``."""
-    path, began = tree / mutant.path, time.monotonic()
+    path = runner.tree / mutant.path
     original = path.read_text()
     path.write_text(mutant.apply(original))
     try:
-        if mutant.kind == "cpu" and not _builds(tree):
-            return "does not build", time.monotonic() - began
-        return _tested(mutant.kind, family, tree, seconds), time.monotonic() - began
+        if mutant.kind == "cpu" and not _builds(runner.tree):
+            return "does not build"
+        return _tested(mutant.kind, family, runner, seconds)
     finally:
         path.write_text(original)
 
@@ -191,41 +241,30 @@ def _builds(tree: Path) -> bool:
     return done.returncode == 0
 
 
-def _tested(kind: str, family: str, tree: Path, seconds: float) -> str:
+def _tested(kind: str, family: str, runner: Runner, seconds: float) -> str:
     """Run the tests of the backend of ``kind``, then all of the family's; a failure kills."""
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    base = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", "--no-header"]
-    deadline = time.monotonic() + seconds
+    base = ["-x", "-q", "-p", "no:randomly", "--no-header", f"--family={family}"]
     nearest = ["-k", kind, f"tests/{family}", "tests/gates"]
+    deadline = time.monotonic() + seconds
     for chosen in (nearest, []):
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                [*base, f"--family={family}", *chosen],
-                cwd=tree,
-                env=environment,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(max(1.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return "timeout"
-            if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
-                output.seek(0)
-                raise RuntimeError(f"mutants: pytest broke off:\n{output.read().decode()}")
-            if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-                return "killed"  # also by a crash
+        code = runner.pytest([*base, *chosen], max(1.0, deadline - time.monotonic()))
+        if code is None:
+            return "timeout"
+        if code in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+            raise RuntimeError(f"mutants: pytest broke off:\n{runner.log.read_text()}")
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return "killed"  # also by a crash
     return "survived"
 
 
-def check_unchanged(kinds: Iterable[str], family: str, tree: Path) -> None:
+def check_unchanged(kinds: Iterable[str], family: str, runner: Runner) -> None:
     """Fail if a test does without any change: it would kill every mutant."""
     for kind in kinds:
-        if _tested(kind, family, tree, seconds=3600) != "survived":
-            raise RuntimeError(f"mutants: a test of {family} fails without a change ({kind})")
+        if _tested(kind, family, runner, seconds=3600) != "survived":
+            raise RuntimeError(
+                f"mutants: a {kind} test of {family} fails without a change:\n"
+                + runner.log.read_text()
+            )
 
 
 @app.command()
@@ -246,24 +285,23 @@ def main(
         m for all_ in listed.values() for m in draw.sample(all_, min(most or len(all_), len(all_)))
     ]
     with tempfile.TemporaryDirectory(prefix="emu3-mutants-") as folder:
-        trees: SimpleQueue[Path] = SimpleQueue()
+        runners: SimpleQueue[Runner] = SimpleQueue()
         for job in range(jobs):
-            trees.put(copy_of_the_repository(Path(folder) / str(job)))
+            runners.put(Runner(copy_of_the_repository(Path(folder) / str(job))))
 
-        tree = trees.get()
-        check_unchanged(listed, family, tree)
-        trees.put(tree)
-
-        def judge(mutant: Mutant) -> tuple[str, float]:
-            tree = trees.get()
+        def judge(mutant: Mutant) -> str:
+            runner = runners.get()
             try:
-                return verdict(mutant, family, tree, seconds)
+                return verdict(mutant, family, runner, seconds)
             finally:
-                trees.put(tree)
+                runners.put(runner)
 
+        first = runners.get()
+        check_unchanged(listed, family, first)
+        runners.put(first)
         with ThreadPoolExecutor(jobs) as pool:
             results = track(pool.map(judge, chosen), f"mutants of {family}", len(chosen))
-            verdicts = list(zip(chosen, (how for how, _ in results), strict=True))
+            verdicts = list(zip(chosen, results, strict=True))
     report(family, listed, verdicts)
 
 
