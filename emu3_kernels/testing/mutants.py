@@ -30,6 +30,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from emu3_kernels.runtime import library
+
 ROOT = Path(__file__).parents[2]
 SWAPS = {"+": "-", "-": "+", "*": "+", "/": "*", "//": "*", "%": "+", "&": "|", "|": "&"}
 SWAPS |= {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
@@ -158,16 +160,33 @@ def _swap(left: ast.expr, right: ast.expr, source: str, at) -> Iterator[tuple[in
 
 
 def _of_cpp(kind: str, path: Path) -> Iterator[Mutant]:
-    offset = 0
+    offset, conditions = 0, []
     for line in path.read_text().splitlines(keepends=True):
         code = line.split("//")[0]
-        if not CPP_SKIPPED.match(line):
+        _follow(conditions, line)
+        if not CPP_SKIPPED.match(line) and not any(map(_needs_another_cpu, conditions)):
             changes = [(m.start(1), m.end(1), SWAPS[m[1]]) for m in CPP_OPERATOR.finditer(code)]
             changes += [(*m.span(), str(int(m[0]) + 1)) for m in CPP_NUMBER.finditer(code)]
             changes += [(*m.span(1), CALLS[m[1]]) for m in CPP_CALL.finditer(code)]
             for start, end, text in changes:
                 yield Mutant(kind, path.relative_to(ROOT), offset + start, offset + end, text)
         offset += len(line)
+
+
+def _follow(conditions: list[str], line: str) -> None:
+    """Keep the conditions of the ``#if`` blocks around the next line, the innermost last."""
+    word, _, condition = line.partition("#")[2].strip().partition(" ")
+    if line.startswith("#") and word in ("elif", "else", "endif"):
+        conditions.pop()
+    if line.startswith("#") and word in ("if", "ifdef", "ifndef", "elif", "else"):
+        conditions.append(condition)
+
+
+def _needs_another_cpu(condition: str) -> bool:
+    """Whether no level of this processor compiles the lines under ``condition``."""
+    has = "".join(library.cpu_levels()).upper()
+    needed = re.findall(r"(?<!!)defined\(__(AVX512|AMX)", condition)
+    return any(name not in has for name in needed)
 
 
 def copy_of_the_repository(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import torch
 
 from emu3_kernels import rope, rope_tables
 from emu3_kernels.ops.rope.cases import make_rope
-from emu3_kernels.testing.suite import at_level, backends, runnable
+from emu3_kernels.testing.suite import at_level, backends, check_call, runnable
 
 BACKENDS = [*backends("rope"), "reference"]
 
@@ -195,3 +195,10 @@ def test_bad_arguments_raise():
         rope(q, k, cos, sin, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="even, got 7"):
         rope(q[..., :7], k[..., :7], cos, sin)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_wider_than_one_pass_over_the_tables(backend):
+    """The CPU keeps cosines and sines of 64 pairs of vectors: 2,048 elements of half a head."""
+    size = {"batch": 1, "tokens": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4166}
+    check_call("rope", backend, size, torch.float32)
