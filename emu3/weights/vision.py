@@ -18,7 +18,7 @@ from emu3.config import VisionSettings
 from emu3.settings import SettingsError, parse
 from emu3.vision import VisionTokenizer
 from emu3.vision.quantizer import RUNNING_MEANS
-from emu3.weights.files import opened, read_settings, save_tensors, shards_of
+from emu3.weights.files import check_finite, opened, read_settings, save_tensors, shards_of
 from emu3_kernels.modules import speed_up_bfloat16
 
 _TO_HUGGING_FACE = (
@@ -76,7 +76,8 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
     32 groups. Weights keep the dtype of the codebook.
 
     Raises:
-        ValueError: one line that names what is missing, unexpected or of another shape.
+        ValueError: one line that names what is missing, unexpected, of another shape or not
+            finite.
     """
     if isinstance(source, Mapping):
         where, settings = "the state dict", None
@@ -184,6 +185,7 @@ def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], where: str)
     for name, view in own.items():
         if name in tensors:
             view.copy_(tensors[name])
+            check_finite(view, name, where)
         elif _IGNORED.search(name):
             view.zero_()
     if any(name not in tensors for name in RUNNING_MEANS):
