@@ -55,9 +55,9 @@ def read_toml(name: str | Path, folder: Path) -> dict[str, Any]:
 def override(tree: dict[str, Any], word: str) -> None:
     """Apply a ``word`` such as ``optim.lr=1e-4``; the value is TOML, or a plain string."""
     key, equals, value = word.partition("=")
-    if not equals or not key:
+    *tables, leaf = (part.strip() for part in key.split("."))
+    if not equals or not all([*tables, leaf]):
         raise SettingsError(f"{word}: an override must read key=value")
-    *tables, leaf = key.split(".")
     for table in tables:
         tree = tree.setdefault(table, {})
         if not isinstance(tree, dict):

@@ -88,10 +88,11 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
         found = _read(shards)
     tensors = _official(found)
     codebook = tensors.get(_CODEBOOK, torch.empty(0, 0))
-    if codebook.ndim != 2 or not codebook.is_floating_point():
+    is_float = codebook.is_floating_point() and codebook.dtype.itemsize > 1
+    if codebook.ndim != 2 or not is_float:
         raise ValueError(
             f"weights: {where} does not fit the vision tokenizer: {_CODEBOOK} must be floats "
-            f"[N, D], got {codebook.dtype} {tuple(codebook.shape)}"
+            f"of 16 bits or more, [N, D], got {codebook.dtype} {tuple(codebook.shape)}"
         )
     settings = settings or _shape_of(tensors, where)
     with torch.device("meta"):

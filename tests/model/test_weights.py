@@ -157,9 +157,18 @@ CODEBOOK, FIRST = "quantize.embedding.weight", "encoder.conv_in.weight"
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [
-        (CODEBOOK, torch.ones(512, 4).long(), r"floats \[N, D\], got torch.int64 \(512, 4\)"),
-        (CODEBOOK, torch.ones(512), r"must be floats \[N, D\], got torch.float32 \(512,\)"),
+        (CODEBOOK, torch.ones(512, 4).long(), r"or more, \[N, D\], got torch.int64 \(512, 4\)"),
+        (
+            CODEBOOK,
+            torch.ones(512),
+            r"must be floats of 16 bits or more, \[N, D\], got torch.float32 \(512,\)",
+        ),
         (CODEBOOK, torch.ones(0, 4), "num_codes: Input should be greater than 0, got 0"),
+        (
+            CODEBOOK,
+            torch.ones(512, 4).to(torch.float8_e4m3fn),
+            r"got torch.float8_e4m3fn \(512, 4\)",
+        ),
         (FIRST, torch.ones(0, 3, 3, 3), "base_channels: Input should be greater than 0, got 0"),
         (FIRST, torch.ones(()), "base_channels: Input should be greater than 0, got 0"),
         (FIRST, torch.ones(24, 3, 3, 3), r"groups \(32\) must divide every width of \(24, "),

@@ -70,3 +70,11 @@ def test_a_long_value_is_cut():
     with pytest.raises(SettingsError) as fault:
         load_recipe("digits", [f"optim.lr={'x' * 3000}", f"media.crop={list(range(999))}"])
     assert len(str(fault.value)) < 200
+
+
+def test_spaces_around_an_override_do_not_matter_and_no_part_may_lack():
+    """``.lr=3`` was ": unknown setting", of the recipe."""
+    assert load_recipe("digits", ["optim.lr = 1e-3"]).optim.lr == 1e-3
+    for word in ("=3", ".lr=3", "optim.=3", "optim..lr=3", "optim.lr"):
+        with pytest.raises(SettingsError, match="must read key=value"):
+            load_recipe("digits", [word])
