@@ -26,14 +26,6 @@ def test_another_encoding_names_the_file(content, tmp_path):
     assert str(fault.value).startswith(str(path))
 
 
-def test_a_recipe_is_read_in_utf8_wherever_the_machine_is(tmp_path, monkeypatch):
-    """It was read in the encoding of the locale."""
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE + '[media]\nvalidation = ["größe"]\n', encoding="utf-8")
-    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
-    assert load_recipe(path).media.validation == ("größe",)
-
-
 def test_a_file_without_ending_is_a_recipe_and_a_recipe_that_ships_goes_first(
     tmp_path, monkeypatch
 ):
