@@ -4,7 +4,9 @@ A user's error is one line on stderr and exit code 1, never a traceback.
 """
 
 import os
+import sys
 from enum import Enum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +25,7 @@ from emu3.model import Emu3
 from emu3.tasks import load_recipe
 from emu3.tasks import train as train_recipe
 from emu3.text import ByteTokenizer
-from emu3.tools.bulk import Outcome
+from emu3.tools.bulk import Outcome, in_words, is_out_of_memory
 from emu3.vision import VisionTokenizer, postprocess
 from emu3.weights import load_decoder, load_vision
 
@@ -31,11 +33,20 @@ from emu3.weights import load_decoder, load_vision
 class _OneLine(TyperGroup):
     """Prints a user's error as one line."""
 
+    def main(self, *args, **extra):
+        # A caption, a name or a help text may have characters that the terminal lacks.
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return super().main(*args, **extra)
+
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (ValueError, NotImplementedError, OSError) as error:
-            _say(f"emu3: {' '.join(str(error).split())}", stderr=True)
+        except Exception as error:
+            is_users = isinstance(error, ValueError | NotImplementedError | OSError)
+            if not (is_users or is_out_of_memory(error)):
+                raise
+            _say(f"emu3: {' '.join(str(error).split()) or type(error).__name__}", stderr=True)
             raise typer.Exit(1) from None
 
 
@@ -43,7 +54,7 @@ app = typer.Typer(cls=_OneLine, help=__doc__, no_args_is_help=True, pretty_excep
 
 Decoder = Annotated[Path, typer.Option(help="decoder.safetensors of a training run")]
 Vision = Annotated[Path, typer.Option(help="vision.safetensors of a training run")]
-Overwrite = Annotated[bool, typer.Option(help="replace existing files")]
+Overwrite = Annotated[bool, typer.Option(help="make files again that are there")]
 
 
 class Dtype(str, Enum):
@@ -94,7 +105,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="a TOML file, or a recipe that ships: digits …")],
     overrides: Annotated[list[str] | None, typer.Argument(help="settings as key=value")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/new"),
-    resume: Annotated[bool, typer.Option(help="continue the run in the folder")] = False,
+    resume: Annotated[bool, typer.Option(help="continue from the last checkpoint")] = False,
 ) -> None:
     """Train from a recipe."""
     weights = train_recipe(load_recipe(recipe, overrides or ()), out, resume=resume)
@@ -106,7 +117,7 @@ def generate(
     captions: Annotated[list[str], typer.Argument(help='such as "a red seven"')],
     decoder: Decoder = _DECODER,
     vision: Vision = _VISION,
-    out: Annotated[Path, typer.Option(help="PNG to write, images side by side")] = Path(
+    out: Annotated[Path, typer.Option(help="PNG file: all images side by side")] = Path(
         "generated.png"
     ),
     guidance: Annotated[float, typer.Option(help="scale of classifier-free guidance")] = 3.0,
@@ -114,7 +125,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="of the softmax")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the random numbers", min=0, max=2**64 - 1)] = 0,
 ) -> None:
-    """Generate images from captions."""
+    """Generate an image from each caption."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out: must be a file that ends in .png, got {str(out)!r}")
     model, tokenizer, text = _load(decoder, vision)
     how = Sampling(guidance=guidance, top_k=top_k, temperature=temperature)
     generator = torch.Generator().manual_seed(seed)
@@ -145,16 +158,29 @@ def tokenize(
     out: Annotated[Path, typer.Option(help="folder of the codes")],
     vision: Vision = _VISION,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
-    min_pixels: Annotated[int, typer.Option(help="smaller ones are upscaled")] = 512 * 512,
-    max_pixels: Annotated[int, typer.Option(help="larger ones are downscaled")] = 1024 * 1024,
-    fps: Annotated[str | None, typer.Option(help="of videos: 12, 30000/1001; else all")] = None,
+    min_pixels: Annotated[
+        int, typer.Option(help="smaller images are upscaled to about this area")
+    ] = 512 * 512,
+    max_pixels: Annotated[
+        int, typer.Option(help="larger images are downscaled to about this area")
+    ] = 1024 * 1024,
+    fps: Annotated[
+        str | None, typer.Option(help="frames per second of videos: 12, 29.97, 30000/1001; or all")
+    ] = None,
     clips: Annotated[
-        Clips, typer.Option(help="4 frames independently, or as one stream")
+        Clips, typer.Option(help="encode every 4 frames independently, or as one stream")
     ] = Clips.pieces,
-    compare: Annotated[Path | None, typer.Option(help="folder: side by side, PSNR, SSIM")] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="folder of originals beside reconstructions, with PSNR and SSIM"),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Encode images and videos; files that have their codes are skipped. Shards under torchrun."""
+    """Encode images and videos; those that have their codes are skipped.
+
+    A file that fails is told in one line and the others go on; the exit code is then 1. Hidden
+    files are left out, other kinds counted. Under torchrun each process takes its share.
+    """
     # Imported here, as below: PyAV is slow to import.
     from emu3.data.codes import Making
     from emu3.tools.tokenize import tokenize
@@ -173,7 +199,10 @@ def detokenize(
     original_size: Annotated[bool, typer.Option(help="resize to the size of the source")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Decode codes into PNG and MP4; files newer than their codes are skipped."""
+    """Decode codes into PNG and MP4; files newer than their codes are skipped.
+
+    A file that fails is told in one line and the others go on; the exit code is then 1.
+    """
     from emu3.tools.tokenize import detokenize
 
     tokenizer, resized = _vision_on(device, vision), {"original_size": original_size}
@@ -230,7 +259,8 @@ def _vision_on(device: Device, path: Path) -> VisionTokenizer:
 
 def _summarise(outcome: Outcome, out: Path) -> None:
     failed = f", {len(outcome.errors)} failed" if outcome.errors else ""
-    _say(f"{outcome.done} files written, {outcome.skipped} skipped{failed}, in {out}")
+    others = f"; passed over {in_words(outcome.passed_over)}" if outcome.passed_over else ""
+    _say(f"{outcome.done} files written, {outcome.skipped} skipped{failed}, in {out}{others}")
     if failed:
         raise typer.Exit(1)
 

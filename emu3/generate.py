@@ -58,6 +58,7 @@ def generate_images(
     tokens, prompt_lengths = _on(model, *pad_right(prompts, ids.pad))
     # The last forward feeds the last but one token of the grid.
     capacity = tokens.shape[1] + height * (width + 1) - 2
+    _check_room(model, [*captions, *negatives], capacity, text)
     cache = _cache(model, len(prompts), capacity)
     visual_rows = slice(ids.visual_start, ids.size)
     codes = tokens.new_empty(len(captions), height, width)
@@ -123,6 +124,17 @@ def _check(model: Emu3, rows: Sequence) -> None:
         raise ValueError("generate: the model must be in eval mode, call model.eval() first")
     if len(rows) == 0:
         raise ValueError("generate: nothing to continue, got an empty batch")
+
+
+def _check_room(model: Emu3, captions: Sequence[str], needed: int, text: TextTokenizer) -> None:
+    room = model.settings.max_position_embeddings
+    if needed > room:
+        longest = max(captions, key=lambda words: len(text.encode(words)))
+        length = len(text.encode(longest))
+        raise ValueError(
+            f"generate: a caption may have {max(0, length - needed + room)} tokens beside its "
+            f"image, got {length}: {longest[:40]!r}"
+        )
 
 
 def _on(model: Emu3, *tensors: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,6 +12,10 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class Settings(BaseModel):
@@ -32,15 +37,17 @@ def parse(kind: type[Settings], tree: Mapping[str, Any]) -> Any:
 
 
 def read_toml(name: str | Path, folder: Path) -> dict[str, Any]:
-    """The tables of a TOML file, or of the one in ``folder`` that is called ``name``."""
-    path = Path(name)
-    if not path.suffix:
-        path = folder / f"{name}.toml"
+    """The tables of the TOML file ``name``, or of the one in ``folder`` that is called so."""
+    shipped = folder / f"{name}.toml"
+    is_shipped = Path(name).name == str(name) and shipped.is_file()
+    path = shipped if is_shipped else Path(name)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
         raise SettingsError(f"recipe: no file {str(name)!r}; those that ship are {known}")
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: must be UTF-8 text: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path}: not valid TOML: {error}") from None
 
@@ -48,9 +55,9 @@ def read_toml(name: str | Path, folder: Path) -> dict[str, Any]:
 def override(tree: dict[str, Any], word: str) -> None:
     """Apply a ``word`` such as ``optim.lr=1e-4``; the value is TOML, or a plain string."""
     key, equals, value = word.partition("=")
-    if not equals or not key:
+    *tables, leaf = (part.strip() for part in key.split("."))
+    if not equals or not all([*tables, leaf]):
         raise SettingsError(f"{word}: an override must read key=value")
-    *tables, leaf = key.split(".")
     for table in tables:
         tree = tree.setdefault(table, {})
         if not isinstance(tree, dict):
@@ -81,4 +88,7 @@ def _one_line(kind: type[Settings], error: ValidationError) -> str:
         name = path[-2] if len(path) > 1 else kind.model_config.get("title", kind.__name__.lower())
         return f"{where}: unknown setting; {name} has {', '.join(sorted(group.model_fields))}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {first['input']!r}" if where else message
+    given = first["input"]
+    # Of a table, pydantic gives all settings: the message has the ones it is about.
+    got = "" if isinstance(given, Mapping) else f", got {_SHORT.repr(given)}"
+    return f"{where}: {message}{got}" if where else message

@@ -27,7 +27,11 @@ class ByteTokenizer:
         self.vocabulary = vocabulary
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        """Raises ``ValueError`` for bytes of a command line that are not UTF-8."""
+        try:
+            return list(text.encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"ByteTokenizer: text must be Unicode, got {text!r}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Join the bytes; a broken UTF-8 sequence, as a model may emit, becomes U+FFFD."""

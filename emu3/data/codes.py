@@ -5,11 +5,13 @@ exactly enough for Emu3's 32,768 codes. The metadata ``emu3_codes`` is a ``Heade
 """
 
 import hashlib
+import re
+from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, PositiveInt, model_validator
 from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import Self
@@ -23,9 +25,22 @@ from emu3.weights import read_tensors
 from emu3.weights.files import read_settings
 
 _KEY = "emu3_codes"
-_RATE = r"^[1-9]\d*(/[1-9]\d*)?$"
+# FFmpeg counts frames per second in fractions of two such numbers.
+_LARGEST = 2**31 - 1
 # Buffers of training; codes and pixels do not depend on them.
 _IGNORED = ("num_batches_tracked", *RUNNING_MEANS)
+
+
+def _rate(fps: str) -> str:
+    """In lowest terms: one rate has one spelling."""
+    is_rate = re.fullmatch(r"\d+(\.\d+)?|\d+/0*[1-9]\d*", fps)
+    rate = Fraction(fps) if is_rate else Fraction(0)
+    if not 0 < rate.numerator <= _LARGEST or rate.denominator > _LARGEST:
+        raise ValueError("must be frames per second, such as 12, 29.97 or 30000/1001")
+    return str(rate)
+
+
+Rate = Annotated[str, AfterValidator(_rate)]
 
 
 class Making(Settings):
@@ -33,8 +48,8 @@ class Making(Settings):
 
     min_pixels: PositiveInt = MIN_PIXELS
     max_pixels: PositiveInt = MAX_PIXELS
-    fps: str | None = Field(None, pattern=_RATE)
-    """Frames per second, as "12" or "30000/1001"; None takes every frame."""
+    fps: Rate | None = None
+    """Frames per second, as "12", "29.97" or "30000/1001"; None takes every frame."""
     clips: Literal["pieces", "stream"] = "pieces"
     """Every 4 frames independently, as the official code does, or as one stream."""
 
@@ -61,7 +76,7 @@ class Header(Settings):
     """Height and width of the encoded pixels."""
     frames: PositiveInt | None = None
     """Frames of a video, without padding; None for an image."""
-    fps: str | None = Field(None, pattern=_RATE)
+    fps: Rate | None = None
     tokenizer: str
     """``fingerprint`` of the tokenizer."""
     making: Making

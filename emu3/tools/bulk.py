@@ -1,15 +1,17 @@
 """The same work on many files: found, sharded over ranks, with progress; a bad file is skipped."""
 
+import errno
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePath
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import (
@@ -30,16 +32,24 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Item:
-    """A file, and its path relative to the input folder."""
+    """A file, and its path relative to the input folder; bytes that are not UTF-8 as ``\\xff``."""
 
     source: Path
     name: PurePath
 
 
-def find(inputs: Sequence[Path], suffixes: Iterable[str]) -> list[Item]:
+@dataclass(frozen=True)
+class Found:
+    """Files to work on, sorted by name, and how many were passed over, by their kind."""
+
+    items: list[Item]
+    passed_over: Counter[str]
+
+
+def find(inputs: Sequence[Path], suffixes: Iterable[str]) -> Found:
     """The files with ``suffixes`` among ``inputs`` and in their folders, without hidden ones.
 
-    Sorted by name.
+    A link to nothing and a folder that cannot be listed are among them, to fail when they are read.
 
     Raises:
         ValueError: an input is missing or has another suffix, nothing is found, or two files
@@ -47,36 +57,67 @@ def find(inputs: Sequence[Path], suffixes: Iterable[str]) -> list[Item]:
     """
     suffixes = sorted(suffixes)
     items: dict[PurePath, Item] = {}
+    passed_over: Counter[str] = Counter()
     for given in inputs:
-        for path in given.rglob("*") if given.is_dir() else [given]:
-            name = path.relative_to(given) if given.is_dir() else PurePath(path.name)
-            if given.is_dir() and not _matches(path, name, suffixes):
-                continue
-            if not path.is_file():
-                raise ValueError(f"no file or folder {path}")
-            if path.suffix.lower() not in suffixes:
-                raise ValueError(f"{path}: must end in one of {', '.join(suffixes)}")
+        if given.is_dir():
+            sources = _within(given, suffixes, passed_over)
+        else:
+            sources = [_checked(given, suffixes)]
+        for path in sources:
+            name = _utf8(path.relative_to(given) if given.is_dir() else PurePath(path.name))
             if name in items and items[name].source != path:
                 raise ValueError(f"{items[name].source} and {path} would both become {name}")
             items[name] = Item(path, name)
     if not items:
-        where = ", ".join(map(str, inputs))
-        raise ValueError(f"no file in {where} ends in one of {', '.join(suffixes)}")
-    return [items[name] for name in sorted(items)]
+        where, there = ", ".join(map(str, inputs)), in_words(passed_over)
+        raise ValueError(
+            f"no file in {where} ends in one of {', '.join(suffixes)}"
+            + (f"; there are {there}" if there else "")
+        )
+    return Found([items[name] for name in sorted(items)], passed_over)
 
 
-def _matches(path: Path, name: PurePath, suffixes: Iterable[str]) -> bool:
-    hidden = any(part.startswith(".") for part in name.parts)
-    return not hidden and path.suffix.lower() in suffixes and path.is_file()
+def in_words(passed_over: Counter[str]) -> str:
+    """``2 .txt, 1 .gif``, the most frequent kind first."""
+    return ", ".join(f"{count} {kind}" for kind, count in passed_over.most_common())
+
+
+def _within(folder: Path, suffixes: Iterable[str], passed_over: Counter[str]) -> Iterator[Path]:
+    with os.scandir(folder):  # a folder below may be unreadable, the given one may not
+        unreadable: list[OSError] = []
+    for where, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        passed_over.update("linked folders" for name in folders if Path(where, name).is_symlink())
+        for path in (Path(where, name) for name in names if not name.startswith(".")):
+            special = path.exists() and not path.is_file()
+            if path.suffix.lower() in suffixes and not special:
+                yield path
+            else:
+                passed_over["special files" if special else path.suffix or "without ending"] += 1
+    yield from (Path(error.filename) for error in unreadable)
+
+
+def _utf8(name: PurePath) -> PurePath:
+    """Safetensors and JSON take no other names."""
+    return PurePath(os.fsencode(name).decode(errors="backslashreplace"))
+
+
+def _checked(path: Path, suffixes: Iterable[str]) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no file or folder {path}")
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: must end in one of {', '.join(suffixes)}")
+    return path
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Number of files done, number already done before, and an error line for each failed file."""
+    """Number of files done, done before and passed over, and an error line for each failed file."""
 
     done: int
     skipped: int
     errors: list[str]
+    passed_over: Counter[str] = field(default_factory=Counter)
 
 
 Report = Callable[[str], None]
@@ -91,12 +132,14 @@ def each(
 ) -> Outcome:
     """Run ``read`` and then ``work`` on this rank's files, with a progress bar on rank 0.
 
-    A ``ValueError`` concerns one file: its line is printed to stderr at once, and the next file
-    follows. Any other exception, such as a full disk, ends the run. Under torchrun a rank that has
-    finished waits for the others, which torchrun would stop if it failed before them.
+    Any exception concerns one file: its line is printed to stderr at once, and the next file
+    follows. Only an ``OSError`` of ``work``, such as a full disk, concerns the output and ends the
+    run, unless the file's name is too long. Under torchrun a rank that has finished waits for the
+    others, which torchrun would stop if it failed before them.
 
     Args:
         read: runs in threads, for the next few files while ``work`` runs on one.
+        work: writes the output; what it still reads of its file passes through ``from_input``.
         is_done: whether a file can be skipped; called for all files before the first ``work``.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -108,17 +151,45 @@ def each(
         for item, reading in _ahead(read, todo):
             report = partial(_report, progress, task, item)
             report("")
-            try:
-                work(item, reading.result(), report)
-            except ValueError as error:
-                errors.append(_line(item, error))
-                progress.console.print(f"emu3: {errors[-1]}", markup=False, soft_wrap=True)
+            if error := _try(item, reading, work, report):
+                errors.append(error)
+                progress.console.print(f"emu3: {error}", markup=False, emoji=False, soft_wrap=True)
             progress.advance(task)
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=_PATIENCE)
         dist.barrier()
         dist.destroy_process_group()
     return Outcome(len(todo) - len(errors), len(share) - len(todo), errors)
+
+
+def from_input(values: Iterable[T]) -> Iterator[T]:
+    """Yield ``values``, which are read from a file at work: an ``OSError`` is that file's."""
+    try:
+        yield from values
+    except OSError as error:
+        raise ValueError(str(error)) from None
+
+
+def _try(
+    item: Item,
+    reading: Future[T],
+    work: Callable[[Item, T, Report], None],
+    report: Report,
+) -> str | None:
+    """The error line of one file, if there is an error."""
+    try:
+        given = reading.result()
+    except Exception as error:
+        return _line(item, error)
+    try:
+        work(item, given, report)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _line(item, error)
+    except Exception as error:
+        return _line(item, error)
+    return None
 
 
 def _ahead(read: Callable[[Item], T], items: Sequence[Item]) -> Iterator[tuple[Item, Future[T]]]:
@@ -142,6 +213,21 @@ def _progress(*, visible: bool) -> Progress:
     return Progress(*columns, console=console, disable=not (visible and console.is_terminal))
 
 
-def _line(item: Item, error: ValueError) -> str:
-    line = " ".join(str(error).split())
-    return line if str(item.source) in line else f"{item.source}: {line}"
+def _line(item: Item, error: Exception) -> str:
+    if is_out_of_memory(error):
+        line = "too large for the memory: tokenize it with a lower --max-pixels"
+    elif isinstance(error, ValueError | OSError):
+        line = " ".join(str(error).split())
+    else:
+        line = " ".join([f"{type(error).__name__}:", *str(error).split("\n")[0].split()])
+    line = line if str(item.source) in line else f"{item.source}: {line}"
+    return line.replace("\n", " ")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` says that memory of the CPU or of a GPU was not enough."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # PyTorch on the CPU, and CUDA outside PyTorch's allocator.
+    texts = "can't allocate memory", "out of memory"
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -5,8 +5,9 @@ A file of codes has its source's name and ``.safetensors``: ``a/b.jpg`` becomes
 share a name. Every file is written atomically.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from emu3.data.media import (
     write_image,
     write_video,
 )
-from emu3.tools.bulk import Item, Outcome, Report, each, find
+from emu3.tools.bulk import Found, Item, Outcome, Report, each, find, from_input
 from emu3.vision import (
     VisionTokenizer,
     decode_pieces,
@@ -64,8 +65,8 @@ def tokenize(
     if compare and any(compare.resolve().is_relative_to(given.resolve()) for given in inputs):
         raise ValueError(f"{compare}: must not be in a folder that is tokenized")
     run = _Tokenize(out, tokenizer, making, fingerprint(tokenizer), compare)
-    items = find(inputs, IMAGES | VIDEOS)
-    return each(items, run.read, run.work, lambda item: not overwrite and run.is_done(item))
+    found = find(inputs, IMAGES | VIDEOS)
+    return _run(found, run, overwrite)
 
 
 def detokenize(
@@ -85,8 +86,16 @@ def detokenize(
         overwrite: decode existing files again.
     """
     run = _Detokenize(out, tokenizer, fingerprint(tokenizer), original_size)
-    items = find(inputs, [".safetensors"])
-    return each(items, run.read, run.work, lambda item: not overwrite and run.is_done(item))
+    found = find(inputs, [".safetensors"])
+    return _run(found, run, overwrite)
+
+
+def _run(found: Found, run: "_Tokenize | _Detokenize", overwrite: bool) -> Outcome:
+    def is_done(item: Item) -> bool:
+        return not overwrite and run.is_done(item)
+
+    outcome = each(found.items, run.read, run.work, is_done)
+    return replace(outcome, passed_over=found.passed_over)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,8 @@ class _Tokenize:
     def is_done(self, item: Item) -> bool:
         path = self._codes_of(item)
         metrics = self.compare and Path(f"{self.compare / item.name}.json")
-        if not path.exists() or (metrics and not metrics.exists()):
+        # os.path: a name that is too long does not exist.
+        if not os.path.exists(path) or (metrics and not os.path.exists(metrics)):
             return False
         header = load_header(path)
         making = self.making if _is_video(item) else self.making.of_images()
@@ -136,7 +146,7 @@ class _Tokenize:
 
         def frames() -> Iterator[Tensor]:
             nonlocal num_frames
-            for frame in video:
+            for frame in from_input(video):
                 num_frames += 1
                 report(f"frame {num_frames}")
                 yield self._pixels(frame)
@@ -147,7 +157,7 @@ class _Tokenize:
         header = self._header(
             item, size, codes, making=making, frames=num_frames, fps=str(video.fps)
         )
-        self._finish(item, map(self._pixels, video), codes, header)
+        self._finish(item, map(self._pixels, from_input(video)), codes, header)
 
     def _header(self, item: Item, size: tuple[int, int], codes: Tensor, **more) -> Header:
         side = self.tokenizer.settings.spatial_factor
@@ -191,6 +201,8 @@ class _Detokenize:
     original_size: bool
 
     def is_done(self, item: Item) -> bool:
+        if not item.source.exists():
+            return False
         made = [Path(f"{self._source(item)}{suffix}") for suffix in (".png", ".mp4")]
         since = item.source.stat().st_mtime
         return any(path.exists() and path.stat().st_mtime >= since for path in made)

@@ -65,31 +65,35 @@ class VisionTokenizer(nn.Module):
         """Codes ``[B, h, w]`` of images, ``[B, t, h, w]`` of clips ``[B, T, 3, H, W]``.
 
         A clip of any length is processed four frames at a time.
+
+        Raises:
+            ValueError: the latents are not finite; their nearest code would be code 0.
         """
         if self.check_pixels(pixels):
-            return self.quantize.codes(self.latents(pixels[:, None]))[:, 0]
+            return self.quantize.codes(_finite(self.latents(pixels[:, None]), "latents"))[:, 0]
         return self.encode_clip(pixels, {})
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Pixels of codes, with the shapes of ``encode``; not clamped to [-1, 1]."""
         if self.check_codes(codes):
-            return self.pixels(self.quantize.lookup(codes[:, None]), is_image=True)[:, 0]
+            pixels = self.pixels(self.quantize.lookup(codes[:, None]), is_image=True)[:, 0]
+            return _finite(pixels, "pixels")
         return self.decode_clip(codes, {})
 
     @torch.no_grad()
     def encode_clip(self, pixels: Tensor, memory: Memory) -> Tensor:
         """Codes ``[B, t, h, w]`` of the next ``[B, T, 3, H, W]`` of a video, after ``memory``."""
         pieces = pixels.split(self.settings.temporal_factor, dim=1)
-        codes = [self.quantize.codes(self.latents(piece, memory)) for piece in pieces]
-        return torch.cat(codes, dim=1)
+        latents = (_finite(self.latents(piece, memory), "latents") for piece in pieces)
+        return torch.cat([self.quantize.codes(latent) for latent in latents], dim=1)
 
     @torch.no_grad()
     def decode_clip(self, codes: Tensor, memory: Memory) -> Tensor:
         """Pixels ``[B, T, 3, H, W]`` of the next ``[B, t, h, w]`` of a video, after ``memory``."""
         frames = (self.quantize.lookup(frame) for frame in codes.split(1, dim=1))
         pixels = [self.pixels(frame, is_image=False, memory=memory) for frame in frames]
-        return torch.cat(pixels, dim=1)
+        return _finite(torch.cat(pixels, dim=1), "pixels")
 
     def latents(self, frames: Tensor, memory: Memory | None = None) -> Tensor:
         """``[B, D, t, h, w]`` of ``frames [B, T, 3, H, W]``, before quantization.
@@ -176,6 +180,12 @@ class VisionTokenizer(nn.Module):
                 f"VisionTokenizer: codes must be in [0, {s.num_codes}), got {low} to {high}"
             )
         return codes.ndim == 3
+
+
+def _finite(values: Tensor, name: str) -> Tensor:
+    if not values.isfinite().all():
+        raise ValueError(f"VisionTokenizer: {name} must be finite, got NaN or infinity")
+    return values
 
 
 @torch.no_grad()

@@ -81,7 +81,8 @@ def load_decoder_into(model: Emu3, path: Path) -> None:
     are rounded to the dtype of ``model``.
 
     Raises:
-        ValueError: one line, if the file is not safetensors or of another configuration.
+        ValueError: one line, if the file is not safetensors, of another configuration or not
+            finite in the dtype of ``model``.
     """
     missing = official_views(model)
     for shard in shards_of(path):

@@ -22,6 +22,7 @@ _MODEL = {
     "ff_width": "intermediate_size",
     "max_positions": "max_position_embeddings",
 }
+_CHECKPOINT = "checkpoint.safetensors"
 FORMER_NAMES = {
     "decoder": _MODEL,
     "model": _MODEL,
@@ -59,6 +60,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def opened(path: Path) -> safe_open:
+    if path.is_dir():
+        there = ", ".join(shard.name for shard in _visible(path, "*.safetensors")) or "none"
+        raise ValueError(f"weights: {path} is a folder; name a file in it ({there})")
     if not path.is_file():
         raise ValueError(f"weights: no file {path}")
     try:
@@ -68,11 +72,41 @@ def opened(path: Path) -> safe_open:
 
 
 def shards_of(path: Path) -> list[Path]:
-    """The file itself, or all of a folder."""
-    shards = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    """The file itself, or of a folder the shards that its index names, or else all files.
+
+    Raises:
+        ValueError: one line, if the folder has no such file, lacks one that the index names, or is
+            the folder of a training run.
+    """
+    if not path.is_dir():
+        return [path]
+    shards = _visible(path, "*.safetensors")
     if not shards:
         raise ValueError(f"weights: no .safetensors file in {path}")
-    return shards
+    if path / _CHECKPOINT in shards:
+        weights = [str(shard) for shard in shards if shard.name != _CHECKPOINT]
+        raise ValueError(
+            f"weights: {path} is the folder of a training run; its weights are "
+            f"{', '.join(weights) or 'not written yet'}"
+        )
+    indexes = _visible(path, "*.safetensors.index.json")
+    return sorted({shard for index in indexes for shard in _indexed(index)}) or shards
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Without drafts and what macOS puts beside each file (``._model.safetensors``)."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"weights: {index} is not an index of shards") from None
+    for name in sorted(names):
+        if not (index.parent / name).is_file():
+            raise ValueError(f"weights: no file {index.parent / name}, which {index.name} names")
+    return [index.parent / name for name in names]
 
 
 def read_settings(path: Path, part: str, kind: type[Settings]) -> Settings | None:
@@ -112,11 +146,24 @@ def copy(view: Tensor | None, value: Tensor, name: str, path: Path) -> None:
             f"expected {tuple(view.shape)}"
         )
     view.copy_(value)
+    check_finite(view, name, path)
+
+
+def check_finite(view: Tensor, name: str, where: Path | str) -> None:
+    """Refuse NaN and infinity, also those that rounding to the dtype of ``view`` made."""
+    # aminmax reads once and writes nothing: on a CPU thirty times as fast as isfinite().all().
+    if (
+        view.is_floating_point()
+        and view.numel()
+        and not torch.stack(view.aminmax()).isfinite().all()
+    ):
+        raise ValueError(f"weights: {where}: {name} must be finite in {view.dtype}, got NaN or inf")
 
 
 def nothing_missing(missing: Mapping[str, Tensor], path: Path) -> None:
     if missing:
+        first, more = next(iter(missing)), len(missing) - 1
         raise ValueError(
-            f"weights: {path} is of another configuration: it lacks {next(iter(missing))} and "
-            f"{len(missing) - 1} more"
+            f"weights: {path} is of another configuration: it lacks {first}"
+            + (f" and {more} more" if more else "")
         )

@@ -18,7 +18,7 @@ from emu3.config import VisionSettings
 from emu3.settings import SettingsError, parse
 from emu3.vision import VisionTokenizer
 from emu3.vision.quantizer import RUNNING_MEANS
-from emu3.weights.files import opened, read_settings, save_tensors, shards_of
+from emu3.weights.files import check_finite, opened, read_settings, save_tensors, shards_of
 from emu3_kernels.modules import speed_up_bfloat16
 
 _TO_HUGGING_FACE = (
@@ -76,7 +76,8 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
     32 groups. Weights keep the dtype of the codebook.
 
     Raises:
-        ValueError: one line that names what is missing, unexpected or of another shape.
+        ValueError: one line that names what is missing, unexpected, of another shape or not
+            finite.
     """
     if isinstance(source, Mapping):
         where, settings = "the state dict", None
@@ -87,10 +88,11 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
         found = _read(shards)
     tensors = _official(found)
     codebook = tensors.get(_CODEBOOK, torch.empty(0, 0))
-    if codebook.ndim != 2 or not codebook.is_floating_point():
+    is_float = codebook.is_floating_point() and codebook.dtype.itemsize > 1
+    if codebook.ndim != 2 or not is_float:
         raise ValueError(
             f"weights: {where} does not fit the vision tokenizer: {_CODEBOOK} must be floats "
-            f"[N, D], got {codebook.dtype} {tuple(codebook.shape)}"
+            f"of 16 bits or more, [N, D], got {codebook.dtype} {tuple(codebook.shape)}"
         )
     settings = settings or _shape_of(tensors, where)
     with torch.device("meta"):
@@ -184,6 +186,7 @@ def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], where: str)
     for name, view in own.items():
         if name in tensors:
             view.copy_(tensors[name])
+            check_finite(view, name, where)
         elif _IGNORED.search(name):
             view.zero_()
     if any(name not in tensors for name in RUNNING_MEANS):

@@ -5,9 +5,10 @@ from pathlib import PurePath
 from threading import Event
 
 import pytest
+import torch
 from rich.console import Console
 
-from emu3.tools.bulk import Item, each, find
+from emu3.tools.bulk import Item, each, find, from_input
 
 
 def touch(folder, *names):
@@ -21,8 +22,8 @@ def test_files_are_found_below_folders_in_the_order_of_their_names(tmp_path):
     touch(tmp_path, "in/b.png", "in/a/z.PNG", "in/a/x.txt", "in/.cache/c.png", "in/.d.png", "e.png")
     (tmp_path / "in" / "folder.png").mkdir()
     found = find([tmp_path / "in", tmp_path / "e.png"], {".png"})
-    assert [item.name.as_posix() for item in found] == ["a/z.PNG", "b.png", "e.png"]
-    assert [item.source for item in found] == [
+    assert [item.name.as_posix() for item in found.items] == ["a/z.PNG", "b.png", "e.png"]
+    assert [item.source for item in found.items] == [
         tmp_path / "in/a/z.PNG",
         tmp_path / "in/b.png",
         tmp_path / "e.png",
@@ -31,7 +32,7 @@ def test_files_are_found_below_folders_in_the_order_of_their_names(tmp_path):
 
 def test_a_file_given_twice_is_worked_on_once(tmp_path):
     touch(tmp_path, "in/b.png")
-    assert len(find([tmp_path / "in/b.png", tmp_path / "in"], {".png"})) == 1
+    assert len(find([tmp_path / "in/b.png", tmp_path / "in"], {".png"}).items) == 1
 
 
 @pytest.mark.parametrize(
@@ -39,12 +40,13 @@ def test_a_file_given_twice_is_worked_on_once(tmp_path):
     [
         (["none"], "no file or folder .*none"),
         (["in/x.txt"], r"x\.txt: must end in one of \.jpg, \.png"),
-        (["empty"], r"no file in .*empty ends in one of \.jpg, \.png"),
+        (["empty"], r"no file in .*empty ends in one of \.jpg, \.png$"),
+        (["gifs"], r"no file in .*gifs ends in one of \.jpg, \.png; there are 2 \.gif"),
         (["in", "other"], r"in/b\.png and .*other/b\.png would both become b\.png"),
     ],
 )
 def test_inputs_that_cannot_be_meant_are_refused(inputs, line, tmp_path):
-    touch(tmp_path, "in/b.png", "in/x.txt", "other/b.png")
+    touch(tmp_path, "in/b.png", "in/x.txt", "other/b.png", "gifs/a.gif", "gifs/b.gif")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=line):
         find([tmp_path / name for name in inputs], {".png", ".jpg"})
@@ -112,7 +114,57 @@ def test_no_more_is_read_than_a_few_files_ahead():
     assert max(most) <= 9
 
 
-def test_what_is_no_fault_of_the_file_ends_the_run():
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (IndexError("list index\nout of range"), "/in/2: IndexError: list index"),
+        (KeyError("x"), "/in/2: KeyError: 'x'"),
+        (StopIteration(), "/in/2: StopIteration:"),
+        (MemoryError(), "/in/2: too large for the memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "/in/2: too large for the memory"),
+        (RuntimeError("CUDA error: out of memory\n"), "/in/2: too large for the memory"),
+        (RuntimeError("expected scalar type Half"), "/in/2: RuntimeError: expected scalar type"),
+    ],
+)
+@pytest.mark.parametrize("part", ["read", "work"])
+def test_any_fault_of_a_file_costs_only_itself(error, line, part, capsys):
+    """All but a ValueError ended the run."""
+    worked = []
+
+    def fail(here, item):
+        if here == part and item.name.name == "2":
+            raise error
+
+    def work(item, given, tell):
+        fail("work", item)
+        worked.append(item)
+
+    outcome = each(ITEMS, lambda item: fail("read", item), work, lambda item: False)
+    assert worked == [*ITEMS[:2], *ITEMS[3:]]
+    assert [found.startswith(line) for found in outcome.errors] == [True]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_input_that_cannot_be_read_costs_only_itself_also_at_work():
+    """A disk or a share may fail in the middle of a video; only an output ends the run."""
+
+    def unplugged():
+        yield 1
+        raise OSError("Input/output error")
+
+    outcome = each(ITEMS, str, lambda *_: list(from_input(unplugged())), lambda item: False)
+    assert outcome.errors == [f"/in/{n}: Input/output error" for n in range(7)]
+
+
+def test_a_name_is_told_as_it_is_in_one_line(capsys):
+    """``:smile:`` came out as an emoji, and a name of two lines as two."""
+    items = [Item(PurePath("/in/:smile:[red]\n.png"), PurePath("x"))]
+    each(items, lambda item: 1 / 0, lambda *_: None, lambda item: False)
+    line = "emu3: /in/:smile:[red] .png: ZeroDivisionError: division by zero\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_full_disk_ends_the_run():
     worked = []
 
     def work(item, given, tell):

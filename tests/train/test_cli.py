@@ -16,6 +16,8 @@ from emu3.vision import VisionTokenizer
 from emu3.weights import save_decoder, save_vision
 from tests.train.recipes import decoder_words, vision_words
 
+NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 PB"
+
 
 def emu3(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
@@ -63,6 +65,17 @@ def test_the_same_seed_draws_the_same_image(tmp_path, files):
         (["train", "digits"], "emu3: train: data.tokenizer must name a trained vision tokenizer"),
         (["train", "digits", "data.tokenizer=none.safetensors"], "emu3: weights: no file none"),
         (["generate", "x", "--decoder", "none"], "emu3: weights: no file none"),
+        (["generate", "x", "--out", "x.jpg"], "emu3: --out: must be a file that ends in .png"),
+        (["generate", "x", "--out", ""], "emu3: --out: must be a file that ends in .png, got '.'"),
+        (
+            ["generate", "a red seven", "seven " * 50, "FILES"],
+            "emu3: generate: a caption may have 232 tokens beside its image, got 300: 'seven seven",
+        ),
+        (["generate", "\udcff", "FILES"], "emu3: ByteTokenizer: text must be Unicode, got '"),
+        (
+            ["tokenize", "x", "--out", "o", "--fps", "fast"],
+            "emu3: fps: must be frames per second, such as 12, 29.97 or 30000/1001, got 'fast'",
+        ),
         (["generate", "x", "FILES", "--top-k", "0"], "emu3: sampling: top_k must be at least 1"),
         (["chat", "none.png", "FILES"], "emu3: image: none.png cannot be read: No such file"),
         (
@@ -90,6 +103,37 @@ def test_a_process_ends_as_the_command_does():
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("emu3: recipe: no file 'digitz'; those that ship are digits")
+
+
+def test_a_terminal_that_lacks_a_character_does_not_end_the_command(tmp_path, files):
+    """``PYTHONIOENCODING=ascii`` ended ``chat`` in a traceback, after the work."""
+    image = tmp_path / "größe.png"
+    Image.new("RGB", (16, 16)).save(image)
+    words = [str(word) for word in ["chat", image, *files]]
+    done = CliRunner(charset="ascii").invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert r"gr\xf6\xdfe.png: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError(), RuntimeError(NO_MEMORY)],
+)
+def test_a_command_that_needs_more_memory_says_so_in_one_line(error, tmp_path, files, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("emu3.cli.generate_images", fail)
+    done = emu3("generate", "x", *files, "--out", tmp_path / "x.png")
+    assert done.exit_code == 1
+    assert re.match("emu3: .*[Mm]emory", done.stderr)
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_bug_is_a_traceback(tmp_path, files, monkeypatch):
+    monkeypatch.setattr("emu3.cli.generate_images", lambda *_: 1 / 0)
+    done = emu3("generate", "x", *files, "--out", tmp_path / "x.png")
+    assert isinstance(done.exception, ZeroDivisionError)
 
 
 def test_chat_refuses_what_is_no_image(tmp_path, files):

@@ -90,9 +90,15 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
 def test_impossible_wishes_are_refused():
     with pytest.raises(ValidationError, match="min_pixels must be at most max_pixels"):
         Making(min_pixels=2, max_pixels=1)
-    for fps in ("0", "25/0", "fast", "-5", "29.97"):
-        with pytest.raises(ValidationError, match="fps"):
+    for fps in ("0", "0.0", "25/0", "fast", "-5", "inf", "nan", "1e9", "", "1/2/3", "9" * 12):
+        with pytest.raises(ValidationError, match=r"must be frames per second, such as 12, 29\.97"):
             Making(fps=fps)
+
+
+def test_a_rate_may_be_a_decimal_and_has_one_spelling():
+    """29.97 was refused, by a regular expression; 24 and 24.0 were other settings."""
+    spelt = {fps: Making(fps=fps).fps for fps in ("29.97", "30000/1001", "24.0", "48/2", "0.5")}
+    assert list(spelt.values()) == ["2997/100", "30000/1001", "24", "24", "1/2"]
 
 
 def test_any_weight_changes_the_fingerprint_and_what_codes_do_not_need_does_not():
