@@ -22,7 +22,8 @@ def speed_up_bfloat16(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
 
     The instances alone are changed, in place: their class becomes a subclass of the same name, and
     parameters, state dicts and hooks stay. Copies and replicas are changed too, pickled modules are
-    not, and parametrized ones run as before. Call it once, when the model is made or loaded.
+    not, and parametrized ones run as before. Call it once, when the model is made or loaded, and
+    after ``torch.ao.quantization``, which looks layers up by their exact class.
 
     Args:
         model: any module.
