@@ -6,16 +6,19 @@ of one kind of module, with its signature in transformers, which only this file 
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from emu3_kernels.modules.slow_bfloat16 import (
+from emu3_kernels.modules.forward import (
     check_own_forward,
+    class_forward,
     replace_forward,
-    speed_up_bfloat16,
+    runs_alone,
 )
+from emu3_kernels.modules.slow_bfloat16 import speed_up_bfloat16
 from emu3_kernels.ops.loss.api import linear_cross_entropy
 from emu3_kernels.ops.norm.api import add_rms_norm, rms_norm
 from emu3_kernels.ops.rope.api import rope
@@ -23,35 +26,42 @@ from emu3_kernels.ops.swiglu.api import swiglu
 from emu3_kernels.ops.vq.api import LARGEST_DIM, nearest_code
 
 
-def apply(model: nn.Module) -> nn.Module:
+def apply(model: nn.Module, *, skip_logits: bool | None = None) -> nn.Module:
     """Replace the parts of a Hugging Face Emu3 for which there is an op by that op.
 
     These are RMSNorm (after attention fused with the residual sum), SwiGLU, the rotation of queries
     and keys, the nearest code of the vision tokenizer, linear layers on a CPU that is slow in
-    bfloat16 (:func:`emu3_kernels.modules.speed_up_bfloat16`), and the loss: called with
-    ``labels``, the model computes it by :func:`emu3_kernels.linear_cross_entropy` from the hidden
-    states, and **the ``.logits`` that it returns are None**; call it without labels for logits. The
-    loss is that of transformers, with ``num_items_in_batch``, ``shift_labels`` and
+    bfloat16 (:func:`emu3_kernels.modules.speed_up_bfloat16`), and the loss: called with ``labels``
+    **in training mode**, the model computes it by :func:`emu3_kernels.linear_cross_entropy` from
+    the hidden states, and **the ``.logits`` that it returns are None**. In evaluation mode it
+    returns loss and logits as transformers does, which metrics and ``Trainer.predict`` read. The
+    fused loss is that of transformers, with ``num_items_in_batch``, ``shift_labels`` and
     ``ignore_index``, but 0 without a valid token, where transformers returns NaN. A call that the
     op does not cover runs as before: with ``logits_to_keep``, another ``loss_function``, or a head
-    that is not a plain linear layer. So do an MLP with another activation than SiLU and a codebook
-    of more than 32 dimensions.
+    that is not a plain linear layer. So do an MLP with another activation than SiLU, a codebook of
+    more than 32 dimensions, and parametrized parts.
 
-    The instance alone is changed, in place: no class is, nor parameters, state dicts, signatures,
-    caches, hooks or gradient checkpointing. Copies are changed too, pickled ones are not. Results
-    differ from those before by rounding alone, and are mostly more accurate: cosines and sines stay
-    float32 under bfloat16 weights, and each op rounds once.
+    The instance alone is changed, in place: the classes of its parts become subclasses of the same
+    name, and parameters, state dicts, signatures, caches and gradient checkpointing stay. Copies
+    and replicas of ``nn.DataParallel`` are changed too, pickled models are not. A part with hooks,
+    those of ``accelerate`` too, is called with them, and not fused with its neighbors; they may be
+    there before or come after. Results differ from those before by rounding alone, and are mostly
+    more accurate: cosines and sines stay float32 under bfloat16 weights, and each op rounds once.
 
     Args:
         model: any Emu3 model of ``transformers``: ``Emu3ForCausalLM``,
             ``Emu3ForConditionalGeneration``, ``Emu3Model``, ``Emu3TextModel`` or ``Emu3VQVAE``.
+        skip_logits: whether a call with ``labels`` computes the loss alone; None is in training
+            mode alone. An evaluation that reads no logits saves their memory by True. The same
+            keyword of a call, which ``Trainer`` passes with ``use_liger_kernel`` and
+            ``prediction_loss_only``, comes before it.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: ``model`` is something else.
-        ValueError: the forward pass of a part was replaced before, by something else.
+        ValueError: the forward pass of a part was replaced before, by something else than a hook.
     """
     from transformers.models.emu3 import modeling_emu3 as hf
 
@@ -66,14 +76,14 @@ def apply(model: nn.Module) -> nn.Module:
         hf.Emu3Attention: _attention,
         hf.Emu3DecoderLayer: _decoder_layer,
         hf.Emu3VQVAEVectorQuantizer: _vector_quantizer,
-        hf.Emu3ForCausalLM: _with_fused_loss(hf.Emu3ForCausalLM.forward),
-        hf.Emu3ForConditionalGeneration: _with_fused_loss(hf.Emu3ForConditionalGeneration.forward),
     }
+    for kind in (hf.Emu3ForCausalLM, hf.Emu3ForConditionalGeneration):
+        forwards[kind] = _with_fused_loss(kind.forward, skip_logits)
     found = [
         (name, module, forward)
         for name, module in model.named_modules()
         for kind, forward in forwards.items()
-        if isinstance(module, kind) and type(module).forward is kind.forward and _fits(module)
+        if isinstance(module, kind) and class_forward(module) is kind.forward and _fits(module)
     ]
     for name, module, _ in found:
         check_own_forward("huggingface.apply", name, module)
@@ -97,14 +107,17 @@ def _rms_norm(self, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp(self, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(self.act_fn(gate) * up if _is_hooked(self.act_fn) else swiglu(gate, up))
+    from transformers.activations import SiLUActivation
+
+    gate, up, silu = self.gate_proj(x), self.up_proj(x), self.act_fn
+    alone = runs_alone(silu, SiLUActivation.forward, nn.SiLU.forward)
+    return self.down_proj(swiglu(gate, up) if alone else silu(gate) * up)
 
 
 def _rotary_embedding(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines and sines ``[B or 1, T, K]`` in float32, not in the dtype of ``x``."""
     compute = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-    return type(self).forward(self, compute, position_ids)
+    return class_forward(self)(self, compute, position_ids)
 
 
 def _attention(
@@ -154,17 +167,19 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Te
 
 
 def _decoder_layer(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    from transformers.models.emu3 import modeling_emu3 as hf
+
     if args:
         names = [*inspect.signature(type(self).forward).parameters][2:]
         kwargs |= zip(names, args, strict=False)
     branch, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
     branch = self.dropout(branch)
     norm = self.post_attention_layernorm
-    if _is_hooked(norm):
+    if runs_alone(norm, hf.Emu3RMSNorm.forward):
+        x, residual = add_rms_norm(branch, hidden_states, norm.weight, norm.variance_epsilon)
+    else:
         residual = branch + hidden_states
         x = norm(residual)
-    else:
-        x, residual = add_rms_norm(branch, hidden_states, norm.weight, norm.variance_epsilon)
     return residual + self.dropout(self.mlp(x))
 
 
@@ -173,7 +188,8 @@ def _vector_quantizer(self, hidden_state: Tensor) -> Tensor:
     return nearest_code(hidden_state.transpose(1, 2), self.embedding.weight)
 
 
-def _with_fused_loss(original: Callable) -> Callable:
+@cache
+def _with_fused_loss(original: Callable, skip_logits: bool | None) -> Callable:
     """Return ``original``, the forward pass of a model with a head, with the fused loss."""
     from transformers.loss.loss_utils import ForCausalLMLoss
     from transformers.utils import can_return_tuple
@@ -184,30 +200,20 @@ def _with_fused_loss(original: Callable) -> Callable:
     def forward(self, *args, **kwargs):
         kwargs |= zip(names, args, strict=False)
         keep, head = kwargs.get("logits_to_keep", 0), self.lm_head
+        skip = kwargs.pop("skip_logits", None)
+        skip = skip_logits if skip is None else skip
         if (
-            kwargs.get("labels") is not None
+            (self.training if skip is None else skip)
+            and kwargs.get("labels") is not None
             and self.loss_function is ForCausalLMLoss
             and (isinstance(keep, int) and keep == 0)
-            and _is_plain(head)
+            and runs_alone(head, nn.Linear.forward)
             and head.bias is None
         ):
             return with_loss(self, **kwargs)
         return original(self, **kwargs)
 
     return forward
-
-
-def _is_plain(head: nn.Module) -> bool:
-    """Return whether ``head`` is a linear layer alone, without hooks or patches of others."""
-    forward = vars(head).get("forward")
-    own = forward is None or hasattr(forward, "of_emu3_kernels")
-    return own and type(head).forward is nn.Linear.forward and not _is_hooked(head)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Return whether a call of ``module`` runs hooks beside its forward pass."""
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return any(getattr(module, name) for name in hooks)
 
 
 def _causal_lm(self, *, labels: Tensor, logits_to_keep: int = 0, **kwargs):

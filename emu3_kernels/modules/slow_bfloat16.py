@@ -1,12 +1,12 @@
 """The one switch for bfloat16 models on CPUs without AVX-512, where PyTorch's GEMMs are slow."""
 
 from collections.abc import Callable
-from functools import partial, wraps
-from types import MethodType
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emu3_kernels.modules.forward import check_own_forward, class_forward, replace_forward
 from emu3_kernels.runtime import gemm
 from emu3_kernels.runtime.gemm import in_float32_if_slow, linear
 
@@ -20,8 +20,10 @@ def speed_up_bfloat16(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
     calls ``F.linear`` or ``F.conv_transpose2d`` itself is included if it does so through a class
     attribute ``linear`` or ``conv_transpose2d``. Calls in other dtypes run as before.
 
-    The instances alone are changed, in place: no class is, nor parameters, state dicts or hooks.
-    Copies are changed too, pickled ones are not. Call it once, when the model is made or loaded.
+    The instances alone are changed, in place: their class becomes a subclass of the same name, and
+    parameters, state dicts and hooks stay. Copies and replicas are changed too, pickled modules are
+    not, and parametrized ones run as before. Call it once, when the model is made or loaded, and
+    after ``torch.ao.quantization``, which looks layers up by their exact class.
 
     Args:
         model: any module.
@@ -40,7 +42,7 @@ def speed_up_bfloat16(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
         (name, module, kind)
         for name, module in model.named_modules()
         for kind in kinds
-        if isinstance(module, kind) and type(module).forward is kind.forward
+        if isinstance(module, kind) and class_forward(module) is kind.forward
     ]
     for name, module, _ in found:
         check_own_forward("speed_up_bfloat16", name, module)
@@ -51,31 +53,6 @@ def speed_up_bfloat16(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
             if getattr(type(module), name, None) is getattr(F, name):
                 setattr(module, name, function)
     return model
-
-
-def check_own_forward(op: str, name: str, module: nn.Module) -> None:
-    """Raise if the forward pass of ``module`` was replaced, but not by :func:`replace_forward`."""
-    replaced = vars(module).get("forward")
-    if replaced is not None and not hasattr(replaced, "of_emu3_kernels"):
-        raise ValueError(
-            f"{op}: {name or type(module).__name__}.forward must be its class's own, "
-            f"got {replaced!r}: apply before hooks and other patches"
-        )
-
-
-def replace_forward(module: nn.Module, forward: Callable) -> None:
-    """Replace the forward pass of one instance; its name and signature stay those of the class.
-
-    Trainers read the signature. A pickled model looks ``forward`` up by its name, so that the copy
-    has the forward pass of the class.
-    """
-
-    @wraps(type(module).forward)
-    def replaced(self, *args, **kwargs):
-        return forward(self, *args, **kwargs)
-
-    replaced.of_emu3_kernels = True
-    module.forward = MethodType(replaced, module)
 
 
 def _linear(self, input: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def of_hugging_face(model: nn.Module) -> tuple[nn.Module, Loss]:
 
 
 def sharded_of_hugging_face() -> tuple[nn.Module, Loss]:
-    model, mesh = apply(hugging_face()), DeviceMesh("cpu", range(WORLD))
+    model, mesh = apply(hugging_face()).train(), DeviceMesh("cpu", range(WORLD))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     return of_hugging_face(fully_shard(model, mesh=mesh))
