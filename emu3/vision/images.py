@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 from PIL import Image
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, II, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION
 from torch import Tensor
 
 FACTOR = 8
@@ -80,6 +80,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode in _GREY16:
         return _grey16_to_rgb(image)
+    _set_depth_of_planes(image)
     if image.has_transparency_data:
         image = _with_trns_in_8_bits(image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -98,6 +99,17 @@ def postprocess(pixels: Tensor) -> list[Image.Image]:
 def to_levels(pixels: Tensor) -> Tensor:
     """8-bit levels of pixels in [-1, 1], others are clamped."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _set_depth_of_planes(image: Image.Image) -> None:
+    """Pillow unpacks the separate planes of an uncompressed TIFF of 16 bits as 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    in_planes = tags.get(PLANAR_CONFIGURATION) == 2 and tags.get(BITSPERSAMPLE, (8,))[0] == 16
+    if in_planes and image.tile and image.tile[0][0] == "raw":
+        order = "L" if tags.prefix == II else "B"
+        image.tile = [
+            tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:])) for tile in image.tile
+        ]
 
 
 def _with_trns_in_8_bits(image: Image.Image) -> Image.Image:

@@ -43,17 +43,22 @@ def tiff(
     order: str = "<",
     depth: int | None = None,
     extra: tuple[int, ...] = (),
+    planar: bool = False,
     more: Iterable[Entry] = (),
 ) -> bytes:
     """An uncompressed TIFF of ``[H, W]`` or ``[H, W, C]`` uint8 or uint16.
 
     Args:
         depth: bits per sample if ``pixels`` are packed already, as ``[H, bytes]``.
+        planar: the channels one behind the other.
         extra: meanings of the samples beyond the colors: 1 premultiplied alpha, 2 alpha.
     """
     height, width, *channels = pixels.shape
     samples = channels[0] if channels else 1
-    data = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    rows = np.moveaxis(pixels, -1, 0) if planar else pixels
+    data = rows.astype(rows.dtype.newbyteorder(order)).tobytes()
+    strips = samples if planar else 1
+    length = len(data) // strips
     data += b"\0" * (len(data) % 2)
     if depth:
         width = width * 8 // depth
@@ -64,10 +69,11 @@ def tiff(
         258: ("H", *[bits] * samples),
         259: ("H", 1),
         262: ("H", photometric),
-        273: ("I", 8),
+        273: ("I", *range(8, 8 + strips * length, length)),
         277: ("H", samples),
         278: ("I", height),
-        279: ("I", len(data)),
+        279: ("I", *[length] * strips),
+        284: ("H", 2 if planar else 1),
     } | ({338: ("H", *extra)} if extra else {})
     entries = [entry(tag, *value, order=order) for tag, value in tags.items()]
     head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(data))

@@ -21,6 +21,7 @@ from tests.media.odd_images import (
     tiff,
 )
 
+E2E = pytest.mark.e2e
 GREY = np.arange(0, 256, 17, dtype=np.uint8).reshape(2, 8)
 COLORS = np.stack([GREY, 255 - GREY, np.full_like(GREY, 100)], -1)
 HALF = np.full_like(GREY, 128)
@@ -63,6 +64,18 @@ def test_16_bits_mean_what_8_bits_mean(kind, deepen, order, tmp_path):
         with pytest.raises(ValueError, match="unknown channels"):
             read(whole, tmp_path)
         return
+    assert error(read(whole, tmp_path), exact) <= (2 if extra else 0)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("deepen", [np.asarray, wide], ids=["8 bits", "16 bits"])
+@pytest.mark.parametrize("kind", ["rgb", "alpha"])
+def test_planes_of_16_bits_are_planes_of_8(kind, deepen, order, tmp_path):
+    """A microscope's separate planes of 16 bits were unpacked as bytes: stripes, no word."""
+    pixels = np.dstack([COLORS, HALF]) if kind == "alpha" else COLORS
+    extra = (2,) if kind == "alpha" else ()
+    whole = tiff(deepen(pixels), RGB, order=order, extra=extra, planar=True)
+    exact = ON_WHITE if kind == "alpha" else COLORS
     assert error(read(whole, tmp_path), exact) <= (2 if extra else 0)
 
 
@@ -143,12 +156,15 @@ TAGS = [tag for tag in TiffTags.TAGS_V2 if 0x100 <= tag <= 0xFFFF and tag != ORI
 PRIVATE = [0x9286, 0x8769, 0x8825, 0xA005, 0x9003, 0x829A, 0x927C, 0xC4A5]
 
 
-def variants(tags):
-    """Each tag as each type, once, twice and nine times."""
+TIMES = pytest.mark.parametrize("times", [2, *(pytest.param(n, marks=E2E) for n in (1, 9))])
+"""Values in a tag; two are no number, and do not fit into their entry."""
+
+
+def variants(tags, times: int):
+    """Each tag as each type."""
     for tag in (*tags, *PRIVATE):
         for kind, value in VALUES.items():
-            for times in (1, 2, 9):
-                yield tag, kind, LENGTHS.get(kind, 1) * times, value * times
+            yield tag, kind, LENGTHS.get(kind, 1) * times, value * times
 
 
 def with_exif(data: bytes) -> bytes:
@@ -156,10 +172,11 @@ def with_exif(data: bytes) -> bytes:
     return whole[:2] + b"\xff\xe1" + (len(data) + 2).to_bytes(2, "big") + data + whole[2:]
 
 
+@TIMES
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_no_tag_of_a_photograph_s_exif_keeps_it_from_being_turned(tmp_path):
+def test_no_tag_of_a_photograph_s_exif_keeps_it_from_being_turned(times, tmp_path):
     """A resolution stored as text ended a whole run; 1,956 such photographs were refused."""
-    for one in variants(TAGS):
+    for one in variants(TAGS, times):
         assert read(with_exif(exif(one)), tmp_path).shape == (32, 24, 3), one
 
 
@@ -170,11 +187,12 @@ STORAGE = {
 }
 
 
+@TIMES
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_no_tag_of_a_tiff_keeps_it_from_being_turned(tmp_path):
+def test_no_tag_of_a_tiff_keeps_it_from_being_turned(times, tmp_path):
     """Pillow turns a TIFF itself while it decodes."""
     exact = np.rot90(np.asarray(photograph()), -1)
-    for one in variants(tag for tag in TAGS if tag not in STORAGE):
+    for one in variants([tag for tag in TAGS if tag not in STORAGE], times):
         more = [entry(ORIENTATION, "H", 6), one]
         whole = tiff(np.asarray(photograph()), RGB, more=more)
         assert error(read(whole, tmp_path), exact) == 0, one
