@@ -46,7 +46,7 @@ _FAR = Fraction(10)
 
 
 class MediaError(ValueError):
-    """A file that is not an image or video, or of an unsupported kind."""
+    """A file that is not an image or video, is damaged, or is of an unsupported kind."""
 
 
 def read_image(path: Path) -> Tensor:
@@ -99,8 +99,9 @@ def _reason(error: Exception) -> str:
     """What a library says of a file that it cannot read, in one line."""
     if isinstance(error, MemoryError):
         return "it is too large for the memory"
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    return text if isinstance(error, (OSError, SyntaxError, ValueError)) else repr(error)
+    told = OSError, SyntaxError, ValueError, av.FFmpegError, Image.DecompressionBombError
+    text = getattr(error, "strerror", None) or (error if isinstance(error, told) else repr(error))
+    return " ".join(str(text).split())
 
 
 def _check_image(image: Image.Image, path: Path) -> None:

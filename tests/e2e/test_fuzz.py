@@ -4,7 +4,6 @@ import pytest
 
 from tests.e2e.fuzz import fuzz
 
-
 LONG = pytest.mark.e2e, pytest.mark.timeout(1200)
 
 

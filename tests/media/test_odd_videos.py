@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 
+from emu3.data import media
 from emu3.data.media import open_video, write_video
 from tests.media.odd_images import exif
 from tests.media.odd_videos import (
@@ -152,6 +153,27 @@ def test_a_damaged_transport_stream_costs_one_line_at_most(tmp_path):
                 lines.append(str(fault))
     assert lines
     assert all(line.startswith(f"video: {path} ") and "\n" not in line for line in lines)
+
+
+def test_a_stream_found_while_reading_ends_nothing(tmp_path):
+    """PyAV flushes all streams at the end, and raised IndexError for one that it had not known."""
+    first = encode(tmp_path / "x.ts", numbered(20), b_frames=2).read_bytes()
+    second = encode(tmp_path / "x.ts", numbered(20, 20), start=20, sound=True, b_frames=2)
+    (tmp_path / "y.ts").write_bytes(joined(first, second.read_bytes()))
+    assert shown(tmp_path / "y.ts") == list(range(40))
+
+
+class Demuxer:
+    """PyAV's, at the end of a file whose last stream was found while reading."""
+
+    def demux(self):
+        yield from "abc"
+        raise IndexError("list index out of range")
+
+
+def test_packets_end_where_the_demuxer_knows_no_more_streams():
+    """Whether PyAV raises depends on memory that it does not own."""
+    assert list(media._packets(Demuxer())) == ["a", "b", "c"]
 
 
 def test_a_codec_that_is_not_known_is_told(tmp_path):
