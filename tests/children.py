@@ -1,6 +1,6 @@
 """Processes that a test may kill or limit, forked from a server that has imported torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -9,7 +9,10 @@ import torch
 
 
 def start(function: Callable, *args: object) -> tuple[BaseProcess, Connection]:
-    """Call ``function(*args)`` in a new process; its result comes through the connection."""
+    """Call ``function(*args)`` in a new process; its result comes through the connection.
+
+    Of an iterator every element comes, as soon as there is one.
+    """
     # A fork of a server that has imported torch starts in milliseconds, a spawn in seconds.
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest", "tests.attention.ring_cases", "emu3.cli"])
@@ -37,4 +40,6 @@ def exit_code(function: Callable, *args: object) -> int:
 
 def _call(pipe: Connection, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
-    pipe.send(function(*args))
+    result = function(*args)
+    for part in result if isinstance(result, Iterator) else (result,):
+        pipe.send(part)

@@ -5,8 +5,8 @@ of one line that names it; a failed write raises an ``OSError``.
 """
 
 import struct
-import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -15,8 +15,10 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from emu3.files import replacing
@@ -27,22 +29,24 @@ VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".t
 
 # The formats of IMAGES, whatever a file's suffix. Pillow reads phones' MPO as JPEG.
 _FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
-# Exceptions of Pillow's decoders on damaged files.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What each orientation of EXIF but the first does to an image."""
 # Containers with a duration but without an index of all frames.
 _STATE_LENGTH = ("matroska", "avi")
+_FAR = Fraction(10)
+"""Seconds that a clock may step ahead in transport and program streams, as in FFmpeg."""
 
 
 class MediaError(ValueError):
-    """A file that is not an image or video, or of an unsupported kind."""
+    """A file that is not an image or video, is damaged, or is of an unsupported kind."""
 
 
 def read_image(path: Path) -> Tensor:
@@ -57,17 +61,47 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path, formats=_FORMATS) as image:
             _check_image(image, path)
-            pixels = np.array(to_rgb(ImageOps.exif_transpose(image)))
+            pixels = np.array(_upright(image))
     except MediaError:
         raise
     except UnidentifiedImageError:
         raise MediaError(
             f"image: {path} is not an image, or has no pixels or unknown channels"
         ) from None
-    except _DAMAGED as error:
-        reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"image: {path} cannot be read: {reason}") from None
+    except Exception as error:
+        raise MediaError(f"image: {path} cannot be read: {_reason(error)}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """``to_rgb``, rotated by the EXIF orientation; damaged EXIF data rotates nothing."""
+    turn = None
+    if image.format == "TIFF":
+        # Pillow would rotate it while loading, and fail on damage in tags of no importance.
+        turn = _turn(image)
+        exif = image.getexif()
+        for tag in list(exif):
+            del exif[tag]
+    pixels = to_rgb(image)
+    # The EXIF data of a PNG may follow its pixels.
+    turn = _turn(image) if turn is None else turn
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        return None
+
+
+def _reason(error: Exception) -> str:
+    """What a library says of a file that it cannot read, in one line."""
+    if isinstance(error, MemoryError):
+        return "it is too large for the memory"
+    told = OSError, SyntaxError, ValueError, av.FFmpegError, Image.DecompressionBombError
+    text = getattr(error, "strerror", None) or (error if isinstance(error, told) else repr(error))
+    return " ".join(str(text).split())
 
 
 def _check_image(image: Image.Image, path: Path) -> None:
@@ -105,7 +139,7 @@ class Video:
         timed = _decode(self.path)
         frames = _resample(timed, self.fps) if self.resampled else (frame for _, frame in timed)
         for number, frame in enumerate(frames):
-            pixels = _to_tensor(frame)
+            pixels = _to_tensor(self.path, frame)
             if pixels.shape[1:] != (self.height, self.width):
                 raise MediaError(
                     f"video: {self.path} changes size: frame {number} is {pixels.shape[2]} x "
@@ -127,13 +161,13 @@ def open_video(path: Path, fps: Fraction | None = None) -> Video:
     try:
         _, first = next(_decode(path))
         with av.open(path, metadata_errors="replace") as container:
-            stream = container.streams.video[0]
+            stream = _video_stream(path, container)
             rate = fps or stream.average_rate or stream.guessed_rate
     except StopIteration:
         raise MediaError(f"video: {path} has no frame") from None
     if not rate or rate < 0:
         raise MediaError(f"video: {path} has no frame rate; set fps")
-    _, height, width = _to_tensor(first).shape
+    _, height, width = _to_tensor(path, first).shape
     return Video(path, height, width, Fraction(rate), fps is not None)
 
 
@@ -162,29 +196,46 @@ def write_video(path: Path, frames: Iterable[Tensor], fps: Fraction) -> None:
 
 
 def _decode(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Frames of the first video stream, each with its start in seconds."""
+    """Frames of the first video stream, each with its start in seconds; starts rise."""
     number = 0
     try:
         with av.open(path, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise MediaError(f"video: {path} has no video stream")
-            stream = container.streams.video[0]
+            stream = _video_stream(path, container)
             stream.thread_type = "AUTO"
             _check_index(path, stream)
+            clock = _Clock(container, stream)
             end = Fraction(0)
-            for packet in container.demux():
+            for packet in _packets(container):
                 end = max(end, _end(packet))
                 for frame in packet.decode() if packet.stream is stream else ():
                     if packet.is_corrupt or frame.is_corrupt:
                         raise MediaError(f"video: {path} is damaged after {number} frames")
-                    yield _time(frame, stream, number), frame
+                    yield clock.start(frame), frame
                     number += 1
             _check_end(path, container, end, number)
-    except av.FFmpegError as error:
+    except MediaError:
+        raise
+    except Exception as error:
         where = f"breaks off after {number} frames" if number else "is not a video, or is truncated"
-        raise MediaError(f"video: {path} {where}: {error.strerror}") from None
-    except OSError as error:
-        raise MediaError(f"video: {path} cannot be read: {error.strerror}") from None
+        raise MediaError(f"video: {path} {where}: {_reason(error)}") from None
+
+
+def _video_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
+    """The first video; the cover image of a song is none."""
+    for stream in container.streams.video:
+        if stream.disposition & Disposition.attached_pic:
+            continue
+        if stream.codec_context is None:
+            raise MediaError(f"video: {path} is of an unknown codec")
+        return stream
+    raise MediaError(f"video: {path} has no video stream")
+
+
+def _packets(container: av.container.InputContainer) -> Iterator[av.Packet]:
+    """Every packet, and then an empty one for each stream, to flush its decoder."""
+    # PyAV flushes streams that were found while reading too, which it does not know.
+    with suppress(IndexError):
+        yield from container.demux()
 
 
 def _check_index(path: Path, stream: av.VideoStream) -> None:
@@ -214,10 +265,34 @@ def _end(packet: av.Packet) -> Fraction:
     return (packet.pts + (packet.duration or 0)) * packet.time_base
 
 
-def _time(frame: av.VideoFrame, stream: av.VideoStream, number: int) -> Fraction:
-    if frame.pts is None:
-        return number / Fraction(stream.average_rate or 1)
-    return frame.pts * frame.time_base
+class _Clock:
+    """Starts of frames in seconds.
+
+    A step back, or far ahead where clocks may jump, is a cut; a frame then starts at the end of
+    the one before.
+    """
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        stated = Fraction(container.duration or 0, av.time_base)
+        may_jump = container.format.flags & av.format.Flags.ts_discont.value
+        self.far = _FAR if may_jump else max(_FAR, stated)
+        # AVI states times in decoding order alone.
+        self.times = "dts" if container.format.name == "avi" else "pts"
+        self.length = 1 / Fraction(stream.average_rate or 1)
+        self.last: Fraction | None = None
+
+    def start(self, frame: av.VideoFrame) -> Fraction:
+        ticks = getattr(frame, self.times)
+        stated = None if ticks is None else ticks * frame.time_base
+        if self.last is None:
+            start = stated or Fraction(0)
+        elif stated is not None and 0 < stated - self.last <= self.far:
+            start = stated
+        else:
+            start = self.last + self.length
+        self.last = start
+        self.length = frame.duration * frame.time_base or self.length
+        return start
 
 
 def _resample(
@@ -236,9 +311,28 @@ def _resample(
         due += 1
 
 
-def _to_tensor(frame: av.VideoFrame) -> Tensor:
-    pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+def _to_tensor(path: Path, frame: av.VideoFrame) -> Tensor:
+    try:
+        rows = frame.to_ndarray(format="rgb24")
+    except Exception as error:
+        raise MediaError(f"video: {path} cannot be converted to RGB: {_reason(error)}") from None
+    return torch.from_numpy(np.ascontiguousarray(_upright_rows(rows, frame))).permute(2, 0, 1)
+
+
+def _upright_rows(rows: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """``[H, W, 3]`` rotated and mirrored as the file's display matrix states, by right angles."""
+    try:
+        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    except ValueError:
+        # PyAV lists no side data beside a kind that is new to it, such as EXIF in Motion JPEG.
+        return np.rot90(rows, round(frame.rotation / 90))
+    if matrix is None:
+        return rows
+    # Pixel (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    if abs(b) > abs(a):
+        rows, a, d = rows.swapaxes(0, 1), c, b
+    return rows[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _to_frame(image: Tensor) -> av.VideoFrame:

@@ -5,12 +5,15 @@ import math
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, II, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION
 from torch import Tensor
 
 FACTOR = 8
 MIN_PIXELS, MAX_PIXELS = 512 * 512, 1024 * 1024
 WIDEST_ASPECT = 5
 
+_MINISWHITE = 0
+_WHITE_OF_PNG = {"L;2": 3, "L;4": 15}
 _GREY16 = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 MODES = _GREY16 | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
 """Modes of Pillow that ``to_rgb`` takes."""
@@ -76,11 +79,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Colours of fully transparent pixels are lost.
     """
     if image.mode in _GREY16:
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        return _grey16_to_rgb(image)
+    _set_depth_of_planes(image)
     if image.has_transparency_data:
+        image = _with_trns_in_8_bits(image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
@@ -95,6 +99,45 @@ def postprocess(pixels: Tensor) -> list[Image.Image]:
 def to_levels(pixels: Tensor) -> Tensor:
     """8-bit levels of pixels in [-1, 1], others are clamped."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _set_depth_of_planes(image: Image.Image) -> None:
+    """Pillow unpacks the separate planes of an uncompressed TIFF of 16 bits as 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    in_planes = tags.get(PLANAR_CONFIGURATION) == 2 and tags.get(BITSPERSAMPLE, (8,))[0] == 16
+    if in_planes and image.tile and image.tile[0][0] == "raw":
+        order = "L" if tags.prefix == II else "B"
+        image.tile = [
+            tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:])) for tile in image.tile
+        ]
+
+
+def _with_trns_in_8_bits(image: Image.Image) -> Image.Image:
+    """A PNG states its transparent color in its own depth; Pillow compares it with 8 bits."""
+    layout = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    color = image.info.get("transparency")
+    if layout == "RGB;16B":
+        color = tuple(level >> 8 for level in color)
+    elif layout in _WHITE_OF_PNG:
+        white = _WHITE_OF_PNG[layout]
+        color = (color & white) * 255 // white
+    else:
+        return image
+    image = image.copy()
+    image.info["transparency"] = color
+    return image
+
+
+def _grey16_to_rgb(image: Image.Image) -> Image.Image:
+    """Also what Pillow does for 8 bits alone: the depth, MINISWHITE and the transparent level."""
+    tags = getattr(image, "tag_v2", {})
+    white = 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1
+    levels = np.asarray(image).astype(np.uint32)
+    grey = ((levels * 255 + white // 2) // white).astype(np.uint8)
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == _MINISWHITE:
+        grey = 255 - grey
+    grey[levels == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _image(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
