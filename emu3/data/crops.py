@@ -92,7 +92,10 @@ class CropStream:
         self.generator = torch.Generator().manual_seed(seed)
         for name in ("images", "clips"):
             if getattr(settings, name) and not getattr(self, name).clips:
-                raise ValueError(f"media.{name}: nothing as large as a crop of {settings.crop}")
+                frames = f" and of {settings.frames} frames" if name == "clips" else ""
+                raise ValueError(
+                    f"media.{name}: nothing as large as a crop of {settings.crop}{frames}"
+                )
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Images ``[P, 3, S, S]`` and clips ``[V, T, 3, S, S]`` in [-1, 1]."""
