@@ -161,17 +161,16 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 def _show(jobs: list[Job]) -> None:
     kinds = list(jobs[0].faults)
-    table = Table("run", "kills", "of these inside saves", "points to die at", *kinds)
+    table = Table("run", "seconds", "points to die at", "kills", "at a point", *kinds)
     for job in jobs:
         found = [str(len(job.faults[kind])) for kind in kinds]
-        table.add_row(
-            job.name, str(job.kills.total()), str(job.kills["inside"]), str(job.events), *found
-        )
+        size = f"{job.seconds:.1f}", str(job.events)
+        table.add_row(job.name, *size, str(job.kills.total()), str(job.kills["inside"]), *found)
     total = sum((job.kills for job in jobs), Counter())
     sums = [str(sum(len(job.faults[kind]) for job in jobs)) for kind in kinds]
     table.add_section()
-    table.add_row("all", str(total.total()), str(total["inside"]), "", *sums)
-    console = Console()
+    table.add_row("all", "", "", str(total.total()), str(total["inside"]), *sums)
+    console = Console(width=100)
     console.print(table)
     for job in jobs:
         for kind, lines in job.faults.items():

@@ -8,6 +8,7 @@ import torch
 
 from emu3.tasks import TASKS, load_recipe
 from emu3.train import checkpoint, loop
+from emu3.weights import read_tensors
 from tests.train.recipes import VISION_WORDS, tiny_recipe
 
 FAULTY = 5
@@ -89,10 +90,18 @@ def test_what_is_not_finite_ends_the_run_in_a_line_and_is_not_saved(stage, fault
     assert not (folder / f"{stage}.safetensors").exists()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert all(math.isfinite(value) for line in lines for value in json.loads(line).values())
-    good = tmp_path / "good"
-    loop.train(recipe, good, TASKS[stage].build)
-    resumed = loop.train(recipe, folder, TASKS[stage].build, resume=True)
-    assert resumed.read_bytes() == (good / f"{stage}.safetensors").read_bytes()
+    tensors, metadata = read_tensors(folder / checkpoint.FILE)
+    assert metadata["step"] == "4"
+    assert all(value.isfinite().all() for value in tensors.values())
+
+
+def test_the_state_before_a_run_diverged_is_resumed_to_the_unbroken_run_s_bytes(tmp_path):
+    recipe, build = tiny_recipe("vision", tmp_path), TASKS["vision"].build
+    with pytest.raises(ValueError, match="loss must be finite"):
+        loop.train(recipe, tmp_path / "run", diverging(*FAULTS["loss"][:2]))
+    resumed = loop.train(recipe, tmp_path / "run", build, resume=True)
+    unbroken = loop.train(recipe, tmp_path / "unbroken", build)
+    assert resumed.read_bytes() == unbroken.read_bytes()
 
 
 def test_a_rate_far_too_high_ends_the_run_with_its_last_finite_state(tmp_path):
