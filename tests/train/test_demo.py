@@ -10,6 +10,8 @@ from emu3.demo.config import DigitSettings
 from emu3.demo.digits import COLORS, at_rest, load_split, render
 from emu3.demo.judge import DigitJudge, judge_color
 from emu3.demo.run import run_demo
+from emu3.demo.stages import vision_stage
+from emu3.tasks import load_recipe
 from tests.train.recipes import DECODER_WORDS, VISION_WORDS
 
 ACCURACIES = ("generated_digit_accuracy", "generated_color_accuracy", "caption_digit_accuracy")
@@ -63,6 +65,14 @@ def test_stages_that_validate_on_different_digits_are_refused(tmp_path):
     """Otherwise the tokenizer would be trained on digits that the decoder is measured on."""
     with pytest.raises(ValueError, match=r"have the same validation digits, got .* 0.25 and 0.5"):
         run_demo(tmp_path, VISION_WORDS, [*DECODER_WORDS, "data.validation=0.5"])
+    assert list(tmp_path.iterdir()) == []  # nothing was trained
+
+
+def test_a_batch_larger_than_all_digits_is_refused():
+    """One of 100,000,000 was put together from epochs for hours, before it was too large."""
+    recipe = load_recipe("vision", [*VISION_WORDS, "data.batch_size=1348"])
+    with pytest.raises(ValueError, match=r"^data.batch_size must be at most the 1347 digits to"):
+        vision_stage(recipe)
 
 
 def test_the_judges_know_real_digits_they_never_saw():

@@ -16,10 +16,10 @@ from tests.train.recipes import DECODER_WORDS, VISION_WORDS, tiny_recipe, tokeni
 REFUSED = r"^train: another process is training in .*{}$"
 
 
-def refusal(folder, resume: bool) -> str:
-    """What a second process gets to hear."""
+def refusal(folder) -> str:
+    """The error of a second process."""
     try:
-        train(tiny_recipe("vision", folder), folder / "run", resume=resume)
+        train(tiny_recipe("vision", folder), folder / "run")
     except ValueError as error:
         return str(error)
     return "trained"
@@ -35,22 +35,22 @@ def test_a_second_training_in_a_folder_is_refused_and_the_first_is_left_alone(tm
     run = tmp_path / "run"
     with locked(run):
         (run / "metrics.jsonl").write_text("the first one's\n")
-        told = children.run(refusal, tmp_path, False)
-        assert told == f"train: another process is training in {run}"
+        assert children.run(refusal, tmp_path) == f"train: another process is training in {run}"
         assert (run / "metrics.jsonl").read_text() == "the first one's\n"
         assert {path.name for path in run.iterdir()} == {".lock", "metrics.jsonl"}
 
 
 def test_a_second_one_that_resumes_is_refused_too(tmp_path):
-    train(tiny_recipe("vision", tmp_path), tmp_path / "run")
-    with locked(tmp_path / "run"):
-        told = children.run(refusal, tmp_path, True)
-        assert told == f"train: another process is training in {tmp_path / 'run'}"
+    recipe, run = tiny_recipe("vision", tmp_path), tmp_path / "run"
+    train(recipe, run)
+    with locked(run), pytest.raises(ValueError, match=REFUSED.format("run")):
+        train(recipe, run, resume=True)
 
 
 def test_a_killed_run_s_lock_does_not_block(tmp_path):
     assert children.exit_code(die_with_the_lock, tmp_path / "run") == -signal.SIGKILL
-    assert children.run(refusal, tmp_path, False) == "trained"
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").is_file()
 
 
 def test_a_run_that_ended_while_the_next_one_was_built_is_not_overwritten(tmp_path):
