@@ -145,7 +145,8 @@ def _compare(job: Job, out: Path) -> None:
     there, expected = set(_visible(out)), set(_visible(job.whole))
     job.faults["differs"] += [f"{name} is missing" for name in expected - there]
     job.faults["left"] += [str(name) for name in there - expected]
-    job.faults["left"] += [str(path.relative_to(out)) for path in out.rglob(".*.part*")]
+    drafts = (path for path in out.rglob("*") if path.is_file() and ".part" in str(path))
+    job.faults["left"] += [str(path.relative_to(out)) for path in drafts]
     for name in there & expected:
         if content(out / name) != content(job.whole / name):
             job.faults["differs"].append(str(name))
