@@ -110,6 +110,13 @@ def test_a_folder_without_images_is_refused_and_not_replaced_by_the_samples(reci
             load_split(media)
 
 
+def test_a_source_that_is_not_there_is_named_as_such(recipe, tmp_path):
+    """It was "not a video, or truncated"."""
+    media = recipe.media.model_copy(update={"sources": (tmp_path / "nowhere",), "validation": ()})
+    with pytest.raises(ValueError, match=r"^media.sources: no file or folder .*nowhere$"):
+        load_split(media)
+
+
 def test_a_validation_name_that_is_no_file_is_refused(recipe):
     media = recipe.media.model_copy(update={"validation": ("unsene",)})
     with pytest.raises(ValueError, match=r"media.validation: no file is called unsene"):
