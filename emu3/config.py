@@ -6,7 +6,7 @@ them, and ``key=value`` words from the command line override the tables.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -19,6 +19,8 @@ from pydantic import (
 from typing_extensions import Self
 
 from emu3.settings import Settings, SettingsError, merge, override, parse, read_toml
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 RECIPES = Path(__file__).parent / "train" / "recipes"
 
@@ -106,7 +108,7 @@ class VisionSettings(Settings):
     groups: PositiveInt = 32
     """Groups of channels of each group norm."""
     num_codes: PositiveInt = 32768
-    code_width: PositiveInt = 4
+    code_width: PositiveInt = Field(4, le=32)
     commitment: PositiveFloat = 0.25
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the running means that are the codebook; None trains it by gradient."""
@@ -150,11 +152,17 @@ class OptimSettings(Settings):
     """Peak learning rate, reached after the warm-up."""
     min_lr: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 30
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.1
     clip: PositiveFloat = 1.0
     """Largest norm of all gradients together."""
+
+    @model_validator(mode="after")
+    def _rate_decays(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must be at most lr ({self.lr})")
+        return self
 
 
 class MediaSettings(Settings):
@@ -220,11 +228,24 @@ class Recipe(Settings):
     optim: OptimSettings = OptimSettings()
 
     @model_validator(mode="after")
-    def _discriminator_fits(self) -> Self:
-        smallest = 3 << self.objective.discriminator_layers
-        if self.train.stage == "tokenizer" and self.media.crop < smallest:
+    def _crops_fit(self) -> Self:
+        media, side, span = self.media, self.vision.spatial_factor, self.vision.temporal_factor
+        if self.train.stage != "tokenizer":
+            return self
+        if media.images + media.clips == 0:
+            raise ValueError("media.images or media.clips must be above 0, got a step without data")
+        if media.crop % side:
             raise ValueError(
-                f"media.crop ({self.media.crop}) must be {smallest} at least, for the discriminator"
+                f"media.crop ({media.crop}) must be a multiple of {side}, the side of a code"
+            )
+        if media.clips and media.frames % span:
+            raise ValueError(
+                f"media.frames ({media.frames}) must be a multiple of temporal_factor ({span})"
+            )
+        smallest = 3 << self.objective.discriminator_layers
+        if media.crop < smallest:
+            raise ValueError(
+                f"media.crop ({media.crop}) must be {smallest} at least, for the discriminator"
             )
         return self
 

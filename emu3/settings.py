@@ -19,9 +19,9 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 class Settings(BaseModel):
-    """A frozen group of settings; an unknown key is an error."""
+    """A frozen group of settings; an unknown key is an error, and so is inf or nan."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SettingsError(ValueError):

@@ -15,7 +15,8 @@ def start(function: Callable, *args: object) -> tuple[BaseProcess, Connection]:
     """
     # A fork of a server that has imported torch starts in milliseconds, a spawn in seconds.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "tests.attention.ring_cases", "emu3.cli"])
+    needed = ["tests.conftest", "tests.attention.ring_cases", "emu3.cli", "torch._dynamo"]
+    context.set_forkserver_preload(needed)  # an optimizer imports torch._dynamo at its first step
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(there, function, args), daemon=True)
     process.start()

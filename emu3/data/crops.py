@@ -33,7 +33,7 @@ def load_split(settings: MediaSettings) -> tuple[Collection, Collection]:
     Validation takes the files named in ``validation`` and the end of every other clip.
 
     Raises:
-        ValueError: a name in ``validation`` matches no file, or a source folder is empty.
+        ValueError: a name in ``validation`` matches no file, or a source is missing or empty.
     """
     files = _named(_files(settings.sources))
     if unknown := set(settings.validation) - {path.stem for path in files.values()}:
@@ -57,6 +57,8 @@ def _files(sources: Iterable[Path]) -> list[Path]:
     known = IMAGES | VIDEOS
     paths: list[Path] = []
     for source in sources:
+        if not source.exists():
+            raise ValueError(f"media.sources: no file or folder {source}")
         if not source.is_dir():
             paths.append(source)
             continue
@@ -92,7 +94,10 @@ class CropStream:
         self.generator = torch.Generator().manual_seed(seed)
         for name in ("images", "clips"):
             if getattr(settings, name) and not getattr(self, name).clips:
-                raise ValueError(f"media.{name}: nothing as large as a crop of {settings.crop}")
+                frames = f" and of {settings.frames} frames" if name == "clips" else ""
+                raise ValueError(
+                    f"media.{name}: nothing as large as a crop of {settings.crop}{frames}"
+                )
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Images ``[P, 3, S, S]`` and clips ``[V, T, 3, S, S]`` in [-1, 1]."""

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from emu3.config import MediaSettings, load_recipe
+from emu3.config import MediaSettings, Recipe, load_recipe
 from emu3.data.crops import Collection, CropStream, load_split
 from emu3.data.media import write_image, write_video
 from emu3.demo.run import machine
 from emu3.files import replacing
 from emu3.tools.compare import fidelity
+from emu3.train import checkpoint
+from emu3.train.lock import locked
 from emu3.train.loop import train
 from emu3.train.tokenizer import tokenizer_stage
 from emu3.train.usage import perplexity
@@ -65,8 +67,13 @@ def run_redraw(folder: Path, recipe: str = "tokenizer", words: Sequence[str] = (
         own size, and the share of the codes that are used.
     """
     settings = load_recipe(recipe, words)
-    started = time.perf_counter()
-    weights = train(settings, folder / "run", tokenizer_stage, resume=True)
+    with locked(folder):
+        return _redraw(folder, settings)
+
+
+def _redraw(folder: Path, settings: Recipe) -> dict:
+    started, run = time.perf_counter(), folder / "run"
+    weights = train(settings, run, tokenizer_stage, resume=(run / checkpoint.FILE).exists())
     seconds = time.perf_counter() - started
     tokenizer = load_vision(weights)
     train_set, validation_set = load_split(settings.media)
@@ -113,18 +120,19 @@ def measure(
 
 @torch.no_grad()
 def reconstruct(tokenizer: VisionTokenizer, frames: Tensor) -> Reconstruction:
-    """Encode and decode ``[T, 3, H, W]`` uint8: one frame as an image, more in pieces of four.
+    """Encode and decode ``[T, 3, H, W]`` uint8 in pieces of four frames, fewer one by one.
 
     Pixels and frames that do not fill a code, at the right, bottom and end, are cropped.
     """
-    is_image, (count, _, height, width) = len(frames) == 1, frames.shape
+    count, _, height, width = frames.shape
     side, span = tokenizer.settings.spatial_factor, tokenizer.settings.temporal_factor
-    whole = frames if is_image else frames[: count // span * span]
+    by_image = span == 1 or count < span
+    whole = frames if by_image else frames[: count // span * span]
     whole = whole[..., : height // side * side, : width // side * side]
     reconstructed, codes = [], []
-    for piece in whole.split(1 if is_image else span):
+    for piece in whole.split(1 if by_image else span):
         pixels = piece / 127.5 - 1
-        codes.append(tokenizer.encode(pixels if is_image else pixels[None]))
+        codes.append(tokenizer.encode(pixels if by_image else pixels[None]))
         reconstructed.append(to_levels(tokenizer.decode(codes[-1])).view(piece.shape))
     return Reconstruction(whole, torch.cat(reconstructed), torch.cat(codes))
 
@@ -146,13 +154,10 @@ def _train_counts(
     tokenizer: VisionTokenizer, train_set: Collection, settings: MediaSettings
 ) -> Tensor:
     stream = CropStream(train_set, settings, seed=0)
-    batches = (stream.next_batch() for _ in range(_TRAIN_STEPS))
-    return sum(
-        _counts(tokenizer.encode(pixels), tokenizer)
-        for batch in batches
-        for pixels in batch
-        if len(pixels)
-    )
+    batches = (pixels for _ in range(_TRAIN_STEPS) for pixels in stream.next_batch() if len(pixels))
+    if tokenizer.settings.temporal_factor == 1:
+        batches = (b.flatten(0, 1) if b.ndim == 5 else b for b in batches)
+    return sum(_counts(tokenizer.encode(pixels), tokenizer) for pixels in batches)
 
 
 def _usage(counts: Tensor) -> dict:

@@ -33,6 +33,7 @@ from emu3.demo.stream import DocumentStream
 from emu3.files import replacing
 from emu3.model import Emu3
 from emu3.text import ByteTokenizer
+from emu3.train.lock import locked
 from emu3.train.loop import train
 from emu3.train.metrics import read_metrics
 from emu3.vision import VisionTokenizer
@@ -79,9 +80,35 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
 
     Returns:
         the contents of ``report.json``.
+
+    Raises:
+        ValueError: one line, if another process trains in ``folder`` or in one of its runs.
     """
+    recipes = _recipes(folder / "runs", vision, decoder)
+    with locked(folder):
+        report = _run(folder, *recipes)
+    _show(folder, report)
+    return report
+
+
+def _recipes(
+    runs: Path, vision: Sequence[str], decoder: Sequence[str]
+) -> tuple[DigitRecipe, DigitRecipe]:
+    first = load_recipe("vision", vision, DigitRecipe)
+    path = runs / "vision" / f"{first.train.stage}.safetensors"
+    words = [f"data.tokenizer={json.dumps(str(path))}", *decoder]
+    second = load_recipe("digits", words, DigitRecipe)
+    if second.data.validation != first.data.validation:
+        raise ValueError(
+            "demo: both recipes must have the same validation digits, got data.validation "
+            f"{first.data.validation} and {second.data.validation}"
+        )
+    return first, second
+
+
+def _run(folder: Path, first: DigitRecipe, second: DigitRecipe) -> dict:
     clock = Clock()
-    mini = _train(folder / "runs", clock, vision, decoder)
+    mini = _train(folder / "runs", clock, first, second)
     with clock.stage("judge"):
         judge = DigitJudge(mini.train_set, mini.recipe.data, mini.tokenizer.settings.image_size)
         shown, colors = paint_validation(mini.validation_set, mini.tokenizer.settings.image_size)
@@ -105,30 +132,22 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
     }
     with replacing(folder / "report.json") as draft:
         draft.write_text(json.dumps(report, indent=2) + "\n")
-    _show(folder, report)
     return report
 
 
-def _train(runs: Path, clock: Clock, vision: Sequence[str], decoder: Sequence[str]) -> Miniature:
-    shutil.rmtree(runs, ignore_errors=True)
-    first = load_recipe("vision", vision, DigitRecipe)
+def _train(runs: Path, clock: Clock, first: DigitRecipe, second: DigitRecipe) -> Miniature:
+    with locked(runs / "vision"), locked(runs / "decoder"):  # no training lives in either
+        shutil.rmtree(runs, ignore_errors=True)
     train_set, validation_set = load_split(first.data.validation)
     with clock.stage("train_tokenizer"):
         vision_file = train(first, runs / "vision", vision_stage)
-    words = [f"data.tokenizer={json.dumps(str(vision_file))}", *decoder]
-    recipe = load_recipe("digits", words, DigitRecipe)
-    if recipe.data.validation != first.data.validation:
-        raise ValueError(
-            "demo: both recipes must have the same validation digits, got data.validation "
-            f"{first.data.validation} and {recipe.data.validation}"
-        )
     with clock.stage("train_decoder"):
-        decoder_file = train(recipe, runs / "decoder", decoder_stage)
+        decoder_file = train(second, runs / "decoder", decoder_stage)
     return Miniature(
-        recipe,
+        second,
         load_decoder(decoder_file),
         load_vision(vision_file),
-        ByteTokenizer(recipe.model.vocabulary),
+        ByteTokenizer(second.model.vocabulary),
         train_set,
         validation_set,
     )

@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
+from emu3.config import ModelSettings
 from emu3.demo.config import DigitRecipe
+from emu3.demo.digits import COLORS, DIGITS, caption
 from emu3.demo.stream import DocumentStream, ImageStream, training_digits
 from emu3.model import Emu3
+from emu3.prompt import generation_document
 from emu3.text import ByteTokenizer
 from emu3.train import objective
 from emu3.train.stage import SingleLossStage, Stage
@@ -33,10 +36,25 @@ def decoder_stage(recipe: DigitRecipe) -> Stage:
             f"model's vocabulary {recipe.model.vocabulary.num_visual}"
         )
     text = ByteTokenizer(recipe.model.vocabulary)
+    _check_positions(recipe.model, tokenizer.settings.grid, text)
     stream = DocumentStream(training_digits(recipe.data), recipe, tokenizer, text)
     model = Emu3(recipe.model)
     seed_visual_rows(model, tokenizer.codebook)
     return SingleLossStage(recipe, model, stream, objective.next_token, save_decoder)
+
+
+def _check_positions(model: ModelSettings, grid: tuple[int, int], text: ByteTokenizer) -> None:
+    """Check that the longest document fits; its last token is never an input."""
+    captions = (
+        caption(digit, color) for digit in range(len(DIGITS)) for color in range(len(COLORS))
+    )
+    codes = torch.zeros(grid, dtype=torch.int64)
+    longest = max(len(generation_document(words, codes, text)) for words in captions) - 1
+    if longest > model.max_position_embeddings:
+        raise ValueError(
+            f"train: model.max_position_embeddings ({model.max_position_embeddings}) must be "
+            f"{longest} at least, for a caption and {grid[0]} x {grid[1]} codes"
+        )
 
 
 @torch.no_grad()

@@ -24,6 +24,11 @@ class DigitStream:
     """
 
     def __init__(self, digits: Digits, settings: DigitSettings, size: int, seed: int) -> None:
+        if settings.batch_size > len(digits):
+            raise ValueError(
+                f"data.batch_size must be at most the {len(digits)} digits to train on, "
+                f"got {settings.batch_size}"
+            )
         self.digits, self.settings, self.size = digits, settings, size
         self.generator = torch.Generator().manual_seed(seed)
         self.rest = torch.empty(0, dtype=torch.int64)

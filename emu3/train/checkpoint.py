@@ -1,6 +1,7 @@
 """The whole state of a run in one file: weights, optimizers, data order, random numbers, step."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,9 +14,16 @@ from emu3.train.stage import Stage
 from emu3.weights import fill, read_tensors, save_tensors
 from emu3.weights.files import copy, nothing_missing, renamed
 
+FILE = "checkpoint.safetensors"
+"""Name of a run's checkpoint in its folder."""
+
 
 def save(path: Path, step: int, recipe: Recipe, stage: Stage) -> None:
-    """Write the state after ``step`` steps to ``path``."""
+    """Write the state after ``step`` steps to ``path``.
+
+    Raises:
+        ValueError: one line, if a weight or a moment is not finite; ``path`` is then unchanged.
+    """
     tensors = {}
     for part, module in stage.modules.items():
         tensors |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
@@ -25,6 +33,8 @@ def save(path: Path, step: int, recipe: Recipe, stage: Stage) -> None:
     tensors |= {f"stream.{name}": value for name, value in stage.stream.state().items()}
     tensors["random"] = torch.get_rng_state()
     tensors = {name: value.contiguous() for name, value in tensors.items()}
+    if (name := _not_finite(tensors)) is not None:
+        raise ValueError(f"train: step {step - 1}: {name} must be finite")
     save_tensors(path, tensors, {"step": str(step), "recipe": recipe.model_dump_json()})
 
 
@@ -32,7 +42,7 @@ def restore(path: Path, recipe: Recipe, stage: Stage) -> int:
     """Restore the state in ``path``; return the number of its steps.
 
     Raises:
-        ValueError: one line, if ``path`` belongs to another recipe or is incomplete.
+        ValueError: one line, if ``path`` belongs to another recipe, is incomplete or is not finite.
     """
     tensors, metadata = read_tensors(path)
     tensors = {name.replace(".members", ".cluster_size"): v for name, v in tensors.items()}
@@ -44,6 +54,8 @@ def restore(path: Path, recipe: Recipe, stage: Stage) -> int:
         missing.append("the number of its step")
     if missing:
         raise ValueError(f"resume: {path} is incomplete: it lacks {', '.join(missing)}")
+    if (name := _not_finite(tensors)) is not None:
+        raise ValueError(f"resume: {path}: {name} must be finite")
     for part, module in stage.modules.items():
         fill(module, _under(tensors, f"{part}."), path)
     for part, optimizer in stage.optimizers.items():
@@ -78,6 +90,17 @@ def _optimizer_state(
         copy(missing.pop(name, None), value, f"{part}.{name}", path)
     nothing_missing({f"{part}.{name}": view for name, view in missing.items()}, path)
     return state
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that holds an infinity or a NaN."""
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not value.numel():
+            continue
+        # aminmax writes nothing; isfinite alone would write a mask of the tensor's size.
+        if not torch.stack(value.aminmax()).isfinite().all():
+            return name
+    return None
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,16 +7,25 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from emu3.config import OptimSettings
+from emu3.vision import Quantizer
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> AdamW:
-    """AdamW with weight decay on matrices and filters, none on gains and biases."""
+    """AdamW with weight decay on matrices and filters, none on gains and biases.
+
+    Codebooks of ``model`` that are running means are updated after each of its steps.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    how = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    optimizer = AdamW(groups, **how, fused=True)
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.update_after(optimizer)
+    return optimizer
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:

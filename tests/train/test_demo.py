@@ -10,7 +10,9 @@ from emu3.demo.config import DigitSettings
 from emu3.demo.digits import COLORS, at_rest, load_split, render
 from emu3.demo.judge import DigitJudge, judge_color
 from emu3.demo.run import run_demo
-from tests.train.recipes import DECODER_WORDS, VISION_WORDS
+from emu3.demo.stages import decoder_stage, vision_stage
+from emu3.tasks import load_recipe
+from tests.train.recipes import DECODER_WORDS, VISION_WORDS, decoder_words
 
 ACCURACIES = ("generated_digit_accuracy", "generated_color_accuracy", "caption_digit_accuracy")
 
@@ -63,6 +65,26 @@ def test_stages_that_validate_on_different_digits_are_refused(tmp_path):
     """Otherwise the tokenizer would be trained on digits that the decoder is measured on."""
     with pytest.raises(ValueError, match=r"have the same validation digits, got .* 0.25 and 0.5"):
         run_demo(tmp_path, VISION_WORDS, [*DECODER_WORDS, "data.validation=0.5"])
+    assert list(tmp_path.iterdir()) == []  # nothing was trained
+
+
+def test_a_batch_larger_than_all_digits_is_refused():
+    """One of 100,000,000 was put together from epochs for hours, before it was too large."""
+    recipe = load_recipe("vision", [*VISION_WORDS, "data.batch_size=1348"])
+    with pytest.raises(ValueError, match=r"^data.batch_size must be at most the 1347 digits to"):
+        vision_stage(recipe)
+
+
+def test_documents_longer_than_the_positions_are_refused_before_training(tmp_path):
+    """It was "rope: positions must lie in [0, 42), got 0 … 42", in the first step."""
+    words = decoder_words(tmp_path)
+    stage = decoder_stage(load_recipe("digits", [*words, "model.max_position_embeddings=43"]))
+    assert max(stage.stream.next_batch()[0].shape[1] for _ in range(20)) - 1 == 43
+    recipe = load_recipe("digits", [*words, "model.max_position_embeddings=42"])
+    with pytest.raises(
+        ValueError, match=r"^train: model.max_position_embeddings \(42\) must be 43"
+    ):
+        decoder_stage(recipe)
 
 
 def test_the_judges_know_real_digits_they_never_saw():

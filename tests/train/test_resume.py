@@ -1,6 +1,7 @@
 """A run that is killed and resumed leaves what the unbroken run leaves, to the byte."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -11,12 +12,19 @@ import pytest
 import torch
 
 from emu3 import files
+from emu3.config import Recipe
 from emu3.tasks import train
+from emu3.train import checkpoint
 from emu3.train.metrics import Metrics
 from emu3.weights import read_tensors, save_tensors
 from emu3.weights.files import FORMER_NAMES
 from tests import children
 from tests.train.recipes import tiny_recipe
+
+
+def continued(recipe: Recipe, folder: Path) -> Path:
+    """Resume the run in ``folder``, or start it if it was killed before its first checkpoint."""
+    return train(recipe, folder, resume=(folder / checkpoint.FILE).exists())
 
 
 def train_until_killed(stage: str, folder: Path, where: str, count: int) -> None:
@@ -36,7 +44,7 @@ def train_until_killed(stage: str, folder: Path, where: str, count: int) -> None
         return real(*args, **named)
 
     setattr(module, name, count_down)
-    train(tiny_recipe(stage, folder), folder / "killed", resume=True)
+    continued(tiny_recipe(stage, folder), folder / "killed")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
     assert len(curves[0].read_text().splitlines()) == recipe.train.steps
     assert resumed.read_bytes() == unbroken.read_bytes()
     left = {path.name for path in (tmp_path / "killed").iterdir() if path.is_file()}
-    assert left == {"checkpoint.safetensors", "metrics.jsonl", f"{stage}.safetensors"}
+    assert left == {".lock", "checkpoint.safetensors", "metrics.jsonl", f"{stage}.safetensors"}
 
 
 @pytest.mark.parametrize("stage", ["vision", "tokenizer", "decoder"])
@@ -86,13 +94,28 @@ def test_a_checkpoint_of_an_older_version_is_resumed(stage, tmp_path):
     assert train(recipe, tmp_path / "run", resume=True).read_bytes() == first
 
 
-def test_a_finished_run_resumes_to_itself(tmp_path):
+def test_a_finished_run_resumes_to_itself_and_says_so(tmp_path, capsys):
+    """It showed "loss nan"."""
     recipe = tiny_recipe("vision", tmp_path)
     recipe = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"steps": 4, "save_every": 2})}
     )
     first = train(recipe, tmp_path / "run").read_bytes()
+    shown = capsys.readouterr().out
+    assert "loss 0." in shown
+    assert "nan" not in shown
     assert train(recipe, tmp_path / "run", resume=True).read_bytes() == first
+    shown = capsys.readouterr().out
+    assert "4/4" in shown
+    assert "already finished" in shown
+    assert "nan" not in shown
+
+
+def test_resuming_where_no_run_is_is_refused_and_leaves_nothing(tmp_path):
+    """A mistyped folder started a run anew, from step 0."""
+    with pytest.raises(ValueError, match=r"^train: no run in .*nowhere to resume: it has no check"):
+        train(tiny_recipe("vision", tmp_path), tmp_path / "nowhere", resume=True)
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
@@ -143,6 +166,20 @@ def test_moments_of_no_parameter_or_another_shape_are_refused(saved, tmp_path):
     save_tensors(path, {**tensors, "optimizer.0.exp_avg": torch.zeros(3)}, metadata)
     with pytest.raises(ValueError, match=r"optimizer.0.exp_avg is \(3,\), expected"):
         train(recipe, tmp_path, resume=True)
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(saved, tmp_path):
+    """A run that had diverged was resumed, and went on in NaN."""
+    (recipe, tensors, metadata), path = saved, tmp_path / "checkpoint.safetensors"
+    for name, bad in (
+        ("model.decoder.conv_out.bias", math.nan),
+        ("optimizer.0.exp_avg", -math.inf),
+    ):
+        broken = tensors[name].clone()
+        broken.flatten()[-1] = bad
+        save_tensors(path, {**tensors, name: broken}, metadata)
+        with pytest.raises(ValueError, match=rf"^resume: .*checkpoint.safetensors: {name} must be"):
+            train(recipe, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("line", ['{"loss": 1.0}', "[1]", '{"step": 0', '{"step": null}'])

@@ -9,16 +9,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from emu3.config import SettingsError
 from emu3.data.crops import CropStream, load_split
 from emu3.data.media import open_video, read_image, write_image
 from emu3.demo.redraw import run_redraw
+from emu3.tasks import load_recipe
 from emu3.train.adversary import PatchDiscriminator, discriminator_loss, generator_loss
 from emu3.train.start import LIFT, begin
 from emu3.train.tokenizer import TokenizerStage
 from emu3.train.usage import WINDOW, CodeUsage
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_vision, save_vision
-from tests.train.recipes import tiny_recipe, tokenizer_words
+from tests.train.recipes import TOKENIZER_WORDS, VISION_WORDS, tiny_recipe, tokenizer_words
 
 
 @pytest.fixture
@@ -108,6 +110,13 @@ def test_a_folder_without_images_is_refused_and_not_replaced_by_the_samples(reci
             load_split(media)
 
 
+def test_a_source_that_is_not_there_is_named_as_such(recipe, tmp_path):
+    """It was "not a video, or truncated"."""
+    media = recipe.media.model_copy(update={"sources": (tmp_path / "nowhere",), "validation": ()})
+    with pytest.raises(ValueError, match=r"^media.sources: no file or folder .*nowhere$"):
+        load_split(media)
+
+
 def test_a_validation_name_that_is_no_file_is_refused(recipe):
     media = recipe.media.model_copy(update={"validation": ("unsene",)})
     with pytest.raises(ValueError, match=r"media.validation: no file is called unsene"):
@@ -144,6 +153,31 @@ def test_a_restored_stream_goes_on_where_it_stood(recipe):
     other.restore(stream.state())
     for one, two in zip(stream.next_batch(), other.next_batch(), strict=True):
         assert one.equal(two)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["media.frames=6"], "media.frames (6) must be a multiple of temporal_factor (4)"),
+        (["media.crop=17"], "media.crop (17) must be a multiple of 2, the side of a code"),
+        (["media.crop=10"], "media.crop (10) must be 12 at least, for the discriminator"),
+        (["media.images=0", "media.clips=0"], "media.images or media.clips must be above 0"),
+    ],
+)
+def test_crops_that_do_not_fit_the_codes_are_refused_before_files_are_read(words, line):
+    """They ended in a traceback inside the first step, after all files had been read."""
+    words = [*TOKENIZER_WORDS, "media.sources=['/nowhere']", *words]
+    with pytest.raises(SettingsError) as fault:
+        load_recipe("tokenizer", words)
+    assert line in str(fault.value)
+
+
+def test_frames_need_not_fit_where_a_step_has_no_clips():
+    load_recipe("tokenizer", [*TOKENIZER_WORDS, "media.frames=6", "media.clips=0"])
+
+
+def test_a_stage_without_crops_does_not_check_them():
+    load_recipe("vision", [*VISION_WORDS, "media.crop=17", "media.images=0", "media.clips=0"])
 
 
 def test_nothing_as_large_as_a_crop_is_refused(recipe):
@@ -310,3 +344,20 @@ def test_the_demo_writes_metrics_and_images_of_the_validation_files(tmp_path):
     assert next(iter(open_video(tmp_path / "demo" / "moving.mp4"))).shape == (3, 32, 80)
     again = run_redraw(tmp_path / "demo", words=words)
     assert {**again, "train_seconds": 0} == {**report, "train_seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("word", "frames"), [("vision.temporal_factor=1", 8), ("media.validation_tail=0.2", 3)]
+)
+def test_the_demo_measures_clips_that_do_not_fill_a_code(word, frames, tmp_path):
+    """The tokenizer was trained first, and then refused them."""
+    words = [*tokenizer_words(tmp_path), "train.steps=1", word]
+    report = run_redraw(tmp_path / "demo", words=words)
+    assert report["clips"]["moving"]["frames"] == frames
+
+
+def test_no_clip_as_long_as_a_crop_is_refused(recipe):
+    media = recipe.media.model_copy(update={"frames": 12})
+    train_set, _ = load_split(media)
+    with pytest.raises(ValueError, match=r"as large as a crop of 16 and of 12 frames"):
+        CropStream(train_set, media, seed=0)
