@@ -1,7 +1,6 @@
 """The whole state of a run in one file: weights, optimizers, data order, random numbers, step."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from emu3.config import Recipe
 from emu3.settings import parse
 from emu3.train.stage import Stage
 from emu3.weights import fill, read_tensors, save_tensors
-from emu3.weights.files import copy, nothing_missing, renamed
+from emu3.weights.files import copy, is_finite, nothing_missing, renamed
 
 FILE = "checkpoint.safetensors"
 """Name of a run's checkpoint in its folder."""
@@ -33,8 +32,7 @@ def save(path: Path, step: int, recipe: Recipe, stage: Stage) -> None:
     tensors |= {f"stream.{name}": value for name, value in stage.stream.state().items()}
     tensors["random"] = torch.get_rng_state()
     tensors = {name: value.contiguous() for name, value in tensors.items()}
-    if (name := _not_finite(tensors)) is not None:
-        raise ValueError(f"train: step {step - 1}: {name} must be finite")
+    _check_finite(tensors, f"train: step {step - 1}")
     save_tensors(path, tensors, {"step": str(step), "recipe": recipe.model_dump_json()})
 
 
@@ -54,8 +52,7 @@ def restore(path: Path, recipe: Recipe, stage: Stage) -> int:
         missing.append("the number of its step")
     if missing:
         raise ValueError(f"resume: {path} is incomplete: it lacks {', '.join(missing)}")
-    if (name := _not_finite(tensors)) is not None:
-        raise ValueError(f"resume: {path}: {name} must be finite")
+    _check_finite(tensors, f"resume: {path}")
     for part, module in stage.modules.items():
         fill(module, _under(tensors, f"{part}."), path)
     for part, optimizer in stage.optimizers.items():
@@ -92,15 +89,10 @@ def _optimizer_state(
     return state
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that holds an infinity or a NaN."""
+def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
     for name, value in tensors.items():
-        if not value.is_floating_point() or not value.numel():
-            continue
-        # aminmax writes nothing; isfinite alone would write a mask of the tensor's size.
-        if not torch.stack(value.aminmax()).isfinite().all():
-            return name
-    return None
+        if not is_finite(value):
+            raise ValueError(f"{where}: {name} must be finite")
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
