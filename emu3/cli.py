@@ -5,6 +5,7 @@ A user's error is one line on stderr and exit code 1, never a traceback.
 
 import os
 import sys
+import warnings
 from enum import Enum
 from io import TextIOWrapper
 from pathlib import Path
@@ -37,6 +38,7 @@ class _OneLine(TyperGroup):
         # A caption, a name or a help text may have characters that the terminal lacks.
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF data, which costs nothing
         return super().main(*args, **extra)
 
     def invoke(self, ctx):
