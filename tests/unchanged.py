@@ -34,6 +34,7 @@ class Unchanged:
     """Deselects the tests that passed before; the process that reports keeps those that pass."""
 
     def __init__(self) -> None:
+        _machine()  # before collection: test modules may change the path to packages
         self.left_out = 0
         self.passed: dict[str, set[str]] = defaultdict(set)
         self.failed: set[str] = set()
@@ -136,6 +137,7 @@ def sources(family: str, root: Path) -> Iterator[Path]:
     yield root / "pyproject.toml"
 
 
+@cache
 def _machine() -> str:
     packages = sorted(f"{d.name} {d.version}" for d in distributions())
     levels = () if library.MISSING else library.cpu_levels()
