@@ -48,6 +48,7 @@ def test_a_filmed_clip_in_pieces_is_one_pass_bit_for_bit():
     assert reconstructed.equal(tokenizer.pixels(tokenizer.quantize.lookup(codes), is_image=False))
 
 
+@pytest.mark.e2e
 def test_the_memory_of_a_stream_does_not_grow_with_a_filmed_clip():
     """Peak memory of a process after 28 frames, above that after 8; a frame has 0.3 MiB."""
     # A new process: a fork of one that has run tests would reuse what they freed.

@@ -30,6 +30,7 @@ def die_with_the_lock(folder) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.e2e
 def test_a_second_training_in_a_folder_is_refused_and_the_first_is_left_alone(tmp_path):
     """It replaced the first one's curve under its open handle, and their checkpoints mixed."""
     run = tmp_path / "run"
@@ -47,6 +48,7 @@ def test_a_second_one_that_resumes_is_refused_too(tmp_path):
         train(recipe, run, resume=True)
 
 
+@pytest.mark.e2e
 def test_a_killed_run_s_lock_does_not_block(tmp_path):
     assert children.exit_code(die_with_the_lock, tmp_path / "run") == -signal.SIGKILL
     with locked(tmp_path / "run"):

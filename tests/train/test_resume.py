@@ -57,7 +57,10 @@ def saved(tmp_path_factory):
     return recipe, *read_tensors(folder / "checkpoint.safetensors")
 
 
-@pytest.mark.parametrize("stage", ["vision", "tokenizer", "decoder"])
+@pytest.mark.parametrize(
+    "stage",
+    ["decoder", *(pytest.param(s, marks=pytest.mark.e2e) for s in ("vision", "tokenizer"))],
+)
 def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
     """Killed at a random step past the first checkpoint, then inside a save, then left alone."""
     recipe = tiny_recipe(stage, tmp_path)
@@ -76,7 +79,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(stage, tmp_path):
     assert left == {".lock", "checkpoint.safetensors", "metrics.jsonl", f"{stage}.safetensors"}
 
 
-@pytest.mark.parametrize("stage", ["vision", "tokenizer", "decoder"])
+@pytest.mark.parametrize(
+    "stage",
+    ["decoder", *(pytest.param(s, marks=pytest.mark.e2e) for s in ("vision", "tokenizer"))],
+)
 def test_a_checkpoint_of_an_older_version_is_resumed(stage, tmp_path):
     """Its recipe has the former names of settings, and tables that its stage no longer has."""
     recipe = tiny_recipe(stage, tmp_path)
