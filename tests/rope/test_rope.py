@@ -202,3 +202,11 @@ def test_heads_wider_than_one_pass_over_the_tables(backend):
     """The CPU keeps cosines and sines of 64 pairs of vectors: 2,048 elements of half a head."""
     size = {"batch": 1, "tokens": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4166}
     check_call("rope", backend, size, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_heads_whose_rotation_fits_in_registers(backend, head_dim):
+    """Half a head is two pairs of vectors at base, AVX2 and AVX-512: a loop of its own."""
+    size = {"batch": 1, "tokens": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": head_dim}
+    check_call("rope", backend, size, torch.float32)
