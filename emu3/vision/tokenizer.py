@@ -85,8 +85,8 @@ class VisionTokenizer(nn.Module):
     def encode_clip(self, pixels: Tensor, memory: Memory) -> Tensor:
         """Codes ``[B, t, h, w]`` of the next ``[B, T, 3, H, W]`` of a video, after ``memory``."""
         pieces = pixels.split(self.settings.temporal_factor, dim=1)
-        latents = (_finite(self.latents(piece, memory), "latents") for piece in pieces)
-        return torch.cat([self.quantize.codes(latent) for latent in latents], dim=1)
+        latents = torch.cat([self.latents(piece, memory) for piece in pieces], dim=2)
+        return self.quantize.codes(_finite(latents, "latents"))
 
     @torch.no_grad()
     def decode_clip(self, codes: Tensor, memory: Memory) -> Tensor:
