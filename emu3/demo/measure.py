@@ -1,6 +1,5 @@
 """The demo's metrics: accuracies by independent judges, and the speed of the fused ops."""
 
-import time
 from dataclasses import dataclass
 from statistics import median
 
@@ -13,6 +12,7 @@ from emu3.demo.judge import DigitJudge, judge_color
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.model import Emu3
 from emu3.text import TextTokenizer
+from emu3.timing import seconds_of
 from emu3.vision import VisionTokenizer
 
 SAMPLING = Sampling(guidance=2.0, temperature=0.8)
@@ -88,9 +88,7 @@ def fused_speedup(model: Emu3, tokens: Tensor, weights: Tensor, *, pairs: int = 
     """Median ratio of reference to fused time of one training step, interleaved."""
 
     def seconds() -> float:
-        started = time.perf_counter()
-        model.loss(tokens, weights).backward()
-        elapsed = time.perf_counter() - started
+        elapsed = seconds_of(lambda: model.loss(tokens, weights).backward(), tokens.device)
         model.zero_grad(set_to_none=True)
         return elapsed
 

@@ -1,8 +1,6 @@
 """COUNTED: the bytes and FLOPs of every op of a call. BOUND: the least time on this machine."""
 
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -12,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from emu3.timing import seconds_of
 from emu3_kernels.modules import speed_up_bfloat16
 
 
@@ -45,20 +44,6 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
         numbers.nbytes / median(seconds_of(numbers.sum, device) for _ in range(5)),
         2 * 2048**3 / median(seconds_of(lambda: linear(x), device) for _ in range(5)),
     )
-
-
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, its asynchronous work included."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class CostCounter(TorchDispatchMode):

@@ -15,14 +15,8 @@ from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
 from emu3.files import replacing
 from emu3.model import Emu3
-from emu3.tools.profile.cost import (
-    Cost,
-    CostCounter,
-    Machine,
-    measure_machine,
-    seconds_of,
-    synchronize,
-)
+from emu3.timing import seconds_of, synchronize
+from emu3.tools.profile.cost import Cost, CostCounter, Machine, measure_machine
 from emu3_kernels import attention, decode_attention, use_backend
 from emu3_kernels.modules import speed_up_bfloat16
 
