@@ -17,7 +17,13 @@ from importlib.util import find_spec  # noqa: E402
 
 import pytest  # noqa: E402
 
-from emu3_kernels.testing.compilers import compiling, emulating  # noqa: E402, F401
+from emu3_kernels.testing.compilers import (  # noqa: E402, F401
+    COMPILED,
+    compiling,
+    compiling_with,
+    emulating,
+    interpreting_oldest,
+)
 from emu3_kernels.testing.suite import is_lower_level  # noqa: E402
 from tests.unchanged import FAMILIES, Unchanged, families_of, params_of  # noqa: E402
 
@@ -37,6 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--skip-unchanged"):
         config.pluginmanager.register(Unchanged())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    passed = terminalreporter.getreports("passed")
+    compiled = sum(n for report in passed for name, n in report.user_properties if name == COMPILED)
+    if compiled:
+        terminalreporter.write_line(f"{compiled} compiled launches keep their contracts")
 
 
 @pytest.hookimpl(tryfirst=True)

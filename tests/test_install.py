@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 import emu3_kernels
-from emu3_kernels.runtime import library
+from emu3_kernels.runtime import library, versions
+from emu3_kernels.testing.compilers import OLDEST
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +39,35 @@ def test_without_the_library_the_reference_runs_and_says_so_once():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[0.731058")
     assert done.stderr.count("the native library was not built") == 1
+
+
+def with_version(package: str, version: str) -> subprocess.CompletedProcess:
+    return run(
+        f"import {package}; {package}.__version__ = {version!r}\n"
+        "import emu3_kernels as ek\n"
+        "from emu3_kernels.runtime import dispatch; print(dispatch.backends('rms_norm')['triton'])"
+    )
+
+
+def test_an_older_torch_gets_one_line_at_import():
+    done = with_version("torch", "2.10.1+cu126")
+    last = done.stderr.splitlines()[-1]
+    assert last == "ImportError: emu3_kernels: torch must be 2.11 or newer, got 2.10.1+cu126"
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed here")
+def test_an_older_triton_gets_one_line_at_import_and_is_left_out():
+    done = with_version("triton", "3.5.1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "triton must be 3.6 or newer, got 3.5.1\n"
+    assert done.stderr.count("emu3_kernels: triton must be 3.6 or newer, got 3.5.1") == 1
+
+
+def test_the_oldest_versions_are_those_of_the_project_file():
+    stated = (ROOT / "pyproject.toml").read_text()
+    for package, oldest in versions.OLDEST.items():
+        assert f'"{package}>={oldest}"' in stated
+    assert OLDEST.startswith(versions.OLDEST["triton"])
 
 
 def test_the_level_can_be_lowered_from_outside():

@@ -7,11 +7,12 @@ that architecture is patched in. These kernels have no contract.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
 
-from emu3_kernels.testing.codegen import Row, facts_of, recorded
+from emu3_kernels.testing.codegen import Row, recorded, row_of
 
 ARCHITECTURE = {"sm_80": "ampere_ada", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3"}
 """Liger's name of each target."""
@@ -28,8 +29,7 @@ def rows_of(op: str, config: str, call: Callable[[], None], target: str) -> Iter
         call()
     kernels = {launch.kernel.__name__: launch for launch in launches}
     for name, launch in kernels.items():
-        facts, moved = facts_of(launch, target), launch.num_bytes()
-        yield Row(op, f"Liger {name}", config, target, facts, moved, (), (), held=False)
+        yield replace(row_of(op, config, launch, target), kernel=f"Liger {name}")
 
 
 def _import_all(call: Callable[[], None]) -> None:

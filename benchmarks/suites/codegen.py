@@ -17,7 +17,9 @@ from rich.table import Table
 from benchmarks.harness import machine
 from benchmarks.peers import codegen as peers_codegen
 from emu3_kernels.ops import OPS
-from emu3_kernels.testing.codegen import SHARED_LIMIT, Row, by_config, listed, rows_of_op
+from emu3_kernels.testing.chips import CHIPS
+from emu3_kernels.testing.codegen import Row, by_config, rows_of_op
+from emu3_kernels.testing.terms import listed
 
 
 def table(rows: Iterable[Row]) -> Table:
@@ -74,7 +76,7 @@ def rows_beside(ops: Iterable[str], peers: bool) -> list[Row]:
     counters = [rows_of_op, peers_codegen.rows_of_op] if peers else [rows_of_op]
     with ProcessPoolExecutor(machine.cores(), get_context("spawn")) as pool:
         asked = [
-            [pool.submit(counter, op, target) for target in SHARED_LIMIT]
+            [pool.submit(counter, op, target) for target in CHIPS]
             for counter, op in product(counters, ops)
         ]
         return [row for futures in asked for row in by_config(f.result() for f in futures)]

@@ -12,6 +12,7 @@ if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""
 from benchmarks.peers import codegen as peers
 from benchmarks.suites import codegen as command
 from emu3_kernels.testing import codegen
+from emu3_kernels.testing.chips import CHIPS
 from emu3_kernels.testing.compilers import compiling  # noqa: F401
 from emu3_kernels.testing.machine_code import Facts
 
@@ -28,7 +29,7 @@ def test_a_process_for_each_core_counts_what_one_counts(compiling):  # noqa: F81
     assert many == one
     listed = [(row.config, row.target) for row in many if row.op == "swiglu"]
     configs = [config.name for config in codegen.configs_of("swiglu")]
-    assert listed == [(name, target) for name in configs for target in codegen.SHARED_LIMIT]
+    assert listed == [(name, target) for name in configs for target in CHIPS]
 
 
 def test_a_broken_contract_fails_the_command(tmp_path, monkeypatch):
@@ -44,7 +45,7 @@ def test_a_broken_contract_fails_the_command(tmp_path, monkeypatch):
 
 
 def peers_rows() -> dict[str, Facts]:
-    counted = [peers.rows_of_op("cross_entropy", target) for target in codegen.SHARED_LIMIT]
+    counted = [peers.rows_of_op("cross_entropy", target) for target in CHIPS]
     return {row.target: row.facts for row in codegen.by_config(counted)}
 
 
@@ -52,6 +53,6 @@ def test_the_kernels_of_peers_are_counted_as_they_are(compiling):  # noqa: F811
     """Rows of 184,622 classes are not aligned: Liger reads two bytes at a time, and spills."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is in the extra bench")
     facts = compiling(peers_rows)
-    assert set(facts) == set(codegen.SHARED_LIMIT)
+    assert set(facts) == set(CHIPS)
     assert all(f.loads[2] > 8 and 16 not in f.loads for f in facts.values())
     assert facts["sm_90"].spills

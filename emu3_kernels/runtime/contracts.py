@@ -11,8 +11,9 @@ from torch import Tensor
 class Contract:
     """What the compiled code of a kernel keeps on every target; the code-generation gate counts.
 
-    That there is no stack, no spill and no more shared memory than the chip has goes without
-    saying. An access narrower than ``access_bytes`` is allowed only as one of the scalars.
+    Every contract demands no stack, no spill, no more shared memory than the chip has, HGMMA that
+    are not serialised and, on sm_90, a program or more for every SM. An access narrower than
+    ``access_bytes`` is allowed only as one of the scalars.
     """
 
     max_registers: int
@@ -22,8 +23,12 @@ class Contract:
     scalar_stores: int = 0
     tensor_cores: bool = False
     async_copies: bool = False
+    few_programs: str = ""
+    """Reason why a launch may leave SMs without a program."""
     exceptions: Mapping[str, str] = field(default_factory=dict)
-    """Reason by ``"target: fact"`` (``"gfx942: async_copies"``): there, that fact is not held."""
+    """Reason by ``"target: term"`` (``"gfx942: async_copies"``): there, that term is not held; by
+    ``"target, triton 3.6: term"`` for one version alone.
+    """
 
 
 @dataclass(frozen=True)

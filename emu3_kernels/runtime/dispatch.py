@@ -4,11 +4,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 
 from torch import Tensor
 
-from emu3_kernels.runtime import library
+from emu3_kernels.runtime import library, versions
 
 _forced: dict[str | None, str] = {}
 _record: dict[str, str] | None = None
@@ -106,12 +107,22 @@ class Backends(dict[str, Backend | str]):
 
 
 def _load(op: str, package: str, name: str) -> Backend | str:
+    if reason := _why_too_old(name):
+        return reason
     try:
         return import_module(f"{package}.{name}").BACKENDS[op]
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith("emu3_kernels"):
             raise
         return f"the package {missing.name!r} is not installed"
+
+
+@cache
+def _why_too_old(package: str) -> str | None:
+    reason = versions.why_too_old(package)
+    if reason is not None:
+        warnings.warn(f"emu3_kernels: {reason}; its kernels are left out", stacklevel=2)
+    return reason
 
 
 def _why_not_reference(*_: object) -> None:

@@ -14,6 +14,7 @@ from hashlib import sha256
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
+from math import prod
 from pathlib import Path
 from unittest import mock
 
@@ -25,21 +26,13 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from emu3_kernels.ops import OPS
 from emu3_kernels.runtime.contracts import Config, Contract
-from emu3_kernels.runtime.launch import INTERPRETED, Gpu, assume_gpu
-from emu3_kernels.testing import machine_code
+from emu3_kernels.runtime.launch import INTERPRETED, assume_gpu
+from emu3_kernels.testing import loops, machine_code
 from emu3_kernels.testing.cache import cached
+from emu3_kernels.testing.chips import CHIPS
+from emu3_kernels.testing.loops import Block
 from emu3_kernels.testing.machine_code import Facts, amd_facts, nvidia_facts
-
-GPUS = {
-    "sm_80": Gpu(warp_size=32, num_sms=108),  # A100
-    "sm_90": Gpu(warp_size=32, num_sms=132),  # H100
-    "sm_100": Gpu(warp_size=32, num_sms=148),  # B200
-    "gfx942": Gpu(warp_size=64, num_sms=304),  # MI300X
-}
-"""The GPU that host code chooses tiles and grids for, by target."""
-
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-"""Bytes of shared memory that one block may use, by target."""
+from emu3_kernels.testing.terms import Compiled, judge
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,7 @@ class Launch:
     """The arguments of one launch of a Triton kernel, recorded in place of the launch."""
 
     kernel: JITFunction
+    grid: tuple[int, ...]
     args: tuple
     options: dict
 
@@ -66,6 +60,10 @@ class Row:
     facts: Facts
     num_bytes: int
     """Size of all tensor arguments of the launch, each counted once."""
+    programs: int
+    num_warps: int
+    resident: int
+    """How many programs one SM holds at once, by registers, shared memory and threads."""
     broken: tuple[str, ...]
     """A line for each term that is broken, and for each exception that is not needed."""
     excused: tuple[str, ...]
@@ -73,8 +71,13 @@ class Row:
     held: bool = True
     """False for kernels of peers, which have no contract."""
 
+    @property
+    def waves(self) -> float:
+        """How often the programs fill the GPU."""
+        return self.programs / (self.resident * CHIPS[self.target].gpu.num_sms)
 
-def count(ops: Iterable[str] = OPS, targets: Iterable[str] = SHARED_LIMIT) -> Iterator[Row]:
+
+def count(ops: Iterable[str] = OPS, targets: Iterable[str] = CHIPS) -> Iterator[Row]:
     """Yield a row for every op, config, target and kernel."""
     for op in ops:
         yield from by_config([rows_of_op(op, target) for target in targets])
@@ -99,14 +102,36 @@ def configs_of(op: str) -> Sequence[Config]:
 
 def rows_of(op: str, config: Config, target: str) -> Iterator[Row]:
     """Compile what ``config`` launches for ``target`` and compare it with its contracts."""
-    with assume_gpu(GPUS[target]):
+    with assume_gpu(CHIPS[target].gpu):
         launches = launches_of(config)
     for launch in launches:
-        kernel = launch.kernel.__name__
-        facts = facts_of(launch, target)
-        broken, excused = judge(config.contracts[kernel], facts, target)
-        moved = launch.num_bytes()
-        yield Row(op, kernel, config.name, target, facts, moved, broken, excused)
+        yield row_of(op, config.name, launch, target, config.contracts[launch.kernel.__name__])
+
+
+def row_of(
+    op: str, config: str, launch: Launch, target: str, contract: Contract | None = None
+) -> Row:
+    """Compile one launch; without a contract, as the kernels of peers are, it is held to none."""
+    facts, programs = facts_of(launch, target), prod(launch.grid)
+    num_warps = launch.options.get("num_warps", 4)
+    broken, excused = (), ()
+    if contract is not None:
+        version = ".".join(triton.__version__.split(".")[:2])
+        broken, excused = judge(contract, Compiled(facts, target, programs, version))
+    return Row(
+        op=op,
+        kernel=launch.kernel.__name__,
+        config=config,
+        target=target,
+        facts=facts,
+        num_bytes=launch.num_bytes(),
+        programs=programs,
+        num_warps=num_warps,
+        resident=CHIPS[target].resident(facts, num_warps),
+        broken=broken,
+        excused=excused,
+        held=contract is not None,
+    )
 
 
 def launches_of(config: Config) -> list[Launch]:
@@ -131,7 +156,8 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(kernel, *args, grid, warmup, **options):
-        launches.append(Launch(kernel, args, options))
+        grid = grid(options) if callable(grid) else grid
+        launches.append(Launch(kernel, tuple(grid), args, options))
 
     with mock.patch.object(JITFunction, "run", run):
         yield launches
@@ -139,8 +165,8 @@ def recorded() -> Iterator[list[Launch]]:
 
 def compiler_target(target: str) -> GPUTarget:
     if target.startswith("gfx"):
-        return GPUTarget("hip", target, GPUS[target].warp_size)
-    return GPUTarget("cuda", int(target[3:]), GPUS[target].warp_size)
+        return GPUTarget("hip", target, CHIPS[target].gpu.warp_size)
+    return GPUTarget("cuda", int(target[3:]), CHIPS[target].gpu.warp_size)
 
 
 def facts_of(launch: Launch, target: str) -> Facts:
@@ -174,8 +200,8 @@ def facts_of(launch: Launch, target: str) -> Facts:
 
 @cache
 def _counter() -> tuple[str, str]:
-    source = Path(machine_code.__file__).read_bytes()
-    return triton.__version__, sha256(source).hexdigest()
+    sources = (Path(module.__file__).read_bytes() for module in (machine_code, loops))
+    return triton.__version__, sha256(b"".join(sources)).hexdigest()
 
 
 def _facts(stored: bytes) -> Facts:
@@ -184,51 +210,5 @@ def _facts(stored: bytes) -> Facts:
     accesses = {
         way: {int(width): n for width, n in facts[way].items()} for way in ("loads", "stores")
     }
-    return Facts(**facts | accesses)
-
-
-def judge(contract: Contract, facts: Facts, target: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the terms of ``contract`` that ``facts`` break: without an exception, and with one."""
-    broken = dict(_broken_terms(contract, facts, SHARED_LIMIT[target]))
-    reasons = {
-        key.removeprefix(f"{target}: "): reason
-        for key, reason in contract.exceptions.items()
-        if key.startswith(f"{target}: ")
-    }
-    refused = {term: what for term, what in broken.items() if term not in reasons}
-    excused = {term: reason for term, reason in reasons.items() if term in broken}
-    for term in reasons.keys() - broken.keys():
-        refused[term] = f"kept, so the exception on {target} must go"
-    return _lines(refused), _lines(excused)
-
-
-def _lines(terms: dict[str, str]) -> tuple[str, ...]:
-    return tuple(f"{term}: {what}" for term, what in terms.items())
-
-
-def _broken_terms(contract: Contract, facts: Facts, shared: int) -> Iterator[tuple[str, str]]:
-    if facts.stack or facts.spills:
-        yield "spills", f"must be none, got {facts.spills} and {facts.stack} bytes of stack"
-    if facts.shared > shared:
-        yield "shared", f"must be at most {shared} bytes, got {facts.shared}"
-    if facts.registers > contract.max_registers:
-        yield "registers", f"must be at most {contract.max_registers}, got {facts.registers}"
-    scalars = {"loads": contract.scalar_loads, "stores": contract.scalar_stores}
-    for way, allowed in scalars.items():
-        accesses = getattr(facts, way)
-        narrow = sum(n for width, n in accesses.items() if width < contract.access_bytes)
-        if narrow > allowed:
-            yield (
-                way,
-                f"must be {contract.access_bytes} bytes wide but for {allowed}, "
-                f"got {listed(accesses)}",
-            )
-    if contract.tensor_cores and not facts.matrix_ops:
-        yield "tensor_cores", "must be used, got no matrix opcode"
-    if contract.async_copies and not facts.async_copies:
-        yield "async_copies", "must be used, got none"
-
-
-def listed(counts: dict) -> str:
-    """Write counts as ``2x16 1x4``: two of 16 bytes, one of 4."""
-    return " ".join(f"{n}x{what}" for what, n in sorted(counts.items(), reverse=True)) or "-"
+    found = tuple(Block(**block) for block in facts["blocks"])
+    return Facts(**facts | accesses | {"blocks": found})

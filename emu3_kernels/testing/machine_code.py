@@ -1,21 +1,35 @@
-"""Count registers, spills, accesses and opcodes in the machine code of one compiled kernel."""
+"""Count registers, spills, accesses, loops and opcodes in the machine code of a compiled kernel."""
 
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import triton
 
-MNEMONIC = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+from emu3_kernels.testing.loops import Block, Instruction, blocks
+
+SASS_LINE = re.compile(
+    r"^\.(L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)([^;]*)", re.MULTILINE
+)
+SASS_LABEL = re.compile(r"\.(L_x_\d+)")
 SASS_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 SASS_MATRIX = re.compile(r"(?:HMMA|IMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)$")
+SASS_LOADS, SASS_STORES = {"LDG", "LD", "LDGSTS"}, {"STG", "ST"}
 SASS_COPY = {"LDGSTS", "UBLKCP", "UTMALDG"}
+# A warpgroup of 4 warps multiplies M x N x K together; 16816 is the M, N and K of one warp.
+HGMMA_SHAPE = re.compile(r"^(\d+)x(\d+)x(\d+)$")
+HMMA_SHAPE = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
+AMD_LINE = re.compile(r"^\.(LBB\d+_\d+):|^\s+([vs]_|global_|buffer_|flat_|ds_)(\S+)(.*)", re.M)
+AMD_LABEL = re.compile(r"\.(LBB\d+_\d+)")
 AMD_ACCESS = re.compile(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)", re.MULTILINE)
 AMD_MATRIX = re.compile(r"^\s+(v_s?mfmac?)_", re.MULTILINE)
+AMD_SHAPE = re.compile(r"mfmac?_\w*?(\d+)x(\d+)x(\d+)")
 AMD_COPY = re.compile(r"^\s+(?:global|buffer)_load_.*\blds\b", re.MULTILINE)
 AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
 
@@ -33,6 +47,10 @@ class Facts:
     stores: dict[int, int]
     matrix_ops: dict[str, int]
     async_copies: int
+    matrix_waits: int = 0
+    """How often a thread waits for matrix opcodes that run asynchronously."""
+    blocks: tuple[Block, ...] = ()
+    """What is in no loop, then each loop."""
 
 
 def nvidia_facts(cubin: bytes, shared: int) -> Facts:
@@ -43,7 +61,7 @@ def nvidia_facts(cubin: bytes, shared: int) -> Facts:
         usage = _tool("cuobjdump", "-res-usage", path)
         sass = _tool("nvdisasm", "-c", path)
     resources = {name: int(n) for name, n in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    opcodes = [mnemonic.split(".") for mnemonic in MNEMONIC.findall(sass)]
+    opcodes = [mnemonic.split(".") for _, mnemonic, _ in SASS_LINE.findall(sass) if mnemonic]
     names = Counter(opcode[0] for opcode in opcodes)
     assert names["EXIT"], "no machine code was read: nvdisasm prints another format"
     return Facts(
@@ -51,11 +69,49 @@ def nvidia_facts(cubin: bytes, shared: int) -> Facts:
         stack=resources["STACK"],
         spills=names["LDL"] + names["STL"],
         shared=shared,
-        loads=_sass_accesses(opcodes, {"LDG", "LD", "LDGSTS"}),
-        stores=_sass_accesses(opcodes, {"STG", "ST"}),
+        loads=_sass_accesses(opcodes, SASS_LOADS),
+        stores=_sass_accesses(opcodes, SASS_STORES),
         matrix_ops={name: n for name, n in names.items() if SASS_MATRIX.match(name)},
         async_copies=sum(names[name] for name in SASS_COPY),
+        matrix_waits=sum(opcode[:2] == ["WARPGROUP", "DEPBAR"] for opcode in opcodes),
+        blocks=blocks(_sass_code(sass)),
     )
+
+
+def _sass_code(sass: str) -> Iterator[str | Instruction]:
+    for label, mnemonic, operands in SASS_LINE.findall(sass):
+        if label:
+            yield label
+            continue
+        name, *suffixes = mnemonic.split(".")
+        if name == "NOP":
+            continue
+        target = SASS_LABEL.search(operands) if name == "BRA" else None
+        width = _sass_width(suffixes)
+        yield Instruction(
+            target=target and target[1],
+            loads=width if name in SASS_LOADS else 0,
+            stores=width if name in SASS_STORES else 0,
+            flops=_sass_flops(name, suffixes),
+        )
+
+
+def _sass_flops(name: str, suffixes: list[str]) -> int:
+    """Count those of a warp; a matrix opcode of sm_100 does not say its shape."""
+    if name == "HMMA":
+        return 2 * next((HMMA_SHAPE[suffix] for suffix in suffixes if suffix in HMMA_SHAPE), 0)
+    shapes = [shape for suffix in suffixes if (shape := HGMMA_SHAPE.match(suffix))]
+    return 2 * prod(map(int, shapes[0].groups())) // 4 if name == "HGMMA" and shapes else 0
+
+
+def _sass_accesses(opcodes: list[list[str]], names: set[str]) -> dict[int, int]:
+    """Count the accesses of ``names`` by bytes."""
+    return dict(Counter(_sass_width(suffixes) for name, *suffixes in opcodes if name in names))
+
+
+def _sass_width(suffixes: list[str]) -> int:
+    """Return the bytes of an access: 4 unless a suffix says otherwise."""
+    return next((SASS_BYTES[suffix] for suffix in suffixes if suffix in SASS_BYTES), 4)
 
 
 def amd_facts(assembly: str, shared: int) -> Facts:
@@ -65,7 +121,7 @@ def amd_facts(assembly: str, shared: int) -> Facts:
     }
     accesses = {"load": Counter(), "store": Counter()}
     for way, kind in AMD_ACCESS.findall(assembly):
-        accesses[way][next(n for name, n in AMD_BYTES.items() if name in kind)] += 1
+        accesses[way][_amd_width(kind)] += 1
     assert "s_endpgm" in assembly, "no machine code was read: Triton prints another format"
     return Facts(
         registers=metadata["vgpr_count"],
@@ -76,18 +132,28 @@ def amd_facts(assembly: str, shared: int) -> Facts:
         stores=dict(accesses["store"]),
         matrix_ops=dict(Counter(AMD_MATRIX.findall(assembly))),
         async_copies=len(AMD_COPY.findall(assembly)),
+        blocks=blocks(_amd_code(assembly)),
     )
 
 
-def _sass_accesses(opcodes: list[list[str]], names: set[str]) -> dict[int, int]:
-    """Count the accesses of ``names`` by bytes: 4 unless a suffix says otherwise."""
-    return dict(
-        Counter(
-            next((SASS_BYTES[suffix] for suffix in suffixes if suffix in SASS_BYTES), 4)
-            for name, *suffixes in opcodes
-            if name in names
+def _amd_code(assembly: str) -> Iterator[str | Instruction]:
+    for label, unit, name, operands in AMD_LINE.findall(assembly):
+        if label:
+            yield label
+            continue
+        memory = unit in ("global_", "buffer_", "flat_")
+        target = AMD_LABEL.search(operands) if "branch" in name else None
+        shape = AMD_SHAPE.match(name) if unit == "v_" else None
+        yield Instruction(
+            target=target and target[1],
+            loads=_amd_width(name) if memory and name.startswith("load_") else 0,
+            stores=_amd_width(name) if memory and name.startswith("store_") else 0,
+            flops=2 * prod(map(int, shape.groups())) if shape else 0,
         )
-    )
+
+
+def _amd_width(name: str) -> int:
+    return next((width for kind, width in AMD_BYTES.items() if kind in name), 4)
 
 
 def _tool(name: str, *arguments: str | Path) -> str:

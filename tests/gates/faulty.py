@@ -83,3 +83,39 @@ def hoard(x: Tensor, y: Tensor) -> None:
     """Six rows of 8,192 float32 ahead, twice, are 320 KiB."""
     rows, width = x.shape
     launch(hoarding_kernel, (cdiv(rows, 6),), x, y, rows, **tile(16, BLOCK=width, STAGES=6))
+
+
+@triton.jit
+def serialised_kernel(x_ptr, y_ptr, rows, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A branch between two dots ends the basic block in which wgmma may overlap."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    keys = tl.load(x_ptr + (first + row)[:, None] * WIDTH + column[None, :])
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in tl.range(0, rows, ROWS, num_stages=2):
+        queries = tl.load(x_ptr + (start + row)[:, None] * WIDTH + column[None, :])
+        p = tl.exp2(tl.dot(keys, queries.T))
+        if start < first:
+            p = tl.where(row[:, None] <= row[None, :], p, 0)
+        dp = tl.dot(keys, queries.T)
+        total = tl.dot((p * dp).to(queries.dtype), queries, total)
+    total = total.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + (first + row)[:, None] * WIDTH + column[None, :], total)
+
+
+def serialise(x: Tensor) -> None:
+    rows, width = x.shape
+    options = tile(8, 2, ROWS=64, WIDTH=width)
+    launch(serialised_kernel, (cdiv(rows, 64),), x, x, rows, **options)
+
+
+@triton.jit
+def newer_kernel(x_ptr, y_ptr, width, BLOCK: tl.constexpr):
+    """``tl.to_tensor`` is new in Triton 3.7."""
+    column = tl.arange(0, BLOCK)
+    inside = column < tl.to_tensor(width)
+    tl.store(y_ptr + column, tl.load(x_ptr + column, mask=inside), mask=inside)
+
+
+def call_newer(x: Tensor) -> None:
+    launch(newer_kernel, (1,), x, x, x.numel(), **tile(4, BLOCK=1024))

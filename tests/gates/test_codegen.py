@@ -1,6 +1,7 @@
 """The machine code of every Triton kernel keeps its contract, and the gate refuses what breaks one.
 
-Nothing here needs a GPU: Triton's wheel contains the assemblers and disassemblers.
+Every kernel is compiled by the installed Triton and by the oldest that we support. Nothing here
+needs a GPU: Triton's wheel contains the assemblers and disassemblers.
 """
 
 import ast
@@ -19,6 +20,8 @@ if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""
 from emu3_kernels.ops import OPS
 from emu3_kernels.runtime.contracts import Config, Contract, meta
 from emu3_kernels.testing import codegen
+from emu3_kernels.testing.chips import CHIPS
+from emu3_kernels.testing.compilers import COMPILED, INSTALLED, OLDEST
 from tests.gates import faulty
 
 ROOT = Path(__file__).parents[2]
@@ -27,25 +30,32 @@ GENEROUS = Contract(max_registers=255)
 pytestmark = pytest.mark.codegen
 
 
+TRITONS = (INSTALLED, OLDEST)
+
+
 def calls() -> list:
-    """Every op, config and target; the id ends with the family, for ``--family``."""
+    """Every op, config, target and Triton; the id starts with the op, for ``--family``."""
     return [
-        pytest.param(op, i, target, id=f"{op}-{config.name}-{i}-{target}")
+        pytest.param(op, i, target, triton, id=f"{op}-{config.name}-{i}-{target}-{triton}")
         for op in OPS
         for i, config in enumerate(codegen.configs_of(op))
-        for target in codegen.SHARED_LIMIT
+        for target in CHIPS
+        for triton in TRITONS
     ]
 
 
-def broken_lines(op: str, index: int, target: str) -> list[str]:
+def judged(op: str, index: int, target: str) -> tuple[int, list[str]]:
+    """Return how many launches are compiled, and a line for each term that one breaks."""
     rows = list(codegen.rows_of(op, codegen.configs_of(op)[index], target))
-    assert rows, "no kernel was launched"
-    return [f"{row.kernel}: {line}" for row in rows for line in row.broken]
+    return len(rows), [f"{row.kernel}: {line}" for row in rows for line in row.broken]
 
 
-@pytest.mark.parametrize(("op", "index", "target"), calls())
-def test_every_contract_is_kept(op, index, target, compiling):
-    assert compiling(broken_lines, op, index, target) == []
+@pytest.mark.parametrize(("op", "index", "target", "triton"), calls())
+def test_every_contract_is_kept(op, index, target, triton, compiling_with, record_property):
+    num_launches, broken = compiling_with(triton, judged, op, index, target)
+    record_property(COMPILED, num_launches)
+    assert num_launches, "no kernel was launched"
+    assert broken == []
 
 
 def launched_kernels() -> set[str]:
@@ -83,6 +93,16 @@ def copied(contract: Contract) -> Config:
     return Config("copy", lambda: faulty.copy_rows(meta(4, 1024)), {"copy_rows_kernel": contract})
 
 
+def serialised_tiles() -> Config:
+    x = meta(16384, 128)
+    return Config("serialised", lambda: faulty.serialise(x), {"serialised_kernel": GENEROUS})
+
+
+def few_programs() -> Config:
+    """A row for each of Emu3's 32 heads."""
+    return Config("few", lambda: faulty.copy_rows(meta(32, 1024)), {"copy_rows_kernel": GENEROUS})
+
+
 def unmet_terms() -> Config:
     return copied(Contract(max_registers=4, tensor_cores=True, async_copies=True))
 
@@ -104,6 +124,8 @@ def lines_of(config: Callable[[], Config], target: str) -> str:
         (narrow_rows, "gfx942", ["loads: must be 16 bytes wide but for 0, got 4x2"]),
         (spilling_rows, "sm_90", ["spills: must be none, got"]),
         (hoarding_rows, "sm_80", ["shared: must be at most 166912 bytes, got"]),
+        (serialised_tiles, "sm_90", ["serialised: must wait once for 2 HGMMA or more, got"]),
+        (few_programs, "sm_90", ["programs: must fill 132 SMs, got 32"]),
         (
             unmet_terms,
             "sm_100",
@@ -119,6 +141,29 @@ def lines_of(config: Callable[[], Config], target: str) -> str:
 def test_the_gate_refuses(config, target, refusals, compiling):
     lines = compiling(lines_of, config, target)
     assert [refusal for refusal in refusals if refusal not in lines] == [], lines
+
+
+def newer_call() -> Config:
+    x = meta(1024)
+    return Config("newer", lambda: faulty.call_newer(x), {"newer_kernel": GENEROUS})
+
+
+def test_a_call_that_the_oldest_triton_lacks_is_refused(compiling_with):
+    assert "spills" not in compiling_with(INSTALLED, lines_of, newer_call, "sm_90")
+    with pytest.raises(Exception, match="has no attribute 'to_tensor'"):
+        compiling_with(OLDEST, lines_of, newer_call, "sm_90")
+
+
+def excused_on_one_version() -> Config:
+    key = f"sm_90, triton {OLDEST.removesuffix('.0')}: registers"
+    contract = Contract(max_registers=4, few_programs="four rows", exceptions={key: "a reason"})
+    return copied(contract)
+
+
+def test_an_exception_may_name_a_version(compiling_with):
+    assert compiling_with(OLDEST, lines_of, excused_on_one_version, "sm_90") == ""
+    refused = compiling_with(INSTALLED, lines_of, excused_on_one_version, "sm_90")
+    assert refused.startswith("registers: must be at most 4, got")
 
 
 def unfused() -> Config:

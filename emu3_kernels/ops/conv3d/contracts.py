@@ -38,8 +38,8 @@ APART = {"gfx942: stores": "v_mfma leaves a thread channels of a pixel: not cont
 FOUR = {"gfx942: stores": "v_mfma leaves a thread four channels of a pixel: 8 bytes"}
 GEMM = Contract(max_registers=255, tensor_cores=True, async_copies=True, exceptions=COPIES)
 # Scalars: vectors of channels, and the sums for dscale and dshift.
-PACK = Contract(max_registers=64, scalar_loads=16)
-SUM = Contract(max_registers=96, scalar_stores=1)
+PACK = Contract(max_registers=64, scalar_loads=16, few_programs="1 MiB of a clip of 4 channels")
+SUM = Contract(max_registers=96, scalar_stores=1, few_programs="a program for each 128 sums")
 GEMM_TO_VIDEO = replace(GEMM, scalar_loads=24, scalar_stores=2)
 WIDE = {
     "causal_conv3d_pack_kernel": PACK,

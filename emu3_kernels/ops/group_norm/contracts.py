@@ -42,11 +42,14 @@ def _spatial_norm_backward(side: int, channels: int) -> None:
 
 # 128 registers keep 16 warps on a multiprocessor. A thread stores one sum and loads one number of a
 # channel, little beside the pixels. Rows of 4 to 32 channels, a group, allow no wide access.
+GROUPS = "a program for each of 32 groups, of sums that are computed before"
 STATISTICS = {
     "group_norm_moments_kernel": Contract(max_registers=128, scalar_stores=2),
-    "group_norm_stats_kernel": Contract(max_registers=128, access_bytes=4),
+    "group_norm_stats_kernel": Contract(max_registers=128, access_bytes=4, few_programs=GROUPS),
 }
-GROUP_BACKWARD = {"group_norm_bwd_group_kernel": Contract(max_registers=128, access_bytes=2)}
+GROUP_BACKWARD = {
+    "group_norm_bwd_group_kernel": Contract(max_registers=128, access_bytes=2, few_programs=GROUPS)
+}
 
 # The scalars are the numbers of the channels, one a thread in a tile of 128 channels.
 GROUP_NORM = STATISTICS | {
@@ -67,7 +70,10 @@ SPATIAL_NORM_BACKWARD = GROUP_BACKWARD | {
         max_registers=168, scalar_loads=18, scalar_stores=2
     ),
     "spatial_norm_silu_bwd_reduce_kernel": Contract(
-        max_registers=128, scalar_loads=69, scalar_stores=2
+        max_registers=128,
+        scalar_loads=69,
+        scalar_stores=2,
+        few_programs="a program for each of 64 rows of the latent and 128 channels",
     ),
     "spatial_norm_silu_bwd_latent_kernel": Contract(
         max_registers=128, scalar_loads=4, scalar_stores=1

@@ -24,7 +24,9 @@ ROWS_AHEAD = Contract(
     exceptions={"gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950"},
 )
 # The sum leaves one column a thread: 8 KiB are written in narrow stores, 2 MiB read in wide loads.
-SUM = Contract(max_registers=64, scalar_stores=1)
+SUM = Contract(
+    max_registers=64, scalar_stores=1, few_programs="4 MiB at most, a program for each 128 columns"
+)
 BACKWARD = {"rms_norm_bwd_kernel": ROWS_AHEAD, "rms_norm_sum_dweight_kernel": SUM}
 BACKWARD_TWO_PASS = {
     "rms_norm_bwd_dx_kernel": TWO_PASS,

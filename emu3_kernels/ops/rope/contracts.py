@@ -10,8 +10,9 @@ from emu3_kernels.runtime.contracts import Config, Contract, meta
 # Narrow loads are cos and sin, the 64 float32 of a token over the threads of a warp, and its
 # position and slot.
 TABLES = {"rope_kernel": Contract(max_registers=64, scalar_loads=2)}
-TABLES_AND_POSITION = {"rope_kernel": Contract(max_registers=64, scalar_loads=3)}
-APPEND = {"rope_append_kernel": Contract(max_registers=64, scalar_loads=4)}
+FEW = "a program has 8 heads of one token"
+TABLES_AND_POSITION = {"rope_kernel": Contract(max_registers=64, scalar_loads=3, few_programs=FEW)}
+APPEND = {"rope_append_kernel": Contract(max_registers=64, scalar_loads=4, few_programs=FEW)}
 
 
 def _packed(batch: int, tokens: int) -> tuple[list[Tensor], list[Tensor]]:

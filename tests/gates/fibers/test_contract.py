@@ -17,10 +17,11 @@ import triton
 
 from emu3_kernels.ops import OPS
 from emu3_kernels.runtime.contracts import Contract, CudaKernel
-from emu3_kernels.testing import machine_code
+from emu3_kernels.testing import loops, machine_code
 from emu3_kernels.testing.cache import cached
-from emu3_kernels.testing.codegen import judge
+from emu3_kernels.testing.loops import Block
 from emu3_kernels.testing.machine_code import Facts, nvidia_facts
+from emu3_kernels.testing.terms import Compiled, judge
 from tests.gates.compiled import CSRC, version_of, with_includes
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -65,9 +66,10 @@ def facts_of(source: str, target: str) -> Facts:
                 asdict(nvidia_facts(cubin.read_bytes(), int(shared[1]) if shared else 0))
             ).encode()
 
-    counting = (getsource(machine_code), triton.__version__)
+    counting = (getsource(machine_code), getsource(loops), triton.__version__)
     key = [*FLAGS, target, version_of(NVCC), *counting, with_includes(source)]
-    return Facts(**literal_eval(cached("\n".join(key), count).decode()))
+    facts = literal_eval(cached("\n".join(key), count).decode())
+    return Facts(**facts | {"blocks": tuple(Block(**block) for block in facts["blocks"])})
 
 
 def instance(header: str, kernel: str, arguments: str) -> str:
@@ -88,7 +90,7 @@ def test_a_kernel_keeps_its_contract(kernel, target):
     contract = kernel.contract
     facts = facts_of(instance(kernel.header, kernel.kernel, kernel.arguments), target)
     assert facts.loads.get(contract.access_bytes), f"loads must be of {contract.access_bytes} bytes"
-    broken, _ = judge(contract, facts, target)
+    broken, _ = judge(contract, Compiled(facts, target))
     assert not broken
 
 
@@ -98,12 +100,12 @@ def test_a_kernel_that_spills_fails():
     arguments = "(Latents<float>, const float4*, int, int64_t*)"
     facts = facts_of(instance("nearest_code", spilling, arguments), "sm_90")
     contract = Contract(max_registers=255, scalar_loads=999, scalar_stores=1)
-    broken, _ = judge(contract, facts, "sm_90")
+    broken, _ = judge(contract, Compiled(facts, "sm_90"))
     assert [term.split(":")[0] for term in broken] == ["spills"]
 
 
 def test_a_kernel_with_narrow_loads_fails():
     source = "__global__ void copy(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }\n"
     facts = facts_of(source, "sm_90")
-    broken, _ = judge(Contract(max_registers=255), facts, "sm_90")
+    broken, _ = judge(Contract(max_registers=255), Compiled(facts, "sm_90"))
     assert [term.split(":")[0] for term in broken] == ["loads", "stores"]
