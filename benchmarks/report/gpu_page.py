@@ -1,0 +1,85 @@
+"""What the page of a GPU has beside the tables: kernel and host time, kernels, what failed."""
+
+from benchmarks.harness.results import NOT_TIMED
+from benchmarks.report import tables
+
+DRY = "**DRY RUN**: tiny sizes on a CPU, to test the command. These numbers say nothing.\n"
+APART = (
+    "MEASURED. `events`: the flushed call between two CUDA events, its host time included where "
+    "that is longer. `CUDA graph`: the same kernels without host time. `host`: Python and driver "
+    "until the call returns, on an idle GPU.\n"
+)
+APART_HEADER = (
+    "op",
+    "size",
+    "dtype",
+    "direction",
+    "entry",
+    "events ms",
+    "CUDA graph ms",
+    "host us",
+)
+KERNEL_HEADER = ("kernel", "launches", "MEASURED ms", "share")
+LONGEST_NAME = 90
+
+
+def dry(rows: list[dict]) -> list[str]:
+    return [DRY] if any(row["label"] == "DRY RUN" for row in rows) else []
+
+
+def not_timed(rows: list[dict]) -> list[str]:
+    """Return the table of what failed and of what was left out."""
+    missing = [row for row in rows if row.get("suite") == NOT_TIMED]
+    if not missing:
+        return []
+    body = [
+        [row["op"], tables.size(row), row["dtype"], row["direction"], row["why"].replace("|", "/")]
+        for row in missing
+    ]
+    header = ("op", "size", "dtype", "direction", "why")
+    return ["## Not timed\n", tables.markdown(header, body)]
+
+
+def apart(rows: list[dict]) -> list[str]:
+    """Return the table of kernel and host times."""
+    body = [line for row in rows for line in _apart_lines(row)]
+    return ["## Kernel time and host time\n", APART, tables.markdown(APART_HEADER, body)] * bool(
+        body
+    )
+
+
+def _apart_lines(row: dict) -> list[list[str]]:
+    case = [row["op"], tables.size(row), row["dtype"], row["direction"]]
+    entries = {f"**{row['backend']}**": row, **row["peers"]}
+    return [
+        [*case, name, *(number(one.get(key)) for key in ("ms", "graph_ms", "host_us"))]
+        for name, one in entries.items()
+        if "host_us" in one
+    ]
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def kernels(rows: list[dict]) -> list[str]:
+    """Return a table of the kernels of each row that has one."""
+    parts = []
+    for row in rows:
+        if found := row.get("kernels"):
+            total = sum(kernel["ms"] for kernel in found)
+            parts += [
+                f"## Kernels of {row['op']}, {tables.size(row)}, {row['dtype']}, "
+                f"{row['direction']}\n",
+                f"{row['backend']}: {sum(kernel['launches'] for kernel in found):,} launches, "
+                f"{total:.3g} ms.\n",
+                tables.markdown(KERNEL_HEADER, [_kernel_line(kernel, total) for kernel in found]),
+            ]
+    return parts
+
+
+def _kernel_line(kernel: dict, total: float) -> list[str]:
+    name = kernel["kernel"].replace("|", "/")
+    name = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
+    share = kernel["ms"] / total
+    return [f"`{name}`", str(kernel["launches"]), f"{kernel['ms']:.3f}", f"{share:.1%}"]
