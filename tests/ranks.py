@@ -54,7 +54,8 @@ class Ranks:
         if self.processes:
             return
         # A fork of a server that has imported torch starts in milliseconds, a spawn in seconds.
-        context = get_context("forkserver")
+        # But CUDA does not work in a fork of a process that has asked for a GPU.
+        context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
         context.set_forkserver_preload(["tests.conftest", "tests.attention.ring_cases"])
         store = Path(tempfile.mkdtemp(), "store")
         ends = [context.Pipe() for _ in range(self.world)]

@@ -65,8 +65,10 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
-        if self._pipe.recv() != ("ready", None):
-            raise RuntimeError("worker: the first message must be that it is ready")
+        try:
+            self._pipe.recv()
+        except EOFError:
+            raise JobError("start", f"its process ended: {self._ended()}", died=True) from None
 
     def _ended(self) -> str:
         self._process.join()

@@ -186,19 +186,21 @@ def write_page(folder: Path, machine: str, rows: list[dict]) -> Path:
     names = sorted({row["op"] for row in timed}, key=rank)
     by_op = {op: [row for row in timed if row["op"] == op] for op in names}
     noted = [row for row in timed if "note" in row]
+    full = [row for row in timed if "note" not in row]
     drawn = {op: [row for row in these if "note" not in row] for op, these in by_op.items()}
     parts = [
         f"# {machine}\n",
         *gpu_page.dry(rows),
         *made(rows),
         *(summary(noted) if noted else []),
-        *([HOW_TO_READ] if any(drawn.values()) or not noted else []),
+        *([HOW_TO_READ] if full or not noted else []),
         *gpu_page.not_timed(rows),
         *targets(timed),
+        *gpu_page.targets(full),
         *charts.draw(folder, machine, drawn),
-        *gpu_page.apart(timed),
+        *gpu_page.apart(full),
         *(section(op, these) for op, these in by_op.items()),
-        *gpu_page.kernels(timed),
+        *gpu_page.kernels(full),
         *host_section([row for row in rows if row.get("suite") == "host"]),
     ]
     return results.write(folder / f"{machine}.md", "\n".join(parts))

@@ -94,7 +94,7 @@ def test_a_wrong_backend_is_named_and_not_timed_and_the_rest_is(tmp_path, here, 
 
 def a_visit(tmp_path, *items: plan.Item, seconds: float = 100.0) -> visit.Visit:
     made = results.made_by(command.machine.facts(), {"id": "", "dirty": False}, "2000-01-02")
-    return visit.Visit(items, "cpu", seconds, tmp_path / "x.jsonl", made, print)
+    return visit.Visit(items, "cpu", seconds, tmp_path / "x.jsonl", made, print, print)
 
 
 def timed(item: plan.Item) -> dict:

@@ -21,7 +21,7 @@ MOST_WORKERS = 8
 
 def gpu(
     minutes: Annotated[float, typer.Option(help="Stop in time for so many minutes.")] = 8.0,
-    only: Annotated[list[str] | None, typer.Option(help="Op, model, vision …; all.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Op, model, vision …; all.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Tiny sizes on the CPU, no results.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Where rows and page go.")] = None,
 ) -> None:
@@ -29,7 +29,7 @@ def gpu(
     device = "cpu" if dry_run else "cuda"
     if not dry_run and not torch.cuda.is_available():
         run.refuse(["gpu: a GPU that PyTorch can use, got none; --dry-run runs on the CPU"])
-    items = [item.as_dry_run() if dry_run else item for item in chosen(only)]
+    items = [item.as_dry_run() if dry_run else item for item in chosen(op)]
     name = "dry-run" if dry_run else machine.kind()
     folder = folder or (Path(tempfile.mkdtemp()) if dry_run else results.RESULTS)
     with progress() as shown:
@@ -42,11 +42,11 @@ def gpu(
         raise typer.Exit(1)
 
 
-def chosen(only: list[str] | None) -> list[Item]:
+def chosen(ops: list[str] | None) -> list[Item]:
     known = dict.fromkeys(item.op for item in ITEMS)
-    if unknown := sorted(set(only or ()) - set(known)):
-        raise typer.BadParameter(f"--only must be of {', '.join(known)}, got {', '.join(unknown)}")
-    return [item for item in ITEMS if not only or item.op in only]
+    if unknown := sorted(set(ops or ()) - set(known)):
+        raise typer.BadParameter(f"--op must be of {', '.join(known)}, got {', '.join(unknown)}")
+    return [item for item in ITEMS if not ops or item.op in ops]
 
 
 def progress() -> Progress:
@@ -68,7 +68,13 @@ def make(items: list[Item], device: str, minutes: float, path: Path, shown: Prog
         minutes, seconds = divmod(round(time.monotonic() - start), 60)
         run.console.print(f"[{minutes}:{seconds:02}] {line}", markup=False)
 
-    return Visit(items, device, 60 * minutes, path, made, say)
+    def show(row: dict) -> None:
+        if not any("host_us" in one for one in (row, *row["peers"].values())):  # not again
+            *_, direction, backend, ours, fastest, times, _ = pages.against_best(row)
+            line = f"       {row['op']} {direction}: {backend} {ours}; {fastest} ({times})"
+            run.console.print(line, markup=False)
+
+    return Visit(items, device, 60 * minutes, path, made, say, show)
 
 
 def num_workers(device: str) -> int:

@@ -23,11 +23,11 @@ LONGEST = 150.0
 """Seconds of one item's compilation and checks."""
 REPORT = 15.0
 """Seconds kept for the page and its charts."""
+PATIENCE = 6.0
+"""An item that takes so many times its cost hangs."""
 MOST_SKIPPED = 3
 """Entries of one item that may kill its process before the item is given up."""
 OUT_OF_MEMORY = "OutOfMemoryError"
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -40,7 +40,9 @@ class Visit:
     path: Path
     made: dict
     """Machine, commit and versions, the same of every row."""
-    say: Say
+    say: Callable[[str], None]
+    show: Callable[[dict], None]
+    """Called with every row as it is stored."""
     start: float = field(default_factory=time.monotonic)
     prepared: dict[Item, dict] = field(default_factory=dict)
     failed: dict[Item, str] = field(default_factory=dict)
@@ -99,7 +101,12 @@ class Visit:
                 self._prepare_one(item, worker, min(LONGEST, seconds))
 
         with ThreadPoolExecutor(len(workers)) as threads:
-            list(threads.map(serve, workers))
+            try:
+                list(threads.map(serve, workers))
+            except BaseException:  # as Ctrl-C: no thread may wait for its process
+                for worker in workers:
+                    worker.close()
+                raise
 
     def _prepare_one(self, item: Item, worker: Worker, seconds: float) -> None:
         start = time.monotonic()
@@ -118,10 +125,12 @@ class Visit:
                 self.left_out[item] = f"it takes {item.cost:.0f} s, {max(room, 0):.0f} s were left"
                 self.say(f"left out {item}: {self.left_out[item]}")
                 continue
-            start = time.monotonic()
+            start, limit = time.monotonic(), min(room, PATIENCE * item.cost)
+            given = self.prepared[item]
             try:
-                for row in retried(item, "measure", worker, self.device, self.prepared[item], room):
+                for row in retried(item, "measure", worker, self.device, given, limit):
                     self.store(row)
+                    self.show(row)
             except JobError as error:
                 self.failed[item] = f"{error.step}: {error}"
                 self.say(f"FAILED {item}: {self.failed[item]}")
