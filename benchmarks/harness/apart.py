@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.clock import Call, Clock
 
-GRAPH_SAMPLES, HOST_SAMPLES = 10, 20
+GRAPH_SAMPLES, HOST_SAMPLES = 10, {"cuda": 20, "cpu": 3}
 NUM_KERNELS = 25
 """Kernels of a table, the longest ones; the rest is one line."""
 
@@ -39,7 +39,7 @@ def graph_seconds(call: Call, clock: Clock) -> float:
 def host_seconds(call: Call, device: str) -> float:
     """Return the median seconds until ``call`` returns, on an idle device."""
     samples = []
-    for _ in range(HOST_SAMPLES):
+    for _ in range(HOST_SAMPLES[device]):
         synchronize(device)
         start = time.perf_counter()
         call()

@@ -92,7 +92,7 @@ def test_a_backend_of_a_gpu_runs_on_copies_whose_writes_and_gradients_come_back(
     named = Backends._named
 
     def see(self, asked, *args):
-        seen.extend(args)
+        seen.extend(args if asked == "triton" else ())
         return named(self, asked, *args)
 
     with mock.patch.object(Backends, "_named", see), on_copies("cpu"):
