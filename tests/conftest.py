@@ -11,8 +11,12 @@ if not torch.cuda.is_available():
 torch.use_deterministic_algorithms(True, warn_only=True)
 # A worker for each core is faster than threads; processes that a test starts follow.
 torch.set_num_threads(1)
+# The budget of a convolution in float32 is that of float32 on a GPU too.
+torch.backends.cudnn.allow_tf32 = False
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
 from importlib.util import find_spec  # noqa: E402
 
 import pytest  # noqa: E402
@@ -24,6 +28,7 @@ from emu3_kernels.testing.compilers import (  # noqa: E402, F401
     emulating,
     interpreting_oldest,
 )
+from emu3_kernels.testing.copies import on_copies  # noqa: E402
 from emu3_kernels.testing.suite import is_lower_level  # noqa: E402
 from tests.unchanged import FAMILIES, Unchanged, families_of, params_of  # noqa: E402
 
@@ -37,6 +42,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--skip-unchanged",
         action="store_true",
         help="Leave out tests of ops that passed before on the same sources.",
+    )
+    parser.addoption(
+        "--on-copies",
+        action="store_true",
+        help="Run GPU backends on copies of the tensors of a test, as on a machine with a GPU.",
     )
 
 
@@ -78,6 +88,19 @@ def improved_interpreter() -> None:
         from emu3_kernels.testing.interpreter import improve
 
         improve()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu_backends(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run GPU backends where they can run, whatever device the tensors of a test are on."""
+    if torch.cuda.is_available():
+        where = on_copies()
+    elif request.config.getoption("--on-copies"):
+        where = on_copies("cpu")
+    else:
+        where = nullcontext()
+    with where:
+        yield
 
 
 @pytest.fixture(scope="session")

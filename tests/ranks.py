@@ -4,6 +4,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from emu3_kernels.testing.copies import on_copies
 
 
 class Ranks:
@@ -51,7 +54,8 @@ class Ranks:
         if self.processes:
             return
         # A fork of a server that has imported torch starts in milliseconds, a spawn in seconds.
-        context = get_context("forkserver")
+        # But CUDA does not work in a fork of a process that has asked for a GPU.
+        context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
         context.set_forkserver_preload(["tests.conftest", "tests.attention.ring_cases"])
         store = Path(tempfile.mkdtemp(), "store")
         ends = [context.Pipe() for _ in range(self.world)]
@@ -76,9 +80,10 @@ def _serve(pipe: Connection, rank: int, world: int, store: Path) -> None:
         world_size=world,
         timeout=timedelta(seconds=60),
     )
-    while True:
-        function, args = pipe.recv()
-        try:
-            pipe.send((function(dist.group.WORLD, *args), None))
-        except Exception:  # the test that called shows it
-            pipe.send((None, traceback.format_exc()))
+    with on_copies() if torch.cuda.is_available() else nullcontext():
+        while True:
+            function, args = pipe.recv()
+            try:
+                pipe.send((function(dist.group.WORLD, *args), None))
+            except Exception:  # the test that called shows it
+                pipe.send((None, traceback.format_exc()))

@@ -46,7 +46,9 @@ def test_the_targets_of_make_exist(line):
 @pytest.mark.codegen
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python")])
 def test_the_benchmark_runs(line):
-    assert run([sys.executable, *line.split()[1:], "--op", "swiglu"])
+    """Of one op, and without a GPU."""
+    options = ["--op", "swiglu", *["--dry-run"] * line.endswith("gpu")]
+    assert run([sys.executable, *line.split()[1:], *options])
 
 
 def test_the_emu3_commands_run_one_after_another(tmp_path, monkeypatch):

@@ -38,8 +38,8 @@ def bind(function: Callable, inputs: Mapping, direction: str, leaves: Sequence[s
     if direction == "forward+backward":
         return lambda: _gradients(bound(), list(wrt.values()))
     results = _with_gradient(bound())
-    random = torch.Generator().manual_seed(1)
-    douts = [torch.empty_like(r).copy_(torch.randn(r.shape, generator=random)) for r in results]
+    random = torch.Generator(results[0].device).manual_seed(1)
+    douts = [torch.empty_like(r).copy_(_normal(r, random)) for r in results]
     return lambda: torch.autograd.grad(results, list(wrt.values()), douts, retain_graph=True)
 
 
@@ -60,6 +60,10 @@ def estimate(call: Call, clock: Clock) -> float:
 
 def as_tuple(result: object) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _normal(like: Tensor, random: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=random, device=like.device)
 
 
 def _gradients(results: object, wrt: list[Tensor]) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.harness import bounds, clock, machine
 from benchmarks.harness.calls import WITHOUT_GRADIENT, as_tuple, bind, estimate
 from benchmarks.harness.clock import Call, Clock
+from benchmarks.harness.worker import first_line
 from benchmarks.peers import cpu, gpu
 from benchmarks.peers.cpu import COMPILED, COMPILED_OUT, EAGER, IN_PLACE
 from emu3_kernels.runtime import library
@@ -180,10 +181,10 @@ def entries_of(case: Case, longest: float = inf) -> Entries:
 
 
 def _ours(case: Case, inputs: Mapping) -> Call:
-    return _bind(case, partial(suite.public(case.op), backend=case.backend), inputs)
+    return bind_case(case, partial(suite.public(case.op), backend=case.backend), inputs)
 
 
-def _bind(case: Case, function: Callable, inputs: Mapping) -> Call:
+def bind_case(case: Case, function: Callable, inputs: Mapping) -> Call:
     return bind(function, inputs, case.direction, suite.differentiable(case.op, dict(inputs)))
 
 
@@ -198,8 +199,7 @@ def _add_peers(entries: Entries, case: Case, inputs: Mapping, results: object) -
         except cpu.UnavailableError as reason:
             entries.drop(name, str(reason))
         except Exception as error:  # a peer that fails is a result too, and is published
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            entries.drop(name, f"{type(error).__name__}: {first_line}")
+            entries.drop(name, first_line(error))
 
 
 def inputs_of(case: Case) -> dict:
@@ -222,6 +222,12 @@ def _reference_results(case: Case) -> object:
     return suite.reference(case.op)(**_inputs(case))
 
 
+def forget_inputs() -> None:
+    """Free what rows in succession share."""
+    _inputs.cache_clear()
+    _reference_results.cache_clear()
+
+
 def peers_of(case: Case, inputs: Mapping, results: object) -> dict[str, Callable[[], Call]]:
     """Return a function that builds each peer of ``case``; ``results`` are ours."""
     peers = cpu.PEERS.get(case.op, cpu.Peers())
@@ -231,13 +237,13 @@ def peers_of(case: Case, inputs: Mapping, results: object) -> dict[str, Callable
     eager = peers.eager or suite.reference(case.op)
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     found: dict[str, Callable[[], Call]] = {
-        EAGER: lambda: _bind(case, eager, inputs),
-        COMPILED: lambda: _bind(case, compiled, inputs),
+        EAGER: lambda: bind_case(case, eager, inputs),
+        COMPILED: lambda: bind_case(case, compiled, inputs),
     }
     if uncompiled := peers.uncompiled or (is_scaling(case) and cpu.SCALED):
         found[COMPILED] = partial(cpu.unavailable, uncompiled)
     if case.device == "cuda":
-        return found | _gpu_peers(case, inputs)
+        return found | gpu_peers(case, inputs)
     if case.direction != "forward":
         return found
     large = sum(result.nbytes for result in as_tuple(results)) >= LARGE_RESULT
@@ -246,11 +252,11 @@ def peers_of(case: Case, inputs: Mapping, results: object) -> dict[str, Callable
     return found | {name: partial(build, **inputs) for name, build in peers.libraries.items()}
 
 
-def _gpu_peers(case: Case, inputs: Mapping) -> dict[str, Callable[[], Call]]:
+def gpu_peers(case: Case, inputs: Mapping) -> dict[str, Callable[[], Call]]:
     """Give every library its own copies of the inputs: some write over them."""
     own = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
     libraries = gpu.PEERS.get(case.op, {}).items()
-    return {name: lambda build=build: _bind(case, build(), own) for name, build in libraries}
+    return {name: lambda build=build: bind_case(case, build(), own) for name, build in libraries}
 
 
 def compiled_into(function: Callable, inputs: Mapping, results: object) -> Call:

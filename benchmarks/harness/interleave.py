@@ -36,12 +36,7 @@ def interleave(
     Returns:
         Seconds per call of every entry, one number per round.
     """
-    repeats = {name: max(1, ceil(clock.min_sample / estimates[name])) for name in calls}
-    a_round = sum(repeats[name] * estimates[name] + PAUSE for name in calls)
-    fewest = next(fewest for longest, fewest in MIN_ROUNDS.items() if a_round <= longest)
-    num_rounds = min(MAX_ROUNDS, max(fewest, int(seconds / a_round)))
-    shuffled = random.Random(0)
-    order = [n for _ in range(num_rounds) for n in shuffled.sample(list(calls), len(calls))]
+    order, repeats = schedule(calls, estimates, seconds, clock)
     upcoming = iter(order)
 
     def next_entry() -> tuple[tuple, dict]:
@@ -51,10 +46,42 @@ def interleave(
 
     benchmark.pedantic(_repeat, setup=next_entry, rounds=len(order))
     samples = benchmark.stats.stats.data
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken = by_name(order, samples, repeats)
+    samples[:] = taken[next(iter(calls))]
+    return taken
+
+
+def time_rounds(
+    calls: Mapping[str, Call], estimates: Mapping[str, float], seconds: float, clock: Clock
+) -> dict[str, list[float]]:
+    """Time ``calls`` as :func:`interleave` does, outside of pytest."""
+    order, repeats = schedule(calls, estimates, seconds, clock)
+    samples = []
+    for name in order:
+        clock.rest()
+        samples.append(clock.seconds(calls[name], repeats[name]))
+    return by_name(order, samples, repeats)
+
+
+def schedule(
+    calls: Mapping[str, Call], estimates: Mapping[str, float], seconds: float, clock: Clock
+) -> tuple[list[str], dict[str, int]]:
+    """Return the entries in the order of their samples, and the calls of a sample of each."""
+    repeats = {name: max(1, ceil(clock.min_sample / estimates[name])) for name in calls}
+    a_round = sum(repeats[name] * estimates[name] + PAUSE for name in calls)
+    fewest = next(fewest for longest, fewest in MIN_ROUNDS.items() if a_round <= longest)
+    num_rounds = min(MAX_ROUNDS, max(fewest, int(seconds / a_round)))
+    shuffled = random.Random(0)
+    order = [n for _ in range(num_rounds) for n in shuffled.sample(list(calls), len(calls))]
+    return order, repeats
+
+
+def by_name(
+    order: list[str], samples: list[float], repeats: Mapping[str, int]
+) -> dict[str, list[float]]:
+    taken: dict[str, list[float]] = {name: [] for name in repeats}
     for name, duration in zip(order, samples, strict=True):
         taken[name].append(duration / repeats[name])
-    samples[:] = taken[next(iter(calls))]
     return taken
 
 

@@ -13,6 +13,8 @@ DIGITS = 6
 """Significant digits of a stored number: rounds vary by more than a thousandth."""
 IDENTITY = ("suite", "op", "backend", "size", "dtype", "direction", "device", "threads")
 """A row replaces the stored row that is equal in these."""
+NOT_TIMED = "not timed"
+"""The suite of a row that only says why there is none."""
 
 
 def read(path: Path) -> list[dict]:
@@ -24,8 +26,12 @@ def read(path: Path) -> list[dict]:
 def store(path: Path, rows: Iterable[dict]) -> Path:
     """Add ``rows`` to the file, in place of stored rows of the same identity."""
     merged = {identity(row): row for row in (*read(path), *map(rounded, rows))}
-    lines = (json.dumps(row) for row in sorted(merged.values(), key=order))
-    return write(path, "".join(f"{line}\n" for line in lines))
+    return write(path, lines(sorted(merged.values(), key=order)))
+
+
+def lines(rows: Iterable[dict]) -> str:
+    """Write each row as a line of JSON."""
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
 def identity(row: dict) -> str:

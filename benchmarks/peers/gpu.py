@@ -6,11 +6,16 @@ has its own copies of the inputs: some write over them.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.peers import eager
 from benchmarks.peers.cpu import UnavailableError
 
 EPS = 1e-5
@@ -22,6 +27,7 @@ INSTALL = {
         'pip install "cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git"'
     ),
     "quack": "pip install quack-kernels",
+    "torch": "pip install --upgrade torch",
 }
 
 Peer = Callable[..., Any]
@@ -92,6 +98,17 @@ def cut_linear_cross_entropy() -> Peer:
     return call
 
 
+def torch_linear_cross_entropy() -> Peer:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise UnavailableError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+
+    def call(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None):
+        unweighted(weights)
+        return F.linear_cross_entropy(hidden, head, targets, ignore_index=-100)
+
+    return call
+
+
 def quack_rms_norm() -> Peer:
     norm = library("quack").rmsnorm
     return lambda x, weight: norm(x, weight, eps=EPS)
@@ -102,21 +119,83 @@ def quack_cross_entropy() -> Peer:
     return lambda logits, targets: loss(logits, targets, reduction="mean")
 
 
+def without_documents(document_ids: Tensor | None) -> None:
+    if document_ids is not None:
+        raise UnavailableError("it takes no documents")
+
+
+def sdpa(backend: SDPBackend) -> Peer:
+    """Return PyTorch's attention by one of its own backends."""
+
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, document_ids: Tensor | None, **rest: Any
+    ) -> Tensor:
+        without_documents(document_ids)
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    return call
+
+
+def varlen_attention() -> Peer:
+    """Return PyTorch's attention over packed documents; it gets their ends beforehand."""
+    attend = library("torch.nn.attention.varlen").varlen_attn
+    ends: list[tuple[Tensor, int]] = []
+
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, document_ids: Tensor | None, **rest: Any
+    ) -> Tensor:
+        if document_ids is None or len(q) > 1:
+            raise UnavailableError("timed on one row of documents alone")
+        if not ends:
+            lengths = document_ids[0].bincount()
+            ends.append((F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())))
+        ((stops, longest),) = ends
+        window = (-1, 0) if causal else (-1, -1)
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        out = attend(*packed, stops, stops, longest, longest, window_size=window, enable_gqa=True)
+        return out[None]
+
+    return call
+
+
 def flash_attention() -> Peer:
     attention = library("flash_attn").flash_attn_func
-    return lambda q, k, v, causal=True, **rest: attention(q, k, v, causal=causal)
+
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, document_ids: Tensor | None, **rest: Any
+    ) -> Tensor:
+        without_documents(document_ids)
+        return attention(q, k, v, causal=causal)
+
+    return call
 
 
 def xformers_attention() -> Peer:
     ops = library("xformers.ops")
 
-    def call(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, **rest: Any) -> Tensor:
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, document_ids: Tensor | None, **rest: Any
+    ) -> Tensor:
         """Split the heads as ``[B, T, H_kv, H / H_kv, D]``; expand k and v without a copy."""
+        without_documents(document_ids)
         kv_heads = k.shape[2]
         grouped = q.unflatten(2, (kv_heads, q.shape[2] // kv_heads))
         k, v = (x.unsqueeze(3).expand(-1, -1, -1, grouped.shape[3], -1) for x in (k, v))
         mask = ops.LowerTriangularMask() if causal else None
         return ops.memory_efficient_attention(grouped, k, v, attn_bias=mask).flatten(2, 3)
+
+    return call
+
+
+def channels_last_conv3d() -> Peer:
+    """Return our op in plain PyTorch, its convolution on channels-last memory."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None, **rest: Any) -> Tensor:
+        x, weight = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, weight))
+        return eager.causal_conv3d(x, weight, bias, **rest)
 
     return call
 
@@ -128,8 +207,16 @@ PEERS: Mapping[str, Mapping[str, Callable[[], Peer]]] = {
     "rope": {"Liger": liger_rope},
     "cross_entropy": {"Liger": liger_cross_entropy, "quack": quack_cross_entropy},
     "linear_cross_entropy": {
+        "torch": torch_linear_cross_entropy,
         "Liger": liger_linear_cross_entropy,
         "cut-cross-entropy": cut_linear_cross_entropy,
     },
-    "attention": {"flash-attn": flash_attention, "xformers": xformers_attention},
+    "attention": {
+        "SDPA flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+        "SDPA cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+        "torch varlen": varlen_attention,
+        "flash-attn": flash_attention,
+        "xformers": xformers_attention,
+    },
+    "causal_conv3d": {"cuDNN, channels last": channels_last_conv3d},
 }

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 from benchmarks.harness import results
-from benchmarks.report import tables
+from benchmarks.report import gpu_page, tables
 from benchmarks.report.targets import TARGETS, TIME, Target, verdicts
 from emu3_kernels.ops import OPS
 
 CODEGEN = "codegen.json"
 """COUNTED in machine code: its own format, the same on every machine."""
 
-ORDER = (*OPS, "model", "vision")
+ORDER = ("copy", "read", "GEMM", *OPS, "model", "vision")
 
 INDEX = """# Benchmarks
 
@@ -186,13 +186,21 @@ def write_page(folder: Path, machine: str, rows: list[dict]) -> Path:
     names = sorted({row["op"] for row in timed}, key=rank)
     by_op = {op: [row for row in timed if row["op"] == op] for op in names}
     noted = [row for row in timed if "note" in row]
+    full = [row for row in timed if "note" not in row]
+    drawn = {op: [row for row in these if "note" not in row] for op, these in by_op.items()}
     parts = [
         f"# {machine}\n",
+        *gpu_page.dry(rows),
         *made(rows),
-        *(summary(noted) if noted else [HOW_TO_READ]),
+        *(summary(noted) if noted else []),
+        *([HOW_TO_READ] if full or not noted else []),
+        *gpu_page.not_timed(rows),
         *targets(timed),
-        *charts.draw(folder, machine, {} if noted else by_op),
+        *gpu_page.targets(full),
+        *charts.draw(folder, machine, drawn),
+        *gpu_page.apart(full),
         *(section(op, these) for op, these in by_op.items()),
+        *gpu_page.kernels(full),
         *host_section([row for row in rows if row.get("suite") == "host"]),
     ]
     return results.write(folder / f"{machine}.md", "\n".join(parts))

@@ -16,6 +16,7 @@ from benchmarks.harness.bounds import GEMMS
 from benchmarks.harness.clock import Call
 from benchmarks.harness.entries import Entries
 from benchmarks.harness.interleave import paired_ratio
+from benchmarks.harness.worker import first_line, gpu_is_lost
 from emu3.config import PRESETS, ModelSettings
 from emu3.model import Emu3
 from emu3.weights import official_views
@@ -198,7 +199,13 @@ def entries_of(
     weights[:, : num_tokens - num_valid] = 0
     entries, losses = Entries(clock=clock.of(device)), {}
     for name, model, loss in everyone:
-        losses[name] = entries.add(name, step(model.to(device), loss, tokens, weights))
+        try:
+            losses[name] = entries.add(name, step(model.to(device), loss, tokens, weights))
+        except Exception as error:  # a peer that fails is a result too
+            if name == OURS or gpu_is_lost():
+                raise
+            entries.drop(name, first_line(error))
+            continue
         gradients = sum(weight.nbytes for weight in model.parameters())
         entries.peak_mib[name] -= gradients / 2**20
         if abs(losses[name] / losses[OURS] - 1) > SAME_LOSS:

@@ -5,8 +5,11 @@ from unittest import mock
 import pytest
 import torch
 
+from emu3_kernels import rope, rope_tables
+from emu3_kernels.runtime.dispatch import Backends
 from emu3_kernels.testing import suite
 from emu3_kernels.testing.cache import cached
+from emu3_kernels.testing.copies import on_copies
 from emu3_kernels.testing.suite import cases, check_backend, check_call, truth
 
 
@@ -78,3 +81,32 @@ def test_a_dtype_that_must_run_may_not_be_refused():
         pytest.raises(AssertionError, match="float16 is left to"),
     ):
         check_call("swiglu", "cpu", size, torch.float16)
+
+
+def test_a_backend_of_a_gpu_runs_on_copies_whose_writes_and_gradients_come_back():
+    """Tensors of the CPU, also views of one storage: as on a GPU, whose results return."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("every test runs so beside a GPU")
+    seen = []
+    named = Backends._named
+
+    def see(self, asked, *args):
+        seen.extend(args if asked == "triton" else ())
+        return named(self, asked, *args)
+
+    with mock.patch.object(Backends, "_named", see), on_copies("cpu"):
+        size = cases("rope_append").check[-1]
+        assert check_call("rope_append", "triton", size, torch.float32) is None
+        packed = torch.randn(2, 5, 8, 70)
+        q, k, _ = packed.split((4, 2, 2), dim=2)
+        expected = rope(q, k, *rope_tables(16, 70), backend="reference")
+        results = rope(q, k, *rope_tables(16, 70), out=(q, k), backend="triton")
+        assert [result is out for result, out in zip(results, (q, k), strict=True)] == [True] * 2
+        for result, right in zip((q, k), expected, strict=True):
+            torch.testing.assert_close(result, right)
+        assert check_call("swiglu", "triton", cases("swiglu").check[-1], torch.float32) is None
+    tensors = [x for x in seen if isinstance(x, torch.Tensor)]
+    addresses = {x.data_ptr() for x in (q, k)}
+    assert tensors
+    assert not addresses & {x.data_ptr() for x in tensors}

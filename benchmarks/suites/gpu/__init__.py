@@ -1,0 +1,1 @@
+"""``python -m benchmarks gpu``: everything one wants from a short visit to a GPU."""
