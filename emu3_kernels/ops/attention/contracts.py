@@ -60,26 +60,26 @@ DROPOUT_BACKWARD = _backward(
 )
 
 
-def _decode(num_new: int, page: int | None) -> None:
+def _decode(num_new: int, page: int | None, *, tree: bool = False) -> None:
     """Emu3-8B, two rows of 8,192 positions."""
     shape = (2, 8192, 8, 128) if page is None else (2 * 8192 // page, page, 8, 128)
     table = None if page is None else meta(2, 8192 // page, dtype=torch.int32)
+    mask = meta(2, num_new, dtype=torch.int64) if tree else None
     tensors = meta(2, num_new, 32, 128), meta(*shape), meta(*shape), meta(2, dtype=torch.int32)
-    triton_decode.forward(*tensors, scale=128**-0.5, page_table=table)
+    triton_decode.forward(*tensors, mask=mask, scale=128**-0.5, page_table=table)
 
 
-# 128 registers leave room for four programs of four warps on a multiprocessor, 255 for two. Scalars
-# are the length, the pages of the keys that a thread reads, and the lse of a row; merging, the lse
-# of the splits that a thread sums, of 64 at most.
-SPLIT = Contract(
-    128, scalar_loads=1, scalar_stores=1, tensor_cores=True, async_copies=True,
+# 255 registers leave room for two programs of four warps on a multiprocessor, as many as there
+# are. Scalars are the length, the counter, the lse of a row and of the splits that a thread merges,
+# the words of the mask and the pages of the keys that a thread reads.
+DECODE = Contract(
+    255, scalar_loads=20, scalar_stores=1, tensor_cores=True, async_copies=True,
     exceptions={"gfx942: async_copies": AMD["gfx942: async_copies"]},
 )  # fmt: skip
-MERGE = Contract(128, scalar_loads=18, scalar_stores=1)
 
 
-def _decoding(split: Contract) -> Mapping[str, Contract]:
-    return {"decode_attention_split_kernel": split, "decode_attention_merge_kernel": MERGE}
+def _decoding(**terms: object) -> Mapping[str, Contract]:
+    return {"decode_attention_kernel": replace(DECODE, **terms)}
 
 
 CONFIGS = {
@@ -108,15 +108,11 @@ CONFIGS = {
         ),
     ),
     "decode_attention": (
-        Config("one token", lambda: _decode(1, None), _decoding(SPLIT)),
-        Config(
-            "16 tokens", lambda: _decode(16, None), _decoding(replace(SPLIT, max_registers=255))
-        ),
-        Config(
-            "one token, pages of 16",
-            lambda: _decode(1, 16),
-            _decoding(replace(SPLIT, scalar_loads=8)),
-        ),
+        Config("one token", lambda: _decode(1, None), _decoding()),
+        Config("16 tokens", lambda: _decode(16, None), _decoding()),
+        Config("one token, pages of 16", lambda: _decode(1, 16), _decoding(scalar_loads=28)),
+        Config("16 tokens in a tree", lambda: _decode(16, None, tree=True), _decoding()),
+        Config("64 tokens in a tree", lambda: _decode(64, None, tree=True), _decoding()),
     ),
 }
 

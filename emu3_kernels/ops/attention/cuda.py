@@ -40,6 +40,7 @@ def forward(
     v_cache: Tensor,
     lengths: Tensor,
     *,
+    mask: Tensor | None,
     scale: float,
     page_table: Tensor | None,
 ) -> Tensor:
@@ -48,7 +49,10 @@ def forward(
     if page_table is not None and page_table.stride(1) != 1:
         page_table = page_table.contiguous()
     lengths = lengths.contiguous()
-    return torch.ops.emu3_kernels.decode_attention(q, k_cache, v_cache, lengths, page_table, scale)
+    mask = None if mask is None else mask.contiguous()
+    return torch.ops.emu3_kernels.decode_attention(
+        q, k_cache, v_cache, lengths, page_table, mask, scale
+    )
 
 
 BACKENDS = {"decode_attention": Backend(why_not, forward)}
