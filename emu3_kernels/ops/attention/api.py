@@ -26,7 +26,8 @@ DECODE_ATTENTION = Backends(
     __package__,
     reference.decode_attention,
     cpu=("cpu", "sdpa"),
-    cuda=("triton", "cuda", "sdpa"),
+    # sdpa needs the lengths on the host and would wait for them: on a GPU it runs by name alone.
+    cuda=("triton", "cuda"),
 )
 
 MAX_NEW_TOKENS = 64

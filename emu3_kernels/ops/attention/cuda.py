@@ -1,4 +1,9 @@
-"""decode_attention in CUDA C++: csrc/cuda/attention/decode_attention.cuh."""
+"""decode_attention in CUDA C++: csrc/cuda/attention/decode_attention.cuh.
+
+For a GPU without Triton. It reads 16 bytes a lane, 8 of them ahead, but multiplies without tensor
+cores: on an H200 it took 234 us of 131,072 tokens, Triton 153. More than 8 queries of a KV head
+read the keys again for every 8.
+"""
 
 import torch
 from torch import Tensor
