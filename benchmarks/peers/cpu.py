@@ -193,7 +193,10 @@ def vllm_decode_attention(
     lengths: Tensor,
     scale: float,
     page_table: None,
+    mask: Tensor | None = None,
 ) -> Call:
+    if mask is not None:
+        raise UnavailableError("it takes no mask of the new tokens")
     return _vllm_attention(q, k_cache, v_cache, lengths, scale)
 
 

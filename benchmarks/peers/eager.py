@@ -93,10 +93,18 @@ def decode_attention(
     lengths: Tensor,
     scale: float,
     page_table: None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attend to full rows, as in every timed case; one new token needs no mask."""
     heads = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
-    return F.scaled_dot_product_attention(*heads, scale=scale, enable_gqa=True).transpose(1, 2)
+    settings = {"scale": scale, "enable_gqa": True}
+    if mask is not None:
+        (batch, num_new), num_keys = mask.shape, k_cache.shape[1]
+        bits = mask[..., None] >> torch.arange(num_new, device=q.device) & 1 != 0
+        attended = bits.new_ones(batch, 1, num_new, num_keys)
+        attended[:, 0, :, num_keys - num_new :] = bits
+        settings["attn_mask"] = attended
+    return F.scaled_dot_product_attention(*heads, **settings).transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **rest: object) -> Tensor:

@@ -207,9 +207,9 @@ struct Splits {
 };
 
 // q [B, T, H, K] and the caches have unit stride in K; lengths [B] and page_table [B, max_pages]
-// are int32 with unit stride in their last dimension.
+// are int32 with unit stride in their last dimension; mask [B, T] is contiguous.
 Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
-              const std::optional<Tensor>& table, double scale) {
+              const std::optional<Tensor>& table, const std::optional<Tensor>& mask, double scale) {
   constexpr double kLog2E = 1.4426950408889634;
   const int64_t batch = q.size(0);
   const DecodeCall call{dtype_of(q),
@@ -226,7 +226,8 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
                         cache(v),
                         table ? Pages{static_cast<const int32_t*>(table->const_data_ptr()),
                                       table->stride(0), k.size(1)}
-                              : Pages{}};
+                              : Pages{},
+                        data<uint64_t>(mask)};
   const Splits all(k, lengths, table);
   const int64_t num_splits = static_cast<int64_t>(all.splits.size());
   const int64_t queries = call.queries(), size = partial_size(call);
@@ -273,7 +274,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
       "columns, bool float32_out) -> (Tensor, Tensor, Tensor)");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? "
-      "page_table, float scale) -> Tensor");
+      "page_table, Tensor? mask, float scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {

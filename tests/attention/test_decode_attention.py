@@ -46,9 +46,9 @@ def test_blocks_and_pieces_and_a_key(backend, capacity):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (6, 2), (8, 1), (4, 4), (7, 1)])
-@pytest.mark.parametrize("new", [1, 3, 16])
+@pytest.mark.parametrize("new", [1, 3, 16, 33])
 def test_every_number_of_queries_that_share_a_key(backend, heads, groups, new):
-    """From 1 to 128: tiles of 4, 2 and 1, and more than the rows of one dot."""
+    """From 1 to 264: tiles of 4, 2 and 1, and more than the rows of one dot."""
     check(backend, make(new=new, heads=heads, groups=groups, capacity=70, dtype=torch.float32))
 
 
@@ -67,13 +67,14 @@ def calls(draw):
     groups = draw(st.sampled_from([1, 2, 3]))
     return {
         "batch": batch,
-        "new": draw(st.integers(1, 16)),
+        "new": draw(st.integers(1, 64)),
         "capacity": capacity,
         "heads": groups * draw(st.sampled_from([1, 2, 4, 5])),
         "groups": groups,
         "width": draw(st.sampled_from([16, 64])),
         "lengths": draw(st.lists(st.integers(0, capacity), min_size=batch, max_size=batch)),
         "page": page,
+        "tree": draw(st.booleans()),
     }
 
 
@@ -175,9 +176,12 @@ def test_bad_arguments_are_named():
     refused(ValueError, "and the caches alike", v_cache=k[:, :4])
     refused(ValueError, "and the caches alike", q=q.double())
     refused(TypeError, "q must be floating point", q=q.int())
-    refused(ValueError, "new tokens must be 1 to 16, got 17", q=q.expand(2, 17, 4, 64))
+    refused(ValueError, "new tokens must be 1 to 64, got 65", q=q.expand(2, 65, 4, 64))
     refused(ValueError, "3 query heads must be a multiple", q=q[:, :, :3])
     refused(ValueError, "a row for each of the 2 of q, got 1", k_cache=k[:1], v_cache=k[:1])
+    words = torch.ones(2, 1, dtype=torch.int64)
+    refused(TypeError, "mask must be int64, got torch.uint64", mask=words.view(torch.uint64))
+    refused(ValueError, r"mask must be \(2, 1\)", mask=words[:, 0])
     refused(TypeError, "lengths must be int32", lengths=lengths.long())
     refused(ValueError, r"lengths must be \(2,\)", lengths=lengths[:1])
     longer, other = lengths.clone(), table.clone()
@@ -198,9 +202,9 @@ def test_the_cpu_kernel_checks_values_that_a_traced_call_could_not():
     op = torch.ops.emu3_kernels.decode_attention
     lengths, table = torch.tensor([5], dtype=torch.int32), torch.tensor([[0, 2]], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"lengths must lie in \[0, 4\], got 5"):
-        op(q, cache[:1], cache[:1], lengths, None, 1.0)
+        op(q, cache[:1], cache[:1], lengths, None, None, 1.0)
     with pytest.raises(ValueError, match=r"pages must lie in \[0, 2\), got 2"):
-        op(q, cache, cache, lengths, table, 1.0)
+        op(q, cache, cache, lengths, table, None, 1.0)
 
 
 def test_a_backend_that_cannot_run_says_why():
@@ -217,10 +221,11 @@ def test_a_backend_that_cannot_run_says_why():
 @pytest.mark.parametrize("size", CASES.check)
 def test_sdpa_a_row_at_a_time(size):
     inputs = CASES.make(**size, dtype=torch.float32, device="cpu")
-    if inputs["page_table"] is None:
+    if inputs["page_table"] is None and "mask" not in inputs:
         check("sdpa", inputs)
     else:
-        with pytest.raises(NotImplementedError, match="'sdpa' cannot run this call: it reads no"):
+        why = "'sdpa' cannot run this call: (it reads no pages|a mask of the new tokens is left)"
+        with pytest.raises(NotImplementedError, match=why):
             call("sdpa", inputs)
 
 

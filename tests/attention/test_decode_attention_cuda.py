@@ -15,20 +15,24 @@ FEW, MANY = 10_000, 1
 """SMs of a GPU that needs as many splits as there are, and of one that needs few."""
 
 
-def on_fibers(q, k_cache, v_cache, lengths, scale, page_table, multiprocessors=FEW, seed=0):
+def on_fibers(
+    q, k_cache, v_cache, lengths, scale, page_table, mask=None, multiprocessors=FEW, seed=0
+):
     """decode_attention by the CUDA kernels, called as their binding calls them."""
     (batch, new, heads, head_dim), kv_heads = q.shape, k_cache.shape[2]
     columns = 0 if page_table is None else page_table.shape[1]
     page = k_cache.shape[1]
     data = [raw(tensor) for tensor in (q, k_cache, v_cache)]
     header = struct.pack(
-        "d23q", scale * math.log2(math.e), q.dtype == torch.bfloat16, batch, new, heads // kv_heads,
-        kv_heads, head_dim, page * max(columns, 1), page, columns, multiprocessors, seed,
+        "d24q", scale * math.log2(math.e), q.dtype == torch.bfloat16, batch, new, heads // kv_heads,
+        kv_heads, head_dim, page * max(columns, 1), page, columns, mask is not None,
+        multiprocessors, seed,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *map(len, data),
     )  # fmt: skip
-    table = b"" if page_table is None else raw(page_table)
+    rest = [lengths, page_table, mask]
+    rest = b"".join(raw(tensor) for tensor in rest if tensor is not None)
     program = fiber.build("run_decode_attention.cpp")
-    out = fiber.run(program, stdin=header + b"".join(data) + raw(lengths) + table)
+    out = fiber.run(program, stdin=header + b"".join(data) + rest)
     return torch.frombuffer(bytearray(out), dtype=q.dtype).view(q.shape)
 
 

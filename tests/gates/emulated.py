@@ -4,14 +4,16 @@ It is right in bfloat16, and stops a launch at the line of an access out of boun
 between programs. For a process in which Triton compiles: see the ``emulating`` fixture.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
-from ttsem import sanitize
+from ttsem import pidraces, sanitize
 
 from emu3_kernels.ops.loss import triton as loss
 from emu3_kernels.runtime import launch
@@ -28,8 +30,10 @@ before a product.
 @contextmanager
 def emulated() -> Iterator[sanitize.Session]:
     """Run every Triton launch of the block through ttsem, on the CPU tensors it is given."""
+    find_race = pidraces.find_race
     with (
         mock.patch.object(launch, "DEVICES", {"cpu"}),
+        mock.patch.object(pidraces, "find_race", lambda log: find_race(unordered(log))),
         sanitize.session(cuda_is_cpu=False) as session,
     ):
         try:
@@ -38,6 +42,35 @@ def emulated() -> Iterator[sanitize.Session]:
             # ttsem's own exceptions do not survive the way back to the test's process.
             raise AssertionError(str(stop)) from None
     assert not session.races_unchecked, "a launch was too large to be checked for races"
+
+
+def unordered(log: list | None) -> list | None:
+    """Leave out loads of what other programs stored before they counted themselves.
+
+    ttsem knows no order between programs. A program that counts itself by an atomic of acquire and
+    release order sees all that is stored by those that did so before it, at the same address. That
+    they are before it in every schedule is seen in another order of the programs.
+    """
+    counted = {}
+    for at, (program, kind, op, addresses, *_) in enumerate(log or ()):
+        if kind == "a" and "sem = 4" in op:
+            counted.setdefault(program, (at, addresses[0]))
+    if not counted:
+        return log
+    kept = []
+    for at, entry in enumerate(log):
+        counted_at, counter = counted.get(entry[0], (len(log), None))
+        if entry[1] == "r" and at > counted_at:
+            released = [
+                addresses
+                for stored_at, (program, kind, _, addresses, *_) in enumerate(log[:counted_at])
+                if kind in "ws" and counted.get(program, (0, None))[1] == counter
+                if stored_at < counted[program][0] <= counted_at
+            ]
+            if released and np.isin(entry[3], np.concatenate(released)).all():
+                continue
+        kept.append(entry)
+    return kept
 
 
 def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype, **settings: object) -> None:
@@ -92,6 +125,13 @@ def check_a_dropped_row_is_not_read() -> None:
     assert losses.ne(0).tolist() == denominators.any(dim=1).tolist() == [True, True, False]
 
 
-def launch_emulated(name: str) -> None:
-    with emulated():
-        faulty.run(name)
+def launch_emulated(name: str, order: str = "", **constants: object) -> None:
+    """Launch a kernel of ``faulty.py``, its programs in the order that ttsem calls ``order``."""
+    with emulated(), mock.patch.dict(os.environ, TTSEM_GRID_ORDER=order):
+        faulty.run(name, **constants)
+
+
+def check_any_order_of_programs(op: str, size: dict) -> None:
+    for order in ("reverse", "shuffle:1", "shuffle:2"):
+        with mock.patch.dict(os.environ, TTSEM_GRID_ORDER=order):
+            check_value_and_gradients(op, size, torch.bfloat16)

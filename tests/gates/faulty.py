@@ -33,11 +33,30 @@ def racy_kernel(x_ptr, y_ptr, numel, BLOCK: tl.constexpr):
     tl.store(y_ptr + c, total)
 
 
-def run(name: str) -> Tensor:
+@triton.jit
+def last_sums_kernel(
+    x_ptr, y_ptr, numel, BLOCK: tl.constexpr, SEM: tl.constexpr, COUNTED: tl.constexpr
+):
+    """Both programs store a block, and the last adds them; y starts with their counter.
+
+    Right if ``SEM`` is "acq_rel" and the last is the one that counts last (``COUNTED``).
+    """
+    c = tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + c
+    tl.store(y_ptr + BLOCK + i, tl.load(x_ptr + i, mask=i < numel, other=0))
+    tl.debug_barrier()
+    before = tl.atomic_add(y_ptr, 1, sem=SEM)
+    is_last = before == 1 if COUNTED else tl.program_id(0) == 1
+    if is_last:
+        total = tl.load(y_ptr + BLOCK + c) + tl.load(y_ptr + 2 * BLOCK + c)
+        tl.store(y_ptr + 3 * BLOCK + c, total)
+
+
+def run(name: str, **constants: object) -> Tensor:
     """Run the kernel ``name`` over one block and a half of ones."""
     x = torch.ones(BLOCK * 3 // 2)
-    y = torch.zeros_like(x)
-    launch(globals()[name], (2,), x, y, x.numel(), **tile(1, BLOCK=BLOCK))
+    y = torch.zeros(4 * BLOCK if constants else x.numel())
+    launch(globals()[name], (2,), x, y, x.numel(), **tile(1, BLOCK=BLOCK), **constants)
     return y
 
 

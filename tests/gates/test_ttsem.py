@@ -68,6 +68,30 @@ def test_the_sum_is_rounded_before_it_is_normalised(emulating):
     emulating(emulated.check_the_sum_is_rounded)
 
 
+@pytest.mark.parametrize("index", [2, -1])
+def test_the_last_program_of_a_decoded_token_may_be_any(index, emulating):
+    size = cases("decode_attention").check[index]
+    emulating(emulated.check_any_order_of_programs, "decode_attention", size)
+
+
+@pytest.mark.parametrize(
+    ("order", "sem", "counted", "refused"),
+    [
+        ("", "acq_rel", True, False),
+        ("reverse", "acq_rel", True, False),
+        ("", "relaxed", True, True),
+        ("reverse", "acq_rel", False, True),
+    ],
+)
+def test_a_last_program_that_others_may_follow_is_refused(order, sem, counted, refused, emulating):
+    launched = partial(emulated.launch_emulated, order=order, SEM=sem, COUNTED=counted)
+    if not refused:
+        emulating(launched, "last_sums_kernel")
+        return
+    with pytest.raises(AssertionError, match="any order and at the same time"):
+        emulating(launched, "last_sums_kernel")
+
+
 @pytest.mark.parametrize(
     ("kernel", "line", "fault"),
     [

@@ -149,6 +149,12 @@ void score(const DecodeCall& call, const float* packed, const T* const* keys, in
   }
 }
 
+// Masks the scores of keys of new tokens, from `first_new` on, that are not in `word`.
+inline void mask_scores(float* scores, uint64_t word, int64_t first_new, int64_t count) {
+  for (int64_t j = first_new < 0 ? 0 : first_new; j < count; ++j)
+    if (!(word >> (j - first_new) & 1)) scores[j] = kNegInf;
+}
+
 inline void store_p(float* to, Vec p_j) { store(to, p_j); }
 
 inline void store_p(uint16_t* to, Vec p_j) {
@@ -251,13 +257,15 @@ struct Work {
   const DecodeCall& call;
   const Block<T>& block;
   int64_t first_query_keys;  // keys of the block to which the first query attends, unclamped
+  const uint64_t* mask;      // of the batch entry
   Prefetch<T> k, v;
 
-  Work(const DecodeCall& call, const Block<T>& block, const Block<T>& next,
+  Work(const DecodeCall& call, const Block<T>& block, const Block<T>& next, int64_t row,
        int64_t first_query_keys)
       : call(call),
         block(block),
         first_query_keys(first_query_keys),
+        mask(call.mask ? call.mask + row * call.new_tokens : nullptr),
         k{next.k, next.count, call.k.head_stride, call.kv_heads, call.head_dim},
         v{next.v, next.count, call.v.head_stride, call.kv_heads, call.head_dim} {}
 };
@@ -272,7 +280,12 @@ void attend_tile(Work<T>& work, int64_t g, int64_t query, const float* packed, f
   Prob<T> p[kRows][kBlockKeys];
   score<T, kRows>(call, packed, block.k, g * call.k.head_stride, block.count, work.k, scores);
   for (int r = 0; r < kRows; ++r) {
-    const int64_t num_attended = work.first_query_keys + (query + r) / heads_per_kv;
+    const int64_t token = (query + r) / heads_per_kv;
+    int64_t num_attended = work.first_query_keys + token;
+    if (work.mask) {
+      mask_scores(scores[r], work.mask[token], work.first_query_keys - 1, block.count);
+      num_attended = block.count;
+    }
     softmax_step(call, scores[r], num_attended < block.count ? num_attended : block.count, p[r],
                  partial + r * partial_size(call));
   }
@@ -291,7 +304,7 @@ void attend_split(const DecodeCall& call, const KeySplit& split, const float* pa
     // The next block may belong to the next split, which this thread most likely takes too.
     const Block<T> next(call, split.row, first + kBlockKeys,
                         first + kBlockKeys < split.end ? split.end : split.length);
-    Work<T> work(call, block, next, split.length - call.new_tokens + 1 - first);
+    Work<T> work(call, block, next, split.row, split.length - call.new_tokens + 1 - first);
     for (int64_t g = 0; g < call.kv_heads; ++g) {
       for (int64_t i = 0; i < queries_per_kv;) {
         const int64_t query = g * queries_per_kv + i;

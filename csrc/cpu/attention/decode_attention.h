@@ -28,6 +28,7 @@ struct DecodeCall {
   int64_t q_row_stride, q_token_stride, q_head_stride;
   Cache k, v;
   Pages pages;
+  const uint64_t* mask;  // [B, new_tokens] or null: bit j of word i, new token i attends to j
 
   // Query rows of a batch entry, in the order of KV head, token, head of the KV head.
   int64_t queries() const { return new_tokens * heads; }

@@ -17,7 +17,8 @@ DecodeHeads<T> heads(const Tensor& x) {
 
 template <typename T>
 void launch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
-            const std::optional<Tensor>& table, double scale, const Tensor& out) {
+            const std::optional<Tensor>& table, const std::optional<Tensor>& mask, double scale,
+            const Tensor& out) {
   constexpr double kLog2E = 1.4426950408889634;
   const int64_t batch = q.size(0), kv_heads = k.size(2), head_dim = q.size(3);
   const int64_t rows = q.size(1) * q.size(2) / kv_heads;
@@ -35,6 +36,7 @@ void launch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& len
       heads<T>(v),
       static_cast<const int32_t*>(lengths.const_data_ptr()),
       table ? static_cast<const int32_t*>(table->const_data_ptr()) : nullptr,
+      mask ? static_cast<const uint64_t*>(mask->const_data_ptr()) : nullptr,
       table ? table->stride(0) : 0,
       static_cast<int>(k.size(1)),
       static_cast<int>(q.size(1)),
@@ -56,14 +58,14 @@ void launch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& len
 // Arguments as of csrc/bindings/attention.cpp; K must be 64 or 128 and every head aligned to 16
 // bytes.
 Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
-              const std::optional<Tensor>& table, double scale) {
+              const std::optional<Tensor>& table, const std::optional<Tensor>& mask, double scale) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device());
   Tensor out = torch::stable::new_empty(q, q.sizes());
   if (out.numel() == 0) return out;
   if (dtype_of(q) == Dtype::float32) {
-    launch<float>(q, k, v, lengths, table, scale, out);
+    launch<float>(q, k, v, lengths, table, mask, scale, out);
   } else {
-    launch<bfloat16>(q, k, v, lengths, table, scale, out);
+    launch<bfloat16>(q, k, v, lengths, table, mask, scale, out);
   }
   return out;
 }

@@ -29,6 +29,7 @@ template <typename T>
 struct Decode {
   DecodeHeads<T> q, k, v;
   const int32_t *lengths, *table;  // table [batch, max_pages] or null
+  const uint64_t* mask;  // [batch, new_tokens] or null: bit j of word i, new token i attends to j
   int64_t table_stride;
   int page, new_tokens, heads_per_kv, kv_heads, splits;
   float scale;     // of the scores, times log2(e)
@@ -114,7 +115,8 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
   for (int r = 0; r < kRows; ++r) {
     const int row = first_row + r, token = row / call.heads_per_kv;
     const int head = kv_head * call.heads_per_kv + row % call.heads_per_kv;
-    num_attended[r] = row < call.rows() ? length - call.new_tokens + 1 + token : 0;
+    const int causal = length - call.new_tokens + 1 + token;
+    num_attended[r] = row < call.rows() ? (call.mask ? length : causal) : 0;
     Vector elements = {};
     if (row < call.rows())
       elements = *reinterpret_cast<const Vector*>(call.q.data + batch * call.q.row_stride +
@@ -158,6 +160,20 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
 #pragma unroll
         for (int bits = kSubWarp / 2; bits; bits /= 2) sum += __shfl_xor_sync(kFullMask, sum, bits);
         p[r][u] = j < end && j < num_attended[r] ? sum : kNegInf;
+      }
+    }
+    const int first_new = length - call.new_tokens;
+    if (call.mask && first - sub_warp + kSubWarps * kUnroll > first_new) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int row = first_row + r;
+        if (row >= call.rows()) break;
+        const uint64_t word = call.mask[batch * call.new_tokens + row / call.heads_per_kv];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int j = first + u * kSubWarps;
+          if (first_new <= j && j < end && !(word >> (j - first_new) & 1)) p[r][u] = kNegInf;
+        }
       }
     }
 #pragma unroll

@@ -26,10 +26,12 @@ DECODE_ATTENTION = Backends(
     __package__,
     reference.decode_attention,
     cpu=("cpu", "sdpa"),
-    cuda=("triton", "cuda", "sdpa"),
+    # sdpa needs the lengths on the host and would wait for them: on a GPU it runs by name alone.
+    cuda=("triton", "cuda"),
 )
 
-MAX_NEW_TOKENS = 16
+MAX_NEW_TOKENS = 64
+"""One bit of a word of the mask for each."""
 
 
 def attention(
@@ -177,16 +179,18 @@ def decode_attention(
     v_cache: Tensor,
     lengths: Tensor,
     *,
+    mask: Tensor | None = None,
     scale: float | None = None,
     page_table: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Attend from the last tokens of every row: ``out = softmax(scale * q @ k.T) @ v`` per head.
 
-    The queries are the last t of the ``lengths[b]`` positions of row b, causal among themselves:
-    query i attends to the keys ``j < lengths[b] - t + i + 1``, and one without a key gets 0. Query
-    head h reads KV head ``h // (H/KV)``; each key and value is read once for the query heads that
-    share it, and nothing beyond ``lengths[b]`` is read. Keys are split among threads or programs,
+    The queries are the last t of the ``lengths[b]`` positions of row b. Each attends to all keys
+    before them, ``j < lengths[b] - t``, and among the t new keys to those of its word of ``mask``,
+    by default its own and the earlier ones; one without a key gets 0. Query head h reads KV head
+    ``h // (H/KV)``; keys and values are read once for up to 128 queries (on a CPU, for all) of a
+    KV head, and nothing beyond ``lengths[b]`` is read. Keys are split among threads or programs,
     whose float32 results are merged by their lse in a fixed order; the result is rounded once and
     does not depend on the number of threads. Not differentiable.
 
@@ -194,13 +198,16 @@ def decode_attention(
     2309.06180).
 
     Args:
-        q: ``[B, t, H, K]``, t from 1 to 16, any floating dtype.
+        q: ``[B, t, H, K]``, t from 1 to 64, any floating dtype.
         k_cache: ``[B, S, KV, K]``, any strides in B, S and KV, or ``[pages, page, KV, K]`` with a
             ``page_table``; H a multiple of KV; dtype and device of ``q``.
         v_cache: shape, dtype and device of ``k_cache``.
         lengths: ``[B]`` int32, at most S, keys of each row, the t new ones included. Its values and
             those of the page table are checked in eager calls on a CPU; elsewhere the caller
             guarantees them.
+        mask: ``[B, t]`` int64, words of 64 bits: new token i attends to new token j if
+            ``mask[b, i] >> j & 1``, which for a tree of drafts are i and its ancestors. Bit 63 is
+            the sign. Bits from t on have no key and are ignored. None is causal.
         scale: factor of the scores; None is ``K ** -0.5``.
         page_table: ``[B, max_pages]`` int32: key j of row b is key ``j % page`` of page
             ``page_table[b, j // page]``. Entries beyond the keys of a row are not read.
@@ -211,18 +218,24 @@ def decode_attention(
     """
     layout = "q must be [B, t, H, K] and the caches alike, [B, S, KV, K] or [pages, page, KV, K],"
     check_grouped_heads("decode_attention", layout, q, k_cache, v_cache, shared=0)
-    _check_rows(q, k_cache, lengths, page_table)
+    _check_rows(q, k_cache, lengths, page_table, mask)
     if needs_gradient(q, k_cache, v_cache):
         raise ValueError("decode_attention: has no gradient, got inputs that require one")
-    chosen = DECODE_ATTENTION.choose(backend, q, k_cache, v_cache, page_table)
+    chosen = DECODE_ATTENTION.choose(backend, q, k_cache, v_cache, page_table, mask)
     if q.is_cpu and chosen is not DECODE_ATTENTION["cpu"]:  # whose kernel checks them itself
         _check_values(k_cache, lengths, page_table)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     run = chosen.function or chosen.forward
-    return run(q, k_cache, v_cache, lengths, scale=scale, page_table=page_table)
+    return run(q, k_cache, v_cache, lengths, mask=mask, scale=scale, page_table=page_table)
 
 
-def _check_rows(q: Tensor, k_cache: Tensor, lengths: Tensor, page_table: Tensor | None) -> None:
+def _check_rows(
+    q: Tensor,
+    k_cache: Tensor,
+    lengths: Tensor,
+    page_table: Tensor | None,
+    mask: Tensor | None,
+) -> None:
     (batch, num_new, *_), device = q.shape, q.device
     if not 1 <= num_new <= MAX_NEW_TOKENS:
         raise ValueError(
@@ -234,6 +247,14 @@ def _check_rows(q: Tensor, k_cache: Tensor, lengths: Tensor, page_table: Tensor 
         raise ValueError(
             f"decode_attention: lengths must be ({batch},) on {device}, got {describe(lengths)}"
         )
+    if mask is not None:
+        if mask.dtype != torch.int64:
+            raise TypeError(f"decode_attention: mask must be int64, got {mask.dtype}")
+        if mask.shape != (batch, num_new) or mask.device != device:
+            raise ValueError(
+                f"decode_attention: mask must be ({batch}, {num_new}) on {device}, "
+                f"got {describe(mask)}"
+            )
     if page_table is not None:
         if page_table.dtype != torch.int32:
             raise TypeError(f"decode_attention: page_table must be int32, got {page_table.dtype}")

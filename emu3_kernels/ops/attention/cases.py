@@ -40,11 +40,19 @@ DECODE_CHECK = [
     {"batch": 2, "new": 16, "capacity": 96, "heads": 8, "groups": 1, "width": 64, "page": 32},
     {"batch": 2, "new": 2, "capacity": 112, "heads": 4, "groups": 1, "width": 128,
      "lengths": [112, 33], "page": 16},
+    # Trees: of all 64 bits, over two tiles of queries; across blocks of keys; a row without
+    # other keys, and one whose first tokens have none at all.
+    {"batch": 1, "new": 64, "capacity": 97, "heads": 6, "groups": 2, "width": 64, "tree": True},
+    {"batch": 3, "new": 20, "capacity": 96, "heads": 2, "groups": 1, "width": 128,
+     "lengths": [75, 20, 7], "page": 16, "tree": True},
 ]  # fmt: skip
 DECODE_TIME = [
     # Emu3-8B, one token: at the end of its context; after an image of 720 x 720, guided.
     {"batch": 1, "new": 1, "capacity": 131_072, "heads": 32, "groups": 8, "width": 128},
     {"batch": 2, "new": 1, "capacity": 8192, "heads": 32, "groups": 8, "width": 128},
+    # Drafts of parallel decoding in the middle of that image.
+    {"batch": 2, "new": 16, "capacity": 4096, "heads": 32, "groups": 8, "width": 128, "tree": True},
+    {"batch": 2, "new": 64, "capacity": 4096, "heads": 32, "groups": 8, "width": 128, "tree": True},
 ]
 
 
@@ -109,6 +117,7 @@ def make_decode(
     width: int,
     lengths: list[int] | None = None,
     page: int | None = None,
+    tree: bool = False,
     dtype: torch.dtype,
     device: str,
 ) -> dict[str, Tensor | float | None]:
@@ -131,7 +140,8 @@ def make_decode(
     if page:
         k, v, table = paged(k, v, page, random)
         table = table.where(torch.arange(0, capacity, page, device=device) < ends[:, None], -7)
-    return {
+    mask = {"mask": random_trees(batch, new, random)} if tree else {}
+    return mask | {
         "q": (2 * torch.randn(batch, new, heads, width, **on)).to(dtype),
         "k_cache": k,
         "v_cache": v,
@@ -139,6 +149,16 @@ def make_decode(
         "scale": 1.25 * width**-0.5,
         "page_table": table,
     }
+
+
+def random_trees(batch: int, new: int, random: torch.Generator) -> Tensor:
+    """Draw a parent for every token but the first; return the words of itself and its ancestors."""
+    on = {"device": random.device}
+    words = torch.ones(batch, new, dtype=torch.int64, **on) << torch.arange(new, **on)
+    for i in range(1, new):
+        parent = torch.randint(i, (batch, 1), generator=random, **on)
+        words[:, i] |= words.gather(1, parent)[:, 0]
+    return words
 
 
 def paged(
@@ -159,6 +179,7 @@ def decode_bytes(
     heads: int,
     groups: int,
     width: int,
+    tree: bool = False,
     dtype: torch.dtype,
 ) -> int:
     """Traffic that no implementation can avoid: keys and values once, q in, out out."""

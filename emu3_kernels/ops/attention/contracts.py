@@ -63,28 +63,26 @@ DROPOUT_BACKWARD = _backward(
 )
 
 
-def _decode(num_new: int, page: int | None) -> None:
+def _decode(num_new: int, page: int | None, *, tree: bool = False) -> None:
     """Emu3-8B, two rows of 8,192 positions."""
     shape = (2, 8192, 8, 128) if page is None else (2 * 8192 // page, page, 8, 128)
     table = None if page is None else meta(2, 8192 // page, dtype=torch.int32)
+    mask = meta(2, num_new, dtype=torch.int64) if tree else None
     tensors = meta(2, num_new, 32, 128), meta(*shape), meta(*shape), meta(2, dtype=torch.int32)
-    triton_decode.forward(*tensors, scale=128**-0.5, page_table=table)
+    triton_decode.forward(*tensors, mask=mask, scale=128**-0.5, page_table=table)
 
 
-# 128 registers leave room for four programs of four warps on a multiprocessor, 255 for two. Scalars
-# are the length, the pages of the keys that a thread reads, and the lse of a row; merging, the lse
-# of the splits that a thread sums, of 64 at most.
-SPLIT = Contract(
-    128, scalar_loads=1, scalar_stores=1, tensor_cores=True, async_copies=True,
+# 255 registers leave room for two programs of four warps on a multiprocessor, as many as there
+# are. Scalars are the length, the counter, the lse of a row and of the splits that a thread merges,
+# the words of the mask and the pages of the keys that a thread reads; and half a row of the result.
+DECODE = Contract(
+    255, scalar_loads=28, scalar_stores=2, tensor_cores=True, async_copies=True,
     exceptions={"gfx942: async_copies": AMD["gfx942: async_copies"]},
 )  # fmt: skip
-MERGE = Contract(
-    128, scalar_loads=18, scalar_stores=1, few_programs="a program for each head of a token"
-)
 
 
-def _decoding(split: Contract) -> Mapping[str, Contract]:
-    return {"decode_attention_split_kernel": split, "decode_attention_merge_kernel": MERGE}
+def _decoding(**terms: object) -> Mapping[str, Contract]:
+    return {"decode_attention_kernel": replace(DECODE, **terms)}
 
 
 CONFIGS = {
@@ -113,45 +111,41 @@ CONFIGS = {
         ),
     ),
     "decode_attention": (
-        Config("one token", lambda: _decode(1, None), _decoding(SPLIT)),
-        Config(
-            "16 tokens", lambda: _decode(16, None), _decoding(replace(SPLIT, max_registers=255))
-        ),
-        Config(
-            "one token, pages of 16",
-            lambda: _decode(1, 16),
-            _decoding(replace(SPLIT, scalar_loads=8)),
-        ),
+        Config("one token", lambda: _decode(1, None), _decoding()),
+        Config("16 tokens", lambda: _decode(16, None), _decoding()),
+        Config("one token, pages of 16", lambda: _decode(1, 16), _decoding(scalar_loads=36)),
+        Config("16 tokens in a tree", lambda: _decode(16, None, tree=True), _decoding()),
+        Config("64 tokens in a tree", lambda: _decode(64, None, tree=True), _decoding()),
     ),
 }
 
 # Blocks have 128 threads: 168 registers leave room for three on a multiprocessor, 85 for six, 255
-# for two. Scalar loads are the length, and a page for each key that a sub-warp group reads; the
-# scalar store is one lse a query.
+# for two. Scalar loads are the length, a page for each key that a sub-warp group reads and the word
+# of the mask of each query; the scalar store is one lse a query.
 CUDA = (
     CudaKernel(
         "decode_attention",
         "decode_attention_kernel<bfloat16, 128, 4>",
         "(Decode<bfloat16>)",
-        Contract(max_registers=168, scalar_loads=5, scalar_stores=1),
+        Contract(max_registers=168, scalar_loads=9, scalar_stores=1),
     ),
     CudaKernel(
         "decode_attention",
         "decode_attention_kernel<bfloat16, 128, 1>",
         "(Decode<bfloat16>)",
-        Contract(max_registers=85, scalar_loads=5, scalar_stores=1),
+        Contract(max_registers=85, scalar_loads=6, scalar_stores=1),
     ),
     CudaKernel(
         "decode_attention",
         "decode_attention_kernel<bfloat16, 128, 8>",
         "(Decode<bfloat16>)",
-        Contract(max_registers=255, scalar_loads=3, scalar_stores=1),
+        Contract(max_registers=255, scalar_loads=11, scalar_stores=1),
     ),
     CudaKernel(
         "decode_attention",
         "decode_attention_kernel<float, 64, 8>",
         "(Decode<float>)",
-        Contract(max_registers=168, scalar_loads=3, scalar_stores=1),
+        Contract(max_registers=168, scalar_loads=11, scalar_stores=1),
     ),
     # Eight blocks a multiprocessor. Scalar loads are the length and the lse of each split; the
     # scalar store is four elements of bfloat16 a lane.

@@ -86,6 +86,7 @@ def decode_forward(
     v_cache: Tensor,
     lengths: Tensor,
     *,
+    mask: Tensor | None,
     scale: float,
     page_table: Tensor | None,
 ) -> Tensor:
@@ -94,7 +95,10 @@ def decode_forward(
     if page_table is not None and page_table.stride(1) != 1:
         page_table = page_table.contiguous()
     lengths = lengths.contiguous()
-    return torch.ops.emu3_kernels.decode_attention(q, k_cache, v_cache, lengths, page_table, scale)
+    mask = None if mask is None else mask.contiguous()
+    return torch.ops.emu3_kernels.decode_attention(
+        q, k_cache, v_cache, lengths, page_table, mask, scale
+    )
 
 
 if not library.MISSING:
@@ -113,7 +117,7 @@ if not library.MISSING:
         return tuple(x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
 
     @torch.library.register_fake("emu3_kernels::decode_attention")
-    def _(q, k_cache, v_cache, lengths, page_table, scale):
+    def _(q, k_cache, v_cache, lengths, page_table, mask, scale):
         return q.new_empty(q.shape)
 
 

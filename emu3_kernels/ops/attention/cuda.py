@@ -1,4 +1,9 @@
-"""decode_attention in CUDA C++: csrc/cuda/attention/decode_attention.cuh."""
+"""decode_attention in CUDA C++: csrc/cuda/attention/decode_attention.cuh.
+
+For a GPU without Triton. It reads 16 bytes a lane, 8 of them ahead, but multiplies without tensor
+cores: on an H200 it took 234 us of 131,072 tokens, Triton 153. More than 8 queries of a KV head
+read the keys again for every 8.
+"""
 
 import torch
 from torch import Tensor
@@ -40,6 +45,7 @@ def forward(
     v_cache: Tensor,
     lengths: Tensor,
     *,
+    mask: Tensor | None,
     scale: float,
     page_table: Tensor | None,
 ) -> Tensor:
@@ -48,7 +54,10 @@ def forward(
     if page_table is not None and page_table.stride(1) != 1:
         page_table = page_table.contiguous()
     lengths = lengths.contiguous()
-    return torch.ops.emu3_kernels.decode_attention(q, k_cache, v_cache, lengths, page_table, scale)
+    mask = None if mask is None else mask.contiguous()
+    return torch.ops.emu3_kernels.decode_attention(
+        q, k_cache, v_cache, lengths, page_table, mask, scale
+    )
 
 
 BACKENDS = {"decode_attention": Backend(why_not, forward)}

@@ -49,6 +49,7 @@ def decode_attention(
     v_cache: Tensor,
     lengths: Tensor,
     *,
+    mask: Tensor | None = None,
     scale: float | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
@@ -63,8 +64,12 @@ def decode_attention(
     column = torch.arange(capacity, device=q.device)
     absent = (column >= lengths[:, None])[..., None, None]
     k, v = (cache.to(compute).masked_fill(absent, 0) for cache in (k_cache, v_cache))
-    last = lengths[:, None] - num_new + torch.arange(num_new, device=q.device)
-    masked = (column > last[..., None])[:, None, None]
+    new = (column - (lengths - num_new)[:, None])[:, None]  # which of the new tokens a key is
+    if mask is None:
+        masked = new > torch.arange(num_new, device=q.device)[:, None]
+    else:
+        masked = (new >= 0) & (mask[:, :, None] >> new.clamp(0, 63) & 1 == 0)
+    masked = (masked | absent.view(*new.shape))[:, None, None]
     q = q.to(compute).unflatten(2, (num_kv_heads, num_heads // num_kv_heads))
     scale = head_dim**-0.5 if scale is None else scale
     scores = torch.einsum("btgrk,bsgk->bgrts", q, k) * scale

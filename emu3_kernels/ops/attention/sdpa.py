@@ -47,10 +47,16 @@ def attention(
 
 
 def why_not_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor | None,
+    mask: Tensor | None,
 ) -> str | None:
     if page_table is not None:
         return "it reads no pages"
+    if mask is not None:
+        return "a mask of the new tokens is left to the others"
     if torch.compiler.is_compiling():
         return "it slices by lengths, which are unknown while a graph is traced"
     return None
@@ -62,6 +68,7 @@ def decode_attention(
     v_cache: Tensor,
     lengths: Tensor,
     *,
+    mask: None,
     scale: float,
     page_table: None,
 ) -> Tensor:

@@ -1,16 +1,17 @@
-"""decode_attention in Triton: keys are split among programs, and a second launch merges them.
+"""decode_attention in Triton: keys are split among programs, and the last of them merges.
 
 B batch, t new tokens, H query heads, KV key/value heads, K head_dim. The ``t * H / KV`` queries of
-a KV head are the rows of one dot, by token, then by head: each key is read once for all of them.
+a KV head are the rows of a dot, by token, then by head: each key is read once for all of them, or
+for 128 of them. Every program stores its partial result, then counts itself; the one that counts
+last merges all, in their order, so that the result does not depend on which one it is.
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from emu3_kernels.runtime.counters import counters
 from emu3_kernels.runtime.launch import (
     cdiv,
     gpu_of,
@@ -20,17 +21,20 @@ from emu3_kernels.runtime.launch import (
     why_not_triton,
 )
 
-LOG2E = math.log2(math.e)
-MIN_ROWS, MAX_ROWS = 16, 64
+LOG2E = 1.4426950408889634
+MIN_ROWS, MAX_ROWS, MAX_ROWS_FLOAT32 = 16, 128, 64
 """Of a dot: the fewest that tensor cores take; the most whose accumulators fit the registers."""
 MAX_SPLITS = 64
-"""Partial results that one program of the second launch holds."""
-PROGRAMS_PER_SM = 4
+"""Partial results of a query that are merged at once."""
+MERGED = 8192
+"""Elements of partial results that 128 threads merge at once."""
 # Of gfx942's 64 KiB of shared memory, more keys leave too little, and registers spill.
 TILE = tile(4, 3, BLOCK_N=64)
+TILE_TALL = tile(8, 3, BLOCK_N=64)
 TILE_FLOAT32 = tile(4, 3, BLOCK_N=32)
 TILE_WARP64 = tile(4, 1, BLOCK_N=32)
-MERGE_TILE = tile(4)
+PROGRAMS_PER_SM = 2
+"""What an H200 was measured fastest with: 131,072 tokens in 153 us, with 4 in 159 to 179."""
 
 
 def why_not(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
@@ -45,11 +49,14 @@ def forward(
     v_cache: Tensor,
     lengths: Tensor,
     *,
+    mask: Tensor | None,
     scale: float,
     page_table: Tensor | None,
 ) -> Tensor:
-    if q.stride(3) != 1:
+    q_strides = q.stride()
+    if q_strides[3] != 1:
         q = q.contiguous()
+        q_strides = q.stride()
     (batch, num_new, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k_cache.shape
     out = q.new_empty((batch, num_new, num_heads, head_dim))
     if batch * num_heads * head_dim == 0:
@@ -57,77 +64,83 @@ def forward(
     page, table_stride = 0, 0
     if page_table is not None:
         page_table = page_table.contiguous()
-        page, table_stride = num_keys, page_table.stride(0)
-        num_keys *= page_table.shape[1]
+        page, table_stride = num_keys, page_table.shape[1]
+        num_keys *= table_stride
     heads_per_kv_head = num_heads // num_kv_heads
-    rows = num_new * heads_per_kv_head
-    tile_rows = min(max(next_power_of_2(rows), MIN_ROWS), MAX_ROWS)
-    blocks = cdiv(rows, tile_rows)
-    gpu = gpu_of(q)
-    chosen = TILE_WARP64 if gpu.warp_size == 64 else TILE if q.itemsize == 2 else TILE_FLOAT32
-    block_n, programs = chosen["BLOCK_N"], batch * num_kv_heads * blocks
-    splits = num_splits(programs, cdiv(num_keys, block_n), gpu.num_sms)
-    partial = q.new_empty((batch, num_kv_heads, splits, rows, head_dim), dtype=torch.float32)
-    lse = q.new_empty((batch, num_kv_heads, splits, rows), dtype=torch.float32)
-    block_d, lengths_stride = max(next_power_of_2(head_dim), 16), lengths.stride(0)
+    rows, gpu = num_new * heads_per_kv_head, gpu_of(q)
+    block_m, chosen = tile_of(rows, q.itemsize, gpu.warp_size)
+    blocks = cdiv(rows, block_m)
+    programs = batch * num_kv_heads * blocks
+    splits = num_splits(programs, cdiv(num_keys, chosen["BLOCK_N"]), gpu.num_sms)
+    block_d, block_s = max(next_power_of_2(head_dim), 16), next_power_of_2(splits)
+    results = batch * num_kv_heads * splits * rows
+    partial = q.new_empty(results * (head_dim + 1), dtype=torch.float32)
     launch(
-        decode_attention_split_kernel, (splits, num_kv_heads * blocks, batch),
-        q, k_cache, v_cache, lengths, page_table, partial, lse,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        table_stride, lengths_stride,
+        decode_attention_kernel, (splits, num_kv_heads * blocks, batch),
+        q, k_cache, v_cache, lengths.contiguous(), page_table,
+        None if mask is None else mask.contiguous(), partial, counters(q, programs), out,
+        *q_strides[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], table_stride,
         scale * LOG2E, num_new, heads_per_kv_head, splits, blocks,
-        PAGE=page, BLOCK_M=tile_rows, HEAD_DIM=head_dim, BLOCK_D=block_d, **chosen,
-    )  # fmt: skip
-    launch(
-        decode_attention_merge_kernel, (rows, num_kv_heads, batch),
-        partial, lse, lengths, out, lengths_stride, num_new, heads_per_kv_head, splits,
-        BLOCK_N=block_n, BLOCK_S=next_power_of_2(splits), HEAD_DIM=head_dim, BLOCK_D=block_d,
-        **MERGE_TILE,
+        PAGE=page, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s,
+        MERGED_ROWS=min(max(MERGED * chosen["num_warps"] // (4 * block_s * block_d), 1), block_m),
+        **chosen,
     )  # fmt: skip
     return out
 
 
+def tile_of(rows: int, itemsize: int, warp_size: int) -> tuple[int, dict[str, int | bool]]:
+    """Return the rows of a dot and the other options of a launch."""
+    most = MAX_ROWS if itemsize == 2 else MAX_ROWS_FLOAT32
+    block_m = min(max(next_power_of_2(rows), MIN_ROWS), most)
+    if warp_size == 64:
+        return block_m, TILE_WARP64
+    if itemsize != 2:
+        return block_m, TILE_FLOAT32
+    return block_m, TILE_TALL if block_m == MAX_ROWS else TILE
+
+
 def num_splits(programs: int, key_blocks: int, num_sms: int) -> int:
-    """Return the number of splits of the keys of a row that fills the machine.
+    """Return the most splits of the keys of a row whose programs are all resident at once.
 
     By shapes alone: lengths are known to the GPU only, where each program divides them.
     """
-    wanted = cdiv(PROGRAMS_PER_SM * num_sms, programs)
-    return max(1, min(wanted, MAX_SPLITS, key_blocks))
+    return max(1, min(PROGRAMS_PER_SM * num_sms // programs, MAX_SPLITS, key_blocks))
 
 
 @triton.jit
-def keys_per_split(length, splits, BLOCK_N: tl.constexpr):
-    """Keys of a split: whole blocks, so that only the last is ragged."""
-    return tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
-
-
-@triton.jit
-def decode_attention_split_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, partial_ptr, lse_ptr,
+def decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, mask_ptr, partial_ptr, counters_ptr, out_ptr,
     q_batch_stride, q_token_stride, q_head_stride, k_row_stride, k_key_stride, k_head_stride,
-    v_row_stride, v_key_stride, v_head_stride, table_stride, lengths_stride,
+    v_row_stride, v_key_stride, v_head_stride, table_stride,
     scale, num_new, heads_per_kv_head, splits, blocks,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MERGED_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """partial = softmax(scale * q @ k.T) @ v over a split of keys; lse = log2(denominator)."""
+    """partial = softmax(scale * q @ k.T) @ v over a split of keys; the last to finish merges all.
+
+    Keys per split are whole blocks, so that only the last is ragged; splits beyond ``num_splits``
+    have no key. lse is log2 of the denominator, behind the partial results of all splits.
+    """
     split = tl.program_id(0)
     kv_head = (tl.program_id(1) // blocks).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    length = tl.load(lengths_ptr + batch * lengths_stride)
-    num_keys = keys_per_split(length, splits, BLOCK_N)
+    num_kv_heads = tl.num_programs(1) // blocks
+    rows = num_new * heads_per_kv_head
+    length = tl.load(lengths_ptr + batch)
+    num_keys = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+    num_splits = tl.cdiv(length, tl.maximum(num_keys, 1))
+    if split > 0 and split >= num_splits:
+        return
     start = split * num_keys
     end = tl.minimum(start + num_keys, length)
-    if start >= end:
-        return
-    row = (tl.program_id(1) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = (tl.program_id(1) % blocks) * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
     token, head = row // heads_per_kv_head, kv_head * heads_per_kv_head + row % heads_per_kv_head
     c = tl.arange(0, BLOCK_D)
-    inside = (row < num_new * heads_per_kv_head)[:, None] & (c < HEAD_DIM)[None, :]
+    inside = (row < rows)[:, None] & (c < HEAD_DIM)[None, :]
     q_ptr += batch * q_batch_stride + token[:, None].to(tl.int64) * q_token_stride
     q = tl.load(q_ptr + head[:, None] * q_head_stride + c[None, :], mask=inside, other=0)
-    end_of_row = tl.minimum(length - num_new + 1 + token, end)
+    first_new = length - num_new
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -146,7 +159,9 @@ def decode_attention_split_kernel(
         k_mask = exists[None, :] & (c < HEAD_DIM)[:, None]
         k = tl.load(k_ptr + k_offset[None, :] + c[:, None], mask=k_mask, other=0)
         scores = tl.dot(q, k, input_precision="ieee") * scale
-        scores = tl.where(key[None, :] < end_of_row[:, None], scores, float("-inf"))
+        if first + BLOCK_N > first_new:
+            attended = attends(mask_ptr, batch * num_new, token, key - first_new, num_new)
+            scores = tl.where(attended, scores, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(scores, axis=1))
         # A row without a key so far would subtract infinity from itself.
         finite_m = tl.where(m_new == float("-inf"), 0, m_new)
@@ -158,34 +173,62 @@ def decode_attention_split_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m_i = m_new
     acc = acc * tl.where(l_i == 0, 0, 1 / l_i)[:, None]
-    rows = num_new * heads_per_kv_head
-    num_kv_heads = tl.num_programs(1) // blocks
-    index = ((batch * num_kv_heads + kv_head) * splits + split) * rows + row
+    results = tl.num_programs(2).to(tl.int64) * num_kv_heads * splits * rows
+    first_result = (batch * num_kv_heads + kv_head) * splits * rows
+    lse_ptr = partial_ptr + results * HEAD_DIM + first_result
+    partial_ptr += first_result * HEAD_DIM
+    index = split * rows + row
     tl.store(partial_ptr + index[:, None] * HEAD_DIM + c[None, :], acc, mask=inside)
     tl.store(lse_ptr + index, m_i + tl.log2(l_i), mask=row < rows)
+    # The barrier puts the stores of all threads before the release of the one that counts, and
+    # its acquire before the loads of all threads below.
+    tl.debug_barrier()
+    counters_ptr += tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    finished = tl.atomic_add(counters_ptr, 1, sem="acq_rel", scope="gpu") + 1
+    if finished < num_splits:
+        return
+    tl.debug_barrier()
+    tl.atomic_xchg(counters_ptr, 0, sem="relaxed", scope="gpu")
+    out_ptr += (batch * num_new * num_kv_heads + kv_head) * heads_per_kv_head * HEAD_DIM
+    for first_merged in range(first_row, tl.minimum(first_row + BLOCK_M, rows), MERGED_ROWS):
+        merge_rows(
+            partial_ptr, lse_ptr, out_ptr, first_merged + tl.arange(0, MERGED_ROWS), rows,
+            num_splits, num_kv_heads, heads_per_kv_head, HEAD_DIM, BLOCK_D, BLOCK_S,
+        )  # fmt: skip
 
 
 @triton.jit
-def decode_attention_merge_kernel(
-    partial_ptr, lse_ptr, lengths_ptr, out_ptr, lengths_stride, num_new, heads_per_kv_head, splits,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+def attends(mask_ptr, first_word, token, new, num_new):
+    """Whether each new token attends to each key; ``new`` is which new one it is, or negative."""
+    if mask_ptr is None:
+        attended = new[None, :] <= token[:, None]
+    else:
+        word = tl.load(mask_ptr + first_word + token, mask=token < num_new, other=0)
+        bit = (word[:, None] >> tl.minimum(tl.maximum(new, 0), 63)[None, :]) & 1
+        attended = (new < num_new)[None, :] & ((new < 0)[None, :] | (bit != 0))
+    return attended
+
+
+@triton.jit
+def merge_rows(
+    partial_ptr, lse_ptr, out_ptr, row, rows, num_splits, num_kv_heads, heads_per_kv_head,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_s 2^(lse_s - lse) * partial_s over the splits that have keys."""
-    row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
-    length = tl.load(lengths_ptr + batch * lengths_stride)
-    s = tl.arange(0, BLOCK_S)
-    c = tl.arange(0, BLOCK_D)
-    has_keys = (s < splits) & (s * keys_per_split(length, splits, BLOCK_N) < length)
-    index = ((batch * num_kv_heads + kv_head) * splits + s) * (num_new * heads_per_kv_head) + row
-    lse = tl.load(lse_ptr + index, mask=has_keys, other=float("-inf"))
-    m = tl.max(lse, axis=0)
-    alpha = tl.exp2(lse - tl.where(m == float("-inf"), 0, m))
-    denominator = tl.sum(alpha, axis=0)
-    mask = has_keys[:, None] & (c < HEAD_DIM)[None, :]
-    partial = tl.load(partial_ptr + index[:, None] * HEAD_DIM + c[None, :], mask=mask, other=0)
-    acc = tl.sum(partial * alpha[:, None], axis=0)
-    out = acc * tl.where(denominator == 0, 0, 1 / denominator)
-    token, head = row // heads_per_kv_head, kv_head * heads_per_kv_head + row % heads_per_kv_head
-    index = (batch * num_new + token) * num_kv_heads * heads_per_kv_head + head
-    tl.store(out_ptr + index * HEAD_DIM + c, out.to(out_ptr.dtype.element_ty), mask=c < HEAD_DIM)
+    """out = sum_s 2^(lse_s - lse) * partial_s over the splits, past the L1 cache."""
+    s, c = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    index = s[None, :] * rows + row[:, None]
+    exists = (row < rows)[:, None] & (s < tl.maximum(num_splits, 1))[None, :]
+    lse = tl.load(lse_ptr + index, mask=exists, other=float("-inf"), cache_modifier=".cg")
+    m = tl.max(lse, axis=1)
+    alpha = tl.exp2(lse - tl.where(m == float("-inf"), 0, m)[:, None])
+    denominator = tl.sum(alpha, axis=1)
+    mask = exists[:, :, None] & (c < HEAD_DIM)[None, None, :]
+    partial_ptr += index[:, :, None] * HEAD_DIM + c[None, None, :]
+    partial = tl.load(partial_ptr, mask=mask, other=0, cache_modifier=".cg")
+    acc = tl.sum(partial * alpha[:, :, None], axis=1)
+    out = acc * tl.where(denominator == 0, 0, 1 / denominator)[:, None]
+    token, head = row // heads_per_kv_head, row % heads_per_kv_head
+    index = token.to(tl.int64) * num_kv_heads * heads_per_kv_head + head
+    out_ptr += index[:, None] * HEAD_DIM + c[None, :]
+    inside = (row < rows)[:, None] & (c < HEAD_DIM)[None, :]
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -10,7 +10,7 @@ namespace {
 struct Header {
   double scale;
   int64_t is_bfloat16, batch, new_tokens, heads_per_kv, kv_heads, head_dim, capacity, page;
-  int64_t table_columns, num_multiprocessors, seed;
+  int64_t table_columns, has_mask, num_multiprocessors, seed;
   int64_t strides[9], bytes[3];  // of q, k and v
 };
 
@@ -26,6 +26,7 @@ void run(const Header& h) {
   const auto q = read_heads<T>(h, 0), k = read_heads<T>(h, 1), v = read_heads<T>(h, 2);
   const void* const lengths = read_guarded(h.batch * sizeof(int32_t));
   const void* const table = read_guarded(h.batch * h.table_columns * sizeof(int32_t));
+  const void* const mask = read_guarded(h.batch * h.has_mask * h.new_tokens * sizeof(uint64_t));
   const int splits = emu3::decode_splits(h.batch, static_cast<int>(h.kv_heads), rows, h.capacity,
                                          static_cast<int>(h.num_multiprocessors));
   const int64_t rows_of_splits = h.batch * h.kv_heads * splits * rows;
@@ -38,6 +39,7 @@ void run(const Header& h) {
                              v,
                              static_cast<const int32_t*>(lengths),
                              h.table_columns ? static_cast<const int32_t*>(table) : nullptr,
+                             h.has_mask ? static_cast<const uint64_t*>(mask) : nullptr,
                              h.table_columns,
                              static_cast<int>(h.page),
                              static_cast<int>(h.new_tokens),
