@@ -7,7 +7,12 @@ import torch
 
 from emu3_kernels.ops.attention import triton as attention
 from emu3_kernels.ops.attention import triton_decode
-from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges, one_document
+from emu3_kernels.ops.attention.key_ranges import (
+    Dropout,
+    KeyRanges,
+    one_document,
+    query_ranges_of,
+)
 from emu3_kernels.runtime.contracts import Config, Contract, CudaKernel, meta
 
 TOKENS = 8192
@@ -21,14 +26,14 @@ def _attention(
     key_ranges = one_document(TOKENS, TOKENS, causal=True)
     if documents:
         key_ranges = KeyRanges(*(meta(1, TOKENS, dtype=torch.int32) for _ in range(2)))
+        key_ranges = key_ranges._replace(query_ranges=query_ranges_of(key_ranges, TOKENS))
     dropped = None
     if dropout:
-        positions = (meta(TOKENS, dtype=torch.int32) for _ in range(2))
-        dropped = Dropout(0.1, meta(dtype=torch.int64), *positions)
+        dropped = Dropout(0.1, meta(dtype=torch.int64))
     settings = key_ranges, head_dim**-0.5, dropped
     if backward:
-        dout, lse = meta(1, TOKENS, 32, head_dim), meta(1, 32, TOKENS, dtype=torch.float32)
-        attention.backward(dout, q, k, v, lse, lse, *settings)
+        out, lse = meta(1, TOKENS, 32, head_dim), meta(1, 32, TOKENS, dtype=torch.float32)
+        attention.whole_backward(out, q, k, v, out, lse, None, *settings)
     else:
         attention.forward(q, k, v, *settings)
 

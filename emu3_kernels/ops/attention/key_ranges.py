@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+KEY_BLOCK = 32
+"""Keys of a block of :func:`query_ranges_of`: the smallest that a kernel computes."""
+
+
 class KeyRanges(NamedTuple):
     """Query ``i`` attends to the keys ``first[i] <= j < end[i]``: ``[1 or B, T]`` int32 each.
 
@@ -20,6 +24,8 @@ class KeyRanges(NamedTuple):
     first: Tensor | None
     end: Tensor | None
     offset: int = 0
+    query_ranges: Tensor | None = None
+    """Those of :func:`query_ranges_of`, where they are computed once for many calls."""
 
     def tensors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``first`` and ``end`` as tensors, for kernels that read no offset."""
@@ -33,13 +39,14 @@ class Dropout(NamedTuple):
     """Probabilities are dropped with chance ``p``: see ``runtime/dropout.py``.
 
     ``q_positions [T]`` and ``k_positions [S]``, int32, are rows and columns of the whole sequence,
-    and heads are numbered over the whole batch, so a shard drops what the whole would.
+    and heads are numbered over the whole batch, so a shard drops what the whole would. None is the
+    whole sequence, whose last query has the position of the last key.
     """
 
     p: float
     seed: Tensor
-    q_positions: Tensor
-    k_positions: Tensor
+    q_positions: Tensor | None = None
+    k_positions: Tensor | None = None
 
 
 def one_document(num_queries: int, num_keys: int, *, causal: bool) -> KeyRanges:
@@ -74,6 +81,20 @@ def key_ranges_of(
     first = torch.searchsorted(*documents, out_int32=True)
     last = torch.searchsorted(*documents, right=True, out_int32=True)
     return KeyRanges(first, torch.minimum(last, end))
+
+
+def query_ranges_of(key_ranges: KeyRanges, num_keys: int) -> Tensor:
+    """Find the queries that attend to every block of ``KEY_BLOCK`` keys: ``[1 or B, blocks, 4]``.
+
+    Int32: the range of the queries that attend to any of its keys, and that of those that attend
+    to all.
+    """
+    low = torch.arange(0, num_keys, KEY_BLOCK, dtype=torch.int32, device=key_ranges.first.device)
+    high = (low + KEY_BLOCK).clamp(max=num_keys)
+    edges = torch.cat([low + 1, high]).expand(key_ranges.first.shape[0], -1).contiguous()
+    first, first_whole = torch.searchsorted(key_ranges.end, edges, out_int32=True).chunk(2, dim=1)
+    end_whole, end = torch.searchsorted(key_ranges.first, edges, out_int32=True).chunk(2, dim=1)
+    return torch.stack([first, end, first_whole, end_whole], dim=-1)
 
 
 def document_starts(document_ids: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emu3_kernels.ops.attention import triton_decode
 from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges
-from emu3_kernels.ops.attention.triton_backward import backward
+from emu3_kernels.ops.attention.triton_backward import backward, whole_backward
 from emu3_kernels.ops.attention.triton_blocks import (
     LOG2E,
     dot,
@@ -22,6 +22,7 @@ from emu3_kernels.ops.attention.triton_blocks import (
     is_visible,
     keys_of_block,
     load_key_range,
+    load_position,
     load_rows,
     padded,
     program_ids,
@@ -122,7 +123,8 @@ def attention_fwd_kernel(
     q = load_rows(q_ptr, row, q_token_stride, HEAD_DIM, BLOCK_D)
     nth_head = batch * num_heads + head
     if seed_ptr is not None:
-        seed, q_position = tl.load(seed_ptr), tl.load(q_positions_ptr + row)
+        seed = tl.load(seed_ptr)
+        q_position = load_position(q_positions_ptr, row, num_keys - num_queries)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -140,7 +142,7 @@ def attention_fwd_kernel(
         alpha = tl.exp2((m_i - m_new) * log2_scale)
         l_i = l_i * alpha + tl.sum(p, 1)
         if seed_ptr is not None:
-            k_position = tl.load(k_positions_ptr + key)
+            k_position = load_position(k_positions_ptr, key, 0)
             kept = keep(seed, drop_below, q_position[:, None], k_position[None, :], nth_head)
             p = tl.where(kept, p, 0)
         v = load_rows(v_ptr, key, v_token_stride, HEAD_DIM, BLOCK_D)
@@ -158,7 +160,7 @@ def attention_fwd_kernel(
 
 
 BACKENDS = {
-    "attention": Backend(why_not, forward, backward),
+    "attention": Backend(why_not, forward, whole_backward),
     "ring_attention": Backend(why_not, forward, backward),
     "decode_attention": Backend(triton_decode.why_not, triton_decode.forward),
 }

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges
+from emu3_kernels.ops.attention import key_ranges as ranges
+from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges, query_ranges_of
 from emu3_kernels.ops.attention.triton_blocks import (
     LOG2E,
     clip,
@@ -22,6 +23,7 @@ from emu3_kernels.ops.attention.triton_blocks import (
     is_visible,
     keys_of_block,
     load_key_range,
+    load_position,
     load_rows,
     padded,
     program_ids,
@@ -31,6 +33,8 @@ from emu3_kernels.ops.attention.triton_blocks import (
 )
 from emu3_kernels.runtime.launch import cdiv, gpu_of, launch, tile
 from emu3_kernels.runtime.triton_dropout import keep
+
+KEY_BLOCK = tl.constexpr(ranges.KEY_BLOCK)
 
 TILE_FLOAT32 = tile(4, 2, BLOCK_M=32, BLOCK_N=32, STAGES=2)
 # dq: two programs share a multiprocessor; fewer keys leave registers to Philox or to gfx942.
@@ -44,7 +48,7 @@ DKDV_TILE_WARP64 = tile(8, 1, BLOCK_M=32, BLOCK_N=64, STAGES=1)
 DKDV_TILE_OF_DROPOUT_WARP64 = tile(4, 1, BLOCK_M=16, BLOCK_N=64, STAGES=1)
 
 
-def dq_tile(q: Tensor, dropout: Dropout | None) -> dict[str, int | bool]:
+def dq_tile(q: Tensor, head_dim: int, dropout: Dropout | None) -> dict[str, int | bool]:
     if q.dtype == torch.float32:
         return TILE_FLOAT32
     if gpu_of(q).warp_size == 64:
@@ -52,12 +56,30 @@ def dq_tile(q: Tensor, dropout: Dropout | None) -> dict[str, int | bool]:
     return DQ_TILE_OF_DROPOUT if dropout else DQ_TILE
 
 
-def dkdv_tile(q: Tensor, dropout: Dropout | None) -> dict[str, int | bool]:
+def dkdv_tile(q: Tensor, head_dim: int, dropout: Dropout | None) -> dict[str, int | bool]:
     if q.dtype == torch.float32:
         return TILE_FLOAT32
     if gpu_of(q).warp_size == 64:
         return DKDV_TILE_OF_DROPOUT_WARP64 if dropout else DKDV_TILE_WARP64
-    return DKDV_TILE_OF_FEW_QUERIES if dropout or q.shape[3] <= 64 else DKDV_TILE
+    return DKDV_TILE_OF_FEW_QUERIES if dropout or head_dim <= 64 else DKDV_TILE
+
+
+def whole_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    key_ranges: KeyRanges,
+    scale: float,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``delta = rowsum(dout * out) - dlse`` in the kernel of dq, which dk and dv read."""
+    dlse = None if dlse is None else dlse.contiguous()
+    sums = lse, torch.empty_like(lse), out, dlse
+    return _launch(dout, q, k, v, sums, key_ranges, scale, dropout, q.dtype)
 
 
 def backward(
@@ -73,27 +95,46 @@ def backward(
     *,
     float32_out: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
-    lse, delta = lse.contiguous(), delta.contiguous()
+    """Compute the gradients of some of the keys from the lse and the delta of all of them."""
+    sums = lse.contiguous(), delta.contiguous(), None, None
     dtype = torch.float32 if float32_out else q.dtype
-    dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
-    (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k.shape
+    return _launch(dout, q, k, v, sums, key_ranges, scale, dropout, dtype)
+
+
+def _launch(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    key_ranges: KeyRanges,
+    scale: float,
+    dropout: Dropout | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v = unit_stride(dout), unit_stride(q), unit_stride(k), unit_stride(v)
+    lse, delta, out, dlse = sums
+    batch, num_queries, num_heads, head_dim = shape = q.shape
+    _, num_keys, num_kv_heads, _ = kv_shape = k.shape
+    dq = q.new_empty(shape, dtype=dtype)
+    dk, dv = k.new_empty(kv_shape, dtype=dtype), k.new_empty(kv_shape, dtype=dtype)
     arguments = (
         q, k, v, dout, lse, delta, *range_arguments(key_ranges), *dropout_arguments(dropout), scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
         num_queries, num_keys, num_heads, num_kv_heads,
     )  # fmt: skip
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
-    if dq.numel():
-        chosen = dq_tile(q, dropout)
+    if batch * num_queries * num_heads * head_dim:
+        chosen = dq_tile(q, head_dim, dropout)
         grid = (cdiv(num_queries, chosen["BLOCK_M"]) * batch * num_heads,)
-        launch(attention_bwd_dq_kernel, grid, dq, *arguments, **constants, **chosen)
-    if dk.numel():
-        chosen = dkdv_tile(q, dropout)
+        launch(attention_bwd_dq_kernel, grid, dq, out, dlse, *arguments, **constants, **chosen)
+    if batch * num_keys * num_kv_heads * head_dim:
+        chosen = dkdv_tile(q, head_dim, dropout)
         grid = (cdiv(num_keys, chosen["BLOCK_N"]) * batch * num_kv_heads,)
-        query_ranges, stride = None, 0
+        query_ranges, stride = key_ranges.query_ranges, 0
         if key_ranges.first is not None:
-            query_ranges = query_ranges_of(key_ranges, num_keys, chosen["BLOCK_N"])
+            if query_ranges is None:
+                query_ranges = query_ranges_of(key_ranges, num_keys)
             stride = 0 if query_ranges.shape[0] == 1 else query_ranges.stride(0)
         launch(
             attention_bwd_dkdv_kernel, grid, dk, dv, query_ranges, stride, *arguments,
@@ -102,22 +143,9 @@ def backward(
     return dq, dk, dv
 
 
-def query_ranges_of(key_ranges: KeyRanges, num_keys: int, block: int) -> Tensor:
-    """Find the queries that attend to every block of keys: ``[1 or B, blocks, 4]`` int32.
-
-    The range of the queries that attend to any of its keys, and that of those that attend to all.
-    """
-    low = torch.arange(0, num_keys, block, dtype=torch.int32, device=key_ranges.first.device)
-    high = (low + block).clamp(max=num_keys)
-    edges = torch.cat([low + 1, high]).expand(key_ranges.first.shape[0], -1).contiguous()
-    first, first_whole = torch.searchsorted(key_ranges.end, edges, out_int32=True).chunk(2, dim=1)
-    end_whole, end = torch.searchsorted(key_ranges.first, edges, out_int32=True).chunk(2, dim=1)
-    return torch.stack([first, end, first_whole, end_whole], dim=-1)
-
-
 @triton.jit
 def attention_bwd_dq_kernel(
-    dq_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    dq_ptr, out_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     first_ptr, end_ptr, range_stride, offset,
     seed_ptr, q_positions_ptr, k_positions_ptr, drop_below, keep_scale, scale,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
@@ -127,7 +155,10 @@ def attention_bwd_dq_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale * dscores @ k;  dscores = p * (dout @ v - delta)."""
+    """dq = scale * dscores @ k;  dscores = p * (dout @ v - delta).
+
+    Without ``out`` delta is given; else it is computed and stored: ``rowsum(dout * out) - dlse``.
+    """
     batch, kv_head, head, block = program_ids(
         tl.cdiv(num_queries, BLOCK_M), num_heads, num_kv_heads
     )
@@ -147,10 +178,20 @@ def attention_bwd_dq_kernel(
     q = load_rows(q_ptr, row, q_token_stride, HEAD_DIM, BLOCK_D)
     dout = load_rows(dout_ptr, row, dout_token_stride, HEAD_DIM, BLOCK_D)
     nth_head = batch * num_heads + head
-    lse = tl.load(lse_ptr + nth_head * num_queries + row) * LOG2E
-    delta = tl.load(delta_ptr + nth_head * num_queries + row)
+    nth_row = nth_head * num_queries + row
+    lse = tl.load(lse_ptr + nth_row) * LOG2E
+    out_offset = (batch * num_queries * num_heads + head) * HEAD_DIM
+    if out_ptr is None:
+        delta = tl.load(delta_ptr + nth_row)
+    else:
+        out = load_rows(out_ptr + out_offset, row, num_heads * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+        if dlse_ptr is not None:
+            delta -= tl.load(dlse_ptr + nth_row)
+        tl.store(delta_ptr + nth_row, delta, mask=i < num_queries)
     if seed_ptr is not None:
-        seed, q_position = tl.load(seed_ptr), tl.load(q_positions_ptr + row)
+        seed = tl.load(seed_ptr)
+        q_position = load_position(q_positions_ptr, row, num_keys - num_queries)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     log2_scale = scale * LOG2E
@@ -163,12 +204,11 @@ def attention_bwd_dq_kernel(
             p = tl.where(is_visible(j[None, :], first[:, None], length[:, None]), p, 0)
         dp = dot(dout, load_rows(v_ptr, key, v_token_stride, HEAD_DIM, BLOCK_D).T)
         if seed_ptr is not None:
-            k_position = tl.load(k_positions_ptr + key)
+            k_position = load_position(k_positions_ptr, key, 0)
             kept = keep(seed, drop_below, q_position[:, None], k_position[None, :], nth_head)
             dp = tl.where(kept, dp * keep_scale, 0)
         dq = dot_acc((p * (dp - delta[:, None])).to(k.dtype), k, dq)
-    dq_ptr += (batch * num_queries * num_heads + head) * HEAD_DIM
-    store_rows(dq_ptr, i, num_heads * HEAD_DIM, dq * scale, i < num_queries, HEAD_DIM, BLOCK_D)
+    store_rows(dq_ptr + out_offset, i, num_heads * HEAD_DIM, dq * scale, i < num_queries, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -179,11 +219,10 @@ def queries_of_block(query_ranges_ptr, offset, block, num_queries, num_keys, BLO
         high = tl.minimum((block + 1) * BLOCK_N, num_keys)
         return first, num_queries, clip(high - offset, num_queries), num_queries
     else:  # noqa: RET505 (Triton compiles what follows a branch that returns)
-        query_ranges_ptr += 4 * block
-        return (
-            tl.load(query_ranges_ptr), tl.load(query_ranges_ptr + 1),
-            tl.load(query_ranges_ptr + 2), tl.load(query_ranges_ptr + 3),
-        )  # fmt: skip
+        low = query_ranges_ptr + 4 * block * (BLOCK_N // KEY_BLOCK)
+        blocks = tl.minimum(BLOCK_N // KEY_BLOCK, tl.cdiv(num_keys - block * BLOCK_N, KEY_BLOCK))
+        high = low + 4 * (blocks - 1)
+        return tl.load(low), tl.load(high + 1), tl.load(high + 2), tl.load(low + 3)
 
 
 @triton.jit
@@ -220,7 +259,7 @@ def attention_bwd_dkdv_kernel(
     k = load_rows(k_ptr, key, k_token_stride, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr, key, v_token_stride, HEAD_DIM, BLOCK_D)
     if seed_ptr is not None:
-        seed, k_position = tl.load(seed_ptr), tl.load(k_positions_ptr + key)
+        seed, k_position = tl.load(seed_ptr), load_position(k_positions_ptr, key, 0)
 
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     log2_scale = scale * LOG2E
@@ -244,7 +283,7 @@ def attention_bwd_dkdv_kernel(
         dp = dot(v, dout.T)
         dropped_p = p
         if seed_ptr is not None:
-            q_position = tl.load(q_positions_ptr + row)
+            q_position = load_position(q_positions_ptr, row, num_keys - num_queries)
             kept = keep(seed, drop_below, q_position[None, :], k_position[:, None], nth_head)
             dropped_p = tl.where(kept, p, 0)
             dp = tl.where(kept, dp * keep_scale, 0)

@@ -25,7 +25,7 @@ def padded(head_dim: int) -> int:
 
 def range_arguments(key_ranges: KeyRanges) -> tuple[Tensor | None, Tensor | None, int, int]:
     """Return ``first_ptr``, ``end_ptr``, the stride of the batch (0 if shared) and the offset."""
-    first, end, offset = key_ranges
+    first, end, offset, _ = key_ranges
     if first is None or first.shape[0] == 1:
         return first, end, 0, offset
     return first, end, first.stride(0), offset
@@ -99,6 +99,15 @@ def load_key_range(first_ptr, end_ptr, offset, i, num_keys):
     else:  # noqa: RET505
         first = tl.load(first_ptr + i)
         return first, tl.maximum(tl.load(end_ptr + i) - first, 0)
+
+
+@triton.jit
+def load_position(positions_ptr, i, offset):
+    """Load the position of a token of a shard; in the whole sequence it is ``i + offset``."""
+    if positions_ptr is None:
+        return i + offset
+    else:  # noqa: RET505
+        return tl.load(positions_ptr + i)
 
 
 @triton.jit
