@@ -1,5 +1,7 @@
 """A static key/value cache: allocated once, every row is filled from its first slot.
 
+Keys, values and lengths are updated in place, so that a CUDA graph can hold a decode step.
+
 ``B`` rows, ``T`` new tokens, ``H`` query heads, ``K`` head dim.
 """
 
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from emu3.config import ModelSettings
 from emu3_kernels import attention, decode_attention
+from emu3_kernels.runtime.checks import check_values
 from emu3_kernels.runtime.library import advise_huge_pages
 
 MOST_NEW = 16
@@ -41,27 +44,46 @@ class KeyValueCache:
             for _ in range(2)
         )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.capacity = min(capacity, settings.max_position_embeddings)
         self.longest, self.ragged = 0, False
         """The largest length, and whether others are shorter, without a synchronization."""
 
-    def slots(self, num_new: int) -> Tensor:
-        """``[B, T]`` int64 slots, and positions, of the next ``num_new`` tokens of each row."""
-        capacity = self.keys.shape[2]
-        if self.longest + num_new > capacity:
-            raise ValueError(
-                f"KeyValueCache: {self.longest + num_new} positions exceed its capacity {capacity}"
-            )
-        return self.lengths[:, None].long() + torch.arange(num_new, device=self.lengths.device)
+    def place(self, num_new: int) -> tuple[Tensor, Tensor]:
+        """Return where the next ``num_new`` tokens of each row go, once for all layers.
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
+        That the slots lie in the cache is checked here, on the host: no length exceeds
+        ``longest``.
+
+        Returns:
+            ``[B, T]`` int64 slots, which are the positions too, and the ``[B]`` int32 lengths with
+            the new tokens.
+        """
+        self.check_room(num_new)
+        new = torch.arange(num_new, device=self.lengths.device)
+        return self.lengths[:, None].long() + new, self.lengths + num_new
+
+    def check_room(self, num_new: int) -> None:
+        """Raise unless ``num_new`` more tokens fit."""
+        needed = self.longest + num_new
+        if needed > self.capacity:
+            raise ValueError(
+                f"KeyValueCache: {needed} positions exceed its capacity {self.capacity}"
+            )
+
+    def attend(self, layer: int, q: Tensor, lengths: Tensor) -> Tensor:
         """Attention of ``q [B, T, H, K]`` of new tokens; their keys and values are in the cache.
 
         Up to ``MOST_NEW`` tokens are decoded, each row up to its own length; more are a prompt or
         its next chunk, and then all rows must have the same length.
+
+        Args:
+            layer: its index.
+            q: the rotated queries.
+            lengths: ``[B]`` int32, with the new tokens: of :meth:`place`.
         """
         num_new, keys, values = q.shape[1], self.keys[layer], self.values[layer]
         if self.longest and num_new <= MOST_NEW:
-            return decode_attention(q, keys, values, self.lengths + num_new)
+            return decode_attention(q, keys, values, lengths)
         if self.ragged:
             raise ValueError(
                 f"KeyValueCache: rows of different lengths take at most {MOST_NEW} tokens a call, "
@@ -71,7 +93,16 @@ class KeyValueCache:
         return attention(q, keys[:, :stop], values[:, :stop])
 
     def advance(self, num_new: int, prompt_lengths: Tensor | None = None) -> None:
-        """Append ``num_new`` tokens to every row, or the first ``prompt_lengths [B]`` of them."""
-        self.lengths = self.lengths + (num_new if prompt_lengths is None else prompt_lengths.int())
+        """Append ``num_new`` tokens to every row, or the first ``prompt_lengths [B]`` of them.
+
+        ``lengths`` is updated in place, so that a CUDA graph may hold it.
+        """
+        if prompt_lengths is None:
+            self.lengths += num_new
+        else:
+            fits = ((prompt_lengths >= 0) & (prompt_lengths <= num_new)).all()
+            must = f"prompt_lengths must lie in [0, {num_new}]"
+            check_values("KeyValueCache", fits, must, lambda: str(prompt_lengths.tolist()))
+            self.lengths += prompt_lengths.int()
         self.longest += num_new
         self.ragged |= prompt_lengths is not None

@@ -4,14 +4,16 @@ Tokens that the grammar forces are not sampled and cost no forward pass of their
 row is fed with the token before it, and nothing after the last visual token is computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from emu3.cache import KeyValueCache
+from emu3.cuda_graph import CapturedStep
 from emu3.model import Emu3
 from emu3.prompt import generation_prompt, understanding_prompt
 from emu3.sampling import apply_cfg, sample
@@ -45,11 +47,26 @@ def generate_images(
     grid: tuple[int, int],
     how: Sampling = Sampling(),
     generator: torch.Generator | None = None,
+    *,
+    cuda_graph: bool | None = None,
 ) -> Tensor:
     """Generate one image per caption, as codes ``[B, h, w]`` int64.
 
     Captions and negative prompts run as one batch, and only the visual rows of the head are
     computed. ``model`` must be in eval mode.
+
+    Args:
+        model: in eval mode.
+        text: its tokenizer.
+        captions: one for each image.
+        grid: rows and columns of codes.
+        how: guidance and sampling.
+        generator: on the device of ``model``; None is the default one.
+        cuda_graph: replay a decode step as a CUDA graph, with the same random numbers; None does so
+            on a GPU, but under ``torch.autocast``, which casts weights anew in each step.
+
+    Raises:
+        ValueError: logits that are not finite, at the end of their row of codes.
     """
     _check(model, captions)
     ids, (height, width) = text.vocabulary, grid
@@ -59,64 +76,154 @@ def generate_images(
     # The last forward feeds the last but one token of the grid.
     capacity = tokens.shape[1] + height * (width + 1) - 2
     _check_room(model, [*captions, *negatives], capacity, text)
-    cache = _cache(model, len(prompts), capacity)
     visual_rows = slice(ids.visual_start, ids.size)
+
+    def next_codes(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = model.logits(hidden, visual_rows)
+        if negatives:
+            logits = apply_cfg(*logits.chunk(2), how.guidance)
+        code = sample(logits, top_k=how.top_k, temperature=how.temperature, generator=generator)
+        token = (code + ids.visual_start).repeat(len(prompts) // len(captions))
+        return code, token, logits
+
+    cache = _cache(model, len(prompts), capacity)
+    decoder = _Decoder(model, cache, next_codes, generator, _uses_graph(model, cuda_graph))
     codes = tokens.new_empty(len(captions), height, width)
     for row in range(height):
         for column in range(width):
-            hidden = _last_hidden(model, tokens, cache, prompt_lengths)
-            logits = model.logits(hidden, visual_rows)
-            if negatives:
-                logits = apply_cfg(*logits.chunk(2), how.guidance)
-            code = sample(logits, top_k=how.top_k, temperature=how.temperature, generator=generator)
+            if row == column == 0:
+                code = decoder.start(tokens, prompt_lengths)
+            else:
+                code = decoder.step(*([] if column else [ids.eol]))
             codes[:, row, column] = code
-            tokens = (code + ids.visual_start).repeat(len(prompts) // len(captions))[:, None]
-            prompt_lengths = None
-        tokens = F.pad(tokens, (0, 1), value=ids.eol)
+        decoder.check_finite()
     return codes
 
 
 @torch.no_grad()
 def generate_captions(
-    model: Emu3, text: TextTokenizer, codes: Tensor, max_new_tokens: int = 64
+    model: Emu3,
+    text: TextTokenizer,
+    codes: Tensor,
+    max_new_tokens: int = 64,
+    *,
+    cuda_graph: bool | None = None,
 ) -> list[str]:
-    """Caption images ``codes [B, h, w]``, greedily; only text ids and EOS are generated."""
+    """Caption images ``codes [B, h, w]``, greedily; only text ids and EOS are generated.
+
+    ``cuda_graph`` and the error are those of :func:`generate_images`.
+    """
     _check(model, codes)
     ids = text.vocabulary
     prompts = [understanding_prompt(one, text) for one in codes]
     tokens, prompt_lengths = _on(model, *pad_right(prompts, ids.pad))
-    capacity = tokens.shape[1] + max_new_tokens - 1
-    cache = _cache(model, len(prompts), capacity)
     text_rows, end_row = slice(ids.num_text), slice(ids.eos, ids.eos + 1)
-    written = []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
-        hidden = _last_hidden(model, tokens, cache, prompt_lengths)
+
+    def next_tokens(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = torch.cat([model.logits(hidden, rows) for rows in (text_rows, end_row)], dim=-1)
         best = logits.argmax(-1)
         token = best.masked_fill(ended | (best == ids.num_text), ids.eos)
-        ended |= token == ids.eos
-        if ended.all():
+        ended.logical_or_(token == ids.eos)
+        return token, token, logits
+
+    cache = _cache(model, len(prompts), tokens.shape[1] + max_new_tokens - 1)
+    decoder = _Decoder(model, cache, next_tokens, None, _uses_graph(model, cuda_graph))
+    written = []
+    for index in range(max_new_tokens):
+        token = decoder.step() if index else decoder.start(tokens, prompt_lengths)
+        written.append(token.clone())
+        # An ended caption goes on with EOS, which is removed: a GPU is asked now and then.
+        if (not ended.is_cuda or index % 8 == 7) and ended.all():
             break
-        written.append(token)
-        tokens, prompt_lengths = token[:, None], None
+    decoder.check_finite()
     rows = torch.stack(written, 1).tolist() if written else [[] for _ in prompts]
     return [text.decode([i for i in row if i != ids.eos]) for row in rows]
+
+
+class _Decoder:
+    """Feeds the tokens of the last step to the model, without a word from the GPU to the host.
+
+    Args:
+        model: in eval mode.
+        cache: empty.
+        choose: from hidden states ``[B, D]`` to what a step returns, the ``[B]`` tokens that the
+            next one feeds, and the logits.
+        generator: of ``choose``.
+        graph: whether to replay steps as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: Emu3,
+        cache: KeyValueCache,
+        choose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+        generator: torch.Generator | None,
+        graph: bool,
+    ) -> None:
+        self.model, self.cache, self.choose = model, cache, choose
+        self.generator, self.graph = generator, graph
+        self.token = torch.zeros_like(cache.lengths, dtype=torch.int64)
+        self.finite = torch.ones((), dtype=torch.bool, device=cache.lengths.device)
+        self._steps: dict[tuple[int, ...], Callable[[], Tensor]] = {}
+
+    def start(self, tokens: Tensor, prompt_lengths: Tensor) -> Tensor:
+        """Feed the prompts ``tokens [B, T]``."""
+        hidden = self.model(tokens, self.cache, prompt_lengths=prompt_lengths)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self._next(hidden[rows, prompt_lengths - 1])
+
+    def step(self, *forced: int) -> Tensor:
+        """Feed each row's last token and, after it, the ``forced`` ones."""
+        if forced not in self._steps:
+            step = partial(self._feed, forced)
+            self._steps[forced] = (
+                CapturedStep(step, self.token.device, self.generator) if self.graph else step
+            )
+        cache, num_new = self.cache, 1 + len(forced)
+        cache.check_room(num_new)
+        longest = cache.longest + num_new
+        result = self._steps[forced]()
+        cache.longest = longest  # a replay runs no Python
+        return result
+
+    def check_finite(self) -> None:
+        """Raise if logits of a step were not finite; on a GPU, the host waits for it here alone."""
+        if not self.finite:
+            raise ValueError(
+                "generate: logits must be finite, got NaN or infinity: check the weights, and that "
+                "the model's dtype has their range"
+            )
+
+    def _feed(self, forced: tuple[int, ...]) -> Tensor:
+        tokens = self.token[:, None]
+        for one in forced:
+            tokens = F.pad(tokens, (0, 1), value=one)
+        return self._next(self.model(tokens, self.cache)[:, -1])
+
+    def _next(self, hidden: Tensor) -> Tensor:
+        result, token, logits = self.choose(hidden)
+        self.token.copy_(token)
+        self.finite &= logits.amax(-1).isfinite().all()
+        return result
+
+
+def _uses_graph(model: Emu3, asked: bool | None) -> bool:
+    device = model.head.weight.device
+    casts = torch.is_autocast_enabled(device.type)
+    if asked is None:
+        return device.type == "cuda" and not casts
+    if asked and (device.type != "cuda" or casts):
+        got = "torch.autocast" if casts else f"one on {device}"
+        raise ValueError(
+            f"generate: cuda_graph needs a model on a GPU, without autocast, got {got}"
+        )
+    return asked
 
 
 def _cache(model: Emu3, batch: int, capacity: int) -> KeyValueCache:
     like = model.head(model.head.weight[:0])  # dtype of keys and values, under autocast too
     return KeyValueCache(model.settings, batch, capacity, dtype=like.dtype, device=like.device)
-
-
-def _last_hidden(
-    model: Emu3, tokens: Tensor, cache: KeyValueCache, prompt_lengths: Tensor | None
-) -> Tensor:
-    """Hidden state ``[B, D]`` of each row's last token, at its prompt length if there is one."""
-    hidden = model(tokens, cache, prompt_lengths=prompt_lengths)
-    if prompt_lengths is None:
-        return hidden[:, -1]
-    return hidden[torch.arange(len(hidden), device=hidden.device), prompt_lengths - 1]
 
 
 def _check(model: Emu3, rows: Sequence) -> None:

@@ -19,12 +19,13 @@ from emu3_kernels.modules import RotaryEmbedding
 
 @dataclass(frozen=True)
 class Context:
-    """Shared by every layer of one call: the rotation, the documents, or the cache's slots."""
+    """Shared by every layer of one call: the rotation, and the documents or the cache's slots."""
 
     rotate: RotaryEmbedding
     document_ids: Tensor | None = None
     cache: KeyValueCache | None = None
     slots: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -50,8 +51,8 @@ class Attention(nn.Module):
         else:
             cache = context.cache
             caches = cache.keys[self.layer], cache.values[self.layer]
-            q = context.rotate.append(q, k, v, *caches, context.slots)
-            attended = cache.attend(self.layer, q)
+            q = context.rotate.append(q, k, v, *caches, context.slots, check_indices=False)
+            attended = cache.attend(self.layer, q, context.lengths)
         return self.out(attended.flatten(2))
 
 
@@ -139,7 +140,7 @@ class Emu3(nn.Module):
         """
         context = Context(self.rotate, document_ids)
         if cache is not None:
-            context = Context(self.rotate, None, cache, cache.slots(tokens.shape[1]))
+            context = Context(self.rotate, None, cache, *cache.place(tokens.shape[1]))
         residual = self.dropout(self.embedding(tokens))
         branch = None
         for block in self.blocks:

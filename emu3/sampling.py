@@ -36,7 +36,9 @@ def sample(
 ) -> Tensor:
     """One index per row ``[B]`` int64, sampled from the softmax of the ``top_k`` logits.
 
-    With ``top_k=1`` it is the argmax, the first of equals; no random number is consumed.
+    With ``top_k=1`` it is the argmax, the first of equals; no random number is consumed. As
+    ``torch.multinomial`` draws, but without its checks, for which the host waits on a GPU: of
+    logits whose largest is not finite the result is arbitrary.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"sample: temperature must be positive and finite, got {temperature}")
@@ -46,4 +48,5 @@ def sample(
     # The largest is 0 and stays 0; the others may overflow to -inf. 1 / tiny does not overflow.
     below = (kept - kept.amax(-1, keepdim=True)) / max(temperature, torch.finfo(kept.dtype).tiny)
     probs = torch.softmax(below, dim=-1)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    waits = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / waits).argmax(-1)

@@ -5,50 +5,22 @@ Results are undefined.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from statistics import median
 from typing import Annotated
-from unittest import mock
 
 import torch
 import typer
 from rich.table import Table
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
 from benchmarks.harness import calls, machine, results, run
 from benchmarks.report import tables
 from emu3_kernels.ops import OPS
-from emu3_kernels.runtime import launch as launching
 from emu3_kernels.testing import suite
+from emu3_kernels.testing.launches import recorded_launches
 
 BACKEND = "triton"
 SAMPLES, SAMPLE_SECONDS = 9, 0.02
-H100 = launching.Gpu(warp_size=32, num_sms=132)
-
-
-class Launches:
-    """Counts the launches that are recorded."""
-
-    count = 0
-
-
-@contextmanager
-def recorded_launches() -> Iterator[Launches]:
-    """Record every Triton launch inside the block and make none; take CPU tensors for a GPU's."""
-    launches = Launches()
-
-    def record(kernel, *args, **options) -> None:
-        launches.count += 1
-
-    with (
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(InterpretedFunction, "run", record),
-        mock.patch.object(launching, "DEVICES", {"cpu", "cuda"}),
-        launching.assume_gpu(H100),
-    ):
-        yield launches
 
 
 def host(
@@ -90,9 +62,9 @@ def row_of(op: str, size: dict, dtype: torch.dtype, direction: str) -> dict:
         way = "backward" if direction == "backward" else "forward"
         call = calls.bind(function, inputs, way, leaves)
         call()
-        launches.count = 0
+        launches.clear()
         call()
-        count = launches.count
+        count = len(launches)
         seconds = samples(call)
     return {
         "label": "MEASURED",

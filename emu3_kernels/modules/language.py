@@ -122,10 +122,12 @@ class RotaryEmbedding(nn.Module):
         value_cache: Tensor,
         slots: Tensor,
         positions: Tensor | None = None,
+        *,
+        check_indices: bool = True,
     ) -> Tensor:
         """Return q rotated; write rotated k, and v, into their caches: ``rope_append``."""
-        caches = key_cache, value_cache
-        return rope_append(q, k, v, self.cos, self.sin, *caches, slots, positions)
+        given = q, k, v, self.cos, self.sin, key_cache, value_cache, slots, positions
+        return rope_append(*given, check_indices=check_indices)
 
     def _apply(self, fn, recurse=True):
         tables = self.cos, self.sin

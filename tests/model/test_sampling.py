@@ -89,3 +89,14 @@ def test_the_strongest_guidance_still_leaves_chances():
     guided = apply_cfg(cond, uncond, 1e38)
     assert guided.isfinite().all()
     assert sample(guided, top_k=None, temperature=1.0, generator=None).tolist() == [2]
+
+
+def test_a_draw_is_that_of_multinomial_without_its_checks():
+    """It reads its probabilities from the host, for which a GPU is waited for at every token."""
+    probs = torch.softmax(torch.randn(5, 300, generator=torch.Generator().manual_seed(1)), -1)
+    ours, theirs = (torch.Generator().manual_seed(2) for _ in range(2))
+    for _ in range(20):
+        sampled = sample(probs.log(), top_k=None, temperature=1.0, generator=ours)
+        same = torch.softmax(probs.log() - probs.log().amax(-1, keepdim=True), -1)
+        assert sampled.equal(torch.multinomial(same, 1, generator=theirs).squeeze(-1))
+    assert ours.get_state().equal(theirs.get_state())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from emu3_kernels import rope, rope_append, rope_tables
+from emu3_kernels.testing.launches import all_launches
 from emu3_kernels.testing.suite import at_level, backends, runnable
 
 BACKENDS = [*backends("rope_append"), "reference"]
@@ -128,6 +129,13 @@ def test_positions_outside_the_tables_raise_before_any_write(backend, outside):
     with pytest.raises(ValueError, match=r"rope_append: positions must lie in \[0, 16\), got"):
         call(backend, *heads, *TABLES, *caches, positions.clamp(0, 8), positions)
     assert torch.equal(caches, before)
+
+
+def test_indices_that_the_caller_guarantees_take_no_launch():
+    heads, caches, slots = make_heads(), make_caches(), torch.arange(3).expand(2, 3)
+    with all_launches() as launches:
+        rope_append(*heads, *TABLES, *caches, slots, check_indices=False, backend="triton")
+    assert launches == ["rope_append_kernel"]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -179,7 +179,7 @@ def prefill_call(model: Emu3, cache: KeyValueCache, num_tokens: int) -> Callable
 
 
 def rewind(cache: KeyValueCache, length: int) -> None:
-    cache.lengths = torch.full_like(cache.lengths, length)
+    cache.lengths.fill_(length)
     cache.longest = length
 
 

@@ -138,6 +138,7 @@ def rope_append(
     slots: Tensor,
     positions: Tensor | None = None,
     *,
+    check_indices: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     r"""Rotate q and k as :func:`emu3_kernels.rope` does; write k and v into their caches.
@@ -161,6 +162,9 @@ def rope_append(
         slots: ``[B, T]`` int64 in ``[0, S)``, distinct within a row.
         positions: ``[B, T]`` int64 in ``[0, max_T)``; None is ``slots``, for a row that starts at
             slot 0.
+        check_indices: check the values of ``slots`` and ``positions``, which takes four small
+            kernels on a GPU. With False the caller guarantees them; a wrong one then writes outside
+            the cache. ``"cpu"`` always checks them, at no cost.
         backend: ``"cpu"``, ``"triton"``, ``"reference"``, or None for the first that fits.
 
     Returns:
@@ -174,7 +178,7 @@ def rope_append(
     if positions is not None:
         _check_indices("rope_append", "positions", positions, q)
     chosen = ROPE_APPEND.choose(backend, q, cos)
-    if chosen is not ROPE_APPEND["cpu"]:  # its C++ checks them itself
+    if check_indices and chosen is not ROPE_APPEND["cpu"]:  # its C++ checks them itself
         _check_places(slots, positions, key_cache.shape[1], cos.shape[0])
     if positions is None:
         positions = slots

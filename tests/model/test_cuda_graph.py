@@ -1,0 +1,121 @@
+"""A decode step and a training step as CUDA graphs: exact, and capturable, shown on a CPU."""
+
+import pytest
+import torch
+
+from emu3 import generate
+from emu3.cuda_graph import CapturedStep
+from emu3.generate import Sampling, generate_captions, generate_images
+from emu3.text import ByteTokenizer
+from emu3_kernels import use_backend
+from tests.model.recorded_graph import Refused, recorded_graphs
+from tests.model.tiny import TINY, tiny_model
+
+TEXT = ByteTokenizer(TINY.vocabulary)
+CAPTIONS = ["a red seven", "an orange one"]
+GRID = 3, 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    monkeypatch.setattr(generate, "_uses_graph", lambda model, asked: bool(asked))
+    with recorded_graphs(monkeypatch) as counts:
+        yield counts
+
+
+def images(model, how, **options):
+    return generate_images(
+        model, TEXT, CAPTIONS, GRID, how, torch.Generator().manual_seed(5), **options
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "how", [Sampling(), Sampling(guidance=1, top_k=None, temperature=0.7), Sampling(top_k=1)]
+)
+def test_replayed_steps_draw_the_same_images_token_for_token(graphs, how, backend):
+    model = tiny_model()
+    with use_backend(backend):
+        plain = images(model, how)
+        assert images(model, how, cuda_graph=True).equal(plain)
+    # One graph for a code after a code, one for a code after the end of a row.
+    assert graphs.captures == 2
+    assert graphs.replays == GRID[0] * GRID[1] - 1 - 2
+
+
+def test_replayed_steps_write_the_same_captions(graphs):
+    model, random = tiny_model(), torch.Generator().manual_seed(2)
+    codes = torch.randint(TINY.vocabulary.num_visual, (3, 2, 3), generator=random)
+    plain = generate_captions(model, TEXT, codes, max_new_tokens=10)
+    assert generate_captions(model, TEXT, codes, max_new_tokens=10, cuda_graph=True) == plain
+    assert graphs.captures == 1
+
+
+def test_a_replayed_step_never_runs_beyond_the_cache(graphs):
+    """Python of the model, which checks the room, does not run in a replay."""
+    model = tiny_model()
+    cache = generate._cache(model, 1, 5)
+    choose = lambda hidden: (hidden, hidden.argmax(-1), hidden)  # noqa: E731
+    decoder = generate._Decoder(model, cache, choose, None, graph=True)
+    with torch.no_grad():
+        decoder.start(torch.ones(1, 1, dtype=torch.int64), torch.tensor([1]))
+        for _ in range(4):
+            decoder.step()
+        assert cache.lengths.tolist() == [5]
+        with pytest.raises(ValueError, match="6 positions exceed its capacity 5"):
+            decoder.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("item", lambda x: x.sum().item()),
+        ("a branch", lambda x: x if x.sum() else 2 * x),
+        ("nonzero", lambda x: x.nonzero()),
+        ("a mask", lambda x: x[x > 0]),
+    ],
+)
+def test_the_recorder_refuses_what_a_capture_refuses(graphs, name, read):
+    step = CapturedStep(read, CPU)
+    step(torch.ones(3))
+    with pytest.raises(Refused):
+        step(torch.ones(3))
+
+
+def test_another_shape_is_refused_and_not_captured_anew(graphs):
+    step = CapturedStep(lambda x: 2 * x, CPU)
+    for value in range(4):
+        assert step(torch.full((3,), float(value))).equal(torch.full((3,), 2.0 * value))
+    with pytest.raises(ValueError, match=r"CapturedStep: inputs must stay \[\(\(3,\), torch.float"):
+        step(torch.ones(4))
+
+
+def test_a_graph_asked_for_where_there_is_none_is_refused():
+    with pytest.raises(ValueError, match="cuda_graph needs a model on a GPU, .*, got one on cpu"):
+        generate_images(tiny_model(), TEXT, CAPTIONS, GRID, cuda_graph=True)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="torch.autocast"):
+        generate_images(tiny_model(), TEXT, CAPTIONS, GRID, cuda_graph=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("top_k", [1, None])
+def test_logits_that_are_not_finite_end_in_one_line(value, top_k):
+    """The draw failed inside torch.multinomial, for which the host waited at every token."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.weight[TINY.vocabulary.visual_start + 3] = value
+    with pytest.raises(ValueError, match="generate: logits must be finite, got NaN or infinity"):
+        images(model, Sampling(top_k=top_k, guidance=1))
+    with torch.no_grad():
+        model.head.weight[7] = torch.nan
+    with pytest.raises(ValueError, match="generate: logits must be finite"):
+        generate_captions(model, TEXT, torch.zeros(1, 2, 2, dtype=torch.int64), max_new_tokens=3)
+
+
+def test_only_the_visual_rows_of_the_head_are_computed(monkeypatch):
+    model, seen = tiny_model(), []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(model, "linear", lambda x, w: (seen.append(len(w)), linear(x, w))[1])
+    images(model, Sampling())
+    assert seen == [TINY.vocabulary.num_visual] * (GRID[0] * GRID[1])
