@@ -52,8 +52,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         OSError: one line, if the file cannot be written.
     """
     with replacing(path) as draft:
+        draft.touch()
+        mode = draft.stat().st_mode  # safetensors would leave the file to its owner alone
         try:
             save_file(dict(tensors), draft, metadata=dict(metadata))
+            draft.chmod(mode)
         except SafetensorError as error:
             raise OSError(f"weights: cannot write {path}: {error}") from None
 
