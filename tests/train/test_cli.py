@@ -10,12 +10,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from emu3.cli import _read, app
+from emu3.config import VisionSettings, load_model
 from emu3.model import Emu3
 from emu3.tasks import load_recipe
+from emu3.text import QwenTokenizer
 from emu3.vision import VisionTokenizer
-from emu3.weights import save_decoder, save_vision
+from emu3.weights import Pretrained, save, save_decoder, save_vision
 from tests.train.recipes import decoder_words, vision_words
 
+SMALL = VisionSettings(base_channels=32)
+SMALL_8B = ["hidden_size=32", "num_layers=1", "num_heads=4", "num_kv_heads=2", "head_dim=8"]
+SMALL_8B += ["intermediate_size=48", "max_position_embeddings=2048"]
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 PB"
 
 
@@ -207,7 +212,49 @@ def test_a_tokenizer_of_another_number_of_codes_is_refused(tmp_path, files):
     done = emu3("generate", "x", *files[:3], vision, "--out", tmp_path / "x.png")
     assert done.exit_code == 1
     decoder = files[1]
-    assert done.stderr == f"emu3: {vision} has 16 codes, the vocabulary of {decoder} 512\n"
+    must = f"the vision tokenizer must have 512 codes as the vocabulary of {decoder}, got 16"
+    assert done.stderr == f"emu3: load: {must}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--ratio", "16:3"], "ratio must be 5 at most, got 16:3"),
+        (["--ratio", "wide"], "ratio must be \"width:height\" in positive integers, got 'wide'"),
+        (["--area", "0"], "area must be 16 pixels at least at 1:1, got 0"),
+        (["--device", "cuda"], "--device cuda: no GPU that PyTorch can use"),
+    ],
+)
+def test_an_image_that_cannot_be_is_refused_in_one_line(words, line, files):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = emu3("generate", "x", *files, *words)
+    assert (done.exit_code, done.stderr) == (1, f"emu3: {line}\n")
+
+
+def test_an_image_has_the_ratio_and_the_area_asked_for(tmp_path, files):
+    out = tmp_path / "wide.png"
+    done = emu3("generate", "x", *files, "--ratio", "2:1", "--area", 16 * 32, "--out", out)
+    assert done.exit_code == 0, done.output
+    with Image.open(out) as image:
+        assert image.size == (32, 16)
+
+
+def test_convert_writes_a_folder_that_generate_reads(tmp_path):
+    """At Emu3's vocabulary and a hundredth of its width, its words around the caption."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    torch.manual_seed(0)
+    model = Emu3(load_model("8b", SMALL_8B)).eval()
+    save(source, Pretrained(model, VisionTokenizer(SMALL), QwenTokenizer()), "official")
+    done = emu3("convert", source, out, "--layout", "official", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    image, area = tmp_path / "x.png", ["--area", 32 * 32, "--ratio", "1:1"]
+    done = emu3("generate", "a cat", "--model", out, *area, "--out", image)
+    assert done.exit_code == 0, done.output
+    with Image.open(image) as drawn:
+        assert drawn.size == (32, 32)
+    done = emu3("convert", source, out, "--layout", "official")
+    assert done.stderr == f"emu3: save: {out} must hold no weights, got some: name another folder\n"
 
 
 def test_a_tokenizer_too_narrow_for_three_colours_trains_all_the_same(tmp_path):

@@ -65,7 +65,7 @@ def _save_official(
 
 
 def _save_huggingface(folder: Path, loaded: Pretrained, layout: str) -> None:
-    from emu3.weights.processor import save_processor  # transformers is slow to import
+    from emu3.weights import processor  # transformers is slow to import
 
     prefixes = _PREFIXES[layout]
     tensors = {}
@@ -74,7 +74,7 @@ def _save_huggingface(folder: Path, loaded: Pretrained, layout: str) -> None:
         tensors[prefixes[kind] + name.removeprefix(kind)] = view
     for name, value in huggingface_tensors(loaded.vision).items():
         tensors[prefixes["vision"] + name] = value
-    save_processor(folder, loaded.text)
+    processor.save_processor(folder, loaded.text)
     _save_shards(folder, tensors)
     config = huggingface_config(loaded.model.settings, loaded.vision.settings)
     _write_json(folder / "config.json", config)
