@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
-from emu3.config import PRESETS, VisionSettings
+from emu3.config import load_model
 from emu3.model import Emu3
 from emu3.prompt import content_ids, generation_prompt
 from emu3.templates import grid_of
@@ -31,12 +31,11 @@ from emu3.weights import (
 from emu3.weights import folders as published
 from emu3.weights import processor as processor_files
 from emu3_kernels.testing.budget import assert_as_accurate
+from tests.model.published import SMALL, SMALL_8B
 from tests.model.test_weights import assert_same_state
 from tests.model.tiny import TINY_VISION, tiny_model
 from tests.model.vision_parts import random_tokenizer
 
-SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-SIZES |= {"intermediate_size": 48, "max_position_embeddings": 2048, "dropout": 0.0, "init_std": 0.1}
 LAYOUTS = ("official", "hub", "runtime")
 PIXELS = 64 * 64
 
@@ -45,8 +44,8 @@ PIXELS = 64 * 64
 def made():
     """Emu3's vocabulary and every part, at a hundredth of the width."""
     torch.manual_seed(0)
-    model = Emu3(PRESETS["8b"].model_copy(update=SIZES)).eval()
-    return Pretrained(model, random_tokenizer(VisionSettings(base_channels=32)), QwenTokenizer())
+    model = Emu3(load_model("8b", SMALL_8B)).eval()
+    return Pretrained(model, random_tokenizer(SMALL), QwenTokenizer())
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from emu3.cli import _read, app
-from emu3.config import VisionSettings, load_model
+from emu3.config import load_model
 from emu3.model import Emu3
 from emu3.tasks import load_recipe
 from emu3.text import QwenTokenizer
 from emu3.vision import VisionTokenizer
 from emu3.weights import Pretrained, save, save_decoder, save_vision
+from tests.model.published import SMALL, SMALL_8B
 from tests.train.recipes import decoder_words, vision_words
 
-SMALL = VisionSettings(base_channels=32)
-SMALL_8B = ["hidden_size=32", "num_layers=1", "num_heads=4", "num_kv_heads=2", "head_dim=8"]
-SMALL_8B += ["intermediate_size=48", "max_position_embeddings=2048"]
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 PB"
 
 
