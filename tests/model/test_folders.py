@@ -1,5 +1,6 @@
 """Published folders in three layouts: loaded, saved, read by transformers, and their faults."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -129,19 +130,15 @@ def test_logits_equal_hugging_face_s_with_text_and_images(count, dtype, made, th
     grammar = ["USER: ", *codes, "What is this? ASSISTANT:"]
     tokens = torch.tensor([[ids.bos, *content_ids(grammar, made.text)]])
     filled = inputs["input_ids"].clone()
-    of_images = [theirs.model.get_image_tokens(p["pixel_values"], p["image_sizes"]) for p in parts]
-    if of_images:
-        filled[filled == theirs.model.vocabulary_mapping.image_token_id] = torch.cat(of_images)
+    found = [theirs.model.get_image_tokens(p["pixel_values"], p["image_sizes"]) for p in parts]
+    if found:
+        filled[filled == theirs.model.vocabulary_mapping.image_token_id] = torch.cat(found).long()
     assert tokens.equal(filled)
-
-    def logits(model, kind):
-        return model.to(kind)(filled).logits[0]
-
-    low, exact = logits(theirs, dtype), logits(theirs, torch.float64)
-    theirs.float()
-    model = made.model.to(dtype)
+    low_model = copy.deepcopy(theirs).to(dtype)
+    low = low_model(filled).logits[0]
+    exact = low_model.double()(filled).logits[0]
+    model = copy.deepcopy(made.model).to(dtype)
     ours = model.logits(model(tokens)[0], slice(None))
-    made.model.float()
     assert_as_accurate("logits", ours, low, exact)
 
 

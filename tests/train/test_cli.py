@@ -10,13 +10,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from emu3.cli import _read, app
-from emu3.config import load_model
 from emu3.model import Emu3
 from emu3.tasks import load_recipe
-from emu3.text import QwenTokenizer
 from emu3.vision import VisionTokenizer
-from emu3.weights import Pretrained, save, save_decoder, save_vision
-from tests.model.published import SMALL, SMALL_8B
+from emu3.weights import save_decoder, save_vision
 from tests.train.recipes import decoder_words, vision_words
 
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 PB"
@@ -236,23 +233,6 @@ def test_an_image_has_the_ratio_and_the_area_asked_for(tmp_path, files):
     assert done.exit_code == 0, done.output
     with Image.open(out) as image:
         assert image.size == (32, 16)
-
-
-def test_convert_writes_a_folder_that_generate_reads(tmp_path):
-    """At Emu3's vocabulary and a hundredth of its width, its words around the caption."""
-    source, out = tmp_path / "source", tmp_path / "out"
-    torch.manual_seed(0)
-    model = Emu3(load_model("8b", SMALL_8B)).eval()
-    save(source, Pretrained(model, VisionTokenizer(SMALL), QwenTokenizer()), "official")
-    done = emu3("convert", source, out, "--layout", "official", "--dtype", "bfloat16")
-    assert done.exit_code == 0, done.output
-    image, area = tmp_path / "x.png", ["--area", 32 * 32, "--ratio", "1:1"]
-    done = emu3("generate", "a cat", "--model", out, *area, "--out", image)
-    assert done.exit_code == 0, done.output
-    with Image.open(image) as drawn:
-        assert drawn.size == (32, 32)
-    done = emu3("convert", source, out, "--layout", "official")
-    assert done.stderr == f"emu3: save: {out} must hold no weights, got some: name another folder\n"
 
 
 def test_a_tokenizer_too_narrow_for_three_colours_trains_all_the_same(tmp_path):
