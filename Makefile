@@ -42,13 +42,15 @@ clean:
 
 # torch brings its own triton where it is a CUDA build; elsewhere the newest tested one comes: 3.9.0
 # spills registers on sm_100 in two backward kernels, of attention and of causal_conv3d in float32.
-# ttsem declares Python 3.12 and runs on 3.10 too. What is there already is not fetched again.
+# ttsem declares Python 3.12 and runs on 3.10 too; dashscope has the merges of Qwen's text tokenizer.
+# What is there already is not fetched again.
 $(VENV)/installed: pyproject.toml $(SOURCES)
 	@echo "setting up $(VENV): torch, triton, development tools, our native library (minutes, once)"
 	@test -d $(VENV) || { $(PYTHON) -m venv $(VENV) && $(PIP) --upgrade pip "setuptools>=77" wheel; }
 	@$(PIP) torch==2.13.0
 	@$(PIP) "triton>=3.6,<3.9"
 	@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
+	@$(PIP) --no-deps dashscope==2.0.2
 	@$(PIP) --no-build-isolation --editable ".[train,demo,bench,dev]"
 	@touch $@
 

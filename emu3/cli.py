@@ -22,13 +22,13 @@ from typer.core import TyperGroup
 from emu3.config import load_model, parse
 from emu3.files import replacing
 from emu3.generate import Sampling, generate_captions, generate_images
-from emu3.model import Emu3
 from emu3.tasks import load_recipe
 from emu3.tasks import train as train_recipe
-from emu3.text import ByteTokenizer
+from emu3.templates import NEGATIVE, POSITIVE, grid_of
+from emu3.text import QwenTokenizer
 from emu3.tools.bulk import Outcome, in_words, is_out_of_memory
 from emu3.vision import VisionTokenizer, postprocess
-from emu3.weights import load_decoder, load_vision
+from emu3.weights import load, load_vision, save
 
 
 class _OneLine(TyperGroup):
@@ -54,8 +54,16 @@ class _OneLine(TyperGroup):
 
 app = typer.Typer(cls=_OneLine, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
-Decoder = Annotated[Path, typer.Option(help="decoder.safetensors of a training run")]
-Vision = Annotated[Path, typer.Option(help="vision.safetensors of a training run")]
+Model = Annotated[
+    Path,
+    typer.Option(
+        "--model", "--decoder", help="folder of a published model, or decoder.safetensors of a run"
+    ),
+]
+Vision = Annotated[Path, typer.Option(help="vision.safetensors of a run, or a published folder")]
+OwnVision = Annotated[
+    Path | None, typer.Option("--vision", help="the same of the vision tokenizer, if elsewhere")
+]
 Overwrite = Annotated[bool, typer.Option(help="make files again that are there")]
 
 
@@ -73,6 +81,12 @@ class Device(str, Enum):
 class Clips(str, Enum):
     pieces = "pieces"
     stream = "stream"
+
+
+class LayoutName(str, Enum):
+    official = "official"
+    hub = "hub"
+    runtime = "runtime"
 
 
 _DEMO = Path("demo/runs")
@@ -117,24 +131,41 @@ def train(
 @app.command()
 def generate(
     captions: Annotated[list[str], typer.Argument(help='such as "a red seven"')],
-    decoder: Decoder = _DECODER,
-    vision: Vision = _VISION,
+    model: Model = _DECODER,
+    vision: OwnVision = None,
     out: Annotated[Path, typer.Option(help="PNG file: all images side by side")] = Path(
         "generated.png"
     ),
+    ratio: Annotated[str | None, typer.Option(help="width:height, such as 16:9")] = None,
+    area: Annotated[int | None, typer.Option(help="pixels of an image, about")] = None,
+    negative: Annotated[str | None, typer.Option(help="negative prompt")] = None,
+    positive: Annotated[str | None, typer.Option(help="words after every caption")] = None,
     guidance: Annotated[float, typer.Option(help="scale of classifier-free guidance")] = 3.0,
     top_k: Annotated[int, typer.Option(help="sample among this many codes")] = 2048,
     temperature: Annotated[float, typer.Option(help="of the softmax")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the random numbers", min=0, max=2**64 - 1)] = 0,
+    device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
+    dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
 ) -> None:
-    """Generate an image from each caption."""
+    """Generate an image from each caption.
+
+    Emu3's own words stand after every caption and as the negative prompt, unless others are given.
+    """
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out: must be a file that ends in .png, got {str(out)!r}")
-    model, tokenizer, text = _load(decoder, vision)
-    how = Sampling(guidance=guidance, top_k=top_k, temperature=temperature)
-    generator = torch.Generator().manual_seed(seed)
-    codes = generate_images(model, text, captions, tokenizer.settings.grid, how, generator)
-    strip = torch.cat(list(tokenizer.decode(codes)), dim=2)
+    vision = _beside(model) if vision is None else vision
+    loaded = load(model, vision=vision, device=_usable(device), dtype=_kind(dtype))
+    published = isinstance(loaded.text, QwenTokenizer)
+    negative = negative if negative is not None else NEGATIVE if published else ""
+    positive = positive if positive is not None else POSITIVE if published else ""
+    size, factor = loaded.vision.settings.image_size, loaded.vision.settings.spatial_factor
+    area = area if area is not None else 720 * 720 if published else size * size
+    grid = grid_of(ratio or "1:1", area, factor)
+    how = Sampling(guidance=guidance, top_k=top_k, temperature=temperature, negative=negative)
+    generator = torch.Generator(_usable(device)).manual_seed(seed)
+    asked = [words + positive for words in captions]
+    codes = generate_images(loaded.model, loaded.text, asked, grid, how, generator)
+    strip = torch.cat(list(loaded.vision.decode(codes)), dim=2)
     with replacing(out) as draft:
         postprocess(strip)[0].save(draft, format="PNG")
     _say(f"wrote {out}")
@@ -143,14 +174,15 @@ def generate(
 @app.command()
 def chat(
     images: Annotated[list[Path], typer.Argument(help="image files")],
-    decoder: Decoder = _DECODER,
-    vision: Vision = _VISION,
+    model: Model = _DECODER,
+    vision: OwnVision = None,
 ) -> None:
     """Caption images."""
-    model, tokenizer, text = _load(decoder, vision)
-    size = tokenizer.settings.image_size
-    codes = tokenizer.encode(torch.stack([_read(path, size) for path in images]))
-    for path, words in zip(images, generate_captions(model, text, codes), strict=True):
+    loaded = load(model, vision=_beside(model) if vision is None else vision)
+    size = loaded.vision.settings.image_size
+    codes = loaded.vision.encode(torch.stack([_read(path, size) for path in images]))
+    captions = generate_captions(loaded.model, loaded.text, codes)
+    for path, words in zip(images, captions, strict=True):
         _say(f"{path}: {words}")
 
 
@@ -212,6 +244,29 @@ def detokenize(
 
 
 @app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="folder of a published model, in any layout")],
+    out: Annotated[Path, typer.Argument(help="folder to fill")],
+    layout: Annotated[
+        LayoutName,
+        typer.Option(help="official, or Hugging Face's: of its hub, or as its classes save"),
+    ],
+    vision: Annotated[
+        Path | None, typer.Option(help="folder or file of the vision tokenizer, if it is elsewhere")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="file or folder of Qwen's merges, if they are elsewhere")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="of the decoder; by default that of the files")
+    ] = None,
+) -> None:
+    """Write a model in another layout, with what others need to read it."""
+    save(out, load(model, vision=vision, text=text, dtype=_kind(dtype)), layout.value)
+    _say(f"wrote {out}")
+
+
+@app.command()
 def profile(
     overrides: Annotated[list[str] | None, typer.Argument(help="such as num_layers=2")] = None,
     preset: Annotated[str, typer.Option(help="shape of the model: 8b or mini")] = "8b",
@@ -245,6 +300,15 @@ def _say(line: str, *, stderr: bool = False) -> None:
     Console(stderr=stderr).print(line, markup=False, emoji=False, soft_wrap=True)
 
 
+def _beside(model: Path) -> Path | None:
+    """The demo's vision tokenizer, for its decoder."""
+    return _VISION if model == _DECODER else None
+
+
+def _kind(dtype: Dtype | None) -> torch.dtype | None:
+    return None if dtype is None else getattr(torch, dtype.value)
+
+
 def _usable(device: Device) -> str:
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU that PyTorch can use")
@@ -265,16 +329,6 @@ def _summarise(outcome: Outcome, out: Path) -> None:
     _say(f"{outcome.done} files written, {outcome.skipped} skipped{failed}, in {out}{others}")
     if failed:
         raise typer.Exit(1)
-
-
-def _load(decoder: Path, vision: Path) -> tuple[Emu3, VisionTokenizer, ByteTokenizer]:
-    model, tokenizer = load_decoder(decoder), load_vision(vision)
-    num_codes, num_visual = tokenizer.settings.num_codes, model.settings.vocabulary.num_visual
-    if num_codes != num_visual:
-        raise ValueError(
-            f"{vision} has {num_codes} codes, the vocabulary of {decoder} {num_visual}"
-        )
-    return model, tokenizer, ByteTokenizer(model.settings.vocabulary)
 
 
 def _read(path: Path, size: int) -> Tensor:

@@ -20,8 +20,8 @@ MAY_NOT_IMPORT = {
     "tests": ("benchmarks",),
 }
 EMU3 = (
-    {"config", "settings", "files", "model", "vision", "text", "prompt", "cache", "sampling"}
-    | {"weights", "timing", "cuda_graph", "__init__"},
+    {"config", "settings", "files", "model", "vision", "text", "prompt", "templates", "cache"}
+    | {"sampling", "weights", "timing", "cuda_graph", "__init__"},
     *({"generate"}, {"data", "train"}, {"tools", "serve", "demo"}, {"tasks", "cli", "__main__"}),
 )
 """Parts of ``emu3``, lowest first: each imports its own layer and those below."""

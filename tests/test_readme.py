@@ -7,9 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from emu3.cli import app
+from emu3.config import load_model
+from emu3.model import Emu3
+from emu3.text import QwenTokenizer
+from emu3.vision import VisionTokenizer
+from emu3.weights import Pretrained, save
+from tests.model.published import SMALL, SMALL_8B
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,6 +25,8 @@ LINES = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
+PUBLISHED = "Emu3-Gen"
+"""A folder that a user has and a test makes."""
 SETS_UP = ("cd", "pip install")
 """What CI does before this test can run."""
 
@@ -54,9 +63,23 @@ def test_the_benchmark_runs(line):
 def test_the_emu3_commands_run_one_after_another(tmp_path, monkeypatch):
     """In this process, as one that starts imports torch anew; with two steps of training."""
     monkeypatch.chdir(tmp_path)
-    for line in (line for line in LINES if line.startswith("emu3")):
+    for line in (line for line in LINES if line.startswith("emu3") and PUBLISHED not in line):
         words = shlex.split(line)[1:]
         words += ["train.steps=2"] if words[0] == "train" else []
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (line, done.output, done.exception)
+    assert (tmp_path / "generated.png").stat().st_size > 0
+
+
+def test_the_commands_on_published_weights_run(tmp_path, monkeypatch):
+    """On random ones, a hundredth as wide, and an image of 4 by 4 codes."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Emu3(load_model("8b", SMALL_8B)).eval()
+    save(Path(PUBLISHED), Pretrained(model, VisionTokenizer(SMALL), QwenTokenizer()), "official")
+    for line in (line for line in LINES if PUBLISHED in line):
+        words = shlex.split(line)[1:]
+        words += ["--area", "1024"] if words[0] == "generate" else []
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, (line, done.output, done.exception)
     assert (tmp_path / "generated.png").stat().st_size > 0

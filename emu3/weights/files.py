@@ -1,7 +1,8 @@
 """Safetensors files: written atomically, read with errors of one line."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ _MODEL = {
     "max_positions": "max_position_embeddings",
 }
 _CHECKPOINT = "checkpoint.safetensors"
+_PIECE = 32 << 20
+"""Bytes of a file that are mapped at a time."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = tuple(_DTYPES.values())
+"""What weights are read from."""
 FORMER_NAMES = {
     "decoder": _MODEL,
     "model": _MODEL,
@@ -46,8 +52,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         OSError: one line, if the file cannot be written.
     """
     with replacing(path) as draft:
+        draft.touch()
+        mode = draft.stat().st_mode  # safetensors would leave the file to its owner alone
         try:
             save_file(dict(tensors), draft, metadata=dict(metadata))
+            draft.chmod(mode)
         except SafetensorError as error:
             raise OSError(f"weights: cannot write {path}: {error}") from None
 
@@ -57,6 +66,51 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata() or {}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a safetensors file, not read yet."""
+
+    path: Path
+    name: str
+    """In the file."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    """The file's own word for it, if it is none of ``FLOATS``."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def copy_to(self, view: Tensor) -> None:
+        """Round to the dtype of ``view``, on its device.
+
+        The file is opened anew for every piece: what is mapped of it counts as memory of the
+        process until it is closed.
+        """
+        if self.ndim == 0:
+            with opened(self.path) as file:
+                view.copy_(file.get_tensor(self.name))
+            return
+        row = max(1, view[:1].numel() * self.dtype.itemsize)
+        for start in range(0, self.shape[0], max(1, _PIECE // row)):
+            piece = slice(start, start + max(1, _PIECE // row))
+            with opened(self.path) as file:
+                view[piece].copy_(file.get_slice(self.name)[piece])
+
+
+def stored_in(shards: Iterable[Path]) -> dict[str, Stored]:
+    """The tensors of all files by name; nothing of them is read."""
+    found = {}
+    for path in shards:
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                part = file.get_slice(name)
+                dtype = part.get_dtype()
+                shape = tuple(part.get_shape())
+                found[name] = Stored(path, name, shape, _DTYPES.get(dtype, dtype))
+    return found
 
 
 def opened(path: Path) -> safe_open:
@@ -137,7 +191,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 @torch.no_grad()
-def copy(view: Tensor | None, value: Tensor, name: str, path: Path) -> None:
+def copy(view: Tensor | None, value: Tensor | Stored, name: str, path: Path) -> None:
     if view is None:
         raise ValueError(f"weights: {path} is of another configuration: {name} has no place here")
     if view.shape != value.shape:
@@ -145,8 +199,21 @@ def copy(view: Tensor | None, value: Tensor, name: str, path: Path) -> None:
             f"weights: {path} is of another configuration: {name} is {tuple(value.shape)}, "
             f"expected {tuple(view.shape)}"
         )
-    view.copy_(value)
-    check_finite(view, name, path)
+    write(view, value, name, path)
+
+
+@torch.no_grad()
+def write(view: Tensor, value: Tensor | Stored, name: str, where: Path | str) -> None:
+    """Round ``value`` to the dtype of ``view``; a float must stay finite, and come from floats."""
+    if isinstance(value, Stored):
+        if isinstance(value.dtype, str) and view.is_floating_point():
+            raise ValueError(
+                f"weights: {where}: {name} must be floats of 16 bits or more, got {value.dtype}"
+            )
+        value.copy_to(view)
+    else:
+        view.copy_(value)
+    check_finite(view, name, where)
 
 
 def check_finite(view: Tensor, name: str, where: Path | str) -> None:

@@ -6,7 +6,6 @@ official attention has 1x1 convolutions; in a whole model all names have a prefi
 
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,15 @@ from emu3.config import VisionSettings
 from emu3.settings import SettingsError, parse
 from emu3.vision import VisionTokenizer
 from emu3.vision.quantizer import RUNNING_MEANS
-from emu3.weights.files import check_finite, opened, read_settings, save_tensors, shards_of
+from emu3.weights.files import (
+    FLOATS,
+    Stored,
+    read_settings,
+    save_tensors,
+    shards_of,
+    stored_in,
+    write,
+)
 from emu3_kernels.modules import speed_up_bfloat16
 
 _TO_HUGGING_FACE = (
@@ -56,40 +63,55 @@ def save_vision(path: Path, tokenizer: VisionTokenizer, layout: Layout = "offici
     """
     if layout not in ("official", "huggingface"):
         raise ValueError(f"weights: layout must be official or huggingface, got {layout!r}")
-    tensors = {
-        name: value for name, value in tokenizer.state_dict().items() if name not in RUNNING_MEANS
+    tensors = huggingface_tensors if layout == "huggingface" else official_tensors
+    settings = {"vision": tokenizer.settings.model_dump_json()}
+    save_tensors(path, tensors(tokenizer), settings)
+
+
+def official_tensors(tokenizer: VisionTokenizer) -> dict[str, Tensor]:
+    """Its weights and running statistics under official names, contiguous."""
+    state = tokenizer.state_dict().items()
+    return {name: value.contiguous() for name, value in state if name not in RUNNING_MEANS}
+
+
+def huggingface_tensors(tokenizer: VisionTokenizer) -> dict[str, Tensor]:
+    """The same under Hugging Face's names, and attention as matrices."""
+    return {
+        _renamed(name, _TO_HUGGING_FACE): v.flatten(1) if _PROJECTION.search(name) else v
+        for name, v in official_tensors(tokenizer).items()
     }
-    if layout == "huggingface":
-        tensors = {
-            _renamed(name, _TO_HUGGING_FACE): v.flatten(1) if _PROJECTION.search(name) else v
-            for name, v in tensors.items()
-        }
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    save_tensors(path, tensors, {"vision": tokenizer.settings.model_dump_json()})
 
 
-def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
+def load_vision(
+    source: Path | str | Mapping[str, Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> VisionTokenizer:
     """Build a vision tokenizer from a file, a folder of shards or a state dict of any layout.
 
     Official and Hugging Face names are read, alone or inside a whole model, whose other parts are
     ignored. The shape comes from the metadata of our files, or else from the tensors, with Emu3's
-    32 groups. Weights keep the dtype of the codebook.
+    32 groups.
+
+    Args:
+        source: what to read.
+        device: of the tokenizer.
+        dtype: of the tokenizer; None keeps that of the codebook.
 
     Raises:
         ValueError: one line that names what is missing, unexpected, of another shape or not
             finite.
     """
     if isinstance(source, Mapping):
-        where, settings = "the state dict", None
-        found = {name: source[name] for name in _own(source)}
+        where, settings, found = "the state dict", None, source
     else:
         where, shards = str(source), shards_of(Path(source))
         settings = read_settings(shards[0], "vision", VisionSettings)
-        found = _read(shards)
-    tensors = _official(found)
+        found = stored_in(shards)
+    tensors = {_renamed(name, _TO_OFFICIAL): found[name] for name in _own(found)}
     codebook = tensors.get(_CODEBOOK, torch.empty(0, 0))
-    is_float = codebook.is_floating_point() and codebook.dtype.itemsize > 1
-    if codebook.ndim != 2 or not is_float:
+    if codebook.ndim != 2 or codebook.dtype not in FLOATS:
         raise ValueError(
             f"weights: {where} does not fit the vision tokenizer: {_CODEBOOK} must be floats "
             f"of 16 bits or more, [N, D], got {codebook.dtype} {tuple(codebook.shape)}"
@@ -97,9 +119,14 @@ def load_vision(source: Path | str | Mapping[str, Tensor]) -> VisionTokenizer:
     settings = settings or _shape_of(tensors, where)
     with torch.device("meta"):
         tokenizer = VisionTokenizer(settings)
-    tokenizer.to(codebook.dtype).to_empty(device="cpu")
+    tokenizer.to(dtype or codebook.dtype).to_empty(device=device)
     _fill(tokenizer, tensors, where)
     return speed_up_bfloat16(tokenizer.eval())
+
+
+def holds_vision(names: Iterable[str]) -> bool:
+    """Whether a whole model's tensors have a vision tokenizer's among them."""
+    return any(_PREFIX.match(name) for name in names)
 
 
 def _own(names: Iterable[str]) -> list[str]:
@@ -108,31 +135,13 @@ def _own(names: Iterable[str]) -> list[str]:
     return [name for name in names if _PREFIX.match(name)] or names
 
 
-def _read(shards: list[Path]) -> dict[str, Tensor]:
-    """Its tensors, under the names of the files; a shard of a whole model may contain none."""
-    with ExitStack() as stack:
-        files = [stack.enter_context(opened(shard)) for shard in shards]
-        place = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        return {name: place[name].get_tensor(name) for name in _own(place)}
-
-
-def _official(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official names, and attention as 1x1 convolutions."""
-    tensors = {}
-    for foreign, value in found.items():
-        name = _renamed(foreign, _TO_OFFICIAL)
-        is_matrix = _PROJECTION.search(name) and value.ndim == 2
-        tensors[name] = value[:, :, None, None] if is_matrix else value
-    return tensors
-
-
 def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _shape_of(tensors: Mapping[str, Tensor], where: str) -> VisionSettings:
+def _shape_of(tensors: Mapping[str, Tensor | Stored], where: str) -> VisionSettings:
     """Infer the settings from the tensors."""
     stage = "encoder.down.{}.block.0.conv1.weight"
     first = "encoder.conv_in.weight"
@@ -143,7 +152,7 @@ def _shape_of(tensors: Mapping[str, Tensor], where: str) -> VisionSettings:
         return sum(1 for _ in takewhile(lambda n: template.format(n) in tensors, count()))
 
     def size_of(name: str) -> int:
-        return len(tensors[name]) if tensors[name].ndim else 0
+        return tensors[name].shape[0] if tensors[name].ndim else 0
 
     stages = range(counted(stage))
     base, widths = size_of(first), [size_of(stage.format(n)) for n in stages]
@@ -166,8 +175,12 @@ def _shape_of(tensors: Mapping[str, Tensor], where: str) -> VisionSettings:
 
 
 @torch.no_grad()
-def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], where: str) -> None:
-    own = dict(tokenizer.state_dict())
+def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor | Stored], where: str) -> None:
+    own = {
+        # Attention is 1x1 convolutions here, and may be matrices there.
+        name: view.flatten(1) if _is_matrix(name, tensors.get(name)) else view
+        for name, view in tokenizer.state_dict().items()
+    }
     unexpected = [name for name in tensors if name not in own]
     missing = [
         name
@@ -185,12 +198,15 @@ def _fill(tokenizer: VisionTokenizer, tensors: Mapping[str, Tensor], where: str)
         raise ValueError(f"weights: {where} does not fit the vision tokenizer: {found}")
     for name, view in own.items():
         if name in tensors:
-            view.copy_(tensors[name])
-            check_finite(view, name, where)
+            write(view, tensors[name], name, where)
         elif _IGNORED.search(name):
             view.zero_()
     if any(name not in tensors for name in RUNNING_MEANS):
         tokenizer.quantize.restart()
+
+
+def _is_matrix(name: str, value: Tensor | Stored | None) -> bool:
+    return value is not None and value.ndim == 2 and _PROJECTION.search(name) is not None
 
 
 def _listed(names: list[str]) -> str:

@@ -319,7 +319,7 @@ def test_the_folder_of_a_run_tells_which_file_is_meant(tmp_path):
     line = f"is the folder of a training run; its weights are {tmp_path}/vision.safetensors"
     with pytest.raises(ValueError, match=line):
         load_vision(tmp_path)
-    with pytest.raises(ValueError, match=r"is a folder; name a file in it .*vision\.safetensors"):
+    with pytest.raises(ValueError, match=line):
         load_decoder(tmp_path)
 
 

@@ -207,7 +207,32 @@ def test_a_tokenizer_of_another_number_of_codes_is_refused(tmp_path, files):
     done = emu3("generate", "x", *files[:3], vision, "--out", tmp_path / "x.png")
     assert done.exit_code == 1
     decoder = files[1]
-    assert done.stderr == f"emu3: {vision} has 16 codes, the vocabulary of {decoder} 512\n"
+    must = f"the vision tokenizer must have 512 codes as the vocabulary of {decoder}, got 16"
+    assert done.stderr == f"emu3: load: {must}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--ratio", "16:3"], "ratio must be 5 at most, got 16:3"),
+        (["--ratio", "wide"], "ratio must be \"width:height\" in positive integers, got 'wide'"),
+        (["--area", "0"], "area must be 16 pixels at least at 1:1, got 0"),
+        (["--device", "cuda"], "--device cuda: no GPU that PyTorch can use"),
+    ],
+)
+def test_an_image_that_cannot_be_is_refused_in_one_line(words, line, files):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = emu3("generate", "x", *files, *words)
+    assert (done.exit_code, done.stderr) == (1, f"emu3: {line}\n")
+
+
+def test_an_image_has_the_ratio_and_the_area_asked_for(tmp_path, files):
+    out = tmp_path / "wide.png"
+    done = emu3("generate", "x", *files, "--ratio", "2:1", "--area", 16 * 32, "--out", out)
+    assert done.exit_code == 0, done.output
+    with Image.open(out) as image:
+        assert image.size == (32, 16)
 
 
 def test_a_tokenizer_too_narrow_for_three_colours_trains_all_the_same(tmp_path):
