@@ -85,4 +85,5 @@ def rows_beside(ops: Iterable[str], peers: bool) -> list[Row]:
 def write(path: Path, rows: list[Row]) -> None:
     """Write ``rows`` as ``report`` reads them."""
     stated = {"label": "COUNTED", "triton": triton.__version__}
-    path.write_text(json.dumps(stated | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    path.write_text(f'{json.dumps(stated)[:-1]}, "rows": [\n{lines}\n]}}\n')
