@@ -100,6 +100,11 @@ def _trips(work: Work, lanes: int, loops: Sequence) -> list[tuple[float, object]
     return [(trips if loop.loads + loop.stores else warps, loop) for loop in loops]
 
 
+def is_known(work: Work) -> bool:
+    """Whether the work of a launch is known: a kernel of tensor cores must state its FLOPs."""
+    return bool(work.flops or work.trips or not work.facts.matrix_ops)
+
+
 def resident(work: Work, card: Card) -> int:
     return card.chip.resident(work.facts, work.num_warps)
 

@@ -6,7 +6,7 @@ from statistics import median
 
 from benchmarks.harness import calibration, prediction
 from benchmarks.harness.calibration import Measured
-from benchmarks.harness.prediction import CARDS, MODEL, Work
+from benchmarks.harness.prediction import CARDS, MODEL
 from benchmarks.report import tables
 
 HEADER = (
@@ -32,7 +32,7 @@ reason of each excused term.
 
 **PREDICTED**: the time of the kernel alone on each card, from what is counted and {num_fitted}
 parameters fitted to the rows of the H200 at the end of this page. Times under 10 µs say only that
-the launch is short; those of kernels whose FLOPs no config states are left out.
+the launch is short; kernels of tensor cores whose FLOPs are not stated have none.
 """
 
 CALIBRATION = """## PREDICTED against MEASURED
@@ -97,7 +97,7 @@ def predicted_cells(row: dict, by_target: dict[str, dict]) -> list[str]:
     elements = max(n for name, n in row["sizes"].items() if name.endswith("_ptr"))
     lanes = card.chip.gpu.warp_size
     times = (time(by_target.get(card.target), card) for card in CARDS.values())
-    known = is_predicted(work)
+    known = prediction.is_known(work)
     executed = prediction.instructions(work, lanes) * lanes / elements
     return [
         *(name(row), row["config"], f"{work.programs:,}", str(row["resident"])),
@@ -107,13 +107,9 @@ def predicted_cells(row: dict, by_target: dict[str, dict]) -> list[str]:
 
 
 def time(row: dict | None, card: prediction.Card) -> str:
-    if row is None or not is_predicted(work := calibration.work_of(row)):
+    if row is None or not prediction.is_known(work := calibration.work_of(row)):
         return "-"
     return f"{prediction.microseconds(work, card, MODEL):,.0f}"
-
-
-def is_predicted(work: Work) -> bool:
-    return bool(work.flops or work.trips or not work.facts.matrix_ops)
 
 
 def calibrated(measured: list[Measured]) -> list[str]:
