@@ -31,8 +31,9 @@ largest tensor of the launch. Ours are checked against a contract in `contracts.
 reason of each excused term.
 
 **PREDICTED**: the time of the kernel alone on each card, from what is counted and {num_fitted}
-parameters fitted to the rows of the H200 at the end of this page. Times under 10 µs say only that
-the launch is short; kernels of tensor cores whose FLOPs are not stated have none.
+parameters fitted to the calls of the H200 at the end of this page. A time of {launch:.0f} µs is the
+fixed part of a launch and says only that the work is short. Kernels of tensor cores whose FLOPs are
+not stated have none.
 """
 
 CALIBRATION = """## PREDICTED against MEASURED
@@ -50,7 +51,9 @@ error take longer than their kernels, for the reason given, and are not fitted.
 def page(counted: dict, measured: list[Measured]) -> str:
     rows = counted["rows"]
     introduction = INTRODUCTION.format(
-        triton=counted["triton"], num_fitted=len(prediction.parameters(MODEL))
+        triton=counted["triton"],
+        num_fitted=len(prediction.parameters(MODEL)),
+        launch=MODEL.launch_us,
     )
     sections = [
         section(op, [row for row in rows if row["op"] == op])
