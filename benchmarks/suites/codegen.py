@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import machine
+from benchmarks.harness import calibration, machine, prediction
+from benchmarks.harness.prediction import CARDS, MODEL
 from benchmarks.peers import codegen as peers_codegen
 from emu3_kernels.ops import OPS
 from emu3_kernels.testing.chips import CHIPS
@@ -23,10 +24,14 @@ from emu3_kernels.testing.terms import listed
 
 
 def table(rows: Iterable[Row]) -> Table:
-    out = Table(title="COUNTED in the machine code; accesses are count x bytes a thread")
+    out = Table(
+        title="COUNTED in the machine code; accesses are count x bytes a thread; us are PREDICTED"
+    )
     for column in ("op", "kernel", "config", "target"):
         out.add_column(column, no_wrap=True)
     for column in ("registers", "stack", "spills", "shared", "loads", "stores", "matrix", "async"):
+        out.add_column(column, justify="right", no_wrap=True)
+    for column in ("programs", "per SM", "waves", "us"):
         out.add_column(column, justify="right", no_wrap=True)
     out.add_column("contract")
     for row in rows:
@@ -38,9 +43,23 @@ def table(rows: Iterable[Row]) -> Table:
             *(str(n) for n in numbers),
             *(listed(c) for c in counts),
             str(facts.async_copies),
+            *_on_a_card(row),
             _verdict(row),
         )
     return out
+
+
+def _on_a_card(row: Row) -> tuple[str, str, str, str]:
+    """Write programs, those that an SM holds, waves and the time on the last card of the target."""
+    card = next((c for c in reversed(CARDS.values()) if c.target == row.target), None)
+    if card is None:
+        return str(row.programs), str(row.resident), "-", "-"
+    work = calibration.work_of(asdict(row))
+    us = prediction.microseconds(work, card, MODEL) if prediction.is_known(work) else None
+    return (
+        *(str(row.programs), str(row.resident), f"{prediction.waves(work, card):.2f}"),
+        "-" if us is None else f"{us:.0f}",
+    )
 
 
 def _verdict(row: Row) -> str:
@@ -85,4 +104,5 @@ def rows_beside(ops: Iterable[str], peers: bool) -> list[Row]:
 def write(path: Path, rows: list[Row]) -> None:
     """Write ``rows`` as ``report`` reads them."""
     stated = {"label": "COUNTED", "triton": triton.__version__}
-    path.write_text(json.dumps(stated | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    path.write_text(f'{json.dumps(stated)[:-1]}, "rows": [\n{lines}\n]}}\n')

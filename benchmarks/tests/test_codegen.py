@@ -14,6 +14,7 @@ from benchmarks.suites import codegen as command
 from emu3_kernels.testing import codegen
 from emu3_kernels.testing.chips import CHIPS
 from emu3_kernels.testing.compilers import compiling  # noqa: F401
+from emu3_kernels.testing.loops import Block
 from emu3_kernels.testing.machine_code import Facts
 
 pytestmark = pytest.mark.codegen
@@ -33,9 +34,16 @@ def test_a_process_for_each_core_counts_what_one_counts(compiling):  # noqa: F81
 
 
 def test_a_broken_contract_fails_the_command(tmp_path, monkeypatch):
-    facts = Facts(255, 8, 2, 0, {2: 65}, {16: 1}, {}, 0)
+    facts = Facts(255, 8, 2, 0, {2: 65}, {16: 1}, {}, 0, blocks=(Block(0, 9, 2, 16, 0),))
     row = codegen.Row(
-        "swiglu", "swiglu_fwd_kernel", "x", "sm_90", facts, 9, ("spills: must be none",), ()
+        *("swiglu", "swiglu_fwd_kernel", "x", "sm_90", facts),
+        num_bytes=9,
+        sizes={"x_ptr": 3},
+        programs=1,
+        num_warps=4,
+        resident=1,
+        broken=("spills: must be none",),
+        excused=(),
     )
     monkeypatch.setattr(command, "rows_beside", lambda *_: [row])
     with pytest.raises(typer.Exit) as stop:

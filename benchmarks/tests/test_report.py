@@ -146,6 +146,10 @@ COUNTED = {
             "config": "8 x 9",
             "target": "sm_90",
             "num_bytes": 4096,
+            "sizes": {"q_ptr": 1024, "num_keys": 512},
+            "programs": 264,
+            "num_warps": 4,
+            "resident": 12,
             "kernel": kernel,
             "held": held,
             "broken": [],
@@ -159,10 +163,15 @@ COUNTED = {
                 "loads": {"2": 1, "16": 8},
                 "stores": {},
                 "matrix_ops": {"HGMMA": 4},
+                "matrix_waits": 1,
+                "blocks": [
+                    {"depth": 0, "instructions": 100, "loads": 32, "stores": 0, "flops": 0},
+                    {"depth": 1, "instructions": 50, "loads": 16, "stores": 0, "flops": 256},
+                ],
             },
         }
         for kernel, held, excused in [
-            ("_fwd_kernel", True, ["loads: odd rows"]),
+            ("attention_fwd_kernel", True, ["loads: odd rows"]),
             ("Liger k", False, []),
         ]
     ],
@@ -177,9 +186,13 @@ def test_machine_code_has_its_own_page(tmp_path):
     assert "[avx2](avx2.md)" in page
     counted = (tmp_path / "codegen.md").read_text()
     ours, liger = (line for line in counted.splitlines() if "sm_90" in line)
-    figures = "| 40 | 0 | 0 | 32 | 8x16 1x2 | - | 4xHGMMA | 3 | 4,096 |"
-    assert ours == f"| **`_fwd_kernel`** | 8 x 9 | sm_90 {figures} excused: loads |"
+    figures = "| 40 | 32 | 8x16 1x2 | - | 4xHGMMA | 3 |"
+    assert ours == f"| **`attention_fwd_kernel`** | 8 x 9 | sm_90 {figures} excused: loads |"
     assert liger == f"| `Liger k` | 8 x 9 | sm_90 {figures} - |"
+    # 1,056 warps run 100 instructions once and 50 for each 256 of 1,048,576 FLOPs, in 32 lanes.
+    executed = (1056 * 100 + 4096 * 50) * 32 / 1024
+    predicted = next(line for line in counted.splitlines() if "| 264 | 12 | 0.17 |" in line)
+    assert f"| 4.0 | {executed:.1f} |" in predicted
 
 
 @pytest.fixture

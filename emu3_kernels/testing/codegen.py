@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from emu3_kernels.ops import OPS
-from emu3_kernels.runtime.contracts import Config, Contract
+from emu3_kernels.runtime.contracts import Config
 from emu3_kernels.runtime.launch import INTERPRETED, assume_gpu
 from emu3_kernels.testing import loops, machine_code
 from emu3_kernels.testing.cache import cached
@@ -48,6 +48,11 @@ class Launch:
         given = [*self.args, *self.options.values()]
         return sum({id(t): t.nbytes for t in given if isinstance(t, torch.Tensor)}.values())
 
+    def sizes(self) -> dict[str, int]:
+        given = dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.options
+        elements = {k: v.numel() for k, v in given.items() if isinstance(v, torch.Tensor)}
+        return elements | {k: v for k, v in given.items() if type(v) is int}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -60,6 +65,8 @@ class Row:
     facts: Facts
     num_bytes: int
     """Size of all tensor arguments of the launch, each counted once."""
+    sizes: dict[str, int]
+    """Elements of the tensors and values of the integers of the launch, by parameter."""
     programs: int
     num_warps: int
     resident: int
@@ -70,11 +77,6 @@ class Row:
     """A line for each term that is broken for a reason given in the contract."""
     held: bool = True
     """False for kernels of peers, which have no contract."""
-
-    @property
-    def waves(self) -> float:
-        """How often the programs fill the GPU."""
-        return self.programs / (self.resident * CHIPS[self.target].gpu.num_sms)
 
 
 def count(ops: Iterable[str] = OPS, targets: Iterable[str] = CHIPS) -> Iterator[Row]:
@@ -105,26 +107,25 @@ def rows_of(op: str, config: Config, target: str) -> Iterator[Row]:
     with assume_gpu(CHIPS[target].gpu):
         launches = launches_of(config)
     for launch in launches:
-        yield row_of(op, config.name, launch, target, config.contracts[launch.kernel.__name__])
+        yield row_of(op, config, launch, target)
 
 
-def row_of(
-    op: str, config: str, launch: Launch, target: str, contract: Contract | None = None
-) -> Row:
-    """Compile one launch; without a contract, as the kernels of peers are, it is held to none."""
-    facts, programs = facts_of(launch, target), prod(launch.grid)
-    num_warps = launch.options.get("num_warps", 4)
+def row_of(op: str, config: Config, launch: Launch, target: str) -> Row:
+    """Compile one launch; the kernels of peers have no contract and break none."""
+    kernel, facts, programs = launch.kernel.__name__, facts_of(launch, target), prod(launch.grid)
+    num_warps, contract = launch.options.get("num_warps", 4), config.contracts.get(kernel)
     broken, excused = (), ()
     if contract is not None:
         version = ".".join(triton.__version__.split(".")[:2])
         broken, excused = judge(contract, Compiled(facts, target, programs, version))
     return Row(
         op=op,
-        kernel=launch.kernel.__name__,
-        config=config,
+        kernel=kernel,
+        config=config.name,
         target=target,
         facts=facts,
         num_bytes=launch.num_bytes(),
+        sizes=launch.sizes(),
         programs=programs,
         num_warps=num_warps,
         resident=CHIPS[target].resident(facts, num_warps),

@@ -10,6 +10,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 
 _patch_language, _launch = interpreter._patch_lang, GridExecutor.__call__
 _np_dtype, _init_tensor = interpreter._get_np_dtype, tl.core.tensor.__init__
+_patch_lang_tensor = interpreter._patch_lang_tensor
 _patched: set[int] = set()
 
 
@@ -17,6 +18,7 @@ def improve() -> None:
     """Replace functions of the interpreter; what a kernel computes stays the same or gets exact."""
     InterpreterBuilder.create_dot = _dot
     interpreter._patch_lang = _patch_language_once
+    interpreter._patch_lang_tensor = _patch_tensor
     GridExecutor.__call__ = _launch_anew
     # Overflow is computed at every integer operation, half of the time, for an assertion that is
     # skipped unless options.debug is set.
@@ -47,6 +49,12 @@ def _patch_language_once(fn):
         return None
     _patched.add(id(fn.__globals__))
     return _patch_language(fn)
+
+
+def _patch_tensor(tensor, scope):
+    """Make a tensor of one element an integer: Triton 3.6 leaves that to NumPy, which refuses."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
 def _launch_anew(self, *args, **kwargs):
