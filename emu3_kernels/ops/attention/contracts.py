@@ -82,6 +82,8 @@ def _decoding(**terms: object) -> Mapping[str, Contract]:
     return {"decode_attention_kernel": replace(DECODE, **terms)}
 
 
+DECODE_TREE = _decoding(exceptions=DECODE.exceptions | SCALAR_SPILLS)
+
 CONFIGS = {
     "attention": (
         Config("8192, 32:8 heads of 128", lambda: _attention(128), FORWARD),
@@ -111,8 +113,8 @@ CONFIGS = {
         Config("one token", lambda: _decode(1, None), _decoding()),
         Config("16 tokens", lambda: _decode(16, None), _decoding()),
         Config("one token, pages of 16", lambda: _decode(1, 16), _decoding(scalar_loads=36)),
-        Config("16 tokens in a tree", lambda: _decode(16, None, tree=True), _decoding()),
-        Config("64 tokens in a tree", lambda: _decode(64, None, tree=True), _decoding()),
+        Config("16 tokens in a tree", lambda: _decode(16, None, tree=True), DECODE_TREE),
+        Config("64 tokens in a tree", lambda: _decode(64, None, tree=True), DECODE_TREE),
     ),
 }
 
