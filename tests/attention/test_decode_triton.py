@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 from importlib.util import find_spec
 from unittest import mock
 
@@ -13,6 +14,7 @@ from emu3_kernels import decode_attention
 from emu3_kernels.runtime import counters as counting
 from emu3_kernels.runtime.contracts import meta
 from emu3_kernels.runtime.counters import counters
+from emu3_kernels.runtime.launch import Gpu, assume_gpu
 from emu3_kernels.testing.suite import cases
 
 if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""):
@@ -25,7 +27,6 @@ from emu3_kernels.testing import codegen
 from tests.gates import tracing
 
 CASES = cases("decode_attention")
-H200_SMS = 132
 
 
 class Ops(TorchDispatchMode):
@@ -60,9 +61,8 @@ def test_a_call_is_one_launch_and_two_allocations(compiling):
 
 @pytest.mark.parametrize("size", [CASES.check[2], CASES.check[-1]])
 def test_a_graph_of_it_is_one_launch(size, compiling):
-    launched, graph = compiling(
-        tracing.traced, "decode_attention", size, torch.bfloat16, training=False
-    )
+    trace = partial(tracing.traced, training=False)
+    launched, graph = compiling(trace, "decode_attention", size, torch.bfloat16)
     assert launched == ["decode_attention_kernel"]
     assert "triton_kernel_wrapper" in graph
 
@@ -89,7 +89,7 @@ def test_partial_results_are_stored_before_the_count_and_read_after_it(num_new, 
     ptx = compiling(ptx_of, num_new)
     wanted = r"st\.global|bar\.sync|atom\.\S+|ld\.global\.cg"
     found = re.findall(wanted, ptx)
-    count = next(i for i, op in enumerate(found) if op.startswith("atom.global.acq_rel.gpu.add"))
+    count = next(i for i, op in enumerate(found) if op.startswith("atom.global.gpu.acq_rel.add"))
     before, after = found[:count], found[count + 1 :]
     assert before[-1] == "bar.sync"
     assert "st.global" in before
@@ -97,12 +97,23 @@ def test_partial_results_are_stored_before_the_count_and_read_after_it(num_new, 
     assert "bar.sync" in after[: after.index("ld.global.cg")]
 
 
-def test_programs_fill_the_machine_once():
-    """Two a multiprocessor; each of the sizes of Emu3-8B, in a cache of 8,192 and of 131,072."""
-    programs = {(1, 131_072): 264, (2, 8192): 256, (16, 4096): 256, (64, 4096): 512}
-    for (batch, capacity), expected in programs.items():
-        splits = triton_decode.num_splits(batch * 8, capacity // 64, H200_SMS)
-        assert splits * batch * 8 == expected
+def grids():
+    grids = []
+    for batch, capacity, num_new in [(1, 131_072, 1), (2, 8192, 1), (16, 4096, 1), (2, 4096, 64)]:
+        cache, lengths = meta(batch, capacity, 8, 128), meta(batch, dtype=torch.int32)
+        with assume_gpu(Gpu(warp_size=32, num_sms=132)), codegen.recorded() as launches:
+            q = meta(batch, num_new, 32, 128)
+            triton_decode.forward(q, cache, cache, lengths, mask=None, scale=1.0, page_table=None)
+        splits, rows, num_warps = (
+            launches[0].options[name] for name in ("BLOCK_S", "BLOCK_M", "num_warps")
+        )
+        grids.append((batch * 8 * (num_new * 4 // rows or 1) * splits, num_warps))
+    return grids
+
+
+def test_programs_of_emu3_fill_an_h200_once(compiling):
+    """Two of four warps on each of its 132 multiprocessors, or one of eight."""
+    assert compiling(grids) == [(256, 4), (256, 4), (256, 4), (128, 8)]
 
 
 def test_counters_are_zero_after_every_call():
