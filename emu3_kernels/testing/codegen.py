@@ -31,9 +31,9 @@ from emu3_kernels.testing.cache import cached
 from emu3_kernels.testing.machine_code import Facts, amd_facts, nvidia_facts
 
 GPUS = {
-    "sm_80": Gpu(warp_size=32, num_sms=108),  # A100
-    "sm_90": Gpu(warp_size=32, num_sms=132),  # H100
-    "sm_100": Gpu(warp_size=32, num_sms=148),  # B200
+    "sm_80": Gpu(warp_size=32, num_sms=108, capability=80),  # A100
+    "sm_90": Gpu(warp_size=32, num_sms=132, capability=90),  # H100
+    "sm_100": Gpu(warp_size=32, num_sms=148, capability=100),  # B200
     "gfx942": Gpu(warp_size=64, num_sms=304),  # MI300X
 }
 """The GPU that host code chooses tiles and grids for, by target."""
