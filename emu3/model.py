@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
-from emu3_kernels import add_rms_norm, attention, linear_cross_entropy, rms_norm, swiglu_packed
+from emu3_kernels import (
+    Documents,
+    add_rms_norm,
+    attention,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu_packed,
+)
 from emu3_kernels.modules import RotaryEmbedding
 
 
@@ -22,7 +29,7 @@ class Context:
     """Shared by every layer of one call: the rotation, and the documents or the cache's slots."""
 
     rotate: RotaryEmbedding
-    document_ids: Tensor | None = None
+    documents: Documents | None = None
     cache: KeyValueCache | None = None
     slots: Tensor | None = None
     lengths: Tensor | None = None
@@ -47,7 +54,7 @@ class Attention(nn.Module):
         if context.cache is None:
             q, k = context.rotate(q, k)
             p = s.dropout if self.training else 0.0
-            attended = attention(q, k, v, document_ids=context.document_ids, dropout_p=p)
+            attended = attention(q, k, v, document_ids=context.documents, dropout_p=p)
         else:
             cache = context.cache
             caches = cache.keys[self.layer], cache.values[self.layer]
@@ -138,7 +145,8 @@ class Emu3(nn.Module):
             document_ids: ``[B, T]`` int32, non-decreasing: the documents of packed rows; a token
                 attends to its own document alone. Only without a cache.
         """
-        context = Context(self.rotate, document_ids)
+        documents = None if document_ids is None else Documents(document_ids)
+        context = Context(self.rotate, documents)
         if cache is not None:
             context = Context(self.rotate, None, cache, *cache.place(tokens.shape[1]))
         residual = self.dropout(self.embedding(tokens))

@@ -1,6 +1,7 @@
 """Fused, differentiable ops for Emu3-type models: Triton, CUDA C++ and CPU C++."""
 
 from emu3_kernels.ops.attention.api import attention, decode_attention
+from emu3_kernels.ops.attention.key_ranges import Documents
 from emu3_kernels.ops.attention.ring.api import ring_attention
 from emu3_kernels.ops.attention.ring.shards import shard_sequence, unshard_sequence
 from emu3_kernels.ops.conv2d.api import conv3x3
@@ -16,6 +17,7 @@ from emu3_kernels.runtime.dispatch import record_backends, use_backend
 
 __all__ = [
     "CodeIndex",
+    "Documents",
     "FrameCache",
     "add_rms_norm",
     "attention",

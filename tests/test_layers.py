@@ -28,7 +28,7 @@ EMU3 = (
 FAMILIES = [ROOT / "emu3_kernels/ops" / name for name in sorted(set(OPS.values()))]
 HOMES = ("emu3_kernels.ops", "tests")
 COMPILED = "emu3_kernels._C"
-BACKENDS = {"cpu", "cuda", "triton", "aten", "sdpa", "flash_attn", "xformers", "reference"}
+BACKENDS = {"cpu", "cuda", "triton", "aten", "cudnn", "sdpa", "flash_attn", "xformers", "reference"}
 
 
 def module_of(path: Path) -> str:

@@ -20,6 +20,8 @@ class Gpu(NamedTuple):
 
     warp_size: int
     num_sms: int
+    capability: int = 0
+    """Compute capability of an NVIDIA GPU, 90 for an H100 or H200; 0 of another GPU."""
 
 
 _gpus: dict[int, Gpu] = {}
@@ -34,7 +36,8 @@ def gpu_of(tensor: Tensor) -> Gpu:
     index = tensor.get_device()
     if index not in _gpus:
         properties = torch.cuda.get_device_properties(index)
-        _gpus[index] = Gpu(properties.warp_size, properties.multi_processor_count)
+        capability = 0 if torch.version.hip else 10 * properties.major + properties.minor
+        _gpus[index] = Gpu(properties.warp_size, properties.multi_processor_count, capability)
     return _gpus[index]
 
 

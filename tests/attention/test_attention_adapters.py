@@ -17,14 +17,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emu3_kernels import attention
-from emu3_kernels.ops.attention import flash_attn, optional, reference, xformers
+from emu3_kernels.ops.attention import cudnn, flash_attn, optional, reference, xformers
 from emu3_kernels.ops.attention.key_ranges import document_starts
-from emu3_kernels.runtime import dispatch
+from emu3_kernels.runtime import dispatch, launch
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import cases, double, value_and_gradients
 
 CASES = cases("attention")
 ADAPTERS = {"flash_attn": flash_attn, "xformers": xformers}
+WITH_CUDNN = ADAPTERS | {"cudnn": cudnn}
+TRY = {"flash_attn": "_try_2", "xformers": "_try", "cudnn": "_try"}
+"""The tiny call of each adapter."""
 
 
 def flash_attn_func(
@@ -84,6 +87,20 @@ def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=N
     return torch.cat(outs, dim=1).view(query.shape)
 
 
+def cudnn_attention(
+    query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
+    return_debug_mask=False, *, scale=None,
+):  # fmt: skip
+    """As declared in torch's native_functions.yaml; heads are [B, H, T, K], and grouped."""
+    assert (attn_bias, dropout_p, return_debug_mask) == (None, 0, False)
+    assert scale > 0
+    assert compute_log_sumexp or not torch.is_grad_enabled() or not query.requires_grad
+    assert all(x.stride(3) == 1 for x in (query, key, value))
+    heads = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = reference.attention(*heads, causal=is_causal, scale=scale, return_lse=True)
+    return out.transpose(1, 2), lse[..., None]
+
+
 @pytest.fixture
 def adapter(monkeypatch, forget):
     """Return an adapter that finds a fake of its library."""
@@ -97,9 +114,10 @@ def adapter(monkeypatch, forget):
     bias.LowerTriangularFromBottomRightMask = LowerTriangularFromBottomRightMask
     for module in (flash, ops, fmha, bias, ModuleType("xformers")):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    for module in ADAPTERS.values():
-        monkeypatch.setattr(module, "_try", partial(try_on_cpu, module._try))
-    return ADAPTERS.get
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn_attention)
+    for name, module in WITH_CUDNN.items():
+        monkeypatch.setattr(module, TRY[name], partial(try_on_cpu, getattr(module, TRY[name])))
+    return WITH_CUDNN.get
 
 
 def try_on_cpu(original, device):
@@ -137,9 +155,26 @@ def test_the_arguments_mean_the_same(name, size, adapter):
         assert_as_accurate(key, value, low[key], exact[key])
 
 
+@pytest.mark.parametrize("size", SIZES[1:2])
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.3])
+def test_the_arguments_of_cudnn_mean_the_same(size, scale, adapter):
+    inputs = CASES.make(**size | {"groups": 1}, dtype=torch.float32, device="cpu")
+    call = {key: inputs[key] for key in ("q", "k", "v", "causal")} | {"scale": scale}
+    for causal in (True, False):
+        call["causal"] = causal
+        actual = value_and_gradients("attention", adapter("cudnn").attention, call)
+        low = value_and_gradients("attention", reference.attention, call)
+        exact = value_and_gradients("attention", reference.attention, double(call))
+        for key, value in actual.items():
+            assert_as_accurate(key, value, low[key], exact[key])
+    out, lse = cudnn.attention(**call, return_lse=True)
+    expected = reference.attention(**call, return_lse=True)
+    torch.testing.assert_close((out, lse), expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU for the libraries themselves")
 @pytest.mark.parametrize("size", CASES.check[2:])
-@pytest.mark.parametrize("name", ["flash_attn", "xformers"])
+@pytest.mark.parametrize("name", ["cudnn", "flash_attn", "xformers"])
 def test_the_library_itself(name, size):
     inputs = CASES.make(
         **size | {"lse": False, "dropout": 0.0}, dtype=torch.bfloat16, device="cuda"
@@ -163,22 +198,37 @@ REFUSED = [
     ({"keys": 0, "causal": False}, "no empty tensor"),
     ({"device": "cpu"}, "no kernel for a cpu tensor"),
 ]
+CUDNN = [
+    ({"dtype": torch.float32}, "no kernel for torch.float32"),
+    ({"dropout_p": 0.1}, "random numbers of its own"),
+    ({"return_lse": True, "gradient": True}, "lse has no gradient"),
+    ({"gradient": True}, "do not repeat bit for bit"),
+    ({"keys": 5}, "the first query with the first key"),
+    ({"queries": 1, "keys": 1}, "two keys or more"),
+    ({"width": 136}, "8 to 128 in steps of 8, got 136"),
+    ({"width": 60}, "8 to 128 in steps of 8, got 60"),
+    ({"device": "cpu"}, "no kernel for a cpu tensor"),
+    ({"documents": True}, "takes no documents"),
+]
 FLASH = [({"width": 512}, "256 at most, got 512"), ({"queries": 1 << 24}, "32 bits")]
 XFORMERS = [({"width": 512}, "256 at most, got 512"), ({"queries": 9}, "without a key")]
 
 
 def reason(module, queries=4, keys=4, width=64, dtype=torch.bfloat16, device="cuda", gradient=False,
-           causal=True, dropout_p=0.0, return_lse=False):  # fmt: skip
+           causal=True, dropout_p=0.0, return_lse=False, documents=False):  # fmt: skip
     with FakeTensorMode():
         q = torch.empty(1, queries, 2, width, dtype=dtype, device=device, requires_grad=gradient)
         k = torch.empty(1, keys, 2, width, dtype=dtype, device=device)
-        return module.why_not(q, k, k, causal, None, dropout_p, return_lse)
+        ids = torch.empty(1, queries, dtype=torch.int32, device=device) if documents else None
+        return module.why_not(q, k, k, causal, ids, dropout_p, return_lse)
 
 
 @pytest.mark.parametrize(
     ("name", "call", "why"),
-    [(n, *case) for n, own in [("flash_attn", FLASH), ("xformers", XFORMERS)]
-     for case in REFUSED + own],
+    [(n, *case)
+     for n, own in [("flash_attn", REFUSED + FLASH), ("xformers", REFUSED + XFORMERS),
+                    ("cudnn", CUDNN)]
+     for case in own],
 )  # fmt: skip
 def test_what_a_library_cannot_do_is_refused(name, call, why, adapter):
     module = adapter(name)
@@ -197,6 +247,62 @@ def test_gradients_of_xformers_must_repeat(adapter):
         assert reason(module) is None
     finally:
         torch.use_deterministic_algorithms(True, warn_only=warns)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_deterministic_algorithms_leave_out_the_gradients_of_cudnn(enabled, adapter):
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        assert reason(adapter("cudnn")) is None
+        assert (reason(adapter("cudnn"), gradient=True) is None) == (not enabled)
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warns)
+
+
+def test_cudnn_is_first_on_a_gpu_and_triton_takes_what_it_refuses(adapter, monkeypatch):
+    """By measurement: cuDNN, flash-attn, Triton, xformers, what PyTorch chooses."""
+    monkeypatch.setattr(launch, "DEVICES", {"cuda"})
+    flash = replace(flash_attn.BACKENDS["attention"], why_not=lambda *_: "not here")
+    backends = dispatch.backends("attention")
+    order = [(name, flash if name == "flash_attn" else b) for name, b in backends._order[True]]
+    monkeypatch.setitem(backends._order, True, tuple(order))
+    names = [name for name, _ in order]
+    assert names == [n for n in ("cudnn", "flash_attn", "triton", "xformers", "sdpa") if n in names]
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 2, 64, dtype=torch.float16, device="cuda")
+        ids = torch.empty(1, 4, dtype=torch.int32, device="cuda")
+        plain, packed = (q, q, q, True, None, 0.0, False), (q, q, q, True, ids, 0.0, False)
+        assert backends._first(*plain)[0] == "cudnn"
+        assert backends._first(*packed)[0] == "triton"
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+def test_flash_attention_3_runs_where_it_has_kernels(capability, adapter, monkeypatch):
+    """Early versions return the lse too."""
+    calls = []
+
+    def dense(q, k, v, softmax_scale=None, causal=False, deterministic=False):
+        calls.append("dense")
+        out = flash_attn_func(q, k, v, 0.0, softmax_scale, causal, deterministic=deterministic)
+        return out, None
+
+    def packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **settings):
+        calls.append("packed")
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return flash_attn_varlen_func(q, k, v, *lengths, **settings)
+
+    interface = ModuleType("flash_attn_interface")
+    interface.flash_attn_func, interface.flash_attn_varlen_func = dense, packed
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    q = torch.randn(1, 5, 2, 8)
+    ids = torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.int32)
+    for document_ids in (None, ids):
+        settings = {"causal": True, "document_ids": document_ids, "scale": 0.5}
+        expected = reference.attention(q, q, q, **settings)
+        torch.testing.assert_close(flash_attn.attention(q, q, q, **settings), expected)
+    assert set(calls) == ({"dense", "packed"} if capability == (9, 0) else set())
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -248,7 +354,8 @@ def test_a_library_is_tried_once_and_refused_if_that_fails(name, adapter, monkey
 def test_a_library_is_tried_while_a_graph_is_traced(name, adapter, monkeypatch):
     """Traced, neither the import nor the tiny call may break the graph."""
     module = adapter(name)
-    monkeypatch.setattr(module, "why_not", lambda q, *_: optional.failure(module._try, q.device))
+    tried = getattr(module, TRY[name])
+    monkeypatch.setattr(module, "why_not", lambda q, *_: optional.failure(tried, q.device))
     backend = replace(module.BACKENDS["attention"], why_not=module.why_not)
     monkeypatch.setitem(dispatch.backends("attention"), name, backend)
     torch.compiler.reset()

@@ -10,8 +10,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from emu3_kernels import attention
+from emu3_kernels import Documents, attention
 from emu3_kernels.ops.attention import reference
 from emu3_kernels.ops.attention.key_ranges import (
     Dropout,
@@ -19,13 +20,14 @@ from emu3_kernels.ops.attention.key_ranges import (
     key_ranges_of,
     one_document,
 )
+from emu3_kernels.runtime import library
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import cases, double, value_and_gradients
 
 if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""):
     pytest.skip("triton is not installed: there is no kernel to run", allow_module_level=True)
 
-from emu3_kernels.ops.attention import triton
+from emu3_kernels.ops.attention import triton, triton_backward
 
 CASES = cases("attention")
 TOKENS, HEADS, GROUPS, WIDTH = 4 * 19, 2, 1, 32  # a shard is a block of 32 and a ragged one
@@ -228,3 +230,79 @@ def test_queries_without_keys_give_zero(keys, device):
     gradients = triton.backward(q, q, k, k, lse, lse.new_zeros(lse.shape), nothing, *rest)
     assert (lse == -torch.inf).all()
     assert not any(x.any() for x in (out, *gradients))
+
+
+class Launched(TorchDispatchMode):
+    """Records the ops of PyTorch that compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if "empty" not in name and name != "detach" and not function.is_view:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_launches_its_three_kernels_alone(packed, dropout_p, device, monkeypatch):
+    """Forward, dq with delta, dk with dv: key ranges are searched and ids checked once a model."""
+    kernels = []
+    for module in (triton, triton_backward):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: kernels.append(kernel))
+    leaves = [torch.randn(1, 70, n, 16, device=device, requires_grad=True) for n in (2, 1, 1)]
+    ids = torch.arange(70, dtype=torch.int32, device=device)[None] // 30
+    settings = {"document_ids": Documents(ids) if packed else None, "dropout_p": dropout_p}
+    settings["seed"] = torch.tensor(1, device=device) if dropout_p else None
+    with Launched() as pytorch:
+        out, lse = attention(*leaves, **settings, return_lse=True, backend="triton")
+        torch.autograd.grad((out, lse), leaves, (out.detach(), lse.detach()))
+    assert [kernel.__name__ for kernel in kernels] == [
+        "attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"
+    ]  # fmt: skip
+    assert pytorch.names == []
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference", "cpu"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_made_once_are_the_ids_of_every_call(causal, backend, device):
+    if backend == "cpu" and library.MISSING:
+        pytest.skip(library.MISSING)
+    device = "cpu" if backend == "cpu" else device
+    size = {"batch": 2, "queries": 75, "keys": 75, "heads": 2, "groups": 1, "width": 16}
+    inputs = CASES.make(
+        **size, documents=[1, 30, 64], causal=causal, dtype=torch.float32, device=device
+    )
+    documents = {"document_ids": Documents(inputs["document_ids"], causal=causal)}
+    call = partial(attention, backend=backend)
+    expected = value_and_gradients("attention", call, inputs)
+    for name, value in value_and_gradients("attention", call, inputs | documents).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_documents_refuse_calls_they_were_not_made_for(device):
+    q = torch.randn(1, 6, 1, 8, device=device)
+    ids = torch.zeros(1, 6, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="must be made for causal=True, got False"):
+        attention(q, q, q, document_ids=Documents(ids, causal=False))
+    with pytest.raises(ValueError, match=r"document_ids must be \(1, 5\)"):
+        attention(q[:, :5], q[:, :5], q[:, :5], document_ids=Documents(ids))
+    with pytest.raises(TypeError, match=r"must be \[B, T\] int32, got"):
+        Documents(ids.long())
+    if device == "cpu":
+        with pytest.raises(ValueError, match="must not decrease along T"):
+            Documents(torch.tensor([[1, 0]], dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(5, 5, True), (3, 9, True), (9, 3, False)])
+def test_query_ranges_are_the_key_ranges_from_the_side_of_the_keys(queries, keys, causal):
+    q, k = torch.empty(1, queries, 1, 2), torch.empty(1, keys, 1, 2)
+    key_ranges = one_document(queries, keys, causal=causal)
+    first, end = key_ranges.tensors(q, k)
+    by_query = (first[0, :, None] <= torch.arange(keys)) & (torch.arange(keys) < end[0, :, None])
+    first, end, _ = KeyRanges(first, end).query_ranges(keys)
+    i = torch.arange(queries)[:, None]
+    assert torch.equal((first[0] <= i) & (i < end[0]), by_query)

@@ -8,9 +8,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.attention import reference
-from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges, key_ranges_of, one_document
+from emu3_kernels.ops.attention.key_ranges import (
+    Documents,
+    Dropout,
+    KeyRanges,
+    QueryRanges,
+    check_ascending,
+    document_ranges,
+    one_document,
+)
 from emu3_kernels.runtime.autograd import needs_gradient
-from emu3_kernels.runtime.checks import check_grouped_heads, check_values, describe
+from emu3_kernels.runtime.checks import check_grouped_heads, describe
 from emu3_kernels.runtime.dispatch import Backends
 from emu3_kernels.runtime.dropout import check_dropout, draw_seed
 
@@ -19,7 +27,7 @@ ATTENTION = Backends(
     __package__,
     reference.attention,
     cpu=("cpu", "sdpa"),
-    cuda=("flash_attn", "triton", "xformers", "sdpa"),
+    cuda=("cudnn", "flash_attn", "triton", "xformers", "sdpa"),
 )
 DECODE_ATTENTION = Backends(
     "decode_attention",
@@ -40,7 +48,7 @@ def attention(
     v: Tensor,
     *,
     causal: bool = True,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | Documents | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -54,7 +62,8 @@ def attention(
     float64 inputs), probabilities are rounded to the dtype of v before they are multiplied by v,
     and results are rounded once. A query that attends to no key gets 0 and an lse of -inf.
 
-    Differentiable in q, k and v, deterministically; the inputs, the result and the lse are saved.
+    Differentiable in q, k and v; the inputs, the result and the lse are saved. Gradients repeat bit
+    for bit but for those of cuDNN, which ``torch.use_deterministic_algorithms(True)`` leaves out.
     Blocks of keys to which no query of a block attends are skipped, not masked: the cost of
     documents is that of their own squares.
 
@@ -67,7 +76,8 @@ def attention(
         v: as ``k``.
         causal: whether query t attends to key s only if ``s - S <= t - T``.
         document_ids: ``[B, T]`` int32, non-decreasing along T: a query attends only to keys of its
-            own document. Needs S = T; None is one document.
+            own document. Needs S = T; None is one document. A model makes one :class:`Documents`
+            of them for all its layers.
         scale: factor of the scores; None is ``K ** -0.5``.
         dropout_p: probability in ``[0, 1)`` of dropping a probability after the softmax. Seed, head
             and positions alone decide which are dropped.
@@ -82,8 +92,10 @@ def attention(
     """
     layout = "q must be [B, T, H, K], k and v [B, S, KV, K]"
     check_grouped_heads("attention", layout, q, k, v, shared=1)
+    documents = None
     if document_ids is not None:
-        _check_documents(q, k, document_ids)
+        documents = document_ids if isinstance(document_ids, Documents) else None
+        document_ids = _check_documents(q, k, causal, document_ids)
     check_dropout("attention", dropout_p, seed, q.device)
     chosen = ATTENTION.choose(backend, q, k, v, causal, document_ids, dropout_p, return_lse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -99,12 +111,19 @@ def attention(
             seed=seed,
             return_lse=return_lse,
         )
-    key_ranges, positions = _key_ranges(q, k, causal, document_ids, dropout_p)
-    dropout = Dropout(dropout_p, seed, *positions) if dropout_p > 0 else None
-    if needs_gradient(q, k, v):
-        dropped = dropout or (0.0, None, None, None)
-        out, lse = _Attention.apply(q, k, v, *key_ranges, scale, *dropped, chosen)
+    if documents is not None:
+        key_ranges = documents.key_ranges
+    elif document_ids is not None:
+        key_ranges = document_ranges(document_ids, causal=causal)
     else:
+        key_ranges = one_document(q.shape[1], k.shape[1], causal=causal)
+    if needs_gradient(q, k, v):
+        first, end, offset, queries = key_ranges
+        queries = (None, None) if queries is None else queries[:2]
+        ranges = first, end, *queries, offset
+        out, lse = _Attention.apply(q, k, v, *ranges, scale, dropout_p, seed, chosen)
+    else:
+        dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
         out, lse = chosen.forward(q, k, v, key_ranges, scale, dropout)
     return (out, lse) if return_lse else out
 
@@ -112,11 +131,11 @@ def attention(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q, k, v, first, end, offset, scale, dropout_p, seed, q_positions, k_positions, backend
+        ctx, q, k, v, first, end, first_query, end_query, offset, scale, dropout_p, seed, backend
     ):
-        dropout = Dropout(dropout_p, seed, q_positions, k_positions) if dropout_p > 0 else None
+        dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
         out, lse = backend.forward(q, k, v, KeyRanges(first, end, offset), scale, dropout)
-        ctx.save_for_backward(q, k, v, first, end, seed, q_positions, k_positions, out, lse)
+        ctx.save_for_backward(q, k, v, first, end, first_query, end_query, seed, out, lse)
         ctx.settings = offset, scale, dropout_p, backend
         ctx.set_materialize_grads(False)
         return out, lse
@@ -124,53 +143,41 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, first, end, seed, q_positions, k_positions, out, lse = ctx.saved_tensors
+        q, k, v, first, end, first_query, end_query, seed, out, lse = ctx.saved_tensors
         offset, scale, dropout_p, backend = ctx.settings
-        dropout = Dropout(dropout_p, seed, q_positions, k_positions) if dropout_p > 0 else None
+        dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
+        queries = None if first_query is None else QueryRanges(first_query, end_query)
+        key_ranges = KeyRanges(first, end, offset, queries)
         dout = torch.zeros_like(out) if dout is None else dout
-        # Where one key dominates a row its dq is a difference of nearly equal numbers, and an
-        # error of delta is all that is left of it: PyTorch's sum is pairwise.
-        delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
-        delta = delta if dlse is None else delta - dlse
-        key_ranges = KeyRanges(first, end, offset)
-        gradients = backend.backward(dout, q, k, v, lse, delta, key_ranges, scale, dropout)
+        gradients = backend.backward(dout, q, k, v, out, lse, dlse, key_ranges, scale, dropout)
         return *gradients, *[None] * 9
 
 
-def _key_ranges(
-    q: Tensor, k: Tensor, causal: bool, document_ids: Tensor | None, dropout_p: float
-) -> tuple[KeyRanges, tuple[Tensor, Tensor] | tuple[()]]:
-    """Return the key ranges; with documents or dropout also the positions of queries and keys."""
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    if document_ids is None and dropout_p == 0:
-        return one_document(num_queries, num_keys, causal=causal), ()
-    k_positions = torch.arange(num_keys, dtype=torch.int32, device=q.device)
-    q_positions = torch.arange(num_queries, dtype=torch.int32, device=q.device)
-    q_positions += num_keys - num_queries
-    if document_ids is None:
-        key_ranges = one_document(num_queries, num_keys, causal=causal)
-    else:
-        ids = document_ids, document_ids
-        key_ranges = key_ranges_of(q_positions, k_positions, *ids, causal=causal)
-    return key_ranges, (q_positions, k_positions)
-
-
-def _check_documents(q: Tensor, k: Tensor, document_ids: Tensor) -> None:
-    if document_ids.dtype != torch.int32:
-        raise TypeError(f"attention: document_ids must be int32, got {document_ids.dtype}")
-    if document_ids.shape != q.shape[:2] or document_ids.device != q.device:
+def _check_documents(
+    q: Tensor, k: Tensor, causal: bool, document_ids: Tensor | Documents
+) -> Tensor:
+    """Return the ids; those of :class:`Documents` were checked."""
+    known = isinstance(document_ids, Documents)
+    ids = document_ids.ids if known else document_ids
+    if ids.dtype != torch.int32:
+        raise TypeError(f"attention: document_ids must be int32, got {ids.dtype}")
+    if ids.shape != q.shape[:2] or ids.device != q.device:
         raise ValueError(
             f"attention: document_ids must be {tuple(q.shape[:2])} on {q.device}, "
-            f"got {describe(document_ids)}"
+            f"got {describe(ids)}"
         )
     if k.shape[1] != q.shape[1]:
         raise ValueError(
             f"attention: document_ids need as many keys as queries, got {k.shape[1]} keys for "
             f"{q.shape[1]} queries"
         )
-    ascending = (document_ids[:, 1:] >= document_ids[:, :-1]).all()
-    must = "document_ids must not decrease along T"
-    check_values("attention", ascending, must, lambda: str(document_ids.tolist()))
+    if not known:
+        check_ascending(ids)
+    elif document_ids.causal != causal:
+        raise ValueError(
+            f"attention: the documents must be made for causal={causal}, got {document_ids.causal}"
+        )
+    return ids
 
 
 def decode_attention(

@@ -11,7 +11,6 @@ from emu3_kernels.ops.attention.key_ranges import (
     Dropout,
     KeyRanges,
     one_document,
-    query_ranges_of,
 )
 from emu3_kernels.runtime.contracts import Config, Contract, CudaKernel, meta
 
@@ -19,14 +18,19 @@ TOKENS = 8192
 
 
 def _attention(
-    head_dim: int, *, backward: bool = False, documents: bool = False, dropout: bool = False
+    head_dim: int,
+    *,
+    backward: bool = False,
+    documents: bool = False,
+    dropout: bool = False,
+    num_tokens: int = TOKENS,
 ) -> None:
     """Emu3-8B: 32 heads of q, 8 of k and of v in one projection of 8,192 tokens."""
-    q, k, v = meta(1, TOKENS, 48, head_dim).split((32, 8, 8), dim=2)
-    key_ranges = one_document(TOKENS, TOKENS, causal=True)
+    q, k, v = meta(1, num_tokens, 48, head_dim).split((32, 8, 8), dim=2)
+    key_ranges = one_document(num_tokens, num_tokens, causal=True)
     if documents:
         key_ranges = KeyRanges(*(meta(1, TOKENS, dtype=torch.int32) for _ in range(2)))
-        key_ranges = key_ranges._replace(query_ranges=query_ranges_of(key_ranges, TOKENS))
+        key_ranges = key_ranges._replace(queries=key_ranges.query_ranges(TOKENS))
     dropped = None
     if dropout:
         dropped = Dropout(0.1, meta(dtype=torch.int64))
@@ -103,6 +107,7 @@ DECODE_TREE = replace(DECODE, scalar_loads=40, exceptions=DECODE.exceptions | SC
 CONFIGS = {
     "attention": (
         Config("8192, 32:8 heads of 128", lambda: _attention(128), FORWARD),
+        Config("16384, 32:8 heads of 128", lambda: _attention(128, num_tokens=16384), FORWARD),
         Config("8192, 32:8 heads of 64", lambda: _attention(64), FORWARD),
         Config("8192, documents", lambda: _attention(128, documents=True), FORWARD),
         Config("8192, 64, documents", lambda: _attention(64, documents=True), FORWARD),

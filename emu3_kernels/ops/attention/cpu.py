@@ -42,6 +42,25 @@ def forward(
     return torch.ops.emu3_kernels.attention(q, k, v, *settings, float32_out)
 
 
+def whole_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    key_ranges: KeyRanges,
+    scale: float,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Where one key dominates a row its dq is a difference of nearly equal numbers, and an error of
+    # delta is all that is left of it: PyTorch's sum is pairwise.
+    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+    delta = delta if dlse is None else delta - dlse
+    return backward(dout, q, k, v, lse, delta, key_ranges, scale, dropout)
+
+
 def backward(
     dout: Tensor,
     q: Tensor,
@@ -71,7 +90,9 @@ def _settings(
     q: Tensor, k: Tensor, key_ranges: KeyRanges, scale: float, dropout: Dropout | None
 ) -> tuple:
     first, end = (x.contiguous() for x in key_ranges.tensors(q, k))
-    return first, end, scale, *((0.0, None, None, None) if dropout is None else dropout)
+    if dropout is None:
+        return first, end, scale, 0.0, None, None, None
+    return first, end, scale, dropout.p, dropout.seed, *dropout.positions(q, k)
 
 
 def why_not_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
@@ -122,7 +143,7 @@ if not library.MISSING:
 
 
 BACKENDS = {
-    "attention": Backend(why_not, forward, backward),
+    "attention": Backend(why_not, forward, whole_backward),
     "ring_attention": Backend(why_not, forward, backward),
     "decode_attention": Backend(why_not_decode, decode_forward),
 }

@@ -1,4 +1,10 @@
-"""attention by flash-attn (FlashAttention-2), an optional library, with its gradient."""
+"""attention by flash-attn, an optional library, with its gradient.
+
+FlashAttention-3, the package ``flash_attn_interface``, on sm_90 where it is installed and works;
+else FlashAttention-2, the package ``flash_attn``.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,7 +26,7 @@ def why_not(
     dropout_p: float,
     return_lse: bool,
 ) -> str | None:
-    if reason := failure(_import):
+    if failure(_import_3) is not None and (reason := failure(_import_2)):
         return reason
     if q.device.type != "cuda":
         return f"flash-attn has no kernel for a {q.device.type} tensor"
@@ -38,7 +44,7 @@ def why_not(
         return "flash-attn counts elements in 32 bits"
     if document_ids is not None and torch.compiler.is_compiling():
         return "flash-attn needs the number of documents, which is unknown while a graph is traced"
-    return failure(_try, q.device)
+    return None if _has_3(q.device) else failure(_try_2, q.device)
 
 
 def attention(
@@ -51,30 +57,73 @@ def attention(
     scale: float,
     **_: object,
 ) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    functions = _import_3() if _has_3(q.device) else _import_2()
+    return _attend(functions, q, k, v, causal, document_ids, scale)
 
+
+def _attend(
+    functions: tuple[Callable, Callable],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    document_ids: Tensor | None,
+    scale: float,
+) -> Tensor:
+    dense, packed = functions
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     settings = {"softmax_scale": scale, "causal": causal, "deterministic": True}
     if document_ids is None:
-        return flash_attn_func(q, k, v, **settings)
+        return _out(dense(q, k, v, **settings))
     starts = document_starts(document_ids)
     longest = int(starts.diff().max())
-    packed = (x.flatten(0, 1) for x in (q, k, v))
-    out = flash_attn_varlen_func(*packed, starts, starts, longest, longest, **settings)
-    return out.unflatten(0, q.shape[:2])
+    tokens = (x.flatten(0, 1) for x in (q, k, v))
+    out = packed(*tokens, starts, starts, max_seqlen_q=longest, max_seqlen_k=longest, **settings)
+    return _out(out).unflatten(0, q.shape[:2])
+
+
+def _out(results: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Leave out the lse, which early versions of FlashAttention-3 return too."""
+    return results[0] if isinstance(results, tuple) else results
 
 
 def _extent(x: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
 
 
-def _import() -> None:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: F401
+def _import_2() -> tuple[Callable, Callable]:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    return flash_attn_func, flash_attn_varlen_func
 
 
-def _try(device: torch.device) -> None:
-    x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
-    attention(x, x, x, causal=True, document_ids=None, scale=1.0)
+def _import_3() -> tuple[Callable, Callable]:
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    return flash_attn_func, flash_attn_varlen_func
+
+
+def _has_3(device: torch.device) -> bool:
+    return failure(_try_3, device) is None
+
+
+def _try_2(device: torch.device) -> None:
+    _try(_import_2(), device)
+
+
+def _try_3(device: torch.device) -> None:
+    functions = _import_3()
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        raise RuntimeError("FlashAttention-3 has kernels for sm_90 alone")
+    _try(functions, device)
+
+
+def _try(functions: tuple[Callable, Callable], device: torch.device) -> None:
+    """Run forward and backward of grouped heads, as training does."""
+    q = torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    k = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
+    with torch.enable_grad():
+        _attend(functions, q, k, k, True, None, 1.0).backward(q.detach())
 
 
 BACKENDS = {"attention": Backend(why_not, function=attention)}

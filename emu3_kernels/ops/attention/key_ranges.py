@@ -8,15 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emu3_kernels.runtime.checks import check_values, describe
 
-KEY_BLOCK = 32
-"""Keys of a block of :func:`query_ranges_of`: the smallest that a kernel computes."""
+
+class QueryRanges(NamedTuple):
+    """Queries ``first[j] <= i < end[j]`` attend to key ``j``: ``[1 or B, S]`` int32 each.
+
+    Neither decreases along S. Without tensors ``first`` is ``clip(j + 1 - offset, 0, T)`` and
+    ``end`` is T.
+    """
+
+    first: Tensor | None
+    end: Tensor | None
+    offset: int = 0
 
 
 class KeyRanges(NamedTuple):
     """Query ``i`` attends to the keys ``first[i] <= j < end[i]``: ``[1 or B, T]`` int32 each.
 
-    Neither decreases along T, so the queries that attend to a block of keys are a range too. A
+    Neither decreases along T, so the queries that attend to a key are a range too. A
     sequence without documents has no tensors, which would cost the host more than the launch: there
     ``first`` is 0 and ``end`` is ``clip(i + offset, 0, S)``, computed by the kernel.
     """
@@ -24,8 +34,8 @@ class KeyRanges(NamedTuple):
     first: Tensor | None
     end: Tensor | None
     offset: int = 0
-    query_ranges: Tensor | None = None
-    """Those of :func:`query_ranges_of`, where they are computed once for many calls."""
+    queries: QueryRanges | None = None
+    """What :meth:`query_ranges` returns, where it is computed once for many calls."""
 
     def tensors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``first`` and ``end`` as tensors, for kernels that read no offset."""
@@ -33,6 +43,15 @@ class KeyRanges(NamedTuple):
             return self.first, self.end
         i = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)[None]
         return torch.zeros_like(i), (i + self.offset).clamp(0, k.shape[1])
+
+    def query_ranges(self, num_keys: int) -> QueryRanges:
+        """Return the same relation from the side of the keys."""
+        if self.queries is not None or self.first is None:
+            return self.queries or QueryRanges(None, None, self.offset)
+        shape, device = (self.first.shape[0], num_keys), self.first.device
+        after = torch.arange(1, num_keys + 1, dtype=torch.int32, device=device).repeat(shape[0], 1)
+        first = torch.searchsorted(self.end, after, out_int32=True)
+        return QueryRanges(first, torch.searchsorted(self.first, after, out_int32=True))
 
 
 class Dropout(NamedTuple):
@@ -47,6 +66,15 @@ class Dropout(NamedTuple):
     seed: Tensor
     q_positions: Tensor | None = None
     k_positions: Tensor | None = None
+
+    def positions(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the positions as tensors, for kernels that count none."""
+        if self.k_positions is not None:
+            return self.q_positions, self.k_positions
+        k_positions = torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
+        q_positions = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
+        q_positions += k.shape[1] - q.shape[1]
+        return q_positions, k_positions
 
 
 def one_document(num_queries: int, num_keys: int, *, causal: bool) -> KeyRanges:
@@ -83,18 +111,38 @@ def key_ranges_of(
     return KeyRanges(first, torch.minimum(last, end))
 
 
-def query_ranges_of(key_ranges: KeyRanges, num_keys: int) -> Tensor:
-    """Find the queries that attend to every block of ``KEY_BLOCK`` keys: ``[1 or B, blocks, 4]``.
+class Documents:
+    """The documents of packed rows, checked and searched once for all layers of a model.
 
-    Int32: the range of the queries that attend to any of its keys, and that of those that attend
-    to all.
+    :func:`attention` takes it in place of ``document_ids``, and with it launches nothing but its
+    kernels.
+
+    Args:
+        document_ids: ``[B, T]`` int32, non-decreasing along T.
+        causal: of the calls that take it.
     """
-    low = torch.arange(0, num_keys, KEY_BLOCK, dtype=torch.int32, device=key_ranges.first.device)
-    high = (low + KEY_BLOCK).clamp(max=num_keys)
-    edges = torch.cat([low + 1, high]).expand(key_ranges.first.shape[0], -1).contiguous()
-    first, first_whole = torch.searchsorted(key_ranges.end, edges, out_int32=True).chunk(2, dim=1)
-    end_whole, end = torch.searchsorted(key_ranges.first, edges, out_int32=True).chunk(2, dim=1)
-    return torch.stack([first, end, first_whole, end_whole], dim=-1)
+
+    def __init__(self, document_ids: Tensor, *, causal: bool = True) -> None:
+        if document_ids.dim() != 2 or document_ids.dtype != torch.int32:
+            raise TypeError(
+                f"attention: document_ids must be [B, T] int32, got {describe(document_ids)}"
+            )
+        check_ascending(document_ids)
+        key_ranges = document_ranges(document_ids, causal=causal)
+        if torch.is_grad_enabled():
+            key_ranges = key_ranges._replace(queries=key_ranges.query_ranges(document_ids.shape[1]))
+        self.ids, self.causal, self.key_ranges = document_ids, causal, key_ranges
+
+
+def check_ascending(document_ids: Tensor) -> None:
+    ascending = (document_ids[:, 1:] >= document_ids[:, :-1]).all()
+    must = "document_ids must not decrease along T"
+    check_values("attention", ascending, must, lambda: str(document_ids.tolist()))
+
+
+def document_ranges(document_ids: Tensor, *, causal: bool) -> KeyRanges:
+    positions = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device)
+    return key_ranges_of(positions, positions, document_ids, document_ids, causal=causal)
 
 
 def document_starts(document_ids: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges
+from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges, QueryRanges
 from emu3_kernels.runtime.dropout import drop_below, keep_scale
 from emu3_kernels.runtime.launch import next_power_of_2
 
@@ -23,9 +23,11 @@ def padded(head_dim: int) -> int:
     return max(next_power_of_2(head_dim), 16)
 
 
-def range_arguments(key_ranges: KeyRanges) -> tuple[Tensor | None, Tensor | None, int, int]:
+def range_arguments(
+    ranges: KeyRanges | QueryRanges,
+) -> tuple[Tensor | None, Tensor | None, int, int]:
     """Return ``first_ptr``, ``end_ptr``, the stride of the batch (0 if shared) and the offset."""
-    first, end, offset, _ = key_ranges
+    first, end, offset, *_ = ranges
     if first is None or first.shape[0] == 1:
         return first, end, 0, offset
     return first, end, first.stride(0), offset
