@@ -8,13 +8,13 @@ the fused ops read the parts in place.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
 from emu3_kernels import add_rms_norm, attention, linear_cross_entropy, rms_norm, swiglu_packed
 from emu3_kernels.modules import RotaryEmbedding
+from emu3_kernels.runtime.gemm import linear
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Block(nn.Module):
 class Emu3(nn.Module):
     """Decoder and head; ``forward`` returns hidden states, ``loss`` never allocates ``[T, V]``."""
 
-    linear = staticmethod(F.linear)
+    linear = staticmethod(linear)
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
