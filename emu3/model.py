@@ -8,7 +8,6 @@ the fused ops read the parts in place.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache
@@ -22,6 +21,7 @@ from emu3_kernels import (
     swiglu_packed,
 )
 from emu3_kernels.modules import RotaryEmbedding
+from emu3_kernels.runtime.gemm import linear
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Block(nn.Module):
 class Emu3(nn.Module):
     """Decoder and head; ``forward`` returns hidden states, ``loss`` never allocates ``[T, V]``."""
 
-    linear = staticmethod(F.linear)
+    linear = staticmethod(linear)
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
