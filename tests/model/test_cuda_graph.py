@@ -8,8 +8,9 @@ from emu3.cuda_graph import CapturedStep
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.text import ByteTokenizer
 from emu3_kernels import use_backend
-from tests.model.recorded_graph import Refused, recorded_graphs
+from emu3_kernels.testing.launches import recorded_launches
 from tests.model.tiny import TINY, tiny_model
+from tests.recorded_graph import RecordedOps, Refused, recorded_graphs
 
 TEXT = ByteTokenizer(TINY.vocabulary)
 CAPTIONS = ["a red seven", "an orange one"]
@@ -92,10 +93,28 @@ def test_another_shape_is_refused_and_not_captured_anew(graphs):
 
 
 def test_a_graph_asked_for_where_there_is_none_is_refused():
-    with pytest.raises(ValueError, match="cuda_graph needs a model on a GPU, .*, got one on cpu"):
+    with pytest.raises(ValueError, match="without autocast, got one on cpu"):
         generate_images(tiny_model(), TEXT, CAPTIONS, GRID, cuda_graph=True)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="torch.autocast"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"got torch\.autocast"),
+    ):
         generate_images(tiny_model(), TEXT, CAPTIONS, GRID, cuda_graph=True)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["decode step", "training"])
+def test_the_triton_path_of_a_step_reads_nothing_from_the_gpu(training):
+    model = tiny_model(dropout=0.1).train(training)
+    cache = None if training else generate._cache(model, 2, 9)
+    tokens = torch.ones(2, 2, dtype=torch.int64)
+    with use_backend("triton"), recorded_launches() as launches, torch.set_grad_enabled(training):
+        model(tokens, cache)
+        launches.clear()
+        with RecordedOps():
+            hidden = model(tokens, cache)
+            if training:
+                hidden.sum().backward()
+    assert launches
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
