@@ -13,22 +13,19 @@ def arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int | None,
 
 
 @triton.jit
-def load_seed(seed_ptr):
-    """Load the seed; None without one."""
-    return tl.load(seed_ptr) if seed_ptr is not None else None
-
-
-@triton.jit
 def keep(seed, drop_below, row, column, head):
     """Return which elements are kept; ``row``, ``column`` and ``head`` broadcast.
 
     Four adjacent columns of a thread share one Philox: the compiler merges its calls if the first
     column is known to be a multiple of 4.
     """
-    row, column = tl.to_tensor(row).to(tl.uint32), tl.to_tensor(column).to(tl.uint32)
-    head = tl.to_tensor(head).to(tl.uint32)
+    row, column, head = (
+        tl.cast(row, tl.uint32),
+        tl.cast(column, tl.uint32),
+        tl.cast(head, tl.uint32),
+    )
     w0, w1, w2, w3 = tl.philox(seed, column >> 2, row, head, head * 0)
     word = tl.where(
         column & 2 == 0, tl.where(column & 1 == 0, w0, w1), tl.where(column & 1 == 0, w2, w3)
     )
-    return word >= tl.to_tensor(drop_below).to(tl.uint32)
+    return word >= tl.cast(drop_below, tl.uint32)

@@ -170,7 +170,7 @@ def rms_norm_fwd_kernel(
     if residual_ptr is not None:
         residual_ptr += row * residual_stride
     x_ptr += row * x_stride
-    seed = triton_dropout.load_seed(seed_ptr)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else None
     x = _load_sum(x_ptr, residual_ptr, c, inside, row, seed, drop_below, scale)
     weight = _load(weight_ptr, c, inside)
     rstd = tl.rsqrt(tl.sum(x * x) / width + eps)
@@ -190,7 +190,7 @@ def rms_norm_fwd_two_pass_kernel(
     x_ptr += row * x_stride
     if residual_ptr is not None:
         residual_ptr += row * residual_stride
-    seed = triton_dropout.load_seed(seed_ptr)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else None
     squares = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
@@ -222,7 +222,7 @@ def rms_norm_bwd_kernel(
     inside = c < width
     weight = _load(weight_ptr, c, inside)
     dweight = tl.zeros([BLOCK], tl.float32)
-    seed = triton_dropout.load_seed(seed_ptr)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else None
     for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=STAGES):
         rstd = tl.load(rstd_ptr + row)
         normed = _load(x_ptr + row * x_stride, c, inside) * rstd
@@ -251,7 +251,7 @@ def rms_norm_bwd_dx_kernel(
     if dsummed_ptr is not None:
         dsummed_ptr += row * dsummed_stride
     rstd = tl.load(rstd_ptr + row)
-    seed = triton_dropout.load_seed(seed_ptr)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else None
     dots = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
