@@ -1,5 +1,8 @@
 """A decode step and a training step as CUDA graphs: exact, and capturable, shown on a CPU."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -82,6 +85,46 @@ def test_the_recorder_refuses_what_a_capture_refuses(graphs, name, read):
     step(torch.ones(3))
     with pytest.raises(Refused):
         step(torch.ones(3))
+
+
+def test_a_capture_follows_a_call_on_its_own_stream_with_the_generator_registered(monkeypatch):
+    """What only a GPU can run, with every name of torch.cuda that it uses replaced."""
+    did = []
+
+    @contextmanager
+    def inside(*names):
+        did.append(("enter", *names))
+        yield
+        did.append(("leave", *names))
+
+    def stream_of(name):
+        waits = lambda other: did.append((name, "waits for", other.name))  # noqa: E731
+        return SimpleNamespace(name=name, device=CPU, wait_stream=waits)
+
+    class Graph:
+        def register_generator_state(self, generator):
+            did.append(("registers", generator))
+
+        def replay(self):
+            did.append("replays")
+
+    main, random = stream_of("main"), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream_of("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside("stream", stream.name))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: inside("device"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda g, stream: inside("graph", stream.name))
+    step = CapturedStep(lambda x: did.append("step") or x + 1, CPU, random)
+    for value in range(3):
+        step(torch.full((2,), float(value)))
+    warm = [("enter", "stream", "side"), "step", ("leave", "stream", "side")]
+    capture = [("enter", "graph", "side"), "step", ("leave", "graph", "side")]
+    assert did == [
+        *[("side", "waits for", "main"), *warm, ("main", "waits for", "side")],
+        *[("enter", "device"), ("registers", random), *capture, ("leave", "device"), "replays"],
+        "replays",
+    ]
 
 
 def test_another_shape_is_refused_and_not_captured_anew(graphs):

@@ -39,8 +39,8 @@ _BLOCKS = [1 << i for i in range(MAX_FORWARD.bit_length())]
 ROW_TILES = {block: row_tile(block) for block in _BLOCKS}
 DROPOUT_ROW_TILES = {block: row_tile(block, with_dropout=True) for block in _BLOCKS}
 TWO_PASS_TILE = tile(8, BLOCK=4096)
-# Of narrow blocks, so that 4096 channels fill the machine; a row of one is a sector line.
-SUM_TILE = tile(4, BLOCK=32, ROWS=64)
+# Narrow blocks, so that 4096 channels are 256 programs; a row of one is two sectors of 32 bytes.
+SUM_TILE = tile(4, BLOCK=16, ROWS=128)
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
