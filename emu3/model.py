@@ -8,13 +8,13 @@ the fused ops read the parts in place.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
 from emu3_kernels import add_rms_norm, attention, linear_cross_entropy, rms_norm, swiglu_packed
 from emu3_kernels.modules import RotaryEmbedding
+from emu3_kernels.runtime.gemm import linear
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Block(nn.Module):
 class Emu3(nn.Module):
     """Decoder and head; ``forward`` returns hidden states, ``loss`` never allocates ``[T, V]``."""
 
-    linear = staticmethod(F.linear)
+    linear = staticmethod(linear)
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -155,8 +155,19 @@ class Emu3(nn.Module):
         """Logits ``[..., R]`` of ``hidden [..., D]`` for the ``rows`` of the head alone."""
         return self.linear(hidden, self.head.weight[rows])
 
-    def loss(self, tokens: Tensor, weights: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Mean next-token loss, each target weighted by its entry of ``weights [B, T]`` float32."""
+    def loss(
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        document_ids: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Mean next-token loss, each target weighted by its entry of ``weights [B, T]`` float32.
+
+        ``keep`` is that of :func:`emu3_kernels.linear_cross_entropy` for the ``B (T-1)`` targets:
+        with it, a call on a GPU can be captured in a CUDA graph.
+        """
         documents = None if document_ids is None else document_ids[:, :-1]
         hidden = self(tokens[:, :-1], document_ids=documents)
         return linear_cross_entropy(
@@ -164,4 +175,5 @@ class Emu3(nn.Module):
             self.head.weight,
             tokens[:, 1:].flatten(),
             weights=weights[:, 1:].flatten(),
+            keep=keep,
         )

@@ -24,6 +24,7 @@ from emu3_kernels.ops.norm.api import add_rms_norm, rms_norm
 from emu3_kernels.ops.rope.api import rope
 from emu3_kernels.ops.swiglu.api import swiglu
 from emu3_kernels.ops.vq.api import LARGEST_DIM, nearest_code
+from emu3_kernels.runtime.gemm import linear
 
 
 def apply(model: nn.Module, *, skip_logits: bool | None = None) -> nn.Module:
@@ -31,7 +32,8 @@ def apply(model: nn.Module, *, skip_logits: bool | None = None) -> nn.Module:
 
     These are RMSNorm (after attention fused with the residual sum), SwiGLU, the rotation of queries
     and keys, the nearest code of the vision tokenizer, linear layers on a CPU that is slow in
-    bfloat16 (:func:`emu3_kernels.modules.speed_up_bfloat16`), and the loss: called with ``labels``
+    bfloat16 (:func:`emu3_kernels.modules.speed_up_bfloat16`), on a GPU the head, whose odd number
+    of classes makes the GEMMs of PyTorch slow, and the loss: called with ``labels``
     **in training mode**, the model computes it by :func:`emu3_kernels.linear_cross_entropy` from
     the hidden states, and **the ``.logits`` that it returns are None**. In evaluation mode it
     returns loss and logits as transformers does, which metrics and ``Trainer.predict`` read. The
@@ -87,6 +89,8 @@ def apply(model: nn.Module, *, skip_logits: bool | None = None) -> nn.Module:
     ]
     for name, module, _ in found:
         check_own_forward("huggingface.apply", name, module)
+    heads = [module.lm_head for _, module, _ in found if hasattr(module, "lm_head")]
+    found += [("", head, _head) for head in heads if runs_alone(head, nn.Linear.forward)]
     speed_up_bfloat16(model, nn.Linear)
     for _, module, forward in found:
         replace_forward(module, forward)
@@ -104,6 +108,10 @@ def _fits(module: nn.Module) -> bool:
 
 def _rms_norm(self, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _head(self, input: Tensor) -> Tensor:
+    return linear(input, self.weight, self.bias)
 
 
 def _mlp(self, x: Tensor) -> Tensor:

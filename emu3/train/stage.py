@@ -45,9 +45,9 @@ class SingleLossStage:
     """One model and one loss.
 
     With ``cuda_graph``, for a model on a GPU, forward, backward and optimizer are replayed as one
-    CUDA graph. Batches must then keep their shapes, and ``loss`` must read nothing from the
-    GPU; its metrics that are numbers stay those of the captured step. Off by default, since a loss
-    may choose its work by values, such as tokens of weight 0.
+    CUDA graph. Batches must then keep their shapes, and ``loss`` must read nothing from the GPU, as
+    ``objective.next_token_of_all`` does not; its metrics that are numbers stay those of the
+    captured step. Off by default, since a loss that may read leaves out the tokens of weight 0.
     """
 
     def __init__(

@@ -1,11 +1,15 @@
 """What is special about cross_entropy: valid tokens, the normalizer, extreme logits."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from emu3_kernels import cross_entropy
-from emu3_kernels.testing.suite import at_level, backends, runnable
+from emu3_kernels.runtime.launch import INTERPRETED
+from emu3_kernels.testing.suite import at_level, backends, runnable, value_and_gradients
+from tests.loss.fake_gpu import empty, on_fake_gpu, taken_for_a_gpu
 
 BACKENDS = [*backends("cross_entropy"), "reference"]
 NAN = float("nan")
@@ -246,3 +250,45 @@ def test_over_no_token_a_normalizer_of_zero_divides_nothing(normalizer):
 
 def test_no_class_at_all_is_fine_without_a_valid_token():
     assert cross_entropy(torch.zeros(2, 3, 0), torch.full((2, 3), -100)) == 0
+
+
+def test_on_a_gpu_it_takes_three_launches_and_one_backward():
+    """The sums, the reduction and the check of the targets: no small kernels of PyTorch."""
+    with on_fake_gpu() as recorded:
+        logits = empty(8, 184_622, requires_grad=True)
+        targets, weights = empty(8, dtype=torch.int64), empty(8, dtype=torch.float32)
+        loss = cross_entropy(logits, targets, weights=weights, normalizer=7)
+        forward = ["cross_entropy_fwd_kernel", "cross_entropy_reduce_kernel", "_assert_async"]
+        assert recorded.launches == forward
+        recorded.launches.clear()
+        torch.autograd.grad(loss, logits, empty(dtype=torch.float32))
+        assert recorded.launches == ["cross_entropy_bwd_kernel"]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a failed assertion would end the GPU's process")
+@pytest.mark.parametrize("target", [-1, 70])
+def test_the_kernels_check_the_targets_on_a_gpu(target):
+    logits, targets = sample()
+    targets[0], targets[1] = -100, target
+    with taken_for_a_gpu(), pytest.raises(RuntimeError, match=r"targets must lie in \[0, 70\)"):
+        cross_entropy(logits, targets, backend="triton")
+    targets[1] = 69
+    with taken_for_a_gpu():
+        cross_entropy(logits, targets, backend="triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run on a CPU interpreted alone")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_triton_compiles_as_one_graph(reduction, offset):
+    torch.compiler.reset()
+    logits, targets = sample(3)
+    logits = torch.cat([torch.zeros(offset), logits.flatten()])[offset:].view(logits.shape)
+    inputs = {"logits": logits, "targets": targets, "weights": torch.rand(3)}
+    call = partial(cross_entropy, backend="triton", reduction=reduction, z_loss=0.1)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    expected = value_and_gradients("cross_entropy", call, inputs)
+    for name, value in value_and_gradients("cross_entropy", compiled, inputs).items():
+        assert torch.equal(value, expected[name]), name
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs), call(**inputs))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from emu3_kernels import cross_entropy, linear_cross_entropy
-from emu3_kernels.ops.loss import chunks
+from emu3_kernels.ops.loss import cpu_chunks
 from emu3_kernels.ops.loss.chunking import MEMORY, MIN_CLASSES, MIN_TOKENS
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import (
@@ -139,7 +139,7 @@ def gemms(monkeypatch):
         counts.append(left.shape[0] * left.shape[1] * right.shape[1])
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(chunks, "mm_", partial(counted, chunks.mm_))
+    monkeypatch.setattr(cpu_chunks, "mm_", partial(counted, cpu_chunks.mm_))
     return counts
 
 
@@ -201,9 +201,10 @@ def test_one_gradient_alone_is_as_accurate_as_both(backend, name, reduction):
     assert_as_accurate(name, gradient, low[f"d{name}"], exact[f"d{name}"])
 
 
-def test_one_graph_serves_every_number_of_valid_tokens():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_one_graph_serves_every_number_of_valid_tokens(backend):
     torch.compiler.reset()
-    call = partial(linear_cross_entropy, backend="cpu")
+    call = partial(linear_cross_entropy, backend=at_level(backend)[0])
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     inputs = make(tokens=8, width=24, classes=33)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from emu3_kernels import linear_cross_entropy
-from emu3_kernels.ops.loss import api
+from emu3_kernels.ops.loss import chunking
 from emu3_kernels.ops.loss.chunking import (
     BYTES_PER_TOKEN,
     MIN_CLASSES,
@@ -73,7 +73,7 @@ def test_the_allocator_hands_out_no_more_than_the_memory(dtype, memory, wants, s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_by_default_it_may_copy_hidden_too(dtype, monkeypatch):
-    monkeypatch.setattr(api, "MEMORY", 14 * MIB)
+    monkeypatch.setattr(chunking, "MEMORY", 14 * MIB)
     call, _ = caller(dtype, TOKENS, CLASSES, None, ("hidden", "head"))
     copies = TOKENS * WIDTH * (2 * dtype.itemsize + 8)
     told, _ = caller(dtype, TOKENS, CLASSES, 14 * MIB + copies, ("hidden", "head"))

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.loss import reference
-from emu3_kernels.ops.loss.chunking import MEMORY, bytes_of_copies
 from emu3_kernels.ops.loss.chunks import Settings
 from emu3_kernels.ops.loss.token_loss import (
+    check_classes,
+    check_keep,
     check_settings,
     check_targets,
     divisor,
@@ -24,8 +25,16 @@ from emu3_kernels.runtime.checks import check_floating, check_has_channels, desc
 from emu3_kernels.runtime.dispatch import Backends
 from emu3_kernels.runtime.gemm import autocast
 
+
+def _checked_reference(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, **settings: object
+) -> Tensor:
+    check_classes("cross_entropy", targets, logits.shape[-1], ignore_index)
+    return reference.cross_entropy(logits, targets, ignore_index=ignore_index, **settings)
+
+
 CROSS_ENTROPY = Backends(
-    "cross_entropy", __package__, reference.cross_entropy, cpu=("cpu",), cuda=("triton",)
+    "cross_entropy", __package__, _checked_reference, cpu=("cpu",), cuda=("triton",)
 )
 LINEAR_CROSS_ENTROPY = Backends(
     "linear_cross_entropy",
@@ -80,14 +89,7 @@ def cross_entropy(
     """
     check_floating("cross_entropy", logits=logits)
     check_has_channels("cross_entropy", logits=logits)
-    *shape, num_classes = logits.shape
-    check_targets(
-        "cross_entropy",
-        targets,
-        shape=torch.Size(shape),
-        num_classes=num_classes,
-        ignore_index=ignore_index,
-    )
+    check_targets("cross_entropy", targets, logits.shape[:-1])
     constants = weights, normalizer, z_loss, label_smoothing, reduction
     check_settings("cross_entropy", targets, *constants)
     chosen = CROSS_ENTROPY.choose(backend, logits)
@@ -102,6 +104,7 @@ def cross_entropy(
             ignore_index=ignore_index,
             reduction=reduction,
         )
+    check_classes("cross_entropy", targets, logits.shape[-1], ignore_index)
     weights = token_weights(targets, weights, ignore_index, torch.float32)
     losses = _CrossEntropy.apply(
         rows(logits), targets.flatten(), weights.flatten(), z_loss, label_smoothing, chosen
@@ -142,6 +145,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     memory: int | None = None,
+    keep: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -161,6 +165,10 @@ def linear_cross_entropy(
     backward pass scales it; ``"none"`` computes it in the backward pass. The backend
     ``"reference"`` keeps all logits and ignores ``memory``. ``torch.autocast`` casts hidden and
     head, as it does for ``torch.nn.functional.linear``.
+
+    On a GPU dhead stores logits of ``D`` tokens, until it is computed, and ``memory`` is for those
+    of the others alone: the GEMM of the logits runs twice for what does not fit, or a float32 sum
+    of dhead takes ``4 V D`` bytes. All GEMMs have extents that are multiples of 64, whatever V.
 
     With a ``group``, rank r holds the classes after those of rank r - 1: any number of them, also
     none. All other arguments are the same on all ranks, and ``targets`` are classes of the whole
@@ -183,7 +191,11 @@ def linear_cross_entropy(
             classes of 64 tokens or 1,024 classes of all tokens (with dhidden in float32), whatever
             the memory, and 8 MiB are reserved for the packed operands of GEMMs. None is 512 MiB
             and copies of hidden, of dhidden and of the float32 sum of dhidden (``12 D`` bytes a
-            token in bfloat16).
+            token in bfloat16); on a GPU, with a gradient for the head and without a group, at
+            least an eighth of its memory or 4 GiB, whichever is less.
+        keep: ``[N]`` int64, the indices of the only tokens that GEMMs take, in ``[...]`` as one
+            dimension. All valid tokens must be among them, each once. With it, a GPU is never
+            waited for, and a call can be captured in a CUDA graph. None finds the valid tokens.
         group: the ranks that share the vocabulary, each with its rows of the head.
         backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
 
@@ -192,18 +204,13 @@ def linear_cross_entropy(
     """
     hidden, head = autocast(hidden), autocast(head)
     _check_operands(hidden, head)
-    if memory is None:
-        memory = MEMORY + bytes_of_copies(hidden.numel(), hidden.dtype)
     shard = shard_of(hidden, head, targets, memory, group)
-    check_targets(
-        "linear_cross_entropy",
-        targets,
-        shape=hidden.shape[:-1],
-        num_classes=shard.num_classes,
-        ignore_index=ignore_index,
-    )
+    check_targets("linear_cross_entropy", targets, hidden.shape[:-1])
+    check_classes("linear_cross_entropy", targets, shard.num_classes, ignore_index)
     constants = weights, normalizer, z_loss, label_smoothing, reduction
     check_settings("linear_cross_entropy", targets, *constants)
+    if keep is not None:
+        check_keep("linear_cross_entropy", keep, targets, weights, ignore_index)
     chosen = LINEAR_CROSS_ENTROPY.choose(backend, hidden, head)
     if chosen.function is not None:
         return chosen.function(
@@ -219,7 +226,7 @@ def linear_cross_entropy(
             shard=shard,
         )
     weights = token_weights(targets, weights, ignore_index, torch.float32)
-    tokens = (rows(hidden), rows(head), targets.flatten())
+    tokens = (rows(hidden), rows(head), targets.flatten(), keep)
     settings = Settings(z_loss, label_smoothing, memory, *shard)
     if reduction == "none" or not needs_gradient(hidden, head):
         losses = _LinearCrossEntropy.apply(*tokens, weights.flatten(), chosen, *settings)
@@ -237,8 +244,8 @@ class _TotalLinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, shares, backend, *settings):
-        operands = (hidden, head, targets, shares)
+    def forward(ctx, hidden, head, targets, keep, shares, backend, *settings):
+        operands = (hidden, head, targets, shares, keep)
         losses, *ctx.gradients = backend.backward(*operands, *settings)
         ctx.save_for_backward(*operands)
         ctx.settings, ctx.backend = settings, backend
@@ -254,27 +261,27 @@ class _TotalLinearCrossEntropy(torch.autograd.Function):
         scaled = [g.mul_(dtotal) if w else None for g, w in zip(gradients, wanted, strict=True)]
         if wanted[0]:  # a NaN in dtotal must not reach the tokens of share 0
             scaled[0].masked_fill_(ctx.saved_tensors[3][:, None] == 0, 0)
-        return *scaled, *[None] * (3 + len(ctx.settings))
+        return *scaled, *[None] * (4 + len(ctx.settings))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of each token before its weight; 0 at weight 0."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, backend, *settings):
-        ctx.save_for_backward(hidden, head, targets, weights)
+    def forward(ctx, hidden, head, targets, keep, weights, backend, *settings):
+        ctx.save_for_backward(hidden, head, targets, weights, keep)
         ctx.settings, ctx.backend = settings, backend
-        return backend.forward(hidden, head, targets, weights, *settings)
+        return backend.forward(hidden, head, targets, weights, keep, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlosses):
         wanted = ctx.needs_input_grad[:2]
-        *operands, weights = ctx.saved_tensors
+        *operands, weights, keep = ctx.saved_tensors
         dlosses = torch.where(weights != 0, dlosses, 0)  # else a NaN times 0
-        _, *gradients = ctx.backend.backward(*operands, dlosses, *wanted, *ctx.settings)
+        _, *gradients = ctx.backend.backward(*operands, dlosses, keep, *wanted, *ctx.settings)
         needed = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
-        return *needed, *[None] * (3 + len(ctx.settings))
+        return *needed, *[None] * (4 + len(ctx.settings))
 
 
 def _check_operands(hidden: Tensor, head: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels.ops.loss.chunks import Kernels, as_ops
+from emu3_kernels.ops.loss.cpu_chunks import CpuRun
 from emu3_kernels.runtime import library
 from emu3_kernels.runtime.dispatch import Backend
 
@@ -45,7 +46,7 @@ def gradient_(*chunk: Tensor | float) -> None:
     torch.ops.emu3_kernels.linear_cross_entropy_gradient_(*chunk)
 
 
-losses, gradients = as_ops("cpu", Kernels(add_, gradient_))
+losses, gradients = as_ops("cpu", Kernels(add_, gradient_), CpuRun)
 BACKENDS = {
     "cross_entropy": Backend(why_not, forward, backward),
     "linear_cross_entropy": Backend(why_not, losses, gradients),

@@ -11,23 +11,29 @@ from emu3_kernels.runtime.checks import check_values, describe
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_targets(
-    op: str, targets: Tensor, *, shape: torch.Size, num_classes: int, ignore_index: int
-) -> None:
-    """Raise unless ``targets`` are int64 of ``shape``, each a class or ``ignore_index``."""
+def check_targets(op: str, targets: Tensor, shape: torch.Size) -> None:
+    """Raise unless ``targets`` are int64 of ``shape``."""
     if targets.dtype != torch.int64:
         raise TypeError(f"{op}: targets must be int64, got {targets.dtype}")
     if targets.shape != shape:
         raise ValueError(
             f"{op}: targets must have shape {tuple(shape)}, got {tuple(targets.shape)}"
         )
+
+
+def check_classes(op: str, targets: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise unless each of ``targets`` is a class or ``ignore_index``."""
     inside = (targets >= 0) & (targets < num_classes) | (targets == ignore_index)
     check_values(
         op,
         inside.all(),
-        f"targets must lie in [0, {num_classes}) or equal ignore_index {ignore_index}",
+        classes_rule(num_classes, ignore_index),
         lambda: f"{targets[~inside][0].item()}",
     )
+
+
+def classes_rule(num_classes: int, ignore_index: int) -> str:
+    return f"targets must lie in [0, {num_classes}) or equal ignore_index {ignore_index}"
 
 
 def check_settings(
@@ -59,6 +65,21 @@ def check_settings(
     if reduction not in REDUCTIONS:
         known = ", ".join(REDUCTIONS)
         raise ValueError(f"{op}: reduction must be one of {known}, got {reduction!r}")
+
+
+def check_keep(
+    op: str, keep: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int
+) -> None:
+    """Raise unless ``keep`` are the indices of tokens, and each valid one is among them once."""
+    if keep.dtype != torch.int64 or keep.dim() != 1 or keep.device != targets.device:
+        raise ValueError(f"{op}: keep must be [N] int64 on {targets.device}, got {describe(keep)}")
+    valid = (token_weights(targets, weights, ignore_index, torch.float32) != 0).flatten()
+    check_values(
+        op,
+        valid[keep].sum() == valid.sum(),
+        "keep must hold every valid token once",
+        lambda: f"{int(valid[keep].sum())} of {int(valid.sum())}",
+    )
 
 
 def token_weights(

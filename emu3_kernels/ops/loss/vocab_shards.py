@@ -20,7 +20,11 @@ class VocabShard(NamedTuple):
 
 
 def shard_of(
-    hidden: Tensor, head: Tensor, targets: Tensor, memory: int, group: dist.ProcessGroup | None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    memory: int | None,
+    group: dist.ProcessGroup | None,
 ) -> VocabShard:
     """Gather the sizes of all shards, and raise unless the ranks make the same call."""
     if group is None:
@@ -29,7 +33,7 @@ def shard_of(
         "width": hidden.shape[-1],
         "number of tokens": targets.numel(),
         "bytes per element": hidden.element_size(),
-        "memory": memory,
+        "memory": -1 if memory is None else memory,
         "gradient of hidden": hidden.requires_grad,
         "gradient of head": head.requires_grad,
     }
