@@ -164,7 +164,8 @@ class _Decoder:
         self.model, self.cache, self.choose = model, cache, choose
         self.generator, self.graph = generator, graph
         self.token = torch.zeros_like(cache.lengths, dtype=torch.int64)
-        self.finite = torch.ones((), dtype=torch.bool, device=cache.lengths.device)
+        self.largest: Tensor | None = None
+        """``[B]``, the magnitude of each row's largest logit over all steps; NaN stays NaN."""
         self._steps: dict[tuple[int, ...], Callable[[], Tensor]] = {}
 
     def start(self, tokens: Tensor, prompt_lengths: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ class _Decoder:
 
     def check_finite(self) -> None:
         """Raise if logits of a step were not finite; on a GPU, the host waits for it here alone."""
-        if not self.finite:
+        if self.largest is not None and not self.largest.isfinite().all():
             raise ValueError(
                 "generate: logits must be finite, got NaN or infinity: check the weights, and that "
                 "the model's dtype has their range"
@@ -204,7 +205,11 @@ class _Decoder:
     def _next(self, hidden: Tensor) -> Tensor:
         result, token, logits = self.choose(hidden)
         self.token.copy_(token)
-        self.finite &= logits.amax(-1).isfinite().all()
+        largest = logits.amax(-1).abs()
+        if self.largest is None:
+            self.largest = largest
+        else:
+            torch.maximum(self.largest, largest, out=self.largest)
         return result
 
 

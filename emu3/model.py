@@ -163,8 +163,19 @@ class Emu3(nn.Module):
         """Logits ``[..., R]`` of ``hidden [..., D]`` for the ``rows`` of the head alone."""
         return self.linear(hidden, self.head.weight[rows])
 
-    def loss(self, tokens: Tensor, weights: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Mean next-token loss, each target weighted by its entry of ``weights [B, T]`` float32."""
+    def loss(
+        self,
+        tokens: Tensor,
+        weights: Tensor,
+        document_ids: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Mean next-token loss, each target weighted by its entry of ``weights [B, T]`` float32.
+
+        ``keep`` is that of :func:`emu3_kernels.linear_cross_entropy` for the ``B (T-1)`` targets:
+        with it, a call on a GPU can be captured in a CUDA graph.
+        """
         documents = None if document_ids is None else document_ids[:, :-1]
         hidden = self(tokens[:, :-1], document_ids=documents)
         return linear_cross_entropy(
@@ -172,4 +183,5 @@ class Emu3(nn.Module):
             self.head.weight,
             tokens[:, 1:].flatten(),
             weights=weights[:, 1:].flatten(),
+            keep=keep,
         )

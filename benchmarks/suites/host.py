@@ -1,7 +1,8 @@
 """Host time: the Python time of one call of the Triton backend, without a GPU.
 
 Every Triton launch is recorded and not made, so that what remains is the host code of the op.
-Results are undefined.
+Results are undefined. The time is that of this process, not of others; the number of function
+calls, Python's and C's, does not depend on the machine.
 """
 
 import time
@@ -17,7 +18,7 @@ from benchmarks.harness import calls, machine, results, run
 from benchmarks.report import tables
 from emu3_kernels.ops import OPS
 from emu3_kernels.testing import suite
-from emu3_kernels.testing.launches import recorded_launches
+from emu3_kernels.testing.launches import function_calls, recorded_launches
 
 BACKEND = "triton"
 SAMPLES, SAMPLE_SECONDS = 9, 0.02
@@ -65,6 +66,7 @@ def row_of(op: str, size: dict, dtype: torch.dtype, direction: str) -> dict:
         launches.clear()
         call()
         count = len(launches)
+        num_calls = function_calls(call)
         seconds = samples(call)
     return {
         "label": "MEASURED",
@@ -79,6 +81,7 @@ def row_of(op: str, size: dict, dtype: torch.dtype, direction: str) -> dict:
         "load": [machine.load()],
         "ms": 1e3 * median(seconds),
         "range_ms": [1e3 * min(seconds), 1e3 * max(seconds)],
+        "calls": num_calls,
         "launches": count,
         "peers": {},
         "missing": {},
@@ -87,16 +90,16 @@ def row_of(op: str, size: dict, dtype: torch.dtype, direction: str) -> dict:
 
 
 def samples(call: Callable[[], object]) -> list[float]:
-    """Return seconds per call of ``SAMPLES`` samples."""
-    start = time.perf_counter()
+    """Return seconds of this process per call, of ``SAMPLES`` samples."""
+    start = time.process_time()
     call()
-    repeats = max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
+    repeats = max(1, round(SAMPLE_SECONDS / (time.process_time() - start)))
     taken = []
     for _ in range(SAMPLES):
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(repeats):
             call()
-        taken.append((time.perf_counter() - start) / repeats)
+        taken.append((time.process_time() - start) / repeats)
     return taken
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.progress import (
 from emu3.config import Recipe
 from emu3.train import checkpoint
 from emu3.train.lock import locked
-from emu3.train.metrics import Metrics
+from emu3.train.metrics import Metrics, are_on_gpu, numbers_of
 from emu3.train.stage import Stage, StepMetrics
 
 
@@ -65,24 +65,36 @@ def _run(recipe: Recipe, saved: Path, stage: Stage, done: int) -> None:
     with closing(Metrics(saved.parent, done)) as log, _progress() as progress:
         state = "already finished" if done == steps else ""
         task = progress.add_task(settings.stage, total=steps, completed=done, state=state)
+        unread, started = [], time.perf_counter()
         for step in range(done, steps):
-            started = time.perf_counter()
-            metrics = _finite(step, stage.step(step, *stage.stream.next_batch()))
-            if step % settings.log_every == 0:
-                log.log(step, metrics, seconds=time.perf_counter() - started)
-            if (step + 1) % settings.save_every == 0 or step + 1 == steps:
+            unread.append(stage.step(step, *stage.stream.next_batch()))
+            logs = step % settings.log_every == 0
+            saves = (step + 1) % settings.save_every == 0 or step + 1 == steps
+            # Every read waits for the GPU, which is to have its next steps queued.
+            if are_on_gpu(unread[-1]) and not (logs or saves):
+                continue
+            metrics = _finite(step, unread)
+            if logs:
+                seconds = (time.perf_counter() - started) / len(unread)
+                log.log(step, metrics, seconds=seconds)
+            if saves:
                 log.flush()
                 checkpoint.save(saved, step + 1, recipe, stage)
-            progress.update(task, advance=1, state=f"loss {metrics['loss']:.4f}")
+            progress.update(task, advance=len(unread), state=f"loss {metrics['loss']:.4f}")
+            unread, started = [], time.perf_counter()
 
 
-def _finite(step: int, metrics: StepMetrics) -> dict[str, float]:
-    """The metrics as numbers. Weights are checked when they are saved."""
-    numbers = {name: float(value) for name, value in metrics.items()}
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise ValueError(f"train: step {step}: {name} must be finite, got {value}")
-    return numbers
+def _finite(step: int, metrics: Sequence[StepMetrics]) -> dict[str, float]:
+    """Return the metrics of ``step``, the last of ``metrics``; all must be finite.
+
+    Weights are checked when they are saved.
+    """
+    of_steps = numbers_of(metrics)
+    for number, numbers in enumerate(of_steps, step + 1 - len(of_steps)):
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise ValueError(f"train: step {number}: {name} must be finite, got {value}")
+    return of_steps[-1]
 
 
 def _progress() -> Progress:

@@ -6,9 +6,10 @@ TensorBoard alone.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -43,6 +44,23 @@ class Metrics:
         self.flush()
         self._lines.close()
         self._board.close()
+
+
+def numbers_of(steps: Sequence[Mapping[str, Tensor | float]]) -> list[dict[str, float]]:
+    """Return the metrics of ``steps`` as numbers, by one read from each device."""
+    tensors: dict[torch.device, list[Tensor]] = {}
+    for value in (value for metrics in steps for value in metrics.values()):
+        if isinstance(value, Tensor):
+            tensors.setdefault(value.device, []).append(value.detach().double())
+    read = {device: iter(torch.stack(values).tolist()) for device, values in tensors.items()}
+    return [
+        {n: next(read[v.device]) if isinstance(v, Tensor) else float(v) for n, v in metrics.items()}
+        for metrics in steps
+    ]
+
+
+def are_on_gpu(metrics: Mapping[str, Tensor | float]) -> bool:
+    return any(isinstance(value, Tensor) and value.is_cuda for value in metrics.values())
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

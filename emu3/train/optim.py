@@ -28,6 +28,13 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> AdamW:
     return optimizer
 
 
+def capturable(optimizer: AdamW) -> AdamW:
+    """Let a CUDA graph hold the steps of ``optimizer``, and return it."""
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    return optimizer
+
+
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
     """Linear warm-up, then cosine decay from ``lr`` to ``min_lr``."""
     if step < settings.warmup_steps:
@@ -37,9 +44,12 @@ def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
 
 
 def take_step(
-    model: nn.Module, optimizer: AdamW, loss: Tensor, lr: float, settings: OptimSettings
+    model: nn.Module, optimizer: AdamW, loss: Tensor, lr: float | Tensor, settings: OptimSettings
 ) -> Tensor:
-    """Backward, clip, update; return the gradient norm before clipping."""
+    """Backward, clip, update; return the gradient norm before clipping.
+
+    In a CUDA graph ``lr`` must be a tensor on the GPU, and the optimizer :func:`capturable`.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)

@@ -1,10 +1,15 @@
 """Launches of GPU kernels, counted without a GPU."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
+import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -20,9 +25,16 @@ VIEWS = ("_unsafe_view", "_reshape_alias", "detach")
 def recorded_launches() -> Iterator[list[str]]:
     """Record the name of every Triton launch inside the block and make none.
 
-    CPU tensors are taken for those of an H100. Results are undefined.
+    CPU tensors are taken for those of an H100, also where ``torch.compile`` traces a call. Results
+    are undefined.
     """
     names: list[str] = []
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, H100.warp_size),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
     def record(kernel, *args, **options) -> None:
         names.append(kernel.__name__)
@@ -31,6 +43,8 @@ def recorded_launches() -> Iterator[list[str]]:
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(InterpretedFunction, "run", record),
         mock.patch.object(launching, "DEVICES", {"cpu", "cuda"}),
+        mock.patch("torch.utils._triton.has_triton", return_value=True),
+        mock.patch.object(type(triton.runtime.driver), "active", driver),
         launching.assume_gpu(H100),
     ):
         yield names
@@ -55,3 +69,19 @@ def all_launches() -> Iterator[list[str]]:
     """Record the launches of Triton and the ops of PyTorch inside the block, in order."""
     with recorded_launches() as names, PyTorchLaunches(names):
         yield names
+
+
+def function_calls(call: Callable[[], object]) -> int:
+    """Count the function calls of ``call()``, Python's and C's: its host time without noise."""
+    count = 0
+
+    def profile(frame, event, arg) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count

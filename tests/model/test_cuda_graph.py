@@ -1,5 +1,8 @@
 """A decode step and a training step as CUDA graphs: exact, and capturable, shown on a CPU."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,8 +11,9 @@ from emu3.cuda_graph import CapturedStep
 from emu3.generate import Sampling, generate_captions, generate_images
 from emu3.text import ByteTokenizer
 from emu3_kernels import use_backend
-from tests.model.recorded_graph import Refused, recorded_graphs
+from emu3_kernels.testing.launches import recorded_launches
 from tests.model.tiny import TINY, tiny_model
+from tests.recorded_graph import RecordedOps, Refused, recorded_graphs
 
 TEXT = ByteTokenizer(TINY.vocabulary)
 CAPTIONS = ["a red seven", "an orange one"]
@@ -83,6 +87,46 @@ def test_the_recorder_refuses_what_a_capture_refuses(graphs, name, read):
         step(torch.ones(3))
 
 
+def test_a_capture_follows_a_call_on_its_own_stream_with_the_generator_registered(monkeypatch):
+    """What only a GPU can run, with every name of torch.cuda that it uses replaced."""
+    did = []
+
+    @contextmanager
+    def inside(*names):
+        did.append(("enter", *names))
+        yield
+        did.append(("leave", *names))
+
+    def stream_of(name):
+        waits = lambda other: did.append((name, "waits for", other.name))  # noqa: E731
+        return SimpleNamespace(name=name, device=CPU, wait_stream=waits)
+
+    class Graph:
+        def register_generator_state(self, generator):
+            did.append(("registers", generator))
+
+        def replay(self):
+            did.append("replays")
+
+    main, random = stream_of("main"), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream_of("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside("stream", stream.name))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: inside("device"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda g, stream: inside("graph", stream.name))
+    step = CapturedStep(lambda x: did.append("step") or x + 1, CPU, random)
+    for value in range(3):
+        step(torch.full((2,), float(value)))
+    warm = [("enter", "stream", "side"), "step", ("leave", "stream", "side")]
+    capture = [("enter", "graph", "side"), "step", ("leave", "graph", "side")]
+    assert did == [
+        *[("side", "waits for", "main"), *warm, ("main", "waits for", "side")],
+        *[("enter", "device"), ("registers", random), *capture, ("leave", "device"), "replays"],
+        "replays",
+    ]
+
+
 def test_another_shape_is_refused_and_not_captured_anew(graphs):
     step = CapturedStep(lambda x: 2 * x, CPU)
     for value in range(4):
@@ -92,10 +136,28 @@ def test_another_shape_is_refused_and_not_captured_anew(graphs):
 
 
 def test_a_graph_asked_for_where_there_is_none_is_refused():
-    with pytest.raises(ValueError, match="cuda_graph needs a model on a GPU, .*, got one on cpu"):
+    with pytest.raises(ValueError, match="without autocast, got one on cpu"):
         generate_images(tiny_model(), TEXT, CAPTIONS, GRID, cuda_graph=True)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="torch.autocast"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"got torch\.autocast"),
+    ):
         generate_images(tiny_model(), TEXT, CAPTIONS, GRID, cuda_graph=True)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["decode step", "training"])
+def test_the_triton_path_of_a_step_reads_nothing_from_the_gpu(training):
+    model = tiny_model(dropout=0.1).train(training)
+    cache = None if training else generate._cache(model, 2, 9)
+    tokens = torch.ones(2, 2, dtype=torch.int64)
+    with use_backend("triton"), recorded_launches() as launches, torch.set_grad_enabled(training):
+        model(tokens, cache)
+        launches.clear()
+        with RecordedOps():
+            hidden = model(tokens, cache)
+            if training:
+                hidden.sum().backward()
+    assert launches
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

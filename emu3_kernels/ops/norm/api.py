@@ -10,10 +10,9 @@ The kernels of a backend serve both ops, on rows ``[R, D]`` with unit stride in 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.norm import reference
-from emu3_kernels.runtime.autograd import mark_written, needs_gradient
+from emu3_kernels.runtime.autograd import mark_written, needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import (
     check_alike,
     check_channel_weight,

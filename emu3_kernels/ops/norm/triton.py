@@ -39,7 +39,8 @@ _BLOCKS = [1 << i for i in range(MAX_FORWARD.bit_length())]
 ROW_TILES = {block: row_tile(block) for block in _BLOCKS}
 DROPOUT_ROW_TILES = {block: row_tile(block, with_dropout=True) for block in _BLOCKS}
 TWO_PASS_TILE = tile(8, BLOCK=4096)
-SUM_TILE = tile(4, BLOCK=128, ROWS=16)
+# Narrow blocks, so that 4096 channels are 256 programs; a row of one is two sectors of 32 bytes.
+SUM_TILE = tile(4, BLOCK=16, ROWS=128)
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
@@ -103,8 +104,9 @@ def backward(
         options = tiles[next_power_of_2(width)]
     else:
         options = TWO_PASS_TILE
-    # Eight warps a multiprocessor; each program writes one row of partial sums.
-    num_programs = min(num_rows, gpu_of(dy).num_sms * max(8 // options["num_warps"], 1))
+    # Sixteen warps a multiprocessor: 147 us at 8192 x 4096, measured on an H200; 183 with eight.
+    # Each program writes one row of partial sums.
+    num_programs = min(num_rows, gpu_of(dy).num_sms * max(16 // options["num_warps"], 1))
     partials = summed.new_empty((num_programs, width), dtype=torch.float32)
     strides = (dy.stride(0), 0 if dsummed is None else dsummed.stride(0), summed.stride(0))
     dropout = triton_dropout.arguments(dropout_p, seed)

@@ -11,10 +11,9 @@ of a backend:
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.rope import reference
-from emu3_kernels.runtime.autograd import mark_written, needs_gradient
+from emu3_kernels.runtime.autograd import mark_written, needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import (
     check_grouped_heads,
     check_no_gradient,

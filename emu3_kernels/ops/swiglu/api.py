@@ -8,10 +8,9 @@ The kernels of a backend take rows ``[R, C]`` with unit stride in C:
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.swiglu import reference
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import (
     check_alike,
     check_floating,
@@ -69,21 +68,21 @@ def swiglu_packed(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     Returns:
         ``[..., C]`` in the dtype of ``gate_up``.
     """
-    check_floating("swiglu_packed", gate_up=gate_up)
-    check_has_channels("swiglu_packed", gate_up=gate_up)
-    if gate_up.shape[-1] % 2:
-        raise ValueError(
-            f"swiglu_packed: gate_up must be [..., 2C], got shape {tuple(gate_up.shape)}"
-        )
-    gate, up = gate_up.chunk(2, dim=-1)
+    shape = gate_up.shape
+    if not (shape and gate_up.is_floating_point()):
+        check_floating("swiglu_packed", gate_up=gate_up)
+        check_has_channels("swiglu_packed", gate_up=gate_up)
+    if shape[-1] % 2:
+        raise ValueError(f"swiglu_packed: gate_up must be [..., 2C], got shape {tuple(shape)}")
     chosen = SWIGLU_PACKED.choose(backend, gate_up)
     if chosen.function is not None:
-        return chosen.function(gate, up)
+        return chosen.function(*gate_up.chunk(2, dim=-1))
+    packed = rows(gate_up)
     if needs_gradient(gate_up):
-        out = _SwiGLUPacked.apply(rows(gate_up), chosen)
+        out = _SwiGLUPacked.apply(packed, chosen)
     else:
-        out = chosen.forward(rows(gate), rows(up))
-    return unrows(out, gate)
+        out = chosen.forward(*packed.chunk(2, dim=-1))
+    return out if len(shape) == 2 else out.view(*shape[:-1], shape[-1] // 2)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -44,14 +44,10 @@ class RecordedOps(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, recorded in self.ops:
             result = func(*args, **kwargs)
-            schema = func._schema.returns
-            results = result if isinstance(result, tuple | list) else (result,)
-            held = recorded if isinstance(recorded, tuple | list) else (recorded,)
-            if len(schema) == 1 and len(results) > 1:
-                schema = list(schema) * len(results)
-            for one, old, returned in zip(results, held, schema, strict=True):
-                if returned.alias_info is None and isinstance(old, torch.Tensor):
-                    old.copy_(one)
+            if any(returned.alias_info is None for returned in func._schema.returns):
+                for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
+                    if isinstance(old, torch.Tensor) and old is not new:
+                        old.copy_(new)
 
 
 def _by_mask(name: str, args: tuple) -> bool:
