@@ -59,7 +59,8 @@ def gpu() -> str | None:
         return None
     found = torch.cuda.get_device_properties(0)
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
-    return f"{found.name} ({found.total_memory / 2**30:.0f} GiB, {built})"
+    memory = f"{found.total_memory / 2**30:.0f} GiB"
+    return f"{found.name} ({found.multi_processor_count} SMs, {memory}, {built})"
 
 
 def kind() -> str:

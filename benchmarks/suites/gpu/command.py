@@ -28,7 +28,8 @@ def gpu(
     """Check, compile and time every op, a training step, a decoded token and the tokenizer."""
     device = "cpu" if dry_run else "cuda"
     if not dry_run and not torch.cuda.is_available():
-        run.refuse(["gpu: a GPU that PyTorch can use, got none; --dry-run runs on the CPU"])
+        typer.echo("gpu: must find a GPU, got none; --dry-run runs on the CPU", err=True)
+        raise typer.Exit(1)
     items = [item.as_dry_run() if dry_run else item for item in chosen(op)]
     name = "dry-run" if dry_run else machine.kind()
     folder = folder or (Path(tempfile.mkdtemp()) if dry_run else results.RESULTS)
@@ -68,13 +69,26 @@ def make(items: list[Item], device: str, minutes: float, path: Path, shown: Prog
         minutes, seconds = divmod(round(time.monotonic() - start), 60)
         run.console.print(f"[{minutes}:{seconds:02}] {line}", markup=False)
 
-    def show(row: dict) -> None:
-        if not any("host_us" in one for one in (row, *row["peers"].values())):  # not again
-            *_, direction, backend, ours, fastest, times, _ = pages.against_best(row)
-            line = f"       {row['op']} {direction}: {backend} {ours}; {fastest} ({times})"
-            run.console.print(line, markup=False)
+    return Visit(items, device, 60 * minutes, path, made, say, Shown())
 
-    return Visit(items, device, 60 * minutes, path, made, say, show)
+
+class Shown:
+    """Prints every row and every reason once."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+
+    def __call__(self, row: dict) -> None:
+        *_, direction, backend, ours, fastest, times, _ = pages.against_best(row)
+        line = f"{row['op']} {direction}: {backend} {ours}; {fastest} ({times})"
+        self.tell(results.identity(row), line)
+        for name, why in row["missing"].items():
+            self.tell(f"{name}: {why}", f"without {name}: {why}")
+
+    def tell(self, key: str, line: str) -> None:
+        if key not in self.told:
+            self.told.add(key)
+            run.console.print(f"       {line}", markup=False)
 
 
 def num_workers(device: str) -> int:

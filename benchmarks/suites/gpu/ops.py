@@ -25,34 +25,41 @@ OURS = "{} of ours"
 def prepare(item: Item, device: str, skip: Mapping[str, str]) -> Iterator:
     """Compare our backends with float64, then call every entry once, which compiles it.
 
-    Yields the name of the default backend and the entries that cannot run, with the reason.
+    Yields the default backend of each direction, and why other entries cannot run.
 
     Raises:
-        RuntimeError: the default backend is wrong: the row is not timed.
+        RuntimeError: a default backend is wrong: the row is not timed.
     """
     with rows.process_state(device):
         missing = dict(skip)
         yield "choosing a backend"
-        default = default_backend(item, device)
-        yield from _check(item, device, default, missing)
-        if default in missing:
-            raise RuntimeError(f"{default}: {missing[default]}")
-        inputs = entries.inputs_of(rows.case_of(item, default, "", device))
-        for direction in item.directions:
+        defaults = {way: default_backend(item, way, device) for way in item.directions}
+        yield from _check(item, device, list(defaults.values()), missing)
+        _raise_if_missing(defaults, missing)
+        inputs = entries.inputs_of(rows.case_of(item, "", "", device))
+        for direction, default in defaults.items():
             case = rows.case_of(item, default, direction, device)
             for name, build in builders(item, case, inputs, missing).items():
                 yield ENTRY + name
                 with torch.set_grad_enabled(direction not in WITHOUT_GRADIENT):
                     _try(name, lambda build=build: build()(), missing)
+        _raise_if_missing(defaults, missing)
+        yield {"default": defaults, "missing": missing}
+
+
+def _raise_if_missing(defaults: Mapping[str, str], missing: Mapping[str, str]) -> None:
+    for default in defaults.values():
         if default in missing:
             raise RuntimeError(f"{default}: {missing[default]}")
-        yield {"default": default, "missing": missing}
 
 
-def default_backend(item: Item, device: str) -> str:
+def default_backend(item: Item, direction: str, device: str) -> str:
     """Name the backend that a call without one runs on."""
     inputs = suite.cases(item.op).make(**item.size, dtype=item.dtype, device=device)
-    with record_backends() as chosen, torch.no_grad():
+    with_gradient = direction not in WITHOUT_GRADIENT
+    for name in suite.differentiable(item.op, inputs) if with_gradient else ():
+        inputs[name].requires_grad_()
+    with record_backends() as chosen, torch.set_grad_enabled(with_gradient):
         suite.public(item.op)(**inputs)
     return chosen[item.op]
 
@@ -63,10 +70,10 @@ def others(item: Item, default: str, device: str) -> list[str]:
     return [name for name in own if name != default and suite.device_of(name) == device]
 
 
-def _check(item: Item, device: str, default: str, missing: dict[str, str]) -> Iterator[str]:
+def _check(item: Item, device: str, defaults: list[str], missing: dict[str, str]) -> Iterator[str]:
     size = {**item.size, **item.check}
-    for backend in (default, *others(item, default, device)):
-        name = backend if backend == default else OURS.format(backend)
+    for backend in dict.fromkeys((*defaults, *others(item, "", device))):
+        name = backend if backend in defaults else OURS.format(backend)
         if name in missing:
             continue
         yield ENTRY + name
@@ -122,7 +129,7 @@ def measure(item: Item, device: str, prepared: Mapping) -> Iterator:
     with rows.process_state(device):
         timed: list[tuple[dict, Entries, bool]] = []
         for direction in item.directions:
-            case = rows.case_of(item, prepared["default"], direction, device)
+            case = rows.case_of(item, prepared["default"][direction], direction, device)
             with_gradient = direction not in WITHOUT_GRADIENT
             with torch.set_grad_enabled(with_gradient):
                 found = Entries(clock=clock.of(device), missing=dict(prepared["missing"]))
