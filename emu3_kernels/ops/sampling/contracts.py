@@ -27,9 +27,17 @@ def _prefix() -> None:
     _sample(2, 1, top_k=32768, top_p=0.9, num=1)
 
 
-# Two programs of 512 threads a multiprocessor. Narrow are a seed, a place and the codes.
+# One program of 1,024 threads a multiprocessor: an NVIDIA GPU has 64 registers for each, so that more
+# would spill, gfx942 has 128. Narrow are a seed, a place and the codes.
 SAMPLE = {
-    "sample_guided_kernel": Contract(max_registers=64, scalar_loads=2, scalar_stores=2),
+    "sample_guided_kernel": Contract(
+        max_registers=128,
+        scalar_loads=2,
+        scalar_stores=2,
+        exceptions={
+            "gfx942: spills": "a few scalar registers, into vector registers: none to memory"
+        },
+    ),
 }
 
 CONFIGS = {

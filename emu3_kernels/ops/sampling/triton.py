@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from emu3_kernels.runtime.dispatch import Backend
-from emu3_kernels.runtime.launch import cdiv, launch, why_not_triton
+from emu3_kernels.runtime.launch import cdiv, gpu_of, launch, why_not_triton
 
-TILE = {"BLOCK": 4096, "num_warps": 16, "num_stages": 1, "enable_fp_fusion": False}
-"""Eight keys a thread. Without fusion a guided logit is the same as on every other device."""
+BLOCK = 4096
+THREADS = 1024
+"""Of a program, the most that there can be: each has a vector of four keys of a block."""
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -54,7 +55,9 @@ def forward(
             cond, uncond, seeds, places, keys, codes,
             *cond.stride()[:2], *((0, 0) if uncond is None else uncond.stride()[:2]),
             keys.stride(0), width, length, num_codes, guidance, top_k, top_p, temperature, num,
-            HAS_TOP_K=top_k < num_codes, HAS_TOP_P=top_p < 1, **TILE,
+            HAS_TOP_K=top_k < num_codes, HAS_TOP_P=top_p < 1,
+            BLOCK=BLOCK, num_warps=THREADS // gpu_of(cond).warp_size, num_stages=1,
+            enable_fp_fusion=False,  # guided logits are the same on every device
         )  # fmt: skip
     return codes
 
@@ -106,6 +109,7 @@ def _write_keys(cond_ptr, uncond_ptr, keys_ptr, num_codes, guidance, BLOCK: tl.c
 def _mass(key, highest, temperature):
     """Return the softmax mass in units of 2^-40 of that of the largest logit."""
     below = tl.div_rn(_float_of(key) - highest, temperature)
+    below = tl.where(key > 0, below, 0.0)  # 0 is the key of no float
     return (tl.exp2(below * LOG2E) * 1099511627776.0).to(tl.int64)
 
 
@@ -122,17 +126,17 @@ def _enough(amount, needed, top_p, BY_MASS: tl.constexpr):
 @triton.jit
 def _select(
     keys_ptr, num_codes, needed, top_p, least, at_least, highest, temperature,
-    BY_MASS: tl.constexpr, BLOCK: tl.constexpr,
+    BY_MASS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return the greatest key with enough from it on, and the amount of the keys above it.
 
     A key counts one; by mass, one above ``least`` counts its mass, and all that equal ``least``
-    amount to ``at_least``. The search ends with exactly as many keys as needed: what is then said
-    to be above is less than there is, and all of it is kept.
+    amount to ``at_least``. Unless EXACT, the search ends when as many keys as needed remain: the
+    key is then no key of the row, and those above it may be more than the amount.
     """
     chosen = needed.to(tl.uint32) * 0
     above = needed * 0
-    bit = chosen + 2147483648
+    bit = chosen + 2147483648  # the highest of 32
     while bit > 0:
         candidate = chosen | bit
         counted = tl.zeros([BLOCK], needed.dtype)
@@ -150,7 +154,7 @@ def _select(
         chosen = tl.where(enough, candidate, chosen)
         above = tl.where(enough, above, amount)
         bit = bit >> 1
-        if not BY_MASS:
+        if not EXACT:
             bit = tl.where(amount == needed, 0, bit)
     return chosen, above
 
@@ -168,7 +172,7 @@ def _select_mass(
     total = tl.sum(counted, axis=0) + at_threshold
     key, above = _select(
         keys_ptr, num_codes, total, top_p, threshold, at_threshold, highest, temperature,
-        True, BLOCK,
+        True, True, BLOCK,
     )  # fmt: skip
     mass = _mass(key, highest, temperature)
     too_few = above * 0
@@ -258,8 +262,9 @@ def sample_guided_kernel(
     if HAS_TOP_K:
         needed = tl.zeros([], tl.int32) + top_k
         threshold, above = _select(
-            keys_ptr, num_codes, needed, top_p, 0, 0, highest, temperature, False, BLOCK
-        )
+            keys_ptr, num_codes, needed, top_p, 0, 0, highest, temperature,
+            False, HAS_TOP_P, BLOCK,
+        )  # fmt: skip
         ties = (needed - above).to(tl.int64)
     if HAS_TOP_P:
         threshold, ties = _select_mass(
