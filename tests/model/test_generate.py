@@ -1,11 +1,20 @@
 """The decode loop against the slow and obvious one: no cache, no batch, the whole head."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
-from emu3.generate import Sampling, generate_captions, generate_images
-from emu3.prompt import forced_token, generation_prompt, understanding_prompt
+from emu3.generate import (
+    Sampling,
+    generate_captions,
+    generate_clips,
+    generate_images,
+    generate_text,
+)
+from emu3.prompt import Clip, document, forced_token, generation_prompt, understanding_prompt
 from emu3.sampling import apply_cfg, sample
+from emu3.templates import Turn, chat_prompt
 from emu3.text import ByteTokenizer
 from tests.model.tiny import TINY, tiny_model
 
@@ -22,6 +31,69 @@ def test_images_equal_those_drawn_without_a_cache_token_for_token(guidance, top_
     fast = generate_images(model, TEXT, CAPTIONS, GRID, how, torch.Generator().manual_seed(5))
     slow = draw_without_a_cache(model, how, torch.Generator().manual_seed(5))
     assert fast.equal(slow)
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+@torch.no_grad()
+def test_clips_equal_those_drawn_without_a_cache_token_for_token(given):
+    """From text alone, from a first frame, and from two: each in the form of a document."""
+    model, how, fps = tiny_model(), Sampling(guidance=3.0, top_k=5), Fraction(8)
+    random = torch.Generator().manual_seed(3)
+    known = torch.randint(IDS.num_visual, (2, given, 2, 3), generator=random)
+    drawn = generate_clips(
+        model, TEXT, ["up", "down there"], (3, 2, 3), fps, how, generator(7), given=known
+    )
+    assert drawn[:, :given].equal(known)
+    rows = [
+        document([words, Clip(one, fps)], TEXT)
+        for words, one in zip(("up", "down there"), drawn, strict=True)
+    ]
+    others = [document([Clip(one, fps)], TEXT) for one in drawn]
+    start = 3 * (2 * 4 + 1) + 2  # what follows img_token, from the end
+    noise = generator(7)
+    for offset in range(given * 9 + 1, 27 + 1):
+        if forced_token(offset, (2, 3), IDS, 3) is not None:
+            continue
+        cond, uncond = (
+            torch.cat(
+                [
+                    model.head(model(torch.tensor([ids[: len(ids) - start + offset - 1]])))[:, -1]
+                    for ids in prompts
+                ]
+            )[:, IDS.visual_start :]
+            for prompts in (rows, others)
+        )
+        expected = sample(apply_cfg(cond, uncond, 3.0), top_k=5, temperature=1.0, generator=noise)
+        assert expected.tolist() == [
+            ids[len(ids) - start + offset - 1] - IDS.visual_start for ids in rows
+        ]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (torch.zeros(1, 3, 2, 3, dtype=torch.int64), "more than the 3 given frames"),
+        (torch.zeros(1, 1, 3, 2, dtype=torch.int64), r"must be \[1, s, 2, 3\], got \(1, 1, 3, 2\)"),
+    ],
+)
+def test_frames_that_begin_no_clip_are_refused(given, line):
+    with pytest.raises(ValueError, match=line):
+        generate_clips(tiny_model(), TEXT, ["x"], (3, 2, 3), Fraction(8), given=given)
+
+
+def test_answers_follow_prompts_of_several_images_and_turns():
+    model, random = tiny_model(), torch.Generator().manual_seed(2)
+    codes = torch.randint(IDS.num_visual, (2, 2, 3), generator=random)
+    turns = [Turn([codes[0], "a"], "b"), Turn([codes[1], codes[0], "c"])]
+    prompts = [chat_prompt(turns, TEXT, system=""), chat_prompt([Turn(["d"])], TEXT, system="")]
+    answers = generate_text(model, TEXT, prompts, max_new_tokens=6)
+    assert answers == [write_after(model, ids, 6) for ids in prompts]
+    with pytest.raises(ValueError, match="a prompt may have 65 tokens before 64 new ones, got"):
+        generate_text(model, TEXT, prompts, max_new_tokens=64)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_captions_equal_those_written_without_a_cache():
@@ -93,9 +165,13 @@ def draw_without_a_cache(model, how, generator):
     return grid.unflatten(1, (GRID[0], GRID[1] + 1))[..., :-1] - IDS.visual_start
 
 
-@torch.no_grad()
 def write_without_a_cache(model, codes, limit):
-    ids = understanding_prompt(codes, TEXT)
+    return write_after(model, understanding_prompt(codes, TEXT), limit)
+
+
+@torch.no_grad()
+def write_after(model, prompt, limit):
+    ids = list(prompt)
     start = len(ids)
     while len(ids) < start + limit:
         logits = model.head(model(torch.tensor([ids])))[0, -1]

@@ -69,7 +69,7 @@ def test_the_same_seed_draws_the_same_image(tmp_path, files):
         (["generate", "x", "--out", ""], "emu3: --out: must be a file that ends in .png, got '.'"),
         (
             ["generate", "a red seven", "seven " * 50, "FILES"],
-            "emu3: generate: a caption may have 232 tokens beside its image, got 300: 'seven seven",
+            "emu3: generate: a caption may have 232 tokens beside its image or clip, got 300: 'seven seven",
         ),
         (["generate", "\udcff", "FILES"], "emu3: ByteTokenizer: text must be Unicode, got '"),
         (
