@@ -49,24 +49,17 @@ def test_clips_equal_those_drawn_without_a_cache_token_for_token(given):
         for words, one in zip(("up", "down there"), drawn, strict=True)
     ]
     others = [document([Clip(one, fps)], TEXT) for one in drawn]
-    start = 3 * (2 * 4 + 1) + 2  # what follows img_token, from the end
-    noise = generator(7)
-    for offset in range(given * 9 + 1, 27 + 1):
-        if forced_token(offset, (2, 3), IDS, 3) is not None:
-            continue
-        cond, uncond = (
-            torch.cat(
-                [
-                    model.head(model(torch.tensor([ids[: len(ids) - start + offset - 1]])))[:, -1]
-                    for ids in prompts
-                ]
-            )[:, IDS.visual_start :]
-            for prompts in (rows, others)
-        )
-        expected = sample(apply_cfg(cond, uncond, 3.0), top_k=5, temperature=1.0, generator=noise)
-        assert expected.tolist() == [
-            ids[len(ids) - start + offset - 1] - IDS.visual_start for ids in rows
-        ]
+    end, noise = 3 * (2 * 4 + 1) + 2, generator(7)  # of the document after img_token
+    for offset in range(given * 9 + 1, end - 1):
+        if forced_token(offset, (2, 3), IDS, 3) is None:
+            at = offset - end - 1
+            cond, uncond = (
+                torch.cat([model.head(model(torch.tensor([ids[:at]])))[:, -1] for ids in prompts])
+                for prompts in (rows, others)
+            )
+            logits = apply_cfg(cond, uncond, 3.0)[:, IDS.visual_start :]
+            expected = sample(logits, top_k=5, temperature=1.0, generator=noise)
+            assert expected.tolist() == [ids[at] - IDS.visual_start for ids in rows]
 
 
 @pytest.mark.parametrize(
