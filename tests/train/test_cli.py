@@ -46,6 +46,9 @@ def test_train_leaves_weights_that_generate_and_chat_can_use(tmp_path, files):
     done = emu3("chat", out, *files)
     assert done.exit_code == 0, done.output
     assert "images.png: " in done.output.replace("\n", "")
+    done = emu3("chat", out, out, "--ask", "which?", "--max-tokens", 3, *files)
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("which?: ")
 
 
 def test_the_same_seed_draws_the_same_image(tmp_path, files):
