@@ -143,8 +143,9 @@ def generate(
     positive: Annotated[str | None, typer.Option(help="words after every caption")] = None,
     guidance: Annotated[float, typer.Option(help="scale of classifier-free guidance")] = 3.0,
     top_k: Annotated[int, typer.Option(help="sample among this many codes")] = 2048,
+    top_p: Annotated[float | None, typer.Option(help="sample among this softmax mass")] = None,
     temperature: Annotated[float, typer.Option(help="of the softmax")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the random numbers", min=0, max=2**64 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="of the first image", min=0, max=2**64 - 1)] = 0,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
 ) -> None:
@@ -162,10 +163,9 @@ def generate(
     size, factor = loaded.vision.settings.image_size, loaded.vision.settings.spatial_factor
     area = area if area is not None else 720 * 720 if published else size * size
     grid = grid_of(ratio or "1:1", area, factor)
-    how = Sampling(guidance=guidance, top_k=top_k, temperature=temperature, negative=negative)
-    generator = torch.Generator(_usable(device)).manual_seed(seed)
+    how = Sampling(guidance, top_k, top_p, temperature, negative)
     asked = [words + positive for words in captions]
-    codes = generate_images(loaded.model, loaded.text, asked, grid, how, generator)
+    codes = generate_images(loaded.model, loaded.text, asked, grid, how, seed)
     strip = torch.cat(list(loaded.vision.decode(codes)), dim=2)
     with replacing(out) as draft:
         postprocess(strip)[0].save(draft, format="PNG")

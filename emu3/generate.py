@@ -18,17 +18,18 @@ from emu3.cache import KeyValueCache
 from emu3.cuda_graph import CapturedStep
 from emu3.model import Emu3
 from emu3.prompt import clip_prompt, frame_ids, image_prompt, understanding_prompt
-from emu3.sampling import apply_cfg, sample
 from emu3.text import TextTokenizer
+from emu3_kernels import sample_guided
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is sampled."""
+    """How a code is drawn: the settings of :func:`emu3_kernels.sample_guided`."""
 
     guidance: float = 3.0
     """Scale of classifier-free guidance; 1 turns it off."""
     top_k: int | None = 2048
+    top_p: float | None = None
     temperature: float = 1.0
     negative: str = ""
     """The negative prompt: the caption of the unconditional branch."""
@@ -47,7 +48,7 @@ def generate_images(
     captions: Sequence[str],
     grid: tuple[int, int],
     how: Sampling = Sampling(),
-    generator: torch.Generator | None = None,
+    seeds: int | Sequence[int] = 0,
     *,
     cuda_graph: bool | None = None,
 ) -> Tensor:
@@ -62,16 +63,17 @@ def generate_images(
         captions: one for each image.
         grid: rows and columns of codes.
         how: guidance and sampling.
-        generator: on the device of ``model``; None is the default one.
-        cuda_graph: replay a decode step as a CUDA graph, with the same random numbers; None does so
-            on a GPU, but under ``torch.autocast``, which casts weights anew in each step.
+        seeds: one for each image, of 64 bits: the same image comes alone and in any batch, up to
+            near-ties of logits. An int is the seed of the first, and counts up.
+        cuda_graph: replay a decode step as a CUDA graph; None does so on a GPU, but under
+            ``torch.autocast``, which casts weights anew in each step.
 
     Raises:
         ValueError: logits that are not finite, at the end of their row of codes.
     """
     opening = image_prompt(grid, text)
     tails = [opening] * len(captions)
-    codes = _draw(model, text, captions, tails, (1, *grid), how, generator, cuda_graph)
+    codes = _draw(model, text, captions, tails, (1, *grid), how, seeds, cuda_graph)
     return codes[:, 0]
 
 
@@ -82,7 +84,7 @@ def generate_clips(
     shape: tuple[int, int, int],
     fps: Fraction,
     how: Sampling = Sampling(),
-    generator: torch.Generator | None = None,
+    seeds: int | Sequence[int] = 0,
     *,
     given: Tensor | None = None,
     span: int = 4,
@@ -97,7 +99,7 @@ def generate_clips(
         shape: frames, rows and columns of codes.
         fps: frames of pixels a second, told to the model.
         how: guidance and sampling.
-        generator: as in :func:`generate_images`, and the error too.
+        seeds: as in :func:`generate_images`, and the error too.
         given: ``[B, s, h, w]`` codes of the first s < t frames, which begin the result: of an image
             to animate, or of a clip to continue.
         span: frames of pixels of a frame of codes.
@@ -117,7 +119,7 @@ def generate_clips(
     tails = [
         [*opening, *(frame_ids(one.cpu(), text.vocabulary) if len(one) else [])] for one in known
     ]
-    codes = _draw(model, text, captions, tails, (left, *grid), how, generator, cuda_graph)
+    codes = _draw(model, text, captions, tails, (left, *grid), how, seeds, cuda_graph)
     return torch.cat((known.to(codes), codes), dim=1)
 
 
@@ -168,7 +170,7 @@ def generate_text(
         return token, token, logits
 
     cache = _cache(model, len(prompts), capacity)
-    decoder = _Decoder(model, cache, next_tokens, None, _uses_graph(model, cuda_graph))
+    decoder = _Decoder(model, cache, next_tokens, _uses_graph(model, cuda_graph))
     written = []
     for index in range(max_new_tokens):
         token = decoder.step() if index else decoder.start(tokens, prompt_lengths)
@@ -189,7 +191,7 @@ def _draw(
     tails: Sequence[list[int]],
     shape: tuple[int, int, int],
     how: Sampling,
-    generator: torch.Generator | None,
+    seeds: int | Sequence[int],
     cuda_graph: bool | None,
 ) -> Tensor:
     """Draw frames ``[B, t, h, w]`` after ``BOS caption tail``, of which the negative has the same.
@@ -207,17 +209,19 @@ def _draw(
     capacity = tokens.shape[1] + frames * (height * (width + 1) + 1) - 3
     _check_room(model, words, capacity, text)
     visual_rows = slice(ids.visual_start, ids.size)
+    keys, places = _on(model, _keys(seeds, len(captions)), torch.zeros(len(captions)).long())
+    settings = {"guidance": how.guidance, "top_k": how.top_k, "top_p": how.top_p}
 
     def next_codes(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = model.logits(hidden, visual_rows)
-        if negatives:
-            logits = apply_cfg(*logits.chunk(2), how.guidance)
-        code = sample(logits, top_k=how.top_k, temperature=how.temperature, generator=generator)
+        pair = logits.chunk(2) if negatives else (logits, None)
+        code = sample_guided(*pair, keys, places, temperature=how.temperature, **settings)[:, 0]
+        places.add_(1)
         token = (code + ids.visual_start).repeat(len(prompts) // len(captions))
         return code, token, logits
 
     cache = _cache(model, len(prompts), capacity)
-    decoder = _Decoder(model, cache, next_codes, generator, _uses_graph(model, cuda_graph))
+    decoder = _Decoder(model, cache, next_codes, _uses_graph(model, cuda_graph))
     codes = tokens.new_empty(len(captions), *shape)
     code = decoder.start(tokens, prompt_lengths)
     for frame, row, column in product(*map(range, shape)):
@@ -238,7 +242,6 @@ class _Decoder:
         cache: empty.
         choose: from hidden states ``[B, D]`` to what a step returns, the ``[B]`` tokens that the
             next one feeds, and the logits.
-        generator: of ``choose``.
         graph: whether to replay steps as CUDA graphs.
     """
 
@@ -247,11 +250,9 @@ class _Decoder:
         model: Emu3,
         cache: KeyValueCache,
         choose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
-        generator: torch.Generator | None,
         graph: bool,
     ) -> None:
-        self.model, self.cache, self.choose = model, cache, choose
-        self.generator, self.graph = generator, graph
+        self.model, self.cache, self.choose, self.graph = model, cache, choose, graph
         self.token = torch.zeros_like(cache.lengths, dtype=torch.int64)
         self.finite = torch.ones((), dtype=torch.bool, device=cache.lengths.device)
         self._steps: dict[tuple[int, ...], Callable[[], Tensor]] = {}
@@ -266,9 +267,7 @@ class _Decoder:
         """Feed each row's last token and, after it, the ``forced`` ones."""
         if forced not in self._steps:
             step = partial(self._feed, forced)
-            self._steps[forced] = (
-                CapturedStep(step, self.token.device, self.generator) if self.graph else step
-            )
+            self._steps[forced] = CapturedStep(step, self.token.device) if self.graph else step
         cache, num_new = self.cache, 1 + len(forced)
         cache.check_room(num_new)
         longest = cache.longest + num_new
@@ -295,6 +294,14 @@ class _Decoder:
         self.token.copy_(token)
         self.finite &= logits.amax(-1).isfinite().all()
         return result
+
+
+def _keys(seeds: int | Sequence[int], count: int) -> Tensor:
+    """``[B]`` int64 with the 64 bits of each seed."""
+    found = [seeds + i for i in range(count)] if isinstance(seeds, int) else list(seeds)
+    if len(found) != count:
+        raise ValueError(f"generate: seeds must be one or {count}, got {len(found)}")
+    return torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in found])
 
 
 def _uses_graph(model: Emu3, asked: bool | None) -> bool:

@@ -10,6 +10,7 @@ from emu3_kernels.ops.group_norm.api import group_norm_silu, spatial_norm_silu
 from emu3_kernels.ops.loss.api import cross_entropy, linear_cross_entropy
 from emu3_kernels.ops.norm.api import add_rms_norm, rms_norm
 from emu3_kernels.ops.rope.api import rope, rope_append, rope_tables
+from emu3_kernels.ops.sampling.api import sample_guided
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
 from emu3_kernels.ops.vq.api import CodeIndex, nearest_code
 from emu3_kernels.runtime.dispatch import record_backends, use_backend
@@ -32,6 +33,7 @@ __all__ = [
     "rope",
     "rope_append",
     "rope_tables",
+    "sample_guided",
     "shard_sequence",
     "spatial_norm_silu",
     "swiglu",

@@ -65,6 +65,8 @@ class Peers:
     """Whether ``eager`` calls a GEMM or convolution: not timed in a dtype that takes minutes."""
     uncompiled: str = ""
     """Why ``eager`` is not timed compiled; empty if it is."""
+    is_random: bool = False
+    """Whether ``eager`` draws other numbers than ours: its results are not compared."""
 
 
 def nearest_code(z: Tensor, codebook: Tensor, search: Callable | None = None) -> Tensor:
@@ -315,4 +317,5 @@ PEERS: dict[str, Peers] = {
         },
         dtypes=(torch.float32,),
     ),
+    "sample_guided": Peers(eager.sample_guided, dtypes=(torch.float32,), is_random=True),
 }

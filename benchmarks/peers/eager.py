@@ -45,6 +45,24 @@ def linear_cross_entropy(
     return cross_entropy(F.linear(hidden, head), targets, weights)
 
 
+def sample_guided(
+    cond: Tensor,
+    uncond: Tensor,
+    seeds: Tensor,
+    places: Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: None,
+    temperature: float,
+    num: int,
+) -> Tensor:
+    """Draw from PyTorch's generator, which ``seeds`` and ``places`` do not set."""
+    best, ids = torch.lerp(uncond, cond, guidance).topk(top_k)
+    probs = (best / temperature).softmax(-1)
+    drawn = torch.multinomial(probs.flatten(0, -2), num)
+    return ids.gather(-1, drawn.view(*places.shape, num))
+
+
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,

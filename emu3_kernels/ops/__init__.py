@@ -16,5 +16,6 @@ OPS = {
     "causal_conv3d": "conv3d",
     "temporal_residual": "conv3d",
     "conv3x3": "conv2d",
+    "sample_guided": "sampling",
 }
 """The family, a folder beside this file, of every op with a generic test."""

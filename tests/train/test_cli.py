@@ -79,7 +79,7 @@ def test_the_same_seed_draws_the_same_image(tmp_path, files):
             ["tokenize", "x", "--out", "o", "--fps", "fast"],
             "emu3: fps: must be frames per second, such as 12, 29.97 or 30000/1001, got 'fast'",
         ),
-        (["generate", "x", "FILES", "--top-k", "0"], "emu3: sampling: top_k must be at least 1"),
+        (["generate", "x", "FILES", "--top-k", "0"], "emu3: sample_guided: top_k must be at least 1"),
         (["chat", "none.png", "FILES"], "emu3: image: none.png cannot be read: No such file"),
         (
             ["train", "vision", "data.validation=0.9999"],

@@ -1,4 +1,4 @@
-// The random words of dropout: Philox 4x32-10, a pair of vectors at a time, as
+// Philox 4x32-10, and the random words of dropout, a pair of vectors at a time, as
 // emu3_kernels/runtime/dropout.py defines them. One counter gives four words, those of the columns
 // 4 i … 4 i + 3 of a row of a head.
 #pragma once
@@ -50,26 +50,38 @@ inline BitPair interleave(WideVec x, WideVec y) {
 #endif
 }
 
+// The four words of each counter, in the lower halves.
+struct Words {
+  WideVec a, b, c, d;
+};
+
+constexpr uint64_t kLowerWord = 0xffffffff;
+
+// Encrypts the lower halves of a, b, c and d in ten rounds.
+inline Words philox(uint64_t key, WideVec a, WideVec b, WideVec c, WideVec d) {
+  for (uint32_t round = 0; round < 10; ++round) {
+    const WideVec x = multiply(a, 0xd2511f53), y = multiply(c, 0xcd9e8d57);
+    a = (y >> 32) ^ b ^ splat((uint64_t)((uint32_t)key + round * 0x9e3779b9));
+    c = (x >> 32) ^ d ^ splat((uint64_t)((uint32_t)(key >> 32) + round * 0xbb67ae85));
+    b = y, d = x;
+  }
+  return {a, b, c, d};
+}
+
 // Returns the words of the columns [column, column + kPair) in the order of load_pair(const T*).
 // `column` must be a multiple of 4.
 template <typename T>
 inline BitPair dropout_words(uint64_t seed, int64_t head, int64_t row, int64_t column) {
   static constexpr uint64_t kLane[] = {0, 1, 2, 3, 4, 5, 6, 7};
-  WideVec a;
-  __builtin_memcpy(&a, kLane, sizeof a);
-  a += splat((uint64_t)column / 4);
-  WideVec b = splat((uint64_t)row), c = splat((uint64_t)head), d{};
-  for (uint32_t round = 0; round < 10; ++round) {
-    const WideVec x = multiply(a, 0xd2511f53), y = multiply(c, 0xcd9e8d57);
-    a = (y >> 32) ^ b ^ splat((uint64_t)((uint32_t)seed + round * 0x9e3779b9));
-    c = (x >> 32) ^ d ^ splat((uint64_t)((uint32_t)(seed >> 32) + round * 0xbb67ae85));
-    b = y, d = x;
-  }
-  constexpr uint64_t kLower = 0xffffffff;
+  WideVec group;
+  __builtin_memcpy(&group, kLane, sizeof group);
+  group += splat((uint64_t)column / 4);
+  const auto [a, b, c, d] =
+      philox(seed, group, splat((uint64_t)row), splat((uint64_t)head), WideVec{});
   if constexpr (sizeof(T) == sizeof(float)) {
-    return interleave((a & kLower) | b << 32, (c & kLower) | d << 32);
+    return interleave((a & kLowerWord) | b << 32, (c & kLowerWord) | d << 32);
   } else {
-    return {(BitVec)((a & kLower) | c << 32), (BitVec)((b & kLower) | d << 32)};
+    return {(BitVec)((a & kLowerWord) | c << 32), (BitVec)((b & kLowerWord) | d << 32)};
   }
 }
 
