@@ -90,9 +90,9 @@ def test_another_shape_is_refused_and_not_captured_anew(graphs):
 
 
 def test_a_graph_asked_for_where_there_is_none_is_refused():
-    with pytest.raises(ValueError, match="cuda_graph needs a model on a GPU, .*, got one on cpu"):
+    with pytest.raises(ValueError, match=r"cuda_graph needs a model on a GPU, .*, got one on cpu"):
         generate_images(tiny_model(), TEXT, CAPTIONS, GRID, cuda_graph=True)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="torch.autocast"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"torch\.autocast"):
         generate_images(tiny_model(), TEXT, CAPTIONS, GRID, cuda_graph=True)
 
 
