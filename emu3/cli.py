@@ -21,13 +21,14 @@ from typer.core import TyperGroup
 
 from emu3.config import load_model, parse
 from emu3.files import replacing
-from emu3.generate import Sampling, generate_captions, generate_images
+from emu3.generate import Sampling, generate_images, generate_text
+from emu3.prompt import content_ids
 from emu3.tasks import load_recipe
 from emu3.tasks import train as train_recipe
-from emu3.templates import NEGATIVE, POSITIVE, grid_of
+from emu3.templates import DESCRIBE, NEGATIVE, POSITIVE, Turn, chat_prompt, grid_of
 from emu3.text import QwenTokenizer
 from emu3.tools.bulk import Outcome, in_words, is_out_of_memory
-from emu3.vision import VisionTokenizer, postprocess
+from emu3.vision import VisionTokenizer, postprocess, preprocess
 from emu3.weights import load, load_vision, save
 
 
@@ -142,8 +143,9 @@ def generate(
     positive: Annotated[str | None, typer.Option(help="words after every caption")] = None,
     guidance: Annotated[float, typer.Option(help="scale of classifier-free guidance")] = 3.0,
     top_k: Annotated[int, typer.Option(help="sample among this many codes")] = 2048,
+    top_p: Annotated[float | None, typer.Option(help="sample among this softmax mass")] = None,
     temperature: Annotated[float, typer.Option(help="of the softmax")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the random numbers", min=0, max=2**64 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="of the first image", min=0, max=2**64 - 1)] = 0,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
 ) -> None:
@@ -161,10 +163,9 @@ def generate(
     size, factor = loaded.vision.settings.image_size, loaded.vision.settings.spatial_factor
     area = area if area is not None else 720 * 720 if published else size * size
     grid = grid_of(ratio or "1:1", area, factor)
-    how = Sampling(guidance=guidance, top_k=top_k, temperature=temperature, negative=negative)
-    generator = torch.Generator(_usable(device)).manual_seed(seed)
+    how = Sampling(guidance, top_k, top_p, temperature, negative)
     asked = [words + positive for words in captions]
-    codes = generate_images(loaded.model, loaded.text, asked, grid, how, generator)
+    codes = generate_images(loaded.model, loaded.text, asked, grid, how, seed)
     strip = torch.cat(list(loaded.vision.decode(codes)), dim=2)
     with replacing(out) as draft:
         postprocess(strip)[0].save(draft, format="PNG")
@@ -173,17 +174,35 @@ def generate(
 
 @app.command()
 def chat(
-    images: Annotated[list[Path], typer.Argument(help="image files")],
+    images: Annotated[list[Path], typer.Argument(help="image files, in the order meant")],
+    ask: Annotated[
+        str | None, typer.Option(help="one question about all of them; without it, captions")
+    ] = None,
     model: Model = _DECODER,
     vision: OwnVision = None,
+    max_tokens: Annotated[int, typer.Option(help="of an answer, at most", min=1)] = 1024,
+    device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
+    dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
 ) -> None:
-    """Caption images."""
-    loaded = load(model, vision=_beside(model) if vision is None else vision)
-    size = loaded.vision.settings.image_size
-    codes = loaded.vision.encode(torch.stack([_read(path, size) for path in images]))
-    captions = generate_captions(loaded.model, loaded.text, codes)
-    for path, words in zip(images, captions, strict=True):
-        _say(f"{path}: {words}")
+    """Caption images, or answer a question about them.
+
+    A published model is asked to describe each image, in Emu3's own prompt.
+    """
+    vision = _beside(model) if vision is None else vision
+    loaded = load(model, vision=vision, device=_usable(device), dtype=_kind(dtype))
+    published = isinstance(loaded.text, QwenTokenizer)
+    size = None if published else loaded.vision.settings.image_size
+    codes = [loaded.vision.encode(_read(path, size).to(device.value)[None])[0] for path in images]
+    ids, text = loaded.text.vocabulary, loaded.text
+    if ask is not None:
+        prompts, names = [chat_prompt([Turn([*codes, ask])], text)], [ask]
+    elif published:
+        prompts, names = [chat_prompt([Turn([one, DESCRIBE])], text) for one in codes], images
+    else:
+        prompts, names = [[ids.bos, *content_ids([one], text)] for one in codes], images
+    answers = generate_text(loaded.model, text, prompts, max_tokens)
+    for name, words in zip(names, answers, strict=True):
+        _say(f"{name}: {words}")
 
 
 @app.command()
@@ -331,9 +350,12 @@ def _summarise(outcome: Outcome, out: Path) -> None:
         raise typer.Exit(1)
 
 
-def _read(path: Path, size: int) -> Tensor:
+def _read(path: Path, size: int | None) -> Tensor:
+    """Pixels ``[3, H, W]``: a square of ``size``, or None: as Emu3's image processor resizes."""
     from emu3.data.media import read_image
 
     image = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+    if size is None:
+        return preprocess(image)
     pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1

@@ -21,6 +21,7 @@ NEGATIVE = (
     "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
     "username, blurry."
 )
+DESCRIBE = "Please describe the image"
 SYSTEM = "You are a helpful assistant. "
 
 

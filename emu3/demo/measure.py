@@ -49,9 +49,7 @@ def measure_generation(
     )
     digits, colors = digit.flatten().repeat(rounds), color.flatten().repeat(rounds)
     captions = [caption(int(d), int(c)) for d, c in zip(digits, colors, strict=True)]
-    generator = torch.Generator().manual_seed(0)
-    grid = tokenizer.settings.grid
-    codes = generate_images(model, text, captions, grid, SAMPLING, generator)
+    codes = generate_images(model, text, captions, tokenizer.settings.grid, SAMPLING)
     images = tokenizer.decode(codes).clamp(-1, 1)
     return Generated(
         images.unflatten(0, (rounds, len(COLORS), len(DIGITS))),

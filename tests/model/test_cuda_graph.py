@@ -29,9 +29,7 @@ def graphs(monkeypatch):
 
 
 def images(model, how, **options):
-    return generate_images(
-        model, TEXT, CAPTIONS, GRID, how, torch.Generator().manual_seed(5), **options
-    )
+    return generate_images(model, TEXT, CAPTIONS, GRID, how, 5, **options)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -61,7 +59,7 @@ def test_a_replayed_step_never_runs_beyond_the_cache(graphs):
     model = tiny_model()
     cache = generate._cache(model, 1, 5)
     choose = lambda hidden: (hidden, hidden.argmax(-1), hidden)  # noqa: E731
-    decoder = generate._Decoder(model, cache, choose, None, graph=True)
+    decoder = generate._Decoder(model, cache, choose, graph=True)
     with torch.no_grad():
         decoder.start(torch.ones(1, 1, dtype=torch.int64), torch.tensor([1]))
         for _ in range(4):
@@ -163,7 +161,7 @@ def test_the_triton_path_of_a_step_reads_nothing_from_the_gpu(training):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("top_k", [1, None])
 def test_logits_that_are_not_finite_end_in_one_line(value, top_k):
-    """The draw failed inside torch.multinomial, for which the host waited at every token."""
+    """The host asks once a row of codes."""
     model = tiny_model()
     with torch.no_grad():
         model.head.weight[TINY.vocabulary.visual_start + 3] = value

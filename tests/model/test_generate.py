@@ -1,12 +1,21 @@
 """The decode loop against the slow and obvious one: no cache, no batch, the whole head."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
-from emu3.generate import Sampling, generate_captions, generate_images
-from emu3.prompt import forced_token, generation_prompt, understanding_prompt
-from emu3.sampling import apply_cfg, sample
+from emu3.generate import (
+    Sampling,
+    generate_captions,
+    generate_clips,
+    generate_images,
+    generate_text,
+)
+from emu3.prompt import Clip, document, forced_token, generation_prompt, understanding_prompt
+from emu3.templates import Turn, chat_prompt
 from emu3.text import ByteTokenizer
+from emu3_kernels import sample_guided
 from tests.model.tiny import TINY, tiny_model
 
 TEXT = ByteTokenizer(TINY.vocabulary)
@@ -19,9 +28,92 @@ GRID = 3, 4
 @pytest.mark.parametrize("top_k", [1, 5, None])
 def test_images_equal_those_drawn_without_a_cache_token_for_token(guidance, top_k):
     model, how = tiny_model(), Sampling(guidance=guidance, top_k=top_k)
-    fast = generate_images(model, TEXT, CAPTIONS, GRID, how, torch.Generator().manual_seed(5))
-    slow = draw_without_a_cache(model, how, torch.Generator().manual_seed(5))
+    fast = generate_images(model, TEXT, CAPTIONS, GRID, how, [5, 8, 2**64 - 1])
+    slow = draw_without_a_cache(model, how, [5, 8, -1])
     assert fast.equal(slow)
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+@torch.no_grad()
+def test_clips_equal_those_drawn_without_a_cache_token_for_token(given):
+    """From text alone, from a first frame, and from two: each in the form of a document."""
+    model, how, fps = tiny_model(), Sampling(guidance=3.0, top_k=5), Fraction(8)
+    random = torch.Generator().manual_seed(3)
+    known = torch.randint(IDS.num_visual, (2, given, 2, 3), generator=random)
+    drawn = generate_clips(
+        model, TEXT, ["up", "down there"], (3, 2, 3), fps, how, [7, 8], given=known
+    )
+    assert drawn[:, :given].equal(known)
+    rows = [
+        document([words, Clip(one, fps)], TEXT)
+        for words, one in zip(("up", "down there"), drawn, strict=True)
+    ]
+    others = [document([Clip(one, fps)], TEXT) for one in drawn]
+    end, place = 3 * (2 * 4 + 1) + 2, 0  # of the document after img_token
+    for offset in range(given * 9 + 1, end - 1):
+        if forced_token(offset, (2, 3), IDS, 3) is None:
+            at = offset - end - 1
+            cond, uncond = (
+                torch.cat([model.head(model(torch.tensor([ids[:at]])))[:, -1] for ids in prompts])
+                for prompts in (rows, others)
+            )
+            expected = draw(cond, uncond, how, [7, 8], place)
+            assert expected == [ids[at] for ids in rows]
+            place += 1
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (torch.zeros(1, 3, 2, 3, dtype=torch.int64), "more than the 3 given frames"),
+        (torch.zeros(1, 1, 3, 2, dtype=torch.int64), r"must be \[1, s, 2, 3\], got \(1, 1, 3, 2\)"),
+    ],
+)
+def test_frames_that_begin_no_clip_are_refused(given, line):
+    with pytest.raises(ValueError, match=line):
+        generate_clips(tiny_model(), TEXT, ["x"], (3, 2, 3), Fraction(8), given=given)
+
+
+def test_answers_follow_prompts_of_several_images_and_turns():
+    model, random = tiny_model(), torch.Generator().manual_seed(2)
+    codes = torch.randint(IDS.num_visual, (2, 2, 3), generator=random)
+    turns = [Turn([codes[0], "a"], "b"), Turn([codes[1], codes[0], "c"])]
+    prompts = [chat_prompt(turns, TEXT, system=""), chat_prompt([Turn(["d"])], TEXT, system="")]
+    answers = generate_text(model, TEXT, prompts, max_new_tokens=6)
+    assert answers == [write_after(model, ids, 6) for ids in prompts]
+    with pytest.raises(ValueError, match="a prompt may have 65 tokens before 64 new ones, got"):
+        generate_text(model, TEXT, prompts, max_new_tokens=64)
+
+
+def draw(cond, uncond, how, seeds, place):
+    """The tokens that the definition draws from whole rows of logits."""
+    settings = {"top_k": how.top_k, "top_p": how.top_p, "temperature": how.temperature}
+    codes = sample_guided(
+        cond[:, IDS.visual_start :],
+        uncond[:, IDS.visual_start :],
+        torch.tensor(seeds),
+        torch.full((len(cond),), place),
+        guidance=how.guidance,
+        **settings,
+        backend="reference",
+    )
+    return (codes[:, 0] + IDS.visual_start).tolist()
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(top_p=0.9, temperature=0.7, guidance=1)])
+def test_a_seed_draws_the_same_image_alone_and_in_any_batch(how):
+    model, seeds = tiny_model(), [3, 2**63, 11]
+    together = generate_images(model, TEXT, CAPTIONS, GRID, how, seeds)
+    order = [2, 0, 1]
+    shuffled = [CAPTIONS[i] for i in order], GRID, how, [seeds[i] for i in order]
+    assert generate_images(model, TEXT, *shuffled).equal(together[order])
+    for words, seed, image in zip(CAPTIONS, seeds, together, strict=True):
+        assert generate_images(model, TEXT, [words], GRID, how, seed)[0].equal(image)
+    counted = generate_images(model, TEXT, CAPTIONS[:2], GRID, how, 2**63)
+    assert not counted[0].equal(counted[1])
+    assert counted[1].equal(generate_images(model, TEXT, CAPTIONS[1:2], GRID, how, 2**63 + 1)[0])
+    with pytest.raises(ValueError, match="seeds must be one or 3, got 2"):
+        generate_images(model, TEXT, CAPTIONS, GRID, how, [1, 2])
 
 
 def test_captions_equal_those_written_without_a_cache():
@@ -65,9 +157,10 @@ def test_nothing_to_draw_is_refused():
 
 
 @torch.no_grad()
-def draw_without_a_cache(model, how, generator):
+def draw_without_a_cache(model, how, seeds):
     rows = [generation_prompt(words, GRID, TEXT) for words in CAPTIONS]
     others = [generation_prompt(how.negative, GRID, TEXT) for _ in CAPTIONS]
+    place = 0
     for offset in range(1, GRID[0] * (GRID[1] + 1) + 1):
         token = forced_token(offset, GRID, IDS)
         if token is None:
@@ -75,15 +168,8 @@ def draw_without_a_cache(model, how, generator):
                 torch.cat([model.head(model(torch.tensor([ids])))[:, -1] for ids in prompts])
                 for prompts in (rows, others)
             )
-            logits = apply_cfg(cond, uncond, how.guidance)
-            logits[:, : IDS.visual_start] = -torch.inf
-            sampled = sample(
-                logits[:, IDS.visual_start :],
-                top_k=how.top_k,
-                temperature=how.temperature,
-                generator=generator,
-            )
-            tokens = (sampled + IDS.visual_start).tolist()
+            tokens = draw(cond, uncond, how, seeds, place)
+            place += 1
         else:
             tokens = [token] * len(rows)
         for prompts in (rows, others):
@@ -93,9 +179,13 @@ def draw_without_a_cache(model, how, generator):
     return grid.unflatten(1, (GRID[0], GRID[1] + 1))[..., :-1] - IDS.visual_start
 
 
-@torch.no_grad()
 def write_without_a_cache(model, codes, limit):
-    ids = understanding_prompt(codes, TEXT)
+    return write_after(model, understanding_prompt(codes, TEXT), limit)
+
+
+@torch.no_grad()
+def write_after(model, prompt, limit):
+    ids = list(prompt)
     start = len(ids)
     while len(ids) < start + limit:
         logits = model.head(model(torch.tensor([ids])))[0, -1]

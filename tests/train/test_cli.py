@@ -46,6 +46,9 @@ def test_train_leaves_weights_that_generate_and_chat_can_use(tmp_path, files):
     done = emu3("chat", out, *files)
     assert done.exit_code == 0, done.output
     assert "images.png: " in done.output.replace("\n", "")
+    done = emu3("chat", out, out, "--ask", "which?", "--max-tokens", 3, *files)
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("which?: ")
 
 
 def test_the_same_seed_draws_the_same_image(tmp_path, files):
@@ -69,14 +72,14 @@ def test_the_same_seed_draws_the_same_image(tmp_path, files):
         (["generate", "x", "--out", ""], "emu3: --out: must be a file that ends in .png, got '.'"),
         (
             ["generate", "a red seven", "seven " * 50, "FILES"],
-            "emu3: generate: a caption may have 232 tokens beside its image, got 300: 'seven seven",
+            "emu3: generate: a caption may have 232 tokens beside its image or clip, got 300",
         ),
         (["generate", "\udcff", "FILES"], "emu3: ByteTokenizer: text must be Unicode, got '"),
         (
             ["tokenize", "x", "--out", "o", "--fps", "fast"],
             "emu3: fps: must be frames per second, such as 12, 29.97 or 30000/1001, got 'fast'",
         ),
-        (["generate", "x", "FILES", "--top-k", "0"], "emu3: sampling: top_k must be at least 1"),
+        (["generate", "x", "FILES", "--top-k", "0"], "emu3: sample_guided: top_k must be at least"),
         (["chat", "none.png", "FILES"], "emu3: image: none.png cannot be read: No such file"),
         (
             ["train", "vision", "data.validation=0.9999"],

@@ -16,7 +16,7 @@ from benchmarks.suites.gpu.plan import FORWARD, Item
 from emu3.cache import KeyValueCache
 from emu3.config import ModelSettings
 from emu3.model import Emu3
-from emu3.sampling import apply_cfg, sample
+from emu3_kernels import sample_guided
 
 OURS, THEIRS = "emu3.Emu3", "Hugging Face"
 GUIDANCE, TOP_K = 3.0, 2048
@@ -75,11 +75,13 @@ def ours(item: Item, settings: ModelSettings, device: str) -> Call:
     lengths = torch.full_like(cache.lengths, context)
     tokens = next_tokens(item, settings, device)
     visual = slice(settings.vocabulary.visual_start, settings.vocabulary.size)
+    seeds, places = torch.zeros(2, batch // 2, dtype=torch.int64, device=device)
 
     def call() -> Tensor:
         cache.lengths.copy_(lengths)
         cache.longest = context
-        return guided(model.logits(model(tokens, cache)[:, -1], visual))
+        pair = model.logits(model(tokens, cache)[:, -1], visual).chunk(2)
+        return sample_guided(*pair, seeds, places, guidance=GUIDANCE, top_k=TOP_K)
 
     return call
 
@@ -103,9 +105,10 @@ def theirs(item: Item, settings: ModelSettings, device: str) -> Call:
 
 
 def guided(logits: Tensor) -> Tensor:
-    """Sample a token for each pair of rows: with the caption and without."""
-    mixed = apply_cfg(*logits.chunk(2), GUIDANCE)
-    return sample(mixed, top_k=TOP_K, temperature=1.0, generator=None)
+    """Sample a token for each pair of rows, with the caption and without, in plain PyTorch."""
+    cond, uncond = logits.float().chunk(2)
+    best, ids = torch.lerp(uncond, cond, GUIDANCE).topk(TOP_K)
+    return ids.gather(1, torch.multinomial(best.softmax(-1), 1))
 
 
 def build(make, dtype: torch.dtype, device: str) -> nn.Module:
