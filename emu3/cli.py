@@ -180,7 +180,9 @@ def chat(
     ] = None,
     model: Model = _DECODER,
     vision: OwnVision = None,
-    max_tokens: Annotated[int, typer.Option(help="of an answer, at most", min=1)] = 1024,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="of an answer, at most; by default 1024, or what fits", min=1)
+    ] = None,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
 ) -> None:
@@ -200,7 +202,8 @@ def chat(
         prompts, names = [chat_prompt([Turn([one, DESCRIBE])], text) for one in codes], images
     else:
         prompts, names = [[ids.bos, *content_ids([one], text)] for one in codes], images
-    answers = generate_text(loaded.model, text, prompts, max_tokens)
+    room = loaded.model.settings.max_position_embeddings + 1 - max(map(len, prompts))
+    answers = generate_text(loaded.model, text, prompts, max_tokens or min(1024, max(1, room)))
     for name, words in zip(names, answers, strict=True):
         _say(f"{name}: {words}")
 
