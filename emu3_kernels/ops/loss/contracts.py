@@ -11,11 +11,11 @@ from emu3_kernels.runtime.contracts import Config, Contract, meta
 VOCABULARY = 184622
 """Emu3's: the misalignment of its bfloat16 rows takes every even value."""
 
-# Two programs of 96 registers a multiprocessor, 24 KiB of each in flight. Narrow are the head and
-# tail of a row (a thread has a whole vector), its target, weight, target logit and normalizer;
-# stored are a loss and two numbers of the softmax.
+# Three programs a multiprocessor, or two where smoothed, and 24 KiB of each in flight. Narrow are
+# the head and tail of a row (a thread has a whole vector), its target, weight, target logit and
+# normalizer; stored are a loss and two numbers of the softmax.
 SUMS = Contract(
-    max_registers=96,
+    max_registers=104,
     scalar_loads=2 * 8 + 4,
     scalar_stores=3,
     async_copies=True,
@@ -37,9 +37,9 @@ GRADIENT = Contract(max_registers=32, scalar_loads=7, scalar_stores=1)
 def _cross_entropy(smoothing: float, *, weighted: bool, backwards: bool = False) -> None:
     logits, targets = meta(4096, VOCABULARY), meta(4096, dtype=torch.int64)
     weights = meta(4096, dtype=torch.float32) if weighted else None
-    one, softmax = meta(dtype=torch.float32), meta(4096, 2, dtype=torch.float32)
+    one, saved = meta(dtype=torch.float32), meta(2 + 2 * 4096, dtype=torch.float32)
     if backwards:
-        backward(one, logits, targets, weights, softmax, one, 0.0, smoothing, -100)
+        backward(one, logits, targets, weights, saved, 0.0, smoothing, -100)
     else:
         forward(logits, targets, weights, None, None, 0.0, smoothing, -100, "mean")
 

@@ -68,8 +68,8 @@ def cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, weights, *settings):
-        out, softmax, divisor = forward(logits, targets, weights, *settings)
-        ctx.save_for_backward(logits, targets, weights, softmax, divisor)
+        out, saved = forward(logits, targets, weights, *settings)
+        ctx.save_for_backward(logits, targets, weights, saved)
         ctx.settings = settings[2:5]
         return out
 
@@ -89,11 +89,11 @@ def forward(
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, or those of ``[T]`` tokens for "none"; what the gradient takes.
+) -> tuple[Tensor, Tensor]:
+    """Return the loss, or those of ``[T]`` tokens for "none", and what the gradient takes.
 
-    That is m and log2(l) of the softmax ``[T, 2]``, and what the weighted losses are divided by.
-    ``normalizer`` holds one number, or is None and ``number`` is it, or there is none.
+    That is what weighted losses are divided by, whether all targets are fine, and m and log2(l) of
+    each softmax. The normalizer is in a tensor, or ``number``, or both are None.
     """
     if torch.compiler.is_compiling():
         return _forward_op(
@@ -101,14 +101,12 @@ def forward(
             z_loss, label_smoothing, ignore_index, reduction,
         )  # fmt: skip
     num_rows, num_classes = logits.shape
-    losses = logits.new_empty(num_rows, dtype=torch.float32)
-    softmax, total, divisor = _empty_results(logits)
-    fine = logits.new_empty((), dtype=torch.bool)
+    saved, losses, total = _empty_results(logits)
     weighted, normalized = weights is not None, normalizer is not None or number is not None
     if num_rows:
         launch(
             cross_entropy_fwd_kernel, (num_rows,),
-            logits, targets, weights, normalizer, losses, softmax,
+            logits, targets, weights, normalizer, losses, saved,
             misalignment_of(logits), logits.stride(0), num_classes, ignore_index, number,
             z_loss, label_smoothing,
             WEIGHTED=weighted, NORMALIZED=normalized and reduction == "none",
@@ -116,18 +114,19 @@ def forward(
         )  # fmt: skip
     launch(
         cross_entropy_reduce_kernel, (1,),
-        losses, targets, weights, normalizer, total, divisor, fine,
+        losses, targets, weights, normalizer, total, saved,
         num_rows, num_classes, ignore_index, number,
         WEIGHTED=weighted, NORMALIZED=normalized, MEAN=reduction == "mean", **REDUCE_TILE,
     )  # fmt: skip
-    if fine.is_cuda:
-        torch._assert_async(fine, f"cross_entropy: {classes_rule(num_classes, ignore_index)}")
-    return losses if reduction == "none" else total, softmax, divisor
+    if saved.is_cuda:
+        torch._assert_async(saved[1], f"cross_entropy: {classes_rule(num_classes, ignore_index)}")
+    return losses if reduction == "none" else total, saved
 
 
 def _empty_results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    softmax = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
-    return softmax, softmax.new_empty(()), softmax.new_empty(())
+    num_rows = len(logits)
+    saved = logits.new_empty(2 + 2 * num_rows, dtype=torch.float32)
+    return saved, saved.new_empty(num_rows), saved.new_empty(())
 
 
 def backward(
@@ -135,22 +134,20 @@ def backward(
     logits: Tensor,
     targets: Tensor,
     weights: Tensor | None,
-    softmax: Tensor,
-    divisor: Tensor,
+    saved: Tensor,
     z_loss: float,
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
     """Return the gradient of the logits; ``dout`` is one number, or ``[T]``."""
     if torch.compiler.is_compiling():
-        return _backward_op(
-            dout, logits, targets, weights, softmax, divisor, z_loss, label_smoothing, ignore_index
-        )
+        settings = (z_loss, label_smoothing, ignore_index)
+        return _backward_op(dout, logits, targets, weights, saved, *settings)
     dlogits = _empty_aligned_like(logits, misalignment_of(logits))
     if logits.numel():
         launch(
             cross_entropy_bwd_kernel, _gradient_grid(logits),
-            logits, dlogits, targets, weights, softmax, dout, divisor,
+            logits, dlogits, targets, weights, saved, dout,
             misalignment_of(logits), logits.stride(0), dlogits.stride(0),
             dout.stride(0) if dout.dim() else 0, logits.shape[1], ignore_index,
             z_loss, label_smoothing,
@@ -169,7 +166,7 @@ def _empty_aligned_like(logits: Tensor, misalignment: int) -> Tensor:
     num_rows, num_classes = logits.shape
     stride = num_classes + (logits.stride(0) - num_classes) % vector_width(logits)
     memory = logits.new_empty(misalignment + num_rows * stride)
-    return memory[misalignment:].view(num_rows, stride)[:, :num_classes]
+    return memory.as_strided((num_rows, num_classes), (stride, 1), misalignment)
 
 
 @torch.library.custom_op("emu3_kernels::cross_entropy_forward_triton", mutates_args=())
@@ -183,7 +180,7 @@ def _forward_op(
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """:func:`forward` for torch.compile, which knows no address and so no misalignment."""
     settings = (number, z_loss, label_smoothing, ignore_index, reduction)
     return forward(logits, targets, weights, normalizer, *settings)
@@ -191,9 +188,8 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(logits, *settings):
-    softmax, total, divisor = _empty_results(logits)
-    losses = softmax.new_empty(logits.shape[0])
-    return losses if settings[-1] == "none" else total, softmax, divisor
+    saved, losses, total = _empty_results(logits)
+    return losses if settings[-1] == "none" else total, saved
 
 
 @torch.library.custom_op("emu3_kernels::cross_entropy_backward_triton", mutates_args=())
@@ -202,14 +198,13 @@ def _backward_op(
     logits: Tensor,
     targets: Tensor,
     weights: Tensor | None,
-    softmax: Tensor,
-    divisor: Tensor,
+    saved: Tensor,
     z_loss: float,
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
-    saved = (logits, targets, weights, softmax, divisor)
-    return backward(dout, *saved, z_loss, label_smoothing, ignore_index)
+    settings = (z_loss, label_smoothing, ignore_index)
+    return backward(dout, logits, targets, weights, saved, *settings)
 
 
 @_backward_op.register_fake

@@ -110,14 +110,15 @@ def _number(number_ptr, number):
 
 @triton.jit
 def cross_entropy_fwd_kernel(
-    logits_ptr, targets_ptr, weights_ptr, normalizer_ptr, losses_ptr, softmax_ptr,
+    logits_ptr, targets_ptr, weights_ptr, normalizer_ptr, losses_ptr, saved_ptr,
     base_misalignment, stride, num_classes, ignore_index, normalizer, z_loss, label_smoothing,
     WEIGHTED: tl.constexpr, NORMALIZED: tl.constexpr,
     SMOOTHED: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss = w * (lse - (1 - s) * logits[target] - s * mean(logits) + z * lse**2) / normalizer.
 
-    A program a row. The normalizer is that of single losses, 1 unless NORMALIZED.
+    A program a row. The normalizer is that of single losses, 1 unless NORMALIZED. Saved are the
+    divisor, whether all targets are fine, and m and log2(l) of every row.
     """
     row = tl.program_id(0).to(tl.int64)
     target, weight = _weight_of(row, targets_ptr, weights_ptr, ignore_index, row >= 0, WEIGHTED)
@@ -139,13 +140,13 @@ def cross_entropy_fwd_kernel(
         loss = loss.to(tl.float64) / _number(normalizer_ptr, normalizer)
     log2_l = tl.log2(l_i)
     tl.store(losses_ptr + row, tl.where(valid, loss, 0))
-    tl.store(softmax_ptr + 2 * row, tl.where(valid, m_i, 0))
-    tl.store(softmax_ptr + 2 * row + 1, tl.where(valid, log2_l, 0))
+    tl.store(saved_ptr + 2 + 2 * row, tl.where(valid, m_i, 0))
+    tl.store(saved_ptr + 3 + 2 * row, tl.where(valid, log2_l, 0))
 
 
 @triton.jit
 def cross_entropy_reduce_kernel(
-    losses_ptr, targets_ptr, weights_ptr, normalizer_ptr, total_ptr, divisor_ptr, fine_ptr,
+    losses_ptr, targets_ptr, weights_ptr, normalizer_ptr, total_ptr, saved_ptr,
     num_rows, num_classes, ignore_index, normalizer,
     WEIGHTED: tl.constexpr, NORMALIZED: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -174,8 +175,8 @@ def cross_entropy_reduce_kernel(
     # As a division of float32 rounds, which Triton's does not.
     total = tl.sum(loss).to(tl.float32).to(tl.float64) / divisor.to(tl.float64)
     tl.store(total_ptr, total)
-    tl.store(divisor_ptr, divisor)
-    tl.store(fine_ptr, tl.max(wrong) == 0)
+    tl.store(saved_ptr, divisor)
+    tl.store(saved_ptr + 1, 1 - tl.max(wrong))
 
 
 @triton.jit
@@ -263,7 +264,7 @@ def _gradient_of_row(
 
 @triton.jit
 def cross_entropy_bwd_kernel(
-    logits_ptr, dlogits_ptr, targets_ptr, weights_ptr, softmax_ptr, dout_ptr, divisor_ptr,
+    logits_ptr, dlogits_ptr, targets_ptr, weights_ptr, saved_ptr, dout_ptr,
     base_misalignment, stride, dstride, dout_stride, num_classes, ignore_index,
     z_loss, label_smoothing,
     WEIGHTED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
@@ -273,9 +274,9 @@ def cross_entropy_bwd_kernel(
     target, weight = _weight_of(row, targets_ptr, weights_ptr, ignore_index, row >= 0, WEIGHTED)
     valid = weight != 0
     dout = tl.load(dout_ptr + row * dout_stride, mask=valid, other=0).to(tl.float32)
-    dloss = dout / tl.load(divisor_ptr) * weight
+    dloss = dout / tl.load(saved_ptr) * weight
     _gradient_of_row(
-        row, valid, dloss, target, logits_ptr, dlogits_ptr, softmax_ptr,
+        row, valid, dloss, target, logits_ptr, dlogits_ptr, saved_ptr + 2,
         base_misalignment, stride, dstride, num_classes, num_classes, z_loss, label_smoothing,
         VECTOR, BLOCK,
     )  # fmt: skip
