@@ -44,7 +44,7 @@ def _attention(
 
 # Of 65,536 registers, 255 a thread leave room for one program of 256 threads, which forward and
 # dkdv have, and for two of 128, which dq has; a thread of gfx942 may have 512. Scalars are the key
-# ranges, lse, delta and positions of rows: of 64 queries, a thread may have 32.
+# ranges, lse, delta and positions of rows: of 64 queries, a thread may have 32. dq stores delta.
 AMD = {
     "gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950",
     "gfx942: stores": "v_mfma leaves a thread four channels side by side: 8 bytes",
@@ -62,9 +62,11 @@ def _backward(dq: Contract, dkdv: Contract) -> Mapping[str, Contract]:
 
 
 FORWARD = _forward(scalar_loads=12)
-BACKWARD = _backward(replace(DOTS, scalar_loads=24), replace(DOTS, scalar_loads=74))
+BACKWARD = _backward(
+    replace(DOTS, scalar_loads=24, scalar_stores=1), replace(DOTS, scalar_loads=74)
+)
 DROPOUT_BACKWARD = _backward(
-    replace(DOTS, max_registers=272, scalar_loads=40),
+    replace(DOTS, max_registers=272, scalar_loads=40, scalar_stores=1),
     replace(DOTS, scalar_loads=80, exceptions=AMD | SCALAR_SPILLS),
 )
 
