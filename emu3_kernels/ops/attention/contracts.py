@@ -49,7 +49,6 @@ AMD = {
     "gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950",
     "gfx942: stores": "v_mfma leaves a thread four channels side by side: 8 bytes",
 }
-SCALAR_SPILLS = {"gfx942: spills": "a few scalar registers, into vector registers: none to memory"}
 DOTS = Contract(max_registers=255, tensor_cores=True, async_copies=True, exceptions=AMD)
 
 
@@ -67,7 +66,7 @@ BACKWARD = _backward(
 )
 DROPOUT_BACKWARD = _backward(
     replace(DOTS, max_registers=272, scalar_loads=40, scalar_stores=1),
-    replace(DOTS, scalar_loads=80, exceptions=AMD | SCALAR_SPILLS),
+    replace(DOTS, scalar_loads=80),
 )
 
 
