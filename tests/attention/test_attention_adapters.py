@@ -114,7 +114,7 @@ def adapter(monkeypatch, forget):
     bias.LowerTriangularFromBottomRightMask = LowerTriangularFromBottomRightMask
     for module in (flash, ops, fmha, bias, ModuleType("xformers")):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn_attention)
+    monkeypatch.setattr(cudnn, "cudnn_attention", cudnn_attention)
     for name, module in WITH_CUDNN.items():
         monkeypatch.setattr(module, TRY[name], partial(try_on_cpu, getattr(module, TRY[name])))
     return WITH_CUDNN.get

@@ -13,8 +13,15 @@ from emu3_kernels import Documents, attention
 from emu3_kernels.runtime import launch
 
 
+class FakeDriver:
+    def __init__(self, target):
+        self.get_current_target = lambda: target
+
+
 def launches_of(training: bool, documents: str, dropout_p: float) -> list[list[str]]:
     """Name the kernels that an eager call launches, and those of a compiled one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     names: list[str] = []
@@ -36,6 +43,8 @@ def launches_of(training: bool, documents: str, dropout_p: float) -> list[list[s
         mock.patch.object(launch, "DEVICES", {"cpu"}),
         # Without a GPU the tracer takes a kernel for a function of Python.
         mock.patch("torch.utils._triton.has_triton", return_value=True),
+        # It compiles them to see what they write to.
+        mock.patch.object(driver, "_active", FakeDriver(GPUTarget("cuda", 90, 32))),
     ):
         for function in (call, compiled):
             results = function(*leaves, ids, seed)

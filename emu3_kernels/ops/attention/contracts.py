@@ -44,13 +44,11 @@ def _attention(
 
 # Of 65,536 registers, 255 a thread leave room for one program of 256 threads, which forward and
 # dkdv have, and for two of 128, which dq has; a thread of gfx942 may have 512. Scalars are the key
-# ranges, lse, delta and positions of rows: of 64 queries, a thread may have 32.
-EARLIER_LAYOUT = "35 and 49 scalars: its layouts give a thread more rows"
+# ranges, lse, delta and positions of rows: of 64 queries, a thread may have 32. dq stores delta.
 AMD = {
     "gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950",
     "gfx942: stores": "v_mfma leaves a thread four channels side by side: 8 bytes",
 }
-SCALAR_SPILLS = {"gfx942: spills": "a few scalar registers, into vector registers: none to memory"}
 DOTS = Contract(max_registers=255, tensor_cores=True, async_copies=True, exceptions=AMD)
 
 
@@ -63,19 +61,12 @@ def _backward(dq: Contract, dkdv: Contract) -> Mapping[str, Contract]:
 
 
 FORWARD = _forward(scalar_loads=12)
-# ptxas C7515: M = 64 over 8 warps.
-SERIALISED = {"sm_90: serialised": "tiles of 64 x 64 over 8 warps: larger ones are measured faster"}
-DKDV = replace(DOTS, exceptions=AMD | SERIALISED)
-BACKWARD = _backward(replace(DOTS, scalar_loads=24), replace(DKDV, scalar_loads=74))
+BACKWARD = _backward(
+    replace(DOTS, scalar_loads=24, scalar_stores=1), replace(DOTS, scalar_loads=74)
+)
 DROPOUT_BACKWARD = _backward(
-    replace(DOTS, max_registers=272, scalar_loads=40),
-    replace(
-        DKDV,
-        scalar_loads=80,
-        exceptions=DKDV.exceptions
-        | SCALAR_SPILLS
-        | {"sm_90, triton 3.6: spills": "two accesses, 8 bytes of stack"},
-    ),
+    replace(DOTS, max_registers=272, scalar_loads=40, scalar_stores=1),
+    replace(DOTS, scalar_loads=80),
 )
 
 
