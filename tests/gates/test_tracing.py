@@ -30,7 +30,7 @@ OPS = {
 def test_an_op_is_one_graph_and_launches_what_it_does_uncompiled(op, training, compiling):
     size = cases(op).check[OPS[op]]
     launched, _, expected = compiling(traced, op, size, torch.float32, training)
-    assert launched == expected
+    assert sorted(launched) == sorted(expected)  # a graph may order them otherwise
 
 
 def test_inductor_does_not_see_the_kernel_of_nearest_code(compiling):

@@ -1,7 +1,7 @@
 """How many kernels a GPU would launch for an image of 512 x 512, counted without one.
 
-The tokenizer is of fake tensors on a GPU: PyTorch's own ops are seen by a dispatch mode, and our
-launches are recorded.
+The tokenizer is of fake tensors that Triton takes: PyTorch's own ops are seen by a dispatch mode,
+and our launches are recorded.
 """
 
 import os
@@ -19,22 +19,26 @@ if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""
 
 from emu3.config import VISION_PRESETS
 from emu3.vision.tokenizer import VisionTokenizer
-from emu3_kernels.runtime import launch
+from emu3_kernels import use_backend
+from emu3_kernels.runtime import gemm, launch
 from emu3_kernels.testing.codegen import recorded
 from tests.gates.tracing import Kernels
 
 GEMMS = ("convolution", "mm", "bmm", "addmm", "baddbmm")
 
 
+OURS = "group_norm_silu", "spatial_norm_silu", "conv3x3", "causal_conv3d", "temporal_residual"
+
+
 @contextmanager
 def fake_gpu():
-    """Make new tensors fake ones of an H100, and record the launches of Triton."""
+    """Make new tensors fake ones, which Triton takes as on an H100, and record its launches."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("torch.cuda.current_device", return_value=0))
-        gpus = {0: launch.Gpu(warp_size=32, num_sms=132)}
-        stack.enter_context(mock.patch.object(launch, "_gpus", gpus))
+        stack.enter_context(mock.patch.object(launch, "DEVICES", {"cpu"}))
+        stack.enter_context(mock.patch.object(gemm, "SLOW_IN_BFLOAT16", False))
+        stack.enter_context(launch.assume_gpu(launch.Gpu(warp_size=32, num_sms=132)))
+        stack.enter_context(use_backend("triton", *OURS))
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(torch.device("cuda:0"))
         yield stack.enter_context(recorded())
 
 
