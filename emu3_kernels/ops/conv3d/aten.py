@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3_kernels.ops.conv3d.plan import Plan, out_shape
 from emu3_kernels.ops.conv3d.padding import finish, pad_video
+from emu3_kernels.ops.conv3d.plan import Plan, out_shape
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.dispatch import Backend
 from emu3_kernels.runtime.launch import why_not_triton

@@ -134,7 +134,6 @@ def _conv(dtype: str, channels: int, width: int, rows: int, contract: Contract) 
 # of 64 threads a multiprocessor, as many as Emu3's latents of 32 frames give it.
 CUDA = (
     _conv("float", 4, 3, 8, Contract(max_registers=255, scalar_loads=160, scalar_stores=16)),
-    _conv("float", 4, 3, 2, Contract(max_registers=128, scalar_loads=160, scalar_stores=16)),
     _conv(
         "bfloat16",
         4,

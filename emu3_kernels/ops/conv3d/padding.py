@@ -1,3 +1,4 @@
+# ruff: noqa: N803 (constants of Triton kernels are upper case)
 """What runs before and after a convolution of PyTorch's own, each in one Triton kernel."""
 
 import triton
