@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from emu3_kernels import attention
 from emu3_kernels.modules import Conv3x3
+from emu3_kernels.modules.prepared import Prepared
 
 MakeNorm = Callable[..., nn.Module]
 """Called with the number of channels and the norm's ``silu``."""
@@ -33,7 +34,11 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head, its dim the number of channels, over all positions; added to its input."""
+    """One head, its dim the number of channels, over all positions; added to its input.
+
+    No flash kernel takes a head of 512 or 1024: inference in 16 bits on a GPU multiplies matrices,
+    with scores in float32.
+    """
 
     linear = staticmethod(F.linear)
 
@@ -44,15 +49,39 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *latent: Tensor) -> Tensor:
         positions = self.norm(x, *latent).permute(0, 2, 3, 1).flatten(1, 2)
-        q, k, v = (
-            self._per_position(conv, positions).unsqueeze(2) for conv in (self.q, self.k, self.v)
-        )
-        out = self._per_position(self.proj_out, attention(q, k, v, causal=False).squeeze(2))
+        q, k, v = (self._per_position(conv, positions) for conv in (self.q, self.k, self.v))
+        if _can_hold_scores(q):
+            attended = _attend_by_gemms(q, k, v)
+        else:
+            heads = (part.unsqueeze(2) for part in (q, k, v))
+            attended = attention(*heads, causal=False).squeeze(2)
+        out = self._per_position(self.proj_out, attended)
         return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2).add_(x)
 
     def _per_position(self, conv: nn.Conv2d, positions: Tensor) -> Tensor:
         """Apply a 1x1 convolution to ``positions [B, H * W, C]``."""
         return self.linear(positions, conv.weight.flatten(1), conv.bias)
+
+
+MOST_SCORES = 1 << 28
+"""1 GiB in float32: an image of 1024 x 1024."""
+
+
+def _can_hold_scores(q: Tensor) -> bool:
+    batch, positions, _ = q.shape
+    in_16_bits = q.dtype in (torch.bfloat16, torch.float16)
+    wanted = q.is_cuda and in_16_bits and not torch.is_grad_enabled()
+    return wanted and batch * positions * positions <= MOST_SCORES
+
+
+def _attend_by_gemms(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend in ``[B, positions, C]``; scores and their softmax are float32."""
+    scores = _scores(q, k).mul_(q.shape[-1] ** -0.5)
+    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    return torch.bmm(q, k.mT, out_dtype=torch.float32)
 
 
 class Stage(nn.Module):
@@ -101,8 +130,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution, with 4/9 of the multiplications.
 
-    Weights that apply to the same input pixel are summed first: a transposed 4x4 convolution of
-    stride 2.
+    Weights that apply to the same input pixel are summed first, in inference once: a transposed 4x4
+    convolution of stride 2.
     """
 
     conv_transpose2d = staticmethod(F.conv_transpose2d)
@@ -110,11 +139,17 @@ class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self._summed = Prepared(_summed)
 
     def forward(self, x: Tensor) -> Tensor:
-        taps = self.conv.weight.permute(1, 2, 3, 0).contiguous()  # [in, 3, 3, out]
-        weight = _pair_sums(_pair_sums(taps, dim=1), dim=2).permute(0, 3, 1, 2)
+        weight = self._summed(self.conv.weight)
         return self.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+
+
+def _summed(weight: Tensor) -> Tensor:
+    """``[out, in, 3, 3]`` to the ``[in, out, 4, 4]`` of the transposed convolution."""
+    taps = weight.permute(1, 2, 3, 0).contiguous()  # [in, 3, 3, out]
+    return _pair_sums(_pair_sums(taps, dim=1), dim=2).permute(0, 3, 1, 2)
 
 
 def _pair_sums(weight: Tensor, dim: int) -> Tensor:

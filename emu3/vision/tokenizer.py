@@ -7,6 +7,8 @@ official code repeats it four times: no code depends on the copies.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ PIXELS_AT_ONCE = 256 * 256
 class VisionTokenizer(nn.Module):
     compute_dtype: torch.dtype | None = None
     """Dtype of encoder and decoder, on rounded copies of the weights; None keeps the weights'."""
+    allow_tf32: bool = False
+    """Whether cuDNN may round the operands of float32 convolutions to TF32, here alone: faster, but
+    codes may then differ from those of a CPU."""
 
     def __init__(self, settings: VisionSettings) -> None:
         super().__init__()
@@ -135,6 +140,10 @@ class VisionTokenizer(nn.Module):
 
     def _rounded(self, part: nn.Module, *images: Tensor) -> Tensor:
         """Apply ``part`` in ``compute_dtype``; the weights keep their dtype."""
+        with _float32_convolutions("tf32" if self.allow_tf32 else "ieee"):
+            return self._in_compute_dtype(part, *images)
+
+    def _in_compute_dtype(self, part: nn.Module, *images: Tensor) -> Tensor:
         if self.compute_dtype is None:
             return part(*images)
         weights = {name: p.to(self.compute_dtype) for name, p in part.named_parameters()}
@@ -180,6 +189,23 @@ class VisionTokenizer(nn.Module):
                 f"VisionTokenizer: codes must be in [0, {s.num_codes}), got {low} to {high}"
             )
         return codes.ndim == 3
+
+
+@contextmanager
+def _float32_convolutions(precision: str) -> Iterator[None]:
+    """Let cuDNN multiply float32 in ``precision`` inside the block; its own default is TF32.
+
+    Under ``torch.compile``, which cannot trace it, the setting is left as it is.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, precision
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
 
 
 def _finite(values: Tensor, name: str) -> Tensor:

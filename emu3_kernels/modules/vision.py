@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from emu3_kernels.modules.prepared import Prepared
 from emu3_kernels.ops.conv2d.api import conv3x3
 from emu3_kernels.ops.conv3d.api import causal_conv3d, temporal_residual
 from emu3_kernels.ops.conv3d.cache import FrameCache
@@ -235,13 +236,19 @@ class TemporalResidual(nn.Module):
 class _FoldedBatchNorm(nn.BatchNorm3d):
     """A batch norm folded into the next convolution, as a scale and a shift by channel."""
 
+    def __init__(self, *args: object, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        self._folded = Prepared(_fold)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``scale, shift [C]`` in float32, of the batch in training."""
         compute = torch.promote_types(x.dtype, torch.float32)
+        settings = {"eps": self.eps, "compute": compute}
+        if self.training:
+            mean, variance = self._of_batch(x.to(compute))
+            return _fold(self.weight, self.bias, mean, variance, **settings)
         running = self.running_mean, self.running_var
-        mean, variance = self._of_batch(x.to(compute)) if self.training else running
-        scale = self.weight.to(compute) * torch.rsqrt(variance.to(compute) + self.eps)
-        return scale, self.bias.to(compute) - mean.to(compute) * scale
+        return self._folded(self.weight, self.bias, *running, **settings)
 
     def _of_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(x, (0, 2, 3, 4), correction=0)
@@ -252,6 +259,19 @@ class _FoldedBatchNorm(nn.BatchNorm3d):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return mean, variance
+
+
+def _fold(
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    *,
+    eps: float,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    scale = weight.to(compute) * torch.rsqrt(variance.to(compute) + eps)
+    return scale, bias.to(compute) - mean.to(compute) * scale
 
 
 class VectorQuantizer(nn.Module):

@@ -42,8 +42,25 @@ def test_encode_copies_the_pixels_and_what_a_stride_of_two_pads(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decode_copies_weights_of_its_doublings_alone(dtype):
+def test_decode_copies_nothing(dtype):
+    """Nor the weights of its doublings, which are summed in the first call."""
     tokenizer = random_tokenizer().to(dtype)
     codes = torch.zeros(1, SIDE // 8, SIDE // 8, dtype=torch.int64)
-    turned = [(width, 3, 3, width) for width in (128, 64, 64)]
-    assert copied(lambda: tokenizer.decode(codes)) == turned
+    assert copied(lambda: tokenizer.decode(codes)) == []
+
+
+@pytest.mark.parametrize(("allow_tf32", "precision"), [(False, "ieee"), (True, "tf32")])
+def test_float32_is_multiplied_in_float32_unless_tf32_is_allowed(allow_tf32, precision):
+    """Codes of a GPU would differ from a CPU's: cuDNN rounds to TF32 by default."""
+    tokenizer, seen = random_tokenizer(), []
+    tokenizer.allow_tf32 = allow_tf32
+    conv = torch.backends.cudnn.conv
+    hook = tokenizer.encoder.conv_in.register_forward_hook(
+        lambda *_: seen.append(conv.fp32_precision)
+    )
+    before = conv.fp32_precision
+    with torch.no_grad():
+        tokenizer.encode(images(1, 3, 32, 32))
+    hook.remove()
+    assert seen == [precision]
+    assert conv.fp32_precision == before

@@ -73,3 +73,22 @@ def test_what_is_not_finite_gets_a_code_in_range():
     actual = on_fibers(z, codebook, MANY)
     assert torch.equal(actual, reference("nearest_code")(z, codebook))
     assert actual[0, :4].tolist() == [0, 0, 0, 0]
+
+
+def test_near_ties_between_groups_are_decided_as_the_reference_decides_them():
+    """Codes within a few units in the last place of one point: no score can tell them apart."""
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 4, 40, generator=random)
+    step = torch.randint(-3, 4, (1500, 4), generator=random) * 2**-23
+    codebook = torch.ones(1500, 4) * (1 + step)
+    assert torch.equal(on_fibers(z, codebook, MANY), reference("nearest_code")(z, codebook))
+
+
+@pytest.mark.parametrize("scale", [1 / 2048, 1e-30, 1e18])
+def test_codes_of_every_size_have_the_nearest_of_the_reference(scale):
+    """The codebook of a new model is within 1 / N; norms of 1e38 overflow."""
+    z, codebook = make(1, 4, 40, 2048)
+    codebook *= scale
+    assert torch.equal(on_fibers(z, codebook, MANY), reference("nearest_code")(z, codebook))
+    z *= scale
+    assert torch.equal(on_fibers(z, codebook, MANY), reference("nearest_code")(z, codebook))

@@ -45,6 +45,8 @@ def _attention(
 # Of 65,536 registers, 255 a thread leave room for one program of 256 threads, which forward and
 # dkdv have, and for two of 128, which dq has; a thread of gfx942 may have 512. Scalars are the key
 # ranges, lse, delta and positions of rows: of 64 queries, a thread may have 32. dq stores delta.
+EARLIER_LAYOUT = "35 and 49 scalars: its layouts give a thread more rows"
+SCALAR_SPILLS = {"gfx942: spills": "a few scalar registers, into vector registers: none to memory"}
 AMD = {
     "gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950",
     "gfx942: stores": "v_mfma leaves a thread four channels side by side: 8 bytes",

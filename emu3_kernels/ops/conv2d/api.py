@@ -22,7 +22,7 @@ CONV3X3 = Backends(
     __package__,
     reference.conv3x3,
     cpu=("aten", "cpu") if HAS_TILES else ("cpu", "aten"),
-    cuda=("aten",),
+    cuda=("triton", "aten"),
 )
 
 
@@ -39,10 +39,13 @@ def conv3x3(
     The backend ``cpu`` computes bfloat16 in float32 by Winograd's F(4x4, 3x3), with a quarter of
     the multiplications at half the rate, and rounds once; the error of the algorithm is lost in
     that rounding. All other calls run on ``aten``, PyTorch's own convolution (oneDNN, cuDNN), which
-    rounds before it adds the residual: GPUs; float32, since Winograd is less precise; channels that
+    rounds before it adds the residual: float32, since Winograd is less precise; channels that
     are not multiples of 16 and 64; images of fewer than 128 tiles of 4x4, since the transform of
     the weights costs more than it saves; and processors with AMX, unless ``cpu`` is asked for by
-    name. Differentiable in all tensors; ``torch.autocast`` casts them.
+    name. ``triton`` runs the convolution of cuDNN, which rounds, and adds bias and residual in one
+    kernel. In float32 on a GPU cuDNN rounds operands to TF32 while
+    ``torch.backends.cudnn.allow_tf32`` is set. Differentiable in all tensors; ``torch.autocast``
+    casts them.
 
     The error of ``cpu`` is relative to the largest value of a 4x4 tile and its border: next to a
     pixel of 1e4, results of 4 or less are off by up to 0.04 (aten's by 0.008), and a NaN spreads

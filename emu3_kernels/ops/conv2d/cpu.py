@@ -6,9 +6,9 @@ Tensors are channels-last: ``x [B, H, W, C]``, ``weight [O, 3, 3, C]``.
 import torch
 from torch import Tensor
 
+from emu3_kernels.ops.conv2d.gradient import backward
 from emu3_kernels.runtime import library
 from emu3_kernels.runtime.dispatch import Backend
-from emu3_kernels.runtime.gemm import is_slow
 
 MIN_TILES = 128
 """Of an image, 4x4 pixels each: the transformed weights are four times as large as the weights."""
@@ -31,20 +31,6 @@ def why_not(x: Tensor, weight: Tensor) -> str | None:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     return torch.ops.emu3_kernels.conv3x3(x, weight, bias.float(), residual)
-
-
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return dx, dweight and dbias, None for what is not ``needed``."""
-    compute = torch.float32 if is_slow(x) else x.dtype
-    operands = (t.movedim(-1, 1).to(compute) for t in (dy, x, weight))
-    gradients = torch.ops.aten.convolution_backward(
-        *operands, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needed
-    )
-    dx, dweight, dbias = (None if g is None else g.to(x.dtype) for g in gradients)
-    dx, dweight = (None if g is None else g.movedim(1, -1) for g in (dx, dweight))
-    return dx, dweight, dbias
 
 
 BACKENDS = {"conv3x3": Backend(why_not, forward, backward)}

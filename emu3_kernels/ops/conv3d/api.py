@@ -33,7 +33,7 @@ CAUSAL_CONV3D = Backends(
     __package__,
     reference.causal_conv3d,
     cpu=("cpu",),
-    cuda=("cuda", "triton"),
+    cuda=("cuda", "aten", "triton"),
 )
 TEMPORAL_RESIDUAL = Backends(
     "temporal_residual",
@@ -70,9 +70,11 @@ def causal_conv3d(
 
     Computed in float32 (float64 for float64 inputs) and rounded once, to the dtype of ``x``. Triton
     rounds the operands of its GEMM, act(u) and the weights, to that dtype too, for the tensor
-    cores. Processors with a bfloat16 dot product round act(u) where ``x`` and the weights are
-    bfloat16. Differentiable in all tensors; the backward pass recomputes norm and activations, so
-    only the inputs are kept.
+    cores. So does ``aten``, cuDNN's convolution, which rounds a second time before bias,
+    ``post_activation`` and residual: it runs 16-bit convolutions of 64 channels and more on a GPU,
+    without a gradient or a cache. Processors with a bfloat16 dot product round act(u) where ``x``
+    and the weights are bfloat16. Differentiable in all tensors; the backward pass recomputes norm
+    and activations, so only the inputs are kept.
 
     With a ``cache``, ``x`` is the next piece of a video and the cache of the next call is returned
     too; the given one is not changed. The outputs of the pieces, of any lengths, are those of the
@@ -110,7 +112,8 @@ def causal_conv3d(
                 "causal_conv3d: has no gradient through a cache, got inputs that require one"
             )
         x, front = extend(cache, x, kernel, stride[0])
-    plan = Plan(tuple(stride), front, activation == "silu", post_activation == "silu")
+    silu, post_silu = activation == "silu", post_activation == "silu"
+    plan = Plan(tuple(stride), front, silu, post_silu, is_piece=cache is not None)
     check_residual("causal_conv3d", x, out_shape(x, weight, plan), residual)
     y = _run(Inputs(x, weight, bias, scale, shift, residual), plan, backend)
     return y if cache is None else (y, remember(x, kernel, plan))
@@ -165,8 +168,8 @@ def temporal_residual(
 
     ``hidden = conv(silu(scale1 * x + shift1))``; the norms are folded into scales and shifts, and
     both convolutions are :func:`causal_conv3d` with a kernel of 3 x 3 x 3, a bias and stride 1.
-    Without a gradient, the ``cpu`` and ``cuda`` backends take one pass over ``x``: ``hidden`` stays
-    in caches or shared memory.
+    Without a gradient, the ``cpu`` backend takes one pass over ``x``: ``hidden`` stays in caches.
+    On a GPU it stays in the level-2 cache, between two launches that fill the multiprocessors.
 
     Computed in float32 (float64 for float64 inputs; see :func:`causal_conv3d` for bfloat16);
     ``hidden`` and ``y`` are each rounded once, to the dtype of ``x``, so that the result

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from emu3_kernels.ops.conv3d.aten import convolve
 from emu3_kernels.ops.conv3d.plan import Plan, out_shape
 from emu3_kernels.ops.conv3d.triton import backward, block_forward, forward
 from emu3_kernels.runtime.contracts import Config, Contract, CudaKernel, meta
@@ -40,6 +41,8 @@ GEMM = Contract(max_registers=255, tensor_cores=True, async_copies=True, excepti
 # Scalars: vectors of channels, and the sums for dscale and dshift.
 PACK = Contract(max_registers=64, scalar_loads=16, few_programs="1 MiB of a clip of 4 channels")
 SUM = Contract(max_registers=96, scalar_stores=1, few_programs="a program for each 128 sums")
+# Gradients of parameters, few: a sum is a scalar, and so is a sum for dscale or dshift.
+ADD = Contract(max_registers=96, scalar_loads=8, scalar_stores=3)
 GEMM_TO_VIDEO = replace(GEMM, scalar_loads=24, scalar_stores=2)
 WIDE = {
     "causal_conv3d_pack_kernel": PACK,
@@ -49,6 +52,7 @@ WIDE_BACKWARD = {
     "causal_conv3d_pack_kernel": PACK,
     "causal_conv3d_bwd_x_kernel": GEMM_TO_VIDEO,
     "causal_conv3d_bwd_weight_kernel": GEMM,
+    "causal_conv3d_bwd_add_kernel": ADD,
     "causal_conv3d_sum_kernel": SUM,
 }
 STRIDED_BACKWARD = WIDE_BACKWARD | {
@@ -59,7 +63,9 @@ STRIDED_BACKWARD = WIDE_BACKWARD | {
 # Four packed channels of bfloat16 are 8 bytes.
 NARROW = {name: replace(contract, access_bytes=8) for name, contract in WIDE.items()}
 NARROW_BACKWARD = {
-    name: replace(contract, access_bytes=8) for name, contract in WIDE_BACKWARD.items()
+    name: replace(contract, access_bytes=8)
+    for name, contract in WIDE_BACKWARD.items()
+    if name != "causal_conv3d_sum_kernel"
 }
 HALVING_BACKWARD = NARROW_BACKWARD | {
     "causal_conv3d_bwd_z_kernel": replace(GEMM_TO_VIDEO, access_bytes=8),
@@ -92,8 +98,21 @@ def _residual_block() -> None:
     block_forward(meta(1, 4, 32, 64, 64), *(vector, vector, weight, vector) * 2, keep_hidden=False)
 
 
+def _around_cudnn() -> None:
+    x = meta(1, 512, 32, 64, 64)
+    vector, weight = meta(512), meta(512, 512, 3, 3, 3)
+    settings = {"scale": vector, "shift": vector, "activation": "silu", "post_activation": None}
+    convolve(x, weight, vector, stride=(1, 1, 1), residual=x, front=2, **settings)
+
+
+AROUND = {
+    "causal_conv3d_pad_kernel": Contract(max_registers=128, scalar_loads=64),
+    "causal_conv3d_finish_kernel": Contract(max_registers=128, scalar_loads=64),
+}
+
 CONFIGS = {
     "causal_conv3d": (
+        Config("512, around cuDNN", _around_cudnn, AROUND),
         *_configs("512 channels", WIDE, WIDE_BACKWARD, *BLOCK, channels=512),
         _configs("512, an eighth", WIDE, STRIDED_BACKWARD, *EIGHTH, channels=512)[1],
         *_configs("4, Emu3's block", NARROW, NARROW_BACKWARD, *BLOCK, channels=4),
@@ -104,41 +123,22 @@ CONFIGS = {
 }
 
 
-def _conv(dtype: str, channels: int, width: int, contract: Contract) -> CudaKernel:
-    kernel = f"causal_conv_kernel<{dtype}, {channels}, {width}>"
+def _conv(dtype: str, channels: int, width: int, rows: int, contract: Contract) -> CudaKernel:
+    kernel = f"causal_conv_kernel<{dtype}, {channels}, {width}, {rows}>"
     return CudaKernel("causal_conv", kernel, f"(CausalConv<{dtype}>)", contract)
 
 
-def _block(dtype: str, contract: Contract) -> CudaKernel:
-    kernel = f"temporal_residual_kernel<{dtype}>"
-    return CudaKernel("temporal_residual", kernel, f"(TemporalResidual<{dtype}>)", contract)
-
-
 # Scalar loads: what no vector of four covers, namely rows whose width is no multiple of four,
-# weights, norms and biases; sm_100 unrolls them. Scalar stores: the same rows of y, an element at a
-# time. Accesses of 8 bytes: a thread has four columns in either dtype, four of two bytes here.
-# Registers: eight blocks of 128 threads a multiprocessor for 4 channels, six for 8, four for 16;
-# two of the 192 threads of a residual block.
+# weights, norms and biases. Scalar stores: the same rows of y, an element at a time. Accesses of 8
+# bytes: a thread has four columns in either dtype, four of two bytes here. Registers: four blocks
+# of 64 threads a multiprocessor, as many as Emu3's latents of 32 frames give it.
 CUDA = (
-    _conv("float", 4, 3, Contract(max_registers=64, scalar_loads=85, scalar_stores=80)),
+    _conv("float", 4, 3, 8, Contract(max_registers=255, scalar_loads=160, scalar_stores=16)),
     _conv(
         "bfloat16",
         4,
         3,
-        Contract(max_registers=64, scalar_loads=77, scalar_stores=48, access_bytes=8),
-    ),
-    _conv("float", 4, 1, Contract(max_registers=64, scalar_loads=85, scalar_stores=80)),
-    _conv("float", 8, 3, Contract(max_registers=85, scalar_loads=149, scalar_stores=160)),
-    _conv("float", 16, 3, Contract(max_registers=128, scalar_loads=277, scalar_stores=320)),
-    _conv(
-        "bfloat16",
-        16,
-        3,
-        Contract(max_registers=128, scalar_loads=245, scalar_stores=192, access_bytes=8),
-    ),
-    _block("float", Contract(max_registers=168, scalar_loads=126, scalar_stores=16)),
-    _block(
-        "bfloat16",
-        Contract(max_registers=168, scalar_loads=122, scalar_stores=16, access_bytes=8),
+        8,
+        Contract(max_registers=255, scalar_loads=160, scalar_stores=16, access_bytes=8),
     ),
 )

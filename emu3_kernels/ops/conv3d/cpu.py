@@ -42,7 +42,7 @@ def convolve(
     plan: Plan,
 ) -> Tensor:
     parameters = _weight_dtype(weight), *_to_float32(bias, scale, shift)
-    return torch.ops.emu3_kernels.causal_conv_forward(x, *parameters, residual, *plan)
+    return torch.ops.emu3_kernels.causal_conv_forward(x, *parameters, residual, *plan.native)
 
 
 def convolve_backward(
@@ -57,7 +57,7 @@ def convolve_backward(
 ) -> tuple[Tensor | None, ...]:
     parameters = _weight_dtype(weight), *_to_float32(bias, scale, shift)
     dx, dweight, dbias, dnorm = torch.ops.emu3_kernels.causal_conv_backward(
-        dy, x, *parameters, *plan, *needs
+        dy, x, *parameters, *plan.native, *needs
     )
     if needs.weight:
         dweight = dweight.to(weight.dtype)

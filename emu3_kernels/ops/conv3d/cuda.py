@@ -1,6 +1,7 @@
 """The causal convolutions on a GPU in CUDA C++, for few channels and without a gradient.
 
-csrc/cuda/conv3d/causal_conv.cuh, temporal_residual.cuh. The kernels take all parameters in float32.
+csrc/cuda/conv3d/causal_conv.cuh, which reads parameters in float32 or bfloat16; a residual block is
+two launches of it.
 """
 
 import torch
@@ -51,13 +52,20 @@ def convolve(
     residual: Tensor | None,
     plan: Plan,
 ) -> Tensor:
-    parameters = (None if p is None else p.float() for p in (weight, bias, scale, shift))
-    return torch.ops.emu3_kernels.causal_conv_forward(x, *parameters, residual, *plan)
+    parameters = map(_readable, (weight, bias, scale, shift))
+    return torch.ops.emu3_kernels.causal_conv_forward(x, *parameters, residual, *plan.native)
 
 
 def block_forward(x: Tensor, *parameters: Tensor, keep_hidden: bool) -> tuple[Tensor, None]:
     assert not keep_hidden  # why_not rejects a gradient
-    return torch.ops.emu3_kernels.temporal_residual(x, *(p.float() for p in parameters)), None
+    return torch.ops.emu3_kernels.temporal_residual(x, *map(_readable, parameters)), None
+
+
+def _readable(parameter: Tensor | None) -> Tensor | None:
+    """Convert what the kernel cannot read, such as float16."""
+    if parameter is None or parameter.dtype in library.DTYPES:
+        return parameter
+    return parameter.float()
 
 
 BACKENDS = {

@@ -20,6 +20,13 @@ class Plan(NamedTuple):
     """SiLU before the convolution, after scale and shift."""
     post_silu: bool = False
     """SiLU after the bias, before the residual is added."""
+    is_piece: bool = False
+    """Of a video in pieces, whose results have the bits of the whole."""
+
+    @property
+    def native(self) -> tuple[tuple[int, int, int], int, bool, bool]:
+        """The settings as the compiled kernels take them."""
+        return self[:4]
 
 
 class Inputs(NamedTuple):
@@ -45,6 +52,12 @@ class Needs(NamedTuple):
 ALL = Needs(input=True, weight=True)
 
 
+def volume(x: Tensor) -> int:
+    """Count the elements of a channel, or the taps of a kernel; a view would cost a microsecond."""
+    _, _, frames, height, width = x.shape
+    return frames * height * width
+
+
 def num_frames(total: int, kernel: int, stride: int) -> int:
     """Count the output frames of ``total`` input frames, the zeros ahead included."""
     return max(0, (total - kernel) // stride + 1)
@@ -52,9 +65,10 @@ def num_frames(total: int, kernel: int, stride: int) -> int:
 
 def out_shape(x: Tensor, weight: Tensor, plan: Plan) -> tuple[int, int, int, int, int]:
     """Return ``(B, O, T', H', W')``."""
-    frames = num_frames(x.shape[2] + plan.front, weight.shape[2], plan.stride[0])
-    height, width = (size // step for size, step in zip(x.shape[3:], plan.stride[1:], strict=True))
-    return x.shape[0], weight.shape[0], frames, height, width
+    batch, _, frames, height, width = x.shape
+    out, _, kernel, _, _ = weight.shape
+    st, sh, sw = plan.stride
+    return batch, out, num_frames(frames + plan.front, kernel, st), height // sh, width // sw
 
 
 def space_pads(kernel: int, stride: int) -> tuple[int, int]:

@@ -3,12 +3,13 @@
 B batch, C channels in, O channels out, T frames, H rows, W columns.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from emu3_kernels.ops.conv3d import block
-from emu3_kernels.ops.conv3d.plan import Plan, out_shape
+from emu3_kernels.ops.conv3d.plan import Plan, out_shape, volume
 from emu3_kernels.ops.conv3d.triton_backward import backward
 from emu3_kernels.ops.conv3d.triton_gemm import (
     coordinates,
@@ -17,24 +18,26 @@ from emu3_kernels.ops.conv3d.triton_gemm import (
     implicit_gemm,
     load_row,
     pack_video,
-    pack_weight,
+    padded_channels,
     program_tile,
     taps,
+    weight_operand,
 )
 from emu3_kernels.runtime.dispatch import Backend
 from emu3_kernels.runtime.launch import cdiv, launch, why_not_triton
 
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MOST_PIXELS = 2**30
 """Of one video: the index of a pixel, and of one past the last block, is an int32."""
 
 
 def why_not(x: Tensor, *rest: Tensor | Plan | None) -> str | None:
-    tensors = [tensor for tensor in (x, *rest) if isinstance(tensor, Tensor)]
-    reason = next(filter(None, map(why_not_triton, tensors)), None)
-    if reason is None and x.shape[2:].numel() >= MOST_PIXELS:
-        got = x.shape[2:].numel()
-        return f"the kernels take less than {MOST_PIXELS} pixels of a video, got {got}"
-    return reason
+    for tensor in (x, *rest):
+        if isinstance(tensor, Tensor) and (reason := why_not_triton(tensor)) is not None:
+            return reason
+    if volume(x) >= MOST_PIXELS:
+        return f"the kernels take less than {MOST_PIXELS} pixels of a video, got {volume(x)}"
+    return None
 
 
 def forward(
@@ -49,23 +52,53 @@ def forward(
     y = x.new_empty(out_shape(x, weight, plan))
     if y.numel():
         dtype = gemm_dtype(x, weight)
-        num_pixels = y[0, 0].numel()
-        options = gemm_tile(x, dtype, num_pixels, weight.shape[0])
-        packed = pack_weight(weight, dtype, options["BLOCK_N"])
-        columns = packed.shape[2]
-        blocks = cdiv(num_pixels, options["BLOCK_M"]) * (columns // options["BLOCK_N"])
-        launch(
-            causal_conv3d_fwd_kernel, (blocks * len(y),),
-            pack_video(x, scale, shift, plan.silu, dtype), packed, bias, residual, y,
-            plan.front, *x.shape[2:], *y.shape[1:], columns,
-            POST_SILU=plan.post_silu, CHANNELS=packed.shape[1], **taps(weight, plan.stride),
-            **options,
-        )  # fmt: skip
+        a = pack_video(x, scale, shift, plan.silu, dtype)
+        _gemm(a, x.shape, weight, bias, residual, y, y.shape, plan)
     return y
 
 
-def block_forward(*tensors: Tensor, keep_hidden: bool) -> tuple[Tensor, Tensor]:
-    return block.forward(forward, *tensors)
+def _gemm(
+    a: Tensor,
+    x_shape: torch.Size,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    y_shape: tuple[int, ...],
+    plan: Plan,
+    next_scale: Tensor | None = None,
+    next_shift: Tensor | None = None,
+    hidden: torch.dtype | None = None,
+) -> None:
+    """Write y to ``out``; with a next norm, the A operand of the next convolution of y instead."""
+    _, _, frames, height, width = y_shape
+    num_pixels = frames * height * width
+    options = gemm_tile(out, a.dtype, num_pixels, weight.shape[0])
+    operand = weight_operand(weight, a.dtype, options["BLOCK_N"])
+    blocks = cdiv(num_pixels, options["BLOCK_M"]) * (operand.columns // options["BLOCK_N"])
+    launch(
+        causal_conv3d_fwd_kernel, (blocks * y_shape[0],),
+        a, operand.data, bias, residual, out, next_scale, next_shift,
+        plan.front, *x_shape[2:], *y_shape[1:], operand.columns,
+        POST_SILU=plan.post_silu, HIDDEN=_TYPES.get(hidden), OUT_WIDTH=padded_channels(y_shape[1]),
+        **operand.constants, **taps(weight, plan.stride), **options,
+    )  # fmt: skip
+
+
+def block_forward(
+    x: Tensor, scale1: Tensor, shift1: Tensor, weight1: Tensor, bias1: Tensor, scale2: Tensor,
+    shift2: Tensor, weight2: Tensor, bias2: Tensor, *, keep_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    dtype = gemm_dtype(x, weight1)
+    if keep_hidden or dtype != gemm_dtype(x, weight2) or not x.numel():
+        tensors = x, scale1, shift1, weight1, bias1, scale2, shift2, weight2, bias2
+        return block.forward(forward, *tensors)
+    a = pack_video(x, scale1, shift1, True, dtype)
+    a2, y = torch.empty_like(a), torch.empty_like(x)
+    plan = block.PLAN
+    _gemm(a, x.shape, weight1, bias1, None, a2, x.shape, plan, scale2, shift2, x.dtype)
+    _gemm(a2, x.shape, weight2, bias2, x, y, x.shape, plan)
+    return y, None
 
 
 def block_backward(*args: Tensor | tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -74,33 +107,43 @@ def block_backward(*args: Tensor | tuple[bool, ...]) -> tuple[Tensor | None, ...
 
 @triton.jit(do_not_specialize=["front", "frames", "y_frames"])
 def causal_conv3d_fwd_kernel(
-    a_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, front, frames, height, width,
-    out_channels, y_frames, y_height, y_width, columns,
-    POST_SILU: tl.constexpr, CHANNELS: tl.constexpr,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    a_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, next_scale_ptr, next_shift_ptr, front,
+    frames, height, width, out_channels, y_frames, y_height, y_width, columns,
+    POST_SILU: tl.constexpr, HIDDEN: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, IN_PLACE: tl.constexpr, N_STRIDE: tl.constexpr,
+    C_STRIDE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = post(A @ weight + bias) + residual."""
+    """y = post(A @ weight + bias) + residual; or, with a HIDDEN dtype of y, the next A of y."""
     num_pixels = y_frames * (y_height * y_width)
     batch, _, p, n = program_tile(num_pixels, columns, BLOCK_M, BLOCK_N)
     t, h, w = coordinates(p, y_height, y_width)
     a_ptr += batch * frames * height * width * CHANNELS
     y = implicit_gemm(
         a_ptr, weight_ptr, t * ST - front, h * SH - (KH - SH + 1) // 2,
-        w * SW - (KW - SW + 1) // 2, 0, 0, 0, n, columns, frames, height, width,
-        1, 1, 1, 1, CHANNELS, KT, KH, KW, BLOCK_M, BLOCK_K, BLOCK_N, STAGES,
+        w * SW - (KW - SW + 1) // 2, 0, 0, 0, n, out_channels, columns, frames, height, width,
+        1, 1, 1, 1, CHANNELS, IN_PLACE, N_STRIDE, C_STRIDE, KT, KH, KW,
+        BLOCK_M, BLOCK_K, BLOCK_N, STAGES,
     )  # fmt: skip
     exists = n < out_channels
     if bias_ptr is not None:
         y += load_row(bias_ptr, n, exists)
     if POST_SILU:
         y *= tl.sigmoid(y)
-    offsets = (batch * out_channels + n)[None, :] * num_pixels + p[:, None]
-    inside = (p < num_pixels)[:, None] & exists[None, :]
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + offsets, mask=inside, other=0).to(tl.float32)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+    inside = (p < num_pixels)[:, None]
+    if HIDDEN is not None:
+        y = y.to(HIDDEN).to(tl.float32)
+        y = y * load_row(next_scale_ptr, n, exists) + load_row(next_shift_ptr, n, exists)
+        y = (y * tl.sigmoid(y)).to(y_ptr.dtype.element_ty)
+        y_ptr += (batch * num_pixels + p)[:, None] * OUT_WIDTH + n[None, :]
+        tl.store(y_ptr, y, mask=inside & (n < OUT_WIDTH)[None, :])
+    else:
+        offsets = (batch * out_channels + n)[None, :] * num_pixels + p[:, None]
+        inside = inside & exists[None, :]
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + offsets, mask=inside, other=0).to(tl.float32)
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 BACKENDS = {

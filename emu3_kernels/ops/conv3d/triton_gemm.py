@@ -1,21 +1,27 @@
-"""The GEMM of a causal convolution in Triton, and the packing of its operands.
+"""The GEMM of a causal convolution in Triton, and its operands.
 
 It is an implicit GEMM: M are the pixels of the output, N its channels, and K the taps of the kernel
 times the input channels. The A operand is channels-last, ``[B, pixels, channels]``, and is normed
 and activated in a pass of its own: in the GEMM, SiLU would be computed once for every tap. Operands
 are rounded to the dtype of x for the tensor cores and summed in float32. No padding is stored: a
-tap outside of the video reads zeros.
+tap outside of the video reads zeros. The few weights of narrow convolutions are read as they are.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from emu3_kernels.ops.conv3d.plan import volume
 from emu3_kernels.runtime.launch import INTERPRETED, cdiv, gpu_of, launch, next_power_of_2, tile
 
 WHOLE = 64
 """Packed channels are a multiple of this, or a power of two below it."""
+
+MOST_IN_PLACE = 16
+"""Channels up to which a kernel reads the weights in place, cached: packing takes two launches."""
 
 
 def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | bool]:
@@ -46,26 +52,50 @@ def padded_channels(channels: int) -> int:
     return cdiv(channels, WHOLE) * WHOLE if channels > WHOLE else max(next_power_of_2(channels), 4)
 
 
-def pack_weight(weight: Tensor, dtype: torch.dtype, block_n: int) -> Tensor:
-    """Pack ``[N, C, kt, kh, kw]`` as ``[taps, channels, N]``, padded with zeros to whole blocks."""
-    n, channels = weight.shape[:2]
-    num_taps, columns = weight[0, 0].numel(), cdiv(n, block_n) * block_n
-    out = weight.new_zeros(num_taps, padded_channels(channels), columns, dtype=dtype)
-    out[:, :channels, :n] = weight.flatten(2).permute(2, 1, 0)
-    return out
+class WeightOperand(NamedTuple):
+    """The B operand ``[taps, channels, N]``."""
+
+    data: Tensor
+    columns: int
+    """N, padded to whole blocks."""
+    constants: dict[str, int]
+    """CHANNELS, padded, and the layout of weights in place: channels (0: packed), strides."""
+
+
+def weight_operand(
+    weight: Tensor, dtype: torch.dtype, block_n: int, *, transposed: bool = False
+) -> WeightOperand:
+    """Return the operand of ``weight [O, C, kt, kh, kw]``: N is O, or C if ``transposed``.
+
+    It is read in place, or packed in ``dtype`` and padded with zeros to whole blocks.
+    """
+    out, channels = weight.shape[:2]
+    num_taps = volume(weight)
+    n, k = (channels, out) if transposed else (out, channels)
+    n_stride, k_stride = (num_taps, channels * num_taps)[:: 1 if transposed else -1]
+    columns = cdiv(n, block_n) * block_n
+    constants = {"CHANNELS": padded_channels(k), "IN_PLACE": 0, "N_STRIDE": 1, "C_STRIDE": 1}
+    if max(out, channels) <= MOST_IN_PLACE:
+        strides = {"IN_PLACE": k, "N_STRIDE": n_stride, "C_STRIDE": k_stride}
+        return WeightOperand(weight, columns, constants | strides)
+    packed = weight.new_zeros(num_taps, constants["CHANNELS"], columns, dtype=dtype)
+    by_tap = weight.flatten(2)
+    packed[:, :k, :n] = by_tap.permute(2, 0, 1) if transposed else by_tap.permute(2, 1, 0)
+    return WeightOperand(packed, columns, constants)
 
 
 def taps(weight: Tensor, stride: tuple[int, int, int]) -> dict[str, int]:
     """Return the constants of a kernel that its addresses of taps depend on."""
-    names = ("KT", "KH", "KW", "ST", "SH", "SW")
-    return dict(zip(names, (*weight.shape[2:], *stride), strict=True))
+    kt, kh, kw = weight.shape[2:]
+    st, sh, sw = stride
+    return {"KT": kt, "KH": kh, "KW": kw, "ST": st, "SH": sh, "SW": sw}
 
 
 def pack_video(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool, dtype: torch.dtype
 ) -> Tensor:
     """Norm and activate ``[B, C, T, H, W]``, and round it to ``dtype``, channels-last."""
-    batch, channels, num_pixels = *x.shape[:2], x[0, 0].numel()
+    batch, channels, num_pixels = *x.shape[:2], volume(x)
     width = padded_channels(channels)
     out = x.new_empty(batch, num_pixels, width, dtype=dtype)
     block = min(width, WHOLE)
@@ -139,9 +169,10 @@ def load_taps(
 
 @triton.jit
 def implicit_gemm(
-    a_ptr, weight_ptr, t, h, w, tap_t, tap_h, tap_w, n, columns, frames, height, width,
+    a_ptr, weight_ptr, t, h, w, tap_t, tap_h, tap_w, n, num_n, columns, frames, height, width,
     STEP: tl.constexpr, EVERY_T: tl.constexpr, EVERY_H: tl.constexpr, EVERY_W: tl.constexpr,
-    CHANNELS: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    CHANNELS: tl.constexpr, IN_PLACE: tl.constexpr, N_STRIDE: tl.constexpr,
+    C_STRIDE: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Return A @ weight over the taps tap + every * j; that of j reads A at STEP * j from t, h, w.
@@ -157,10 +188,14 @@ def implicit_gemm(
         kt, kh, kw = tap_t + EVERY_T * jt, tap_h + EVERY_H * jh, tap_w + EVERY_W * jw
         used = (kt < KT) & (kh < KH) & (kw < KW)
         a = load_taps(a_ptr, t, h, w, jt, jh, jw, c, used, frames, height, width, CHANNELS, STEP)
-        rows = (((kt * KH + kh) * KW + kw) * CHANNELS + c).to(tl.int64)
-        weights = tl.load(
-            weight_ptr + rows[:, None] * columns + n[None, :], mask=used[:, None], other=0
-        )
+        tap = (kt * KH + kh) * KW + kw
+        if IN_PLACE:
+            exists = (used & (c < IN_PLACE))[:, None] & (n < num_n)[None, :]
+            at = (c * C_STRIDE + tap)[:, None] + n[None, :] * N_STRIDE
+            weights = tl.load(weight_ptr + at, mask=exists, other=0).to(a.dtype)
+        else:
+            at = (tap * CHANNELS + c).to(tl.int64)[:, None] * columns + n[None, :]
+            weights = tl.load(weight_ptr + at, mask=used[:, None], other=0)
         acc = tl.dot(a, weights, acc, input_precision="ieee")
     return acc
 

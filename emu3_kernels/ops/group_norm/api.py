@@ -6,8 +6,8 @@ latent of a spatial norm has L channels and h rows, w columns, t frames.
 Backends take channels-last tensors: ``x [B, S, C]`` for the group norm, where S are the pixels of
 all frames, and ``x [B, T, H, W, C]``, ``latent [B, t, h, w, L]`` for the spatial norm. ``forward``
 takes the tensors in the order of the public function, then ``groups, eps, silu``, and returns y and
-the backend's own float32 mean and rstd; ``backward`` takes dy, the tensors, mean, rstd, ``groups,
-silu``, and returns a gradient for each of the tensors.
+the backend's own float32 mean and rstd, or a tensor of both and None; ``backward`` takes dy, the
+tensors, both statistics, ``groups, silu``, and returns a gradient for each of the tensors.
 """
 
 import torch
@@ -53,7 +53,7 @@ def group_norm_silu(
     never a difference of mean squares, so that a large mean costs no digits. Computed in float32
     (float64 for float64 inputs) and rounded once, to the dtype of ``x``. Differentiable in ``x``,
     ``weight`` and ``bias``; keeps ``x`` and two float32 per group. Sums have an order that depends
-    on the shape alone.
+    on the shape alone, on a GPU also on its number of multiprocessors.
 
     Channels-last memory (``torch.channels_last``, ``torch.channels_last_3d``) is read as it is;
     any other layout is copied to it once. The result is channels-last.
@@ -122,7 +122,7 @@ def spatial_norm_silu(
     the latent, and a pixel takes those of the position that ``F.interpolate(latent,
     mode="nearest")`` copies to it, at any ratio of sizes. ``group_norm``, its statistics and its
     precision are those of :func:`emu3_kernels.group_norm_silu`. Differentiable in every tensor;
-    keeps the inputs and two float32 per group. Sums have an order that depends on the shapes alone.
+    keeps the inputs and two float32 per group. Sums are ordered as there.
 
     Channels-last memory (``torch.channels_last``, ``torch.channels_last_3d``) is read as it is;
     any other layout is copied to it once. The result is channels-last. Emu3 decodes a

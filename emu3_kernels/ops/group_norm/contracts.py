@@ -19,9 +19,9 @@ def _group_norm(pixels: int, channels: int) -> None:
 
 
 def _group_norm_backward(pixels: int, channels: int) -> None:
-    by_channel = (meta(1, channels, dtype=torch.float32) for _ in range(2))
+    stats = meta(1, 2, channels, dtype=torch.float32)
     x, weight = meta(1, pixels, channels), meta(channels)
-    group_norm_backward(x, x, weight, weight, *by_channel, 32, True)
+    group_norm_backward(x, x, weight, weight, stats, None, 32, True)
 
 
 def _parameters(channels: int) -> tuple[Tensor, ...]:
@@ -36,49 +36,39 @@ def _spatial_norm(side: int, channels: int) -> None:
 
 def _spatial_norm_backward(side: int, channels: int) -> None:
     x, latent = meta(1, 1, side, side, channels), meta(1, 1, 64, 64, 4)
-    by_channel = (meta(1, channels, dtype=torch.float32) for _ in range(2))
-    spatial_norm_backward(x, x, latent, *_parameters(channels), *by_channel, 32, True)
+    stats = meta(1, 2, channels, dtype=torch.float32)
+    spatial_norm_backward(x, x, latent, *_parameters(channels), stats, None, 32, True)
 
 
-# 128 registers keep 16 warps on a multiprocessor. A thread stores one sum and loads one number of a
-# channel, little beside the pixels. Rows of 4 to 32 channels, a group, allow no wide access.
-GROUPS = "a program for each of 32 groups, of sums that are computed before"
-STATISTICS = {
-    "group_norm_moments_kernel": Contract(max_registers=128, scalar_stores=2),
-    "group_norm_stats_kernel": Contract(max_registers=128, access_bytes=4, few_programs=GROUPS),
-}
-GROUP_BACKWARD = {
-    "group_norm_bwd_group_kernel": Contract(max_registers=128, access_bytes=2, few_programs=GROUPS)
-}
-
-# The scalars are the numbers of the channels, one a thread in a tile of 128 channels.
+# 128 registers keep 16 warps on a multiprocessor, each thread with 64 bytes in flight. Scalars are
+# numbers by channel or by group, one a thread, of which a program loads and stores few.
+STATISTICS = {"group_norm_moments_kernel": Contract(max_registers=128, scalar_stores=2)}
 GROUP_NORM = STATISTICS | {
-    "group_norm_fwd_kernel": Contract(max_registers=64, scalar_loads=4),
+    "group_norm_fwd_kernel": Contract(max_registers=128, scalar_loads=8, scalar_stores=2),
 }
-GROUP_NORM_BACKWARD = GROUP_BACKWARD | {
-    "group_norm_bwd_sums_kernel": Contract(max_registers=128, scalar_loads=4, scalar_stores=2),
-    "group_norm_bwd_x_kernel": Contract(max_registers=128, scalar_loads=6),
+GROUP_NORM_BACKWARD = {
+    "group_norm_bwd_sums_kernel": Contract(max_registers=128, scalar_loads=4, scalar_stores=4),
+    "group_norm_bwd_x_kernel": Contract(max_registers=128, scalar_loads=8),
+    "group_norm_bwd_add_kernel": Contract(max_registers=64, scalar_stores=2),
 }
-
-# Beside the numbers of the channels, the four of the latent for each of the 16 pixels of a tile: 64
-# scalars, the same for all threads of a warp. 168 registers keep 12 warps.
+# Beside them, columns of both matrices, a number for each of a thread's channels, and the latent's
+# numbers of each position: the same for all threads of a warp. Where a pixel has a position of its
+# own, at 64 x 64, they are many.
 SPATIAL_NORM = STATISTICS | {
-    "group_norm_fwd_kernel": Contract(max_registers=128, scalar_loads=78),
+    "group_norm_fwd_kernel": Contract(max_registers=255, scalar_loads=160, scalar_stores=2),
 }
-SPATIAL_NORM_BACKWARD = GROUP_BACKWARD | {
+SPATIAL_NORM_BACKWARD = {
     "spatial_norm_silu_bwd_sums_kernel": Contract(
-        max_registers=168, scalar_loads=18, scalar_stores=2
+        max_registers=168, scalar_loads=80, scalar_stores=2
     ),
     "spatial_norm_silu_bwd_reduce_kernel": Contract(
-        max_registers=128,
-        scalar_loads=69,
-        scalar_stores=2,
-        few_programs="a program for each of 64 rows of the latent and 128 channels",
+        max_registers=168, scalar_loads=80, scalar_stores=4
     ),
     "spatial_norm_silu_bwd_latent_kernel": Contract(
         max_registers=128, scalar_loads=4, scalar_stores=1
     ),
-    "group_norm_bwd_x_kernel": Contract(max_registers=168, scalar_loads=80),
+    "spatial_norm_silu_bwd_add_kernel": Contract(max_registers=64, scalar_loads=2, scalar_stores=4),
+    "group_norm_bwd_x_kernel": Contract(max_registers=255, scalar_loads=100),
 }
 
 CONFIGS = {

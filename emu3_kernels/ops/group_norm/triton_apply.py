@@ -1,79 +1,107 @@
 """What the group norms compute for every pixel in Triton: the norm with SiLU, and dx.
 
 ``latent`` is None for the group norm. Otherwise it is ``[B, t, h, w, L]`` beside x ``[B, T, H, W,
-C]``, and ``table [2 * (L + 1), C]`` holds the columns of y_weight, y_bias, the columns of b_weight
-and b_bias. A pixel's scale and shift are computed from the latent where they are used: L
-multiplications of cached numbers are cheaper than two reads.
+C]``. A program merges the statistics and loads the parameters of its channels once, for many lines
+of pixels; a pixel's scale and shift are computed from the latent where they are used.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.ops.group_norm.triton_statistics import pixel_tile
-from emu3_kernels.runtime.launch import INTERPRETED, cdiv, launch
+from emu3_kernels.ops.group_norm.triton_statistics import (
+    Layout,
+    by_channel,
+    channels_of,
+    groups_of,
+    load_channels,
+    merge,
+)
+from emu3_kernels.runtime.launch import INTERPRETED, cdiv, gpu_of, launch, next_power_of_2
+
+Modulation = tuple[Tensor | None, ...]
+"""latent, y_weight, y_bias, b_weight, b_bias."""
+NO_MODULATION: Modulation = (None,) * 5
 
 
-def resize_args(x: Tensor, latent: Tensor | None) -> tuple[float, ...]:
-    """Return T, H, W, then t, h, w, then their ratios; without a latent, of one row of pixels."""
-    if latent is None:
-        return 1, 1, x.shape[1], 1, 1, 1, 1.0, 1.0, 1.0
+def resize_args(x: Tensor, latent: Tensor) -> tuple[float, ...]:
+    """Return T, H, W, then t, h, w, then their ratios."""
     pixels, positions = x.shape[1:4], latent.shape[1:4]
     return *pixels, *positions, *(p / n for p, n in zip(positions, pixels, strict=True))
 
 
 def apply(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, latent: Tensor | None,
-    table: Tensor | None, silu: bool,
+    x: Tensor, moments: Tensor, stats: Tensor, weight: Tensor, bias: Tensor,
+    modulation: Modulation, eps: float, silu: bool, parted: Layout,
 ) -> Tensor:  # fmt: skip
+    """Return y; write mean and rstd by channel to ``stats [B, 2, C]``."""
     y = x.new_empty(x.shape)
-    options = _tile(x.shape[-1])
+    grid, sizes, constants = _lines(x, modulation[0], parted, parted.constants["ROWS"])
+    num_parts = parted.num_parts
     launch(
-        group_norm_fwd_kernel, _grid(x, options), x, y, mean, rstd, weight, bias, latent, table,
-        *resize_args(x, latent), x.shape[-1], WIDTH=_latent_channels(latent), SILU=silu, **options,
+        group_norm_fwd_kernel, grid, x, y, moments, stats, weight, bias, *modulation, parted.part,
+        num_parts, eps, *sizes, SILU=silu, PARTS=next_power_of_2(num_parts), **constants,
     )  # fmt: skip
     return y
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-    terms: Tensor, latent: Tensor | None, table: Tensor | None, silu: bool,
+    dy: Tensor, x: Tensor, stats: Tensor, terms: Tensor, weight: Tensor, bias: Tensor,
+    modulation: Modulation, silu: bool, parted: Layout,
 ) -> Tensor:  # fmt: skip
+    """Return dx; ``terms [B, 2, parts, G]`` are sums of weight * d and weight * d * normed."""
     dx = x.new_empty(x.shape)
-    options = _tile(x.shape[-1])
+    # dx has twice the numbers of a pixel that y has.
+    rows = parted.constants["ROWS"] if modulation[0] is None else parted.constants["ROWS"] // 2
+    grid, sizes, constants = _lines(x, modulation[0], parted, max(rows, 1))
+    num_parts = terms.shape[2]
     launch(
-        group_norm_bwd_x_kernel, _grid(x, options), dy, x, dx, mean, rstd, weight, bias, terms,
-        latent, table, *resize_args(x, latent), x.shape[-1], WIDTH=_latent_channels(latent),
-        SILU=silu, **options,
+        group_norm_bwd_x_kernel, grid, dy, x, dx, stats, terms, weight, bias, *modulation,
+        num_parts, *sizes, SILU=silu, PARTS=next_power_of_2(num_parts), **constants,
     )  # fmt: skip
     return dx
 
 
-def _tile(channels: int) -> dict[str, int | bool]:
-    options = pixel_tile(channels)
+def _lines(
+    x: Tensor, latent: Tensor | None, parted: Layout, rows: int
+) -> tuple[tuple[int, int, int], tuple[float, ...], dict[str, int | bool]]:
+    """Return the grid, the pixels and positions, and the constants of a launch.
+
+    A program has a tile of every n-th line; as many programs run as are resident. Lines are rows
+    of an image; without a latent they are tiles of any pixels.
+    """
+    batch = len(x)
     if INTERPRETED:
-        options["ROWS"] *= 16  # little but the number of operations takes time
-    return options
+        rows *= 16  # little but the number of operations takes time
+    if latent is None:
+        num_pixels = x.shape[1]
+        width, lines = rows, cdiv(num_pixels, rows)
+        sizes = (num_pixels, 1, lines, width, 1, 1, 1, 1.0, 1.0, 1.0)
+        constants, resident = {"LATENT": 0, "VIDEO": False, "PER": 1}, 4
+    else:
+        frames, height, width = x.shape[1:4]
+        num_pixels, lines = frames * height * width, frames * height
+        sizes = num_pixels, *resize_args(x, latent)
+        constants = {"LATENT": latent.shape[-1], "VIDEO": frames > 1}
+        constants["PER"] = _pixels_of_position(width, latent.shape[3], rows)
+        resident = 4 if constants["PER"] > 1 else 2
+    tiles = cdiv(width, rows)
+    every = min(max(resident * gpu_of(x).num_sms // (tiles * parted.blocks * batch), 1), lines)
+    constants = parted.constants | constants | {"ROWS": rows}
+    return (tiles * every, parted.blocks, batch), sizes, constants
 
 
-def _grid(x: Tensor, options: dict[str, int | bool]) -> tuple[int, int, int]:
-    batch, channels = x.shape[0], x.shape[-1]
-    num_pixels = x.numel() // (batch * channels)
-    return cdiv(num_pixels, options["ROWS"]), cdiv(channels, options["BLOCK"]), batch
-
-
-def _latent_channels(latent: Tensor | None) -> int:
-    return 0 if latent is None else latent.shape[-1]
-
-
-@triton.jit
-def load_channels(ptr, c, channels):
-    return tl.load(ptr + c, mask=c < channels, other=0).to(tl.float32)
+def _pixels_of_position(width: int, columns: int, rows: int) -> int:
+    """Return how many neighbours of a line read one position, a power of two; 1 if it varies."""
+    ratio = width // columns
+    is_even = ratio * columns == width and ratio & (ratio - 1) == 0
+    return min(ratio, 8, rows) if is_even else 1
 
 
 @triton.jit
 def nearest(pixel, size, ratio):
     """The position that F.interpolate(mode="nearest") copies to a pixel, in its own float32."""
+    pixel += tl.zeros([], tl.int32)  # interpreted, a number of a loop is an int of Python
     return tl.minimum((pixel.to(tl.float32) * ratio).to(tl.int32), size - 1)
 
 
@@ -86,91 +114,172 @@ def silu_derivative(x):
 
 
 @triton.jit
-def modulation(latent_ptr, table_ptr, position, c, channels, WIDTH: tl.constexpr):
-    """y and b of each position, ``[P, BLOCK]``: the latent there by the columns of two tables."""
-    b_table_ptr = table_ptr + (WIDTH + 1) * channels
-    y = load_channels(table_ptr + WIDTH * channels, c, channels)[None, :]
-    b = load_channels(b_table_ptr + WIDTH * channels, c, channels)[None, :]
-    for i in tl.static_range(WIDTH):
-        z = tl.load(latent_ptr + position * WIDTH + i).to(tl.float32)[:, None]
-        y = y + z * load_channels(table_ptr + i * channels, c, channels)[None, :]
-        b = b + z * load_channels(b_table_ptr + i * channels, c, channels)[None, :]
+def tile_of(first, columns, ratio, PER: tl.constexpr, ROWS: tl.constexpr):
+    """The pixels of a tile of a line, ``[PER, P, 1]``, and their P columns of the latent.
+
+    PER neighbours read one column. They come first: a thread has some of them, and one column.
+    """
+    column = first + tl.arange(0, ROWS // PER) * PER
+    w = column[None, :] + tl.arange(0, PER)[:, None]
+    return w[:, :, None], nearest(column, columns, ratio)
+
+
+@triton.jit
+def load_columns(matrix_ptr, bias_ptr, c, exists, LATENT: tl.constexpr):
+    """The columns of ``[C, L]``, then the bias: L + 1 rows ``[1, BLOCK]``."""
+    columns = ()
+    if LATENT > 0:
+        for i in tl.static_range(LATENT):
+            columns += (load_channels(matrix_ptr + i, c * LATENT, exists)[None, :],)
+        columns += (load_channels(bias_ptr, c, exists)[None, :],)
+    return columns
+
+
+@triton.jit
+def modulation(latent_ptr, position, y_columns, b_columns, LATENT: tl.constexpr):
+    """y and b of each position, ``[P, BLOCK]``: the latent there by the columns of two matrices."""
+    y, b = y_columns[LATENT], b_columns[LATENT]
+    for i in tl.static_range(LATENT):
+        z = tl.load(latent_ptr + position * LATENT + i).to(tl.float32)[:, None]
+        y = y + z * y_columns[i]
+        b = b + z * b_columns[i]
     return y, b
 
 
 @triton.jit
-def affine_of(
-    mean_ptr, rstd_ptr, weight_ptr, bias_ptr, latent_ptr, table_ptr, image, pixel, c, channels,
-    num_frames, height, width, frames, rows, columns, frame_ratio, row_ratio, column_ratio,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """mean, scale and shift, which make the modulated norm (x - mean) * scale + shift; rstd."""
-    mean = load_channels(mean_ptr + image * channels, c, channels)[None, :]
-    rstd = load_channels(rstd_ptr + image * channels, c, channels)[None, :]
-    scale = rstd * load_channels(weight_ptr, c, channels)[None, :]
-    shift = load_channels(bias_ptr, c, channels)[None, :]
-    if latent_ptr is not None:
-        line = pixel // width
-        position = nearest(line // height, frames, frame_ratio) * rows
-        position = (position + nearest(line % height, rows, row_ratio)) * columns
-        position = position + nearest(pixel % width, columns, column_ratio)
-        latent_ptr += image * frames * rows * columns * WIDTH
-        # Beyond the last pixel, nearest clamps to the last position: no read is out of bounds.
-        y, b = modulation(latent_ptr, table_ptr, position, c, channels, WIDTH)
-        scale, shift = scale * y, shift * y + b
-    return mean, rstd, scale, shift
+def line_position(line, height, frames, rows, columns, frame_ratio, row_ratio, VIDEO: tl.constexpr):
+    """The first position of the row of the latent that a line of pixels reads."""
+    frame = 0
+    if VIDEO:
+        frame, line = nearest(line // height, frames, frame_ratio), line % height
+    return (frame * rows + nearest(line, rows, row_ratio)) * columns
 
 
 @triton.jit
 def group_norm_fwd_kernel(
-    x_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, latent_ptr, table_ptr, num_frames,
-    height, width, frames, rows, columns, frame_ratio, row_ratio, column_ratio, channels,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, y_ptr, moments_ptr, stats_ptr, weight_ptr, bias_ptr, latent_ptr, y_weight_ptr,
+    y_bias_ptr, b_weight_ptr, b_bias_ptr, part, num_parts, eps, num_pixels, num_frames, height,
+    width, frames, rows, columns, frame_ratio, row_ratio, column_ratio,
+    SILU: tl.constexpr, LATENT: tl.constexpr, VIDEO: tl.constexpr, PER: tl.constexpr,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """y = silu((x - mean) * scale + shift)."""
-    image = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    num_pixels = num_frames * height * width
-    inside = (pixel < num_pixels)[:, None] & (c < channels)[None, :]
-    at = (image * num_pixels + pixel)[:, None] * channels + c[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0).to(tl.float32)
-    mean, _, scale, shift = affine_of(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, latent_ptr, table_ptr, image, pixel, c, channels,
-        num_frames, height, width, frames, rows, columns, frame_ratio, row_ratio, column_ratio,
-        WIDTH,
-    )  # fmt: skip
-    y = (x - mean) * scale + shift
-    if SILU:
-        y = y * tl.sigmoid(y)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    """y = silu((x - mean) * scale + shift); the first program stores mean and rstd."""
+    image, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    c, exists = channels_of(block, CHANNELS, SIZE, WIDE, GROUPS)
+    moments_ptr += image * 2 * num_parts * (CHANNELS // SIZE)
+    mean_g, rstd_g = merge(
+        moments_ptr, block, num_pixels, part, num_parts, eps, CHANNELS, SIZE, GROUPS, PARTS
+    )
+    mean_c, rstd_c = by_channel(mean_g, WIDE, GROUPS), by_channel(rstd_g, WIDE, GROUPS)
+    if tl.program_id(0) == 0:
+        at = image * 2 * CHANNELS + c
+        tl.store(stats_ptr + at, mean_c, mask=exists)
+        tl.store(stats_ptr + at + CHANNELS, rstd_c, mask=exists)
+    mean = mean_c[None, None, :]
+    scale = (rstd_c * load_channels(weight_ptr, c, exists))[None, None, :]
+    shift = load_channels(bias_ptr, c, exists)[None, None, :]
+    y_columns = load_columns(y_weight_ptr, y_bias_ptr, c, exists, LATENT)
+    b_columns = load_columns(b_weight_ptr, b_bias_ptr, c, exists, LATENT)
+    tiles = tl.cdiv(width, ROWS)
+    every = tl.num_programs(0) // tiles
+    w, column = tile_of(tl.program_id(0) % tiles * ROWS, columns, column_ratio, PER, ROWS)
+    at = w * CHANNELS + c[None, None, :]
+    in_line = (w < width) & exists[None, None, :]
+    latent_ptr_of = latent_ptr
+    if LATENT > 0:
+        latent_ptr_of = latent_ptr + image * frames * rows * columns * LATENT
+    lines = num_frames * height
+    first = tl.program_id(0) // tiles
+    inside = in_line & (first * width + w < num_pixels)
+    x = tl.load(x_ptr + (image * num_pixels + first * width) * CHANNELS + at, mask=inside, other=0)
+    for line in range(first, lines, every):
+        after = line + every
+        inside = in_line & (line * width + w < num_pixels)
+        more = in_line & (after < lines) & (after * width + w < num_pixels)
+        base = (image * num_pixels + after * width) * CHANNELS
+        ahead = tl.load(x_ptr + base + at, mask=more, other=0)
+        y = (x.to(tl.float32) - mean) * scale + shift
+        if LATENT > 0:
+            position = line_position(
+                line, height, frames, rows, columns, frame_ratio, row_ratio, VIDEO
+            )
+            factor, term = modulation(
+                latent_ptr_of, position + column, y_columns, b_columns, LATENT
+            )
+            y = y * factor[None, :, :] + term[None, :, :]
+        if SILU:
+            y = y * tl.sigmoid(y)
+        out = y_ptr + (image * num_pixels + line * width) * CHANNELS + at
+        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=inside)
+        x = ahead
+
+
+@triton.jit
+def load_terms(
+    terms_ptr, block, num_parts, CHANNELS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+    GROUPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The sums of both terms over the parts, by channel."""
+    p = tl.arange(0, PARTS)
+    g, exists = groups_of(block, CHANNELS, SIZE, GROUPS)
+    inside = (p < num_parts)[:, None] & exists[None, :]
+    at = p[:, None] * (CHANNELS // SIZE) + g[None, :]
+    first = tl.sum(tl.load(terms_ptr + at, mask=inside, other=0), axis=0)
+    at += num_parts * (CHANNELS // SIZE)
+    second = tl.sum(tl.load(terms_ptr + at, mask=inside, other=0), axis=0)
+    return by_channel(first, WIDE, GROUPS), by_channel(second, WIDE, GROUPS)
 
 
 @triton.jit
 def group_norm_bwd_x_kernel(
-    dy_ptr, x_ptr, dx_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, terms_ptr, latent_ptr,
-    table_ptr, num_frames, height, width, frames, rows, columns, frame_ratio, row_ratio,
-    column_ratio, channels, WIDTH: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy_ptr, x_ptr, dx_ptr, stats_ptr, terms_ptr, weight_ptr, bias_ptr, latent_ptr, y_weight_ptr,
+    y_bias_ptr, b_weight_ptr, b_bias_ptr, num_parts, num_pixels, num_frames, height, width,
+    frames, rows, columns, frame_ratio, row_ratio, column_ratio,
+    SILU: tl.constexpr, LATENT: tl.constexpr, VIDEO: tl.constexpr, PER: tl.constexpr,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dx = d * scale - c0 - normed * c1;  d = dy * silu'(...)."""
-    image = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    num_pixels = num_frames * height * width
-    inside = (pixel < num_pixels)[:, None] & (c < channels)[None, :]
-    at = (image * num_pixels + pixel)[:, None] * channels + c[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0).to(tl.float32)
-    d = tl.load(dy_ptr + at, mask=inside, other=0).to(tl.float32)
-    mean, rstd, scale, shift = affine_of(
-        mean_ptr, rstd_ptr, weight_ptr, bias_ptr, latent_ptr, table_ptr, image, pixel, c, channels,
-        num_frames, height, width, frames, rows, columns, frame_ratio, row_ratio, column_ratio,
-        WIDTH,
-    )  # fmt: skip
-    if SILU:
-        d = d * silu_derivative((x - mean) * scale + shift)
-    terms_ptr += image * 2 * channels
-    c0 = load_channels(terms_ptr, c, channels)[None, :]
-    c1 = load_channels(terms_ptr + channels, c, channels)[None, :]
-    dx = d * scale - c0 - (x - mean) * rstd * c1
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    """dx = rstd * (d * weight * y - c0 - normed * c1);  d = dy * silu'(...)."""
+    image, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    c, exists = channels_of(block, CHANNELS, SIZE, WIDE, GROUPS)
+    terms_ptr += image * 2 * num_parts * (CHANNELS // SIZE)
+    sum0, sum1 = load_terms(terms_ptr, block, num_parts, CHANNELS, SIZE, WIDE, GROUPS, PARTS)
+    stats_ptr += image * 2 * CHANNELS
+    mean = load_channels(stats_ptr, c, exists)[None, None, :]
+    rstd = load_channels(stats_ptr + CHANNELS, c, exists)[None, None, :]
+    weight = load_channels(weight_ptr, c, exists)[None, None, :]
+    shift = load_channels(bias_ptr, c, exists)[None, None, :]
+    c0 = rstd * (sum0 / num_pixels / SIZE)[None, None, :]
+    c1 = rstd * (sum1 / num_pixels / SIZE)[None, None, :]
+    y_columns = load_columns(y_weight_ptr, y_bias_ptr, c, exists, LATENT)
+    b_columns = load_columns(b_weight_ptr, b_bias_ptr, c, exists, LATENT)
+    tiles = tl.cdiv(width, ROWS)
+    every = tl.num_programs(0) // tiles
+    w, column = tile_of(tl.program_id(0) % tiles * ROWS, columns, column_ratio, PER, ROWS)
+    at = w * CHANNELS + c[None, None, :]
+    in_line = (w < width) & exists[None, None, :]
+    latent_ptr_of = latent_ptr
+    if LATENT > 0:
+        latent_ptr_of = latent_ptr + image * frames * rows * columns * LATENT
+    for line in range(tl.program_id(0) // tiles, num_frames * height, every):
+        inside = in_line & (line * width + w < num_pixels)
+        base = (image * num_pixels + line * width) * CHANNELS
+        x = tl.load(x_ptr + base + at, mask=inside, other=0).to(tl.float32)
+        d = tl.load(dy_ptr + base + at, mask=inside, other=0).to(tl.float32)
+        normed = (x - mean) * rstd
+        z = normed * weight + shift
+        scale = rstd * weight
+        if LATENT > 0:
+            position = line_position(
+                line, height, frames, rows, columns, frame_ratio, row_ratio, VIDEO
+            )
+            factor, term = modulation(
+                latent_ptr_of, position + column, y_columns, b_columns, LATENT
+            )
+            z = z * factor[None, :, :] + term[None, :, :]
+            scale = scale * factor[None, :, :]
+        if SILU:
+            d = d * silu_derivative(z)
+        dx = d * scale - c0 - normed * c1
+        tl.store(dx_ptr + base + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)

@@ -10,69 +10,93 @@ import triton.language as tl
 from torch import Tensor
 
 from emu3_kernels.ops.group_norm.triton_apply import (
-    load_channels,
+    Modulation,
+    load_columns,
     modulation,
     resize_args,
     silu_derivative,
 )
-from emu3_kernels.ops.group_norm.triton_statistics import ELEMENTS, part_length, pixel_tile
+from emu3_kernels.ops.group_norm.triton_statistics import channels_of, load_channels, store_terms
 from emu3_kernels.runtime.launch import INTERPRETED, cdiv, launch, next_power_of_2, tile
+
+MOST_PARTS = 128
+"""Of the positions: partial sums are few beside the sums of positions."""
 
 
 def position_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-    latent: Tensor, table: Tensor, silu: bool,
+    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, modulated: Modulation,
+    silu: bool,
 ) -> Tensor:  # fmt: skip
     """Return ``[B, P, 2, C]`` float32."""
     batch, channels = x.shape[0], x.shape[-1]
-    num_positions = latent[0, ..., 0].numel()
+    latent = modulated[0]
+    num_positions = latent.shape[1] * latent.shape[2] * latent.shape[3]
+    num_pixels = x.shape[1] * x.shape[2] * x.shape[3]
     # No more rows than pixels that read a position; interpreted, a tile may have any size.
-    most_rows, elements = (1024, 1 << 17) if INTERPRETED else (16, ELEMENTS)
-    rows = min(next_power_of_2(cdiv(x[0, ..., 0].numel(), num_positions)), most_rows)
+    most_rows, elements = (1024, 1 << 17) if INTERPRETED else (16, 2048)
+    rows = min(next_power_of_2(cdiv(num_pixels, num_positions)), most_rows)
     block = min(next_power_of_2(channels), elements // rows)
     sums = x.new_empty(batch, num_positions, 2, channels, dtype=torch.float32)
     grid = num_positions, cdiv(channels, block), batch
     launch(
-        spatial_norm_silu_bwd_sums_kernel, grid,
-        dy, x, mean, rstd, weight, bias, latent, table, sums,
-        *resize_args(x, latent), channels, WIDTH=latent.shape[-1], SILU=silu,
+        spatial_norm_silu_bwd_sums_kernel, grid, dy, x, stats, weight, bias, *modulated, sums,
+        *resize_args(x, latent), channels, LATENT=latent.shape[-1], SILU=silu,
         **tile(num_warps=4, ROWS=rows, BLOCK=block),
     )  # fmt: skip
     return sums
 
 
-def weighted_sums(sums: Tensor, latent: Tensor, table: Tensor, of_norm: bool) -> Tensor:
-    """Return ``[B, 1 or L + 1, parts, 2, C]``: weighted sums over all positions, in parts.
+def weighted_sums(
+    sums: Tensor, weight: Tensor, modulated: Modulation, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Return ``[B, parts, L + 2, 2, C]``, and for dx ``[B, 2, parts, G]``: sums over positions.
 
-    The weight is y for the gradient of the norm; otherwise each channel of the latent, and 1 last.
+    The weights are the channels of the latent, then 1, then y, which makes them sums of the norm.
+    The second are those of the norm times ``weight``, summed over each group.
     """
     batch, num_positions, _, channels = sums.shape
-    width = latent.shape[-1]
-    num_weights = 1 if of_norm else width + 1
-    options = pixel_tile(channels)
-    part = part_length(num_positions, channels)
+    latent = modulated[0]
+    width, size = latent.shape[-1], channels // groups
+    wide = next_power_of_2(size)
+    of_block = min(max(128 // wide, 1), next_power_of_2(groups))
+    rows = max(2048 // (of_block * wide), 1)
+    part = rows * cdiv(cdiv(num_positions, rows), MOST_PARTS)
     num_parts = cdiv(num_positions, part)
-    out = sums.new_empty(batch, num_weights, num_parts, 2, channels)
-    grid = num_parts, cdiv(channels, options["BLOCK"]), batch * num_weights
+    out = sums.new_empty(batch, num_parts, width + 2, 2, channels)
+    terms = sums.new_empty(batch, 2, num_parts, groups)
     launch(
-        spatial_norm_silu_bwd_reduce_kernel, grid,
-        sums, latent, table, out, num_positions, channels,
-        part, WIDTH=width, OF_NORM=of_norm, **options,
+        spatial_norm_silu_bwd_reduce_kernel,
+        (num_parts, cdiv(groups, of_block), batch * (width + 2)),
+        sums, weight, *modulated, out, terms, num_positions, part, LATENT=width,
+        **tile(num_warps=4, CHANNELS=channels, SIZE=size, WIDE=wide, GROUPS=of_block, ROWS=rows),
     )  # fmt: skip
-    return out
+    return out, terms
 
 
-def latent_gradient(
-    sums: Tensor, latent: Tensor, weight: Tensor, bias: Tensor, table: Tensor
-) -> Tensor:
+def parameter_gradients(
+    weighted: Tensor, weight: Tensor, bias: Tensor, *matrices: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of weight, bias, y_weight, y_bias, b_weight and b_bias."""
+    batch, num_parts, num_weights, _, channels = weighted.shape
+    grads = tuple(torch.empty_like(p) for p in (weight, bias, *matrices))
+    options = tile(num_warps=4, ROWS=32, BLOCK=64)
+    launch(
+        spatial_norm_silu_bwd_add_kernel, (cdiv(channels, options["BLOCK"]), num_weights),
+        weighted, weight, bias, *grads, batch * num_parts, channels, LATENT=num_weights - 2,
+        **options,
+    )  # fmt: skip
+    return grads
+
+
+def latent_gradient(sums: Tensor, weight: Tensor, bias: Tensor, modulated: Modulation) -> Tensor:
     batch, num_positions, _, channels = sums.shape
+    latent, y_weight, _, b_weight, _ = modulated
     dlatent = torch.empty_like(latent)
     options = tile(num_warps=4, ROWS=16, BLOCK=min(next_power_of_2(channels), 128))
     grid = cdiv(num_positions, options["ROWS"]), latent.shape[-1], batch
     launch(
-        spatial_norm_silu_bwd_latent_kernel, grid,
-        sums, weight, bias, table, dlatent, num_positions,
-        channels, WIDTH=latent.shape[-1], **options,
+        spatial_norm_silu_bwd_latent_kernel, grid, sums, weight, bias, y_weight, b_weight, dlatent,
+        num_positions, channels, LATENT=latent.shape[-1], **options,
     )  # fmt: skip
     return dlatent
 
@@ -97,25 +121,30 @@ def _pixel_range(position, size, ratio, num_pixels):
 
 @triton.jit
 def spatial_norm_silu_bwd_sums_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, latent_ptr, table_ptr, sums_ptr,
+    dy_ptr, x_ptr, stats_ptr, weight_ptr, bias_ptr, latent_ptr, y_weight_ptr, y_bias_ptr,
+    b_weight_ptr, b_bias_ptr, sums_ptr,
     num_frames, height, width, frames, rows, columns, frame_ratio, row_ratio, column_ratio,
-    channels, WIDTH: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    channels, LATENT: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of d and of d * normed over the pixels that read one position."""
     image = tl.program_id(2).to(tl.int64)
     position = tl.program_id(0)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = c < channels
     line = position // columns
     first_t, num_t = _pixel_range(line // rows, frames, frame_ratio, num_frames)
     first_h, num_h = _pixel_range(line % rows, rows, row_ratio, height)
     first_w, num_w = _pixel_range(position % columns, columns, column_ratio, width)
-    mean = load_channels(mean_ptr + image * channels, c, channels)[None, :]
-    rstd = load_channels(rstd_ptr + image * channels, c, channels)[None, :]
-    weight = load_channels(weight_ptr, c, channels)[None, :]
-    bias = load_channels(bias_ptr, c, channels)[None, :]
-    latent_ptr += image * frames * rows * columns * WIDTH
+    stats_ptr += image * 2 * channels
+    mean = load_channels(stats_ptr, c, exists)[None, :]
+    rstd = load_channels(stats_ptr + channels, c, exists)[None, :]
+    weight = load_channels(weight_ptr, c, exists)[None, :]
+    bias = load_channels(bias_ptr, c, exists)[None, :]
+    latent_ptr += image * frames * rows * columns * LATENT
     here = position + tl.zeros([1], tl.int32)
-    y, b = modulation(latent_ptr, table_ptr, here, c, channels, WIDTH)
+    y_columns = load_columns(y_weight_ptr, y_bias_ptr, c, exists, LATENT)
+    b_columns = load_columns(b_weight_ptr, b_bias_ptr, c, exists, LATENT)
+    y, b = modulation(latent_ptr, here, y_columns, b_columns, LATENT)
     sum_d = tl.zeros([ROWS, BLOCK], tl.float32)
     sum_d_normed = tl.zeros([ROWS, BLOCK], tl.float32)
     x_ptr += image * num_frames * height * width * channels
@@ -128,7 +157,7 @@ def spatial_norm_silu_bwd_sums_kernel(
         t = first_t + j // tl.maximum(num_h, 1)
         pixel = (t * height + h) * width + first_w + i % tl.maximum(num_w, 1)
         at = pixel.to(tl.int64)[:, None] * channels + c[None, :]
-        inside = (i < num)[:, None] & (c < channels)[None, :]
+        inside = (i < num)[:, None] & exists[None, :]
         d = tl.load(dy_ptr + at, mask=inside, other=0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0).to(tl.float32)
         normed = (x - mean) * rstd
@@ -137,49 +166,100 @@ def spatial_norm_silu_bwd_sums_kernel(
         sum_d += d
         sum_d_normed += d * normed
     out = (image * tl.num_programs(0) + position) * 2 * channels + c
-    tl.store(sums_ptr + out, tl.sum(sum_d, axis=0), mask=c < channels)
-    tl.store(sums_ptr + out + channels, tl.sum(sum_d_normed, axis=0), mask=c < channels)
+    tl.store(sums_ptr + out, tl.sum(sum_d, axis=0), mask=exists)
+    tl.store(sums_ptr + out + channels, tl.sum(sum_d_normed, axis=0), mask=exists)
 
 
 @triton.jit
 def spatial_norm_silu_bwd_reduce_kernel(
-    sums_ptr, latent_ptr, table_ptr, out_ptr, num_positions, channels, part, WIDTH: tl.constexpr,
-    OF_NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    sums_ptr, weight_ptr, latent_ptr, y_weight_ptr, y_bias_ptr, b_weight_ptr, b_bias_ptr, out_ptr,
+    terms_ptr, num_positions, part, LATENT: tl.constexpr, CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a part of the positions, weighted by y, or by a channel of the latent or 1."""
-    num_weights = 1 if OF_NORM else WIDTH + 1
-    image = (tl.program_id(2) // num_weights).to(tl.int64)
-    i = tl.program_id(2) % num_weights
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Sums over a part of the positions, weighted by a channel of the latent, by 1 or by y."""
+    image = (tl.program_id(2) // (LATENT + 2)).to(tl.int64)
+    i = tl.program_id(2) % (LATENT + 2)
+    block = tl.program_id(1)
+    c, exists = channels_of(block, CHANNELS, SIZE, WIDE, GROUPS)
     first = tl.program_id(0) * part
     last = tl.minimum(first + part, num_positions)
-    sums_ptr += image * num_positions * 2 * channels
-    latent_ptr += image * num_positions * WIDTH
-    sum_d = tl.zeros([ROWS, BLOCK], tl.float32)
-    sum_d_normed = tl.zeros([ROWS, BLOCK], tl.float32)
+    sums_ptr += image * num_positions * 2 * CHANNELS
+    latent_ptr += image * num_positions * LATENT
+    y_columns = load_columns(y_weight_ptr, y_bias_ptr, c, exists, LATENT)
+    sum_d = tl.zeros([ROWS, GROUPS * WIDE], tl.float32)
+    sum_d_normed = tl.zeros([ROWS, GROUPS * WIDE], tl.float32)
     for row in range(first, last, ROWS):
         position = row + tl.arange(0, ROWS)
-        if OF_NORM:
+        inside = (position < last)[:, None] & exists[None, :]
+        at = sums_ptr + position.to(tl.int64)[:, None] * (2 * CHANNELS) + c[None, :]
+        d = tl.load(at, mask=inside, other=0)
+        d_normed = tl.load(at + CHANNELS, mask=inside, other=0)
+        if i == LATENT + 1:
             valid = tl.minimum(position, num_positions - 1)
-            factor, _ = modulation(latent_ptr, table_ptr, valid, c, channels, WIDTH)
+            factor, _ = modulation(latent_ptr, valid, y_columns, y_columns, LATENT)
         else:
-            at = latent_ptr + position * WIDTH + i
-            used = (position < last) & (i < WIDTH)
-            factor = tl.load(at, mask=used, other=1).to(tl.float32)[:, None]
-        inside = (position < last)[:, None] & (c < channels)[None, :]
-        at = sums_ptr + position.to(tl.int64)[:, None] * 2 * channels + c[None, :]
-        sum_d += factor * tl.load(at, mask=inside, other=0)
-        sum_d_normed += factor * tl.load(at + channels, mask=inside, other=0)
-    part_id = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    out = out_ptr + part_id * 2 * channels
-    tl.store(out + c, tl.sum(sum_d, axis=0), mask=c < channels)
-    tl.store(out + channels + c, tl.sum(sum_d_normed, axis=0), mask=c < channels)
+            used = (position < last) & (i < LATENT)
+            z = tl.load(latent_ptr + position * LATENT + i, mask=used, other=1)
+            factor = tl.broadcast_to(z.to(tl.float32)[:, None], [ROWS, GROUPS * WIDE])
+        sum_d += factor * d
+        sum_d_normed += factor * d_normed
+    num_parts = tl.num_programs(0)
+    out_ptr += ((image * num_parts + tl.program_id(0)) * (LATENT + 2) + i) * 2 * CHANNELS
+    total_d, total_d_normed = tl.sum(sum_d, axis=0), tl.sum(sum_d_normed, axis=0)
+    tl.store(out_ptr + c, total_d, mask=exists)
+    tl.store(out_ptr + CHANNELS + c, total_d_normed, mask=exists)
+    if i == LATENT + 1:
+        terms_ptr += image * 2 * num_parts * (CHANNELS // SIZE)
+        weight = load_channels(weight_ptr, c, exists)
+        store_terms(
+            terms_ptr, total_d * weight, total_d_normed * weight, block, tl.program_id(0),
+            num_parts, CHANNELS, SIZE, WIDE, GROUPS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_rows(ptr, stride, num_rows, c, exists, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, num_rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < num_rows)[:, None] & exists[None, :]
+        at = row.to(tl.int64)[:, None] * stride + c[None, :]
+        total += tl.load(ptr + at, mask=inside, other=0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def spatial_norm_silu_bwd_add_kernel(
+    sums_ptr, weight_ptr, bias_ptr, dweight_ptr, dbias_ptr, dy_weight_ptr, dy_bias_ptr,
+    db_weight_ptr, db_bias_ptr, num_rows, channels,
+    LATENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the norm, or of a column of both matrices: weight * sums[1] + bias * sums[0]."""
+    i = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = c < channels
+    sums_ptr += i * 2 * channels
+    stride = (LATENT + 2) * 2 * channels
+    db = _add_rows(sums_ptr, stride, num_rows, c, exists, ROWS, BLOCK)
+    d_normed = _add_rows(sums_ptr + channels, stride, num_rows, c, exists, ROWS, BLOCK)
+    weight = load_channels(weight_ptr, c, exists)
+    dy = weight * d_normed + load_channels(bias_ptr, c, exists) * db
+    if i < LATENT:
+        out = c * LATENT + i
+        tl.store(dy_weight_ptr + out, dy.to(dy_weight_ptr.dtype.element_ty), mask=exists)
+        tl.store(db_weight_ptr + out, db.to(db_weight_ptr.dtype.element_ty), mask=exists)
+    elif i == LATENT:
+        tl.store(dy_bias_ptr + c, dy.to(dy_bias_ptr.dtype.element_ty), mask=exists)
+        tl.store(db_bias_ptr + c, db.to(db_bias_ptr.dtype.element_ty), mask=exists)
+    else:
+        tl.store(dweight_ptr + c, d_normed.to(dweight_ptr.dtype.element_ty), mask=exists)
+        tl.store(dbias_ptr + c, db.to(dbias_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def spatial_norm_silu_bwd_latent_kernel(
-    sums_ptr, weight_ptr, bias_ptr, table_ptr, dlatent_ptr, num_positions, channels,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    sums_ptr, weight_ptr, bias_ptr, y_weight_ptr, b_weight_ptr, dlatent_ptr, num_positions,
+    channels, LATENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dlatent = dy @ y_weight + db @ b_weight;  dy = weight * sums[1] + bias * sums[0]."""
     image = tl.program_id(2).to(tl.int64)
@@ -189,15 +269,16 @@ def spatial_norm_silu_bwd_latent_kernel(
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, channels, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        inside = (position < num_positions)[:, None] & (c < channels)[None, :]
+        exists = c < channels
+        inside = (position < num_positions)[:, None] & exists[None, :]
         at = row[:, None] * 2 * channels + c[None, :]
         db = tl.load(sums_ptr + at, mask=inside, other=0)
         sum_d_normed = tl.load(sums_ptr + at + channels, mask=inside, other=0)
-        weight = load_channels(weight_ptr, c, channels)[None, :]
-        bias = load_channels(bias_ptr, c, channels)[None, :]
-        y = load_channels(table_ptr + i * channels, c, channels)[None, :]
-        b = load_channels(table_ptr + (WIDTH + 1 + i) * channels, c, channels)[None, :]
+        weight = load_channels(weight_ptr, c, exists)[None, :]
+        bias = load_channels(bias_ptr, c, exists)[None, :]
+        y = load_channels(y_weight_ptr + i, c * LATENT, exists)[None, :]
+        b = load_channels(b_weight_ptr + i, c * LATENT, exists)[None, :]
         total += (sum_d_normed * weight + db * bias) * y + db * b
     dlatent = tl.sum(total, axis=1)
-    out = dlatent_ptr + row * WIDTH + i
+    out = dlatent_ptr + row * LATENT + i
     tl.store(out, dlatent.to(dlatent_ptr.dtype.element_ty), mask=position < num_positions)

@@ -1,167 +1,184 @@
-"""The reductions of the group norms in Triton: statistics forward, sums over groups backward.
+"""Tiles of the group norms in Triton, and the statistics of their forward pass.
 
-Every array by channel is ``[B, C]`` float32, with the number of a group repeated for each of its
-channels, so that it is read 16 bytes at a time. An image is summed in parts of whole tiles, ROWS
-pixels by BLOCK channels.
+A tile is ROWS pixels by BLOCK channels, which are GROUPS whole groups of WIDE channels each, padded
+to a power of two. An image is summed in parts: a program stores the mean and the squared
+deviations of each of its groups. Whoever needs the statistics merges the parts (Chan): they are few
+enough for every program, and a merge is no launch.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.runtime.launch import cdiv, launch, next_power_of_2, tile
+from emu3_kernels.runtime.launch import cdiv, gpu_of, launch, next_power_of_2, tile
 
-ELEMENTS = 2048
-"""Of a tile: 16 a thread with 4 warps of 32 threads."""
-
-
-def pixel_tile(channels: int) -> dict[str, int | bool]:
-    """Choose ROWS and BLOCK of pixels: at most 128 channels, 256 bytes of bfloat16."""
-    block = min(next_power_of_2(channels), 128)
-    return tile(num_warps=4, ROWS=ELEMENTS // block, BLOCK=block)
+ELEMENTS = 4096
+"""Of a tile: 32 a thread with 4 warps of 32 threads, 64 bytes of bfloat16 in flight."""
+MOST_PARTS = 256
 
 
-def group_tile(group_size: int) -> dict[str, int | bool]:
-    """Choose ROWS, the parts that a program reads at once, of BLOCK channels: a whole group."""
-    block = next_power_of_2(group_size)
-    return tile(num_warps=4, ROWS=max(ELEMENTS // block, 1), BLOCK=block)
+class Layout(NamedTuple):
+    """How the programs of a launch divide ``x [B, S, C]``."""
+
+    constants: dict[str, int | bool]
+    """Options of a launch, without WIDTH and PARTS."""
+    blocks: int
+    """Of channels."""
+    part: int
+    """Pixels of a part, whole tiles but for the last."""
+    num_parts: int
 
 
-def part_length(num_rows: int, channels: int) -> int:
-    """Return the rows of a part: 512 parts in all if each has 4 to 32 tiles."""
-    options = pixel_tile(channels)
-    num_tiles = cdiv(num_rows, options["ROWS"]) * cdiv(channels, options["BLOCK"])
-    return options["ROWS"] * min(max(cdiv(num_tiles, 512), 4), 32)
-
-
-def statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and rstd of ``x [B, S, C]``, which is not empty."""
-    batch, num_pixels, channels = x.shape
-    options = pixel_tile(channels)
-    part = part_length(num_pixels, channels)
-    num_parts = cdiv(num_pixels, part)
-    moments = x.new_empty(batch, num_parts, 2, channels, dtype=torch.float32)
-    grid = num_parts, cdiv(channels, options["BLOCK"]), batch
-    launch(group_norm_moments_kernel, grid, x, moments, num_pixels, channels, part, **options)
-    mean, rstd = x.new_empty(2, batch, channels, dtype=torch.float32)
+def layout(x: Tensor, num_pixels: int, groups: int) -> Layout:
+    """Divide the pixels of an image into parts, so that four programs run on a multiprocessor."""
+    channels = x.shape[-1]
     size = channels // groups
+    wide = next_power_of_2(size)
+    of_block = min(max(128 // wide, 1), next_power_of_2(groups))
+    block = of_block * wide
+    rows = max(ELEMENTS // block, 1)
+    blocks = cdiv(groups, of_block)
+    wanted = 4 * gpu_of(x).num_sms // (blocks * len(x))
+    tiles = cdiv(num_pixels, rows)
+    part = rows * cdiv(tiles, min(max(wanted, 1), MOST_PARTS))
+    constants = tile(
+        num_warps=4, CHANNELS=channels, SIZE=size, WIDE=wide, GROUPS=of_block, ROWS=rows
+    )
+    return Layout(constants, blocks, part, cdiv(num_pixels, part))
+
+
+def moments(x: Tensor, num_pixels: int, parted: Layout) -> Tensor:
+    """Return ``[B, 2, parts, G]``: means and squared deviations of the groups of each part."""
+    groups = parted.constants["CHANNELS"] // parted.constants["SIZE"]
+    out = x.new_empty(len(x), 2, parted.num_parts, groups, dtype=torch.float32)
     launch(
-        group_norm_stats_kernel, (groups, batch), moments, mean, rstd, num_pixels, channels, size,
-        part, num_parts, eps, **group_tile(size),
-    )  # fmt: skip
-    return mean, rstd
-
-
-def gradient_terms(
-    sums: Tensor, rstd: Tensor, weight: Tensor, groups: int, num_pixels: int
-) -> Tensor:
-    """Return ``[2, B, 2, C]``: for each image, the totals of ``sums`` and the terms (c0, c1) of dx.
-
-    ``sums [B, parts, 2, C]`` are those of d, the gradient of the norm, and of d * normed. Their
-    totals are the gradients of bias and weight, and dx = d * scale - c0 - normed * c1.
-    """
-    batch, num_parts, _, channels = sums.shape
-    out = sums.new_empty(2, batch, 2, channels)
-    size = channels // groups
-    launch(
-        group_norm_bwd_group_kernel, (groups, batch), sums, rstd, weight, out[0], out[1],
-        num_pixels, channels, size, num_parts, **group_tile(size),
+        group_norm_moments_kernel, (parted.num_parts, parted.blocks, len(x)),
+        x, out, num_pixels, parted.part, **parted.constants,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def group_norm_moments_kernel(
-    x_ptr, moments_ptr, num_pixels, channels, part, ROWS: tl.constexpr, BLOCK: tl.constexpr
+def channels_of(
+    block, CHANNELS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """Welford's mean and squared deviations of every element of a tile, then of the part (Chan)."""
+    """Return the channels of a block and which of them exist."""
+    j = tl.arange(0, GROUPS * WIDE)
+    if SIZE == WIDE:
+        c = block * (GROUPS * WIDE) + j
+        exists = c < CHANNELS
+    else:
+        c = (block * GROUPS + j // WIDE) * SIZE + j % WIDE
+        exists = (j % WIDE < SIZE) & (c < CHANNELS)
+    return c, exists
+
+
+@triton.jit
+def groups_of(block, CHANNELS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr):
+    """Return the groups of a block and which of them exist."""
+    g = block * GROUPS + tl.arange(0, GROUPS)
+    return g, g < CHANNELS // SIZE
+
+
+@triton.jit
+def load_channels(ptr, c, exists):
+    return tl.load(ptr + c, mask=exists, other=0).to(tl.float32)
+
+
+@triton.jit
+def by_channel(of_group, WIDE: tl.constexpr, GROUPS: tl.constexpr):
+    """Repeat the number of a group for each of its channels."""
+    return tl.reshape(tl.broadcast_to(of_group[:, None], [GROUPS, WIDE]), [GROUPS * WIDE])
+
+
+@triton.jit
+def store_terms(
+    terms_ptr, first, second, block, part, num_parts, CHANNELS: tl.constexpr, SIZE: tl.constexpr,
+    WIDE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Store the sums over each group of two numbers by channel."""
+    g, exists = groups_of(block, CHANNELS, SIZE, GROUPS)
+    num_groups: tl.constexpr = CHANNELS // SIZE
+    terms_ptr += part * num_groups + g
+    tl.store(terms_ptr, tl.sum(tl.reshape(first, [GROUPS, WIDE]), axis=1), mask=exists)
+    terms_ptr += num_parts * num_groups
+    tl.store(terms_ptr, tl.sum(tl.reshape(second, [GROUPS, WIDE]), axis=1), mask=exists)
+
+
+@triton.jit
+def merge(
+    moments_ptr, block, num_pixels, part, num_parts, eps, CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Return mean and rstd ``[GROUPS]`` from the moments of all parts of an image (Chan)."""
+    p = tl.arange(0, PARTS)
+    g, exists = groups_of(block, CHANNELS, SIZE, GROUPS)
+    inside = (p < num_parts)[:, None] & exists[None, :]
+    at = p[:, None] * (CHANNELS // SIZE) + g[None, :]
+    means = tl.load(moments_ptr + at, mask=inside, other=0)
+    spreads = tl.load(moments_ptr + num_parts * (CHANNELS // SIZE) + at, mask=inside, other=0)
+    count = tl.minimum(num_pixels - p * part, part).to(tl.float32)[:, None]
+    # The mean of differences: a sum of large means would lose their common digits.
+    pivot = tl.sum(tl.where(p[:, None] == 0, means, 0.0), axis=0)
+    delta = tl.where(inside, means - pivot[None, :], 0.0)
+    mean = pivot + tl.sum(delta * count, axis=0) / num_pixels
+    delta = tl.where(inside, means - mean[None, :], 0.0)
+    variance = tl.sum(spreads + count * SIZE * delta * delta, axis=0) / num_pixels / SIZE
+    return mean, tl.rsqrt(variance + eps)
+
+
+@triton.jit
+def group_norm_moments_kernel(
+    x_ptr, moments_ptr, num_pixels, part, CHANNELS: tl.constexpr, SIZE: tl.constexpr,
+    WIDE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Mean and squared deviations of each group over a part, from sums of x - pivot.
+
+    The pivot of a channel is its mean over the first tile. The squares of n tiles of which one is
+    the first are at least 1 / n of those of the pivot: no more digits are lost than n has.
+    """
     image = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(1)
+    c, exists = channels_of(block, CHANNELS, SIZE, WIDE, GROUPS)
     first = tl.program_id(0) * part
     num = tl.minimum(num_pixels - first, part)
-    x_ptr += (image * num_pixels + first) * channels
     r = tl.arange(0, ROWS)
-    mean = tl.zeros([ROWS, BLOCK], tl.float32)
-    deviations = tl.zeros([ROWS, BLOCK], tl.float32)
-    for row in range(0, num, ROWS):
-        inside = (row + r < num)[:, None] & (c < channels)[None, :]
-        offsets = (row + r).to(tl.int64)[:, None] * channels + c[None, :]
-        x = tl.load(x_ptr + offsets, mask=inside, other=0).to(tl.float32)
-        fraction = 1.0 / (row // ROWS + 1)
-        delta = tl.where(inside, x - mean, 0.0)
-        mean += delta * fraction
-        deviations += delta * delta * (1 - fraction)
-    count = tl.maximum((num - r + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
-    # The mean of differences: a sum of large means would lose their common digits.
-    pivot = tl.sum(tl.where(r[:, None] == 0, mean, 0.0), axis=0)
-    centre = pivot + tl.sum((mean - pivot[None, :]) * count, axis=0) / num
-    delta = tl.where(count > 0, mean - centre[None, :], 0.0)
-    spread = tl.sum(deviations + count * delta * delta, axis=0)
-    out = moments_ptr + (image * tl.num_programs(0) + tl.program_id(0)) * 2 * channels + c
-    tl.store(out, centre, mask=c < channels)
-    tl.store(out + channels, spread, mask=c < channels)
-
-
-@triton.jit
-def group_norm_stats_kernel(
-    moments_ptr, mean_ptr, rstd_ptr, num_pixels, channels, group_size, part, num_parts, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Mean and rstd of a group, from the moments of its channels in every part (Chan)."""
-    image = tl.program_id(1).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    c = tl.program_id(0) * group_size + k
-    r = tl.arange(0, ROWS)
-    moments_ptr += image * num_parts * 2 * channels
-    pivot = tl.load(moments_ptr + tl.program_id(0) * group_size)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for row in range(0, num_parts, ROWS):
-        inside = (row + r < num_parts)[:, None] & (k < group_size)[None, :]
-        offsets = (row + r)[:, None] * 2 * channels + c[None, :]
-        weight = tl.minimum(num_pixels - (row + r) * part, part).to(tl.float32) / num_pixels
-        delta = tl.load(moments_ptr + offsets, mask=inside, other=0) - pivot
-        total += tl.where(inside, delta * weight[:, None], 0.0)
-    mean = pivot + tl.sum(total) / group_size
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for row in range(0, num_parts, ROWS):
-        inside = (row + r < num_parts)[:, None] & (k < group_size)[None, :]
-        offsets = (row + r)[:, None] * 2 * channels + c[None, :]
-        count = tl.minimum(num_pixels - (row + r) * part, part).to(tl.float32)
-        delta = tl.load(moments_ptr + offsets, mask=inside, other=0) - mean
-        spread = tl.load(moments_ptr + offsets + channels, mask=inside, other=0)
-        total += tl.where(inside, spread + count[:, None] * delta * delta, 0.0)
-    variance = tl.sum(total) / num_pixels / group_size
-    rstd = tl.rsqrt(variance + eps)
-    out = image * channels + c
-    tl.store(mean_ptr + out, mean + tl.zeros([BLOCK], tl.float32), mask=k < group_size)
-    tl.store(rstd_ptr + out, rstd + tl.zeros([BLOCK], tl.float32), mask=k < group_size)
-
-
-@triton.jit
-def group_norm_bwd_group_kernel(
-    sums_ptr, rstd_ptr, weight_ptr, totals_ptr, terms_ptr, num_pixels, channels, group_size,
-    num_parts, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Totals of a group's sums, and the terms of dx: rstd * mean(weight * total) of both."""
-    image = tl.program_id(1).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    c = tl.program_id(0) * group_size + k
-    r = tl.arange(0, ROWS)
-    sum_d = tl.zeros([ROWS, BLOCK], tl.float32)
-    sum_d_normed = tl.zeros([ROWS, BLOCK], tl.float32)
-    for row in range(0, num_parts, ROWS):
-        inside = (row + r < num_parts)[:, None] & (k < group_size)[None, :]
-        offsets = (image * num_parts + (row + r)[:, None]) * 2 * channels + c[None, :]
-        sum_d += tl.load(sums_ptr + offsets, mask=inside, other=0)
-        sum_d_normed += tl.load(sums_ptr + offsets + channels, mask=inside, other=0)
-    dbias, dweight = tl.sum(sum_d, axis=0), tl.sum(sum_d_normed, axis=0)
-    weight = tl.load(weight_ptr + c, mask=k < group_size, other=0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + image * channels + c, mask=k < group_size, other=0)
-    out = image * 2 * channels + c
-    tl.store(totals_ptr + out, dbias, mask=k < group_size)
-    tl.store(totals_ptr + out + channels, dweight, mask=k < group_size)
-    c0 = rstd * (tl.sum(dbias * weight) / num_pixels / group_size)
-    c1 = rstd * (tl.sum(dweight * weight) / num_pixels / group_size)
-    tl.store(terms_ptr + out, c0, mask=k < group_size)
-    tl.store(terms_ptr + out + channels, c1, mask=k < group_size)
+    at = r[:, None] * CHANNELS + c[None, :]
+    x_ptr += (image * num_pixels + first) * CHANNELS
+    tile = tl.load(x_ptr + at, mask=(r < num)[:, None] & exists[None, :], other=0)
+    pivot = tl.sum(tile.to(tl.float32), axis=0)[None, :] / tl.minimum(num, ROWS)
+    sums = tl.zeros([ROWS, GROUPS * WIDE], tl.float32)
+    squares = tl.zeros([ROWS, GROUPS * WIDE], tl.float32)
+    whole = num // ROWS * ROWS
+    for row in range(ROWS, whole + ROWS, ROWS):
+        # The last tile, which is ragged, is loaded by the last iteration and added below.
+        x_ptr += ROWS * CHANNELS
+        inside = (row + r < num)[:, None] & exists[None, :]
+        ahead = tl.load(x_ptr + at, mask=inside, other=0)
+        delta = tile.to(tl.float32) - pivot
+        sums += delta
+        squares += delta * delta
+        tile = ahead
+    if whole < num:
+        delta = tl.where((whole + r < num)[:, None], tile.to(tl.float32) - pivot, 0.0)
+        sums += delta
+        squares += delta * delta
+    sum_c = tl.sum(sums, axis=0)
+    mean_c = tl.sum(tl.where(r[:, None] == 0, pivot, 0.0), axis=0) + sum_c / num
+    spread_c = tl.maximum(tl.sum(squares, axis=0) - sum_c * (sum_c / num), 0.0)
+    k = tl.arange(0, WIDE)[None, :]
+    means, spreads = (
+        tl.reshape(mean_c, [GROUPS, WIDE]), tl.reshape(spread_c, [GROUPS, WIDE])
+    )  # fmt: skip
+    pivots = tl.sum(tl.where(k == 0, means, 0.0), axis=1)[:, None]
+    mean = pivots + tl.sum(tl.where(k < SIZE, means - pivots, 0.0), axis=1)[:, None] / SIZE
+    delta = means - mean
+    spread = tl.sum(tl.where(k < SIZE, spreads + num * delta * delta, 0.0), axis=1)
+    g, is_group = groups_of(block, CHANNELS, SIZE, GROUPS)
+    num_groups: tl.constexpr = CHANNELS // SIZE
+    out = (image * 2 * tl.num_programs(0) + tl.program_id(0)) * num_groups + g
+    tl.store(moments_ptr + out, tl.sum(mean, axis=1), mask=is_group)
+    tl.store(moments_ptr + out + tl.num_programs(0) * num_groups, spread, mask=is_group)

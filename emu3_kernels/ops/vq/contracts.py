@@ -33,28 +33,29 @@ CONFIGS = {
 
 LATENTS = "(Latents<{}>, const float4*, int, int64_t*)"
 
-# Scalar loads: z before the loop (queries of a thread x dimensions), then one query and one code.
-# Scalar stores: one id a query. A block has 256 threads.
+# Scalar loads: z before the loop (queries of a thread x dimensions), then that of one query and
+# codes of one group or, for a query in a hundred, of all. Scalar stores: one id a query, from the
+# group or from all. A block has 256 threads and up to 47 KiB of shared memory.
 CUDA = (
     CudaKernel(
         "nearest_code",
         "nearest_code_kernel<float, 4, 8>",
         LATENTS.format("float"),
-        # Three blocks a multiprocessor; 8 queries x 4.
-        Contract(max_registers=85, scalar_loads=40, scalar_stores=1),
+        # Two blocks a multiprocessor; 8 queries x 4.
+        Contract(max_registers=128, scalar_loads=128, scalar_stores=2),
     ),
     CudaKernel(
         "nearest_code",
         "nearest_code_kernel<bfloat16, 4, 2>",
         LATENTS.format("bfloat16"),
         # Five blocks; 2 queries x 4.
-        Contract(max_registers=51, scalar_loads=16, scalar_stores=1),
+        Contract(max_registers=51, scalar_loads=96, scalar_stores=2),
     ),
     CudaKernel(
         "nearest_code",
         "nearest_code_kernel<float, 32, 1>",
         LATENTS.format("float"),
         # Three blocks; 1 query x 32.
-        Contract(max_registers=85, scalar_loads=96, scalar_stores=1),
+        Contract(max_registers=85, scalar_loads=256, scalar_stores=2),
     ),
 )

@@ -22,6 +22,21 @@ def why_not(z: Tensor, codebook: Tensor) -> str | None:
 
 
 def forward(z: Tensor, codebook: Tensor, tree: Tensor | None) -> Tensor:
+    # Inductor drops enable_fp_fusion=False of a kernel that it sees: near-ties would move.
+    return _opaque(z, codebook) if torch.compiler.is_compiling() else _search(z, codebook)
+
+
+@torch.library.custom_op("emu3_kernels::nearest_code_triton", mutates_args=())
+def _opaque(z: Tensor, codebook: Tensor) -> Tensor:
+    return _search(z, codebook)
+
+
+@_opaque.register_fake
+def _(z: Tensor, codebook: Tensor) -> Tensor:
+    return z.new_empty((z.shape[0], z.shape[2]), dtype=torch.int64)
+
+
+def _search(z: Tensor, codebook: Tensor) -> Tensor:
     batch, dim, num_queries = z.shape
     nearest = torch.empty(batch, num_queries, dtype=torch.int64, device=z.device)
     if nearest.numel():
