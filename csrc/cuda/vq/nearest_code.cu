@@ -36,7 +36,7 @@ void launch(const Tensor& z, const Tensor& codes, const Tensor& ids) {
 
 // z [batch, dim, positions] has any strides, codebook [codes, dim] is contiguous float32. The tree
 // is used on the CPU only.
-Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor>) {
+Tensor search_all(const Tensor& z, const Tensor& codebook, std::optional<Tensor>) {
   const torch::stable::accelerator::DeviceGuard guard(z.get_device());
   Tensor ids =
       torch::stable::new_empty(z, {z.size(0), z.size(2)}, torch::headeronly::ScalarType::Long);
@@ -52,6 +52,6 @@ Tensor search(const Tensor& z, const Tensor& codebook, std::optional<Tensor>) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CUDA, m) { m.impl("nearest_code", TORCH_BOX(&search)); }
+STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CUDA, m) { m.impl("nearest_code", TORCH_BOX(&search_all)); }
 
 }  // namespace emu3
