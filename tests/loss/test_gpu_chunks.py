@@ -55,7 +55,7 @@ def assert_accurate(inputs, **settings):
         (30, 4, torch.float16, {"z_loss": 1e-3}),
         (100, 3, torch.float32, {"reduction": "none"}),
         (150, 2, torch.float32, {}),
-        (420, 0, torch.float32, {}),
+        (390, 0, torch.float32, {}),
     ],
 )
 def test_logits_in_dhead_are_not_overwritten(tokens, in_dhead, dtype, settings, small):
@@ -81,7 +81,7 @@ def test_chunks_of_tokens_add_to_a_float32_dhead(small):
 @pytest.mark.parametrize(("memory", "reduction"), [(0, "mean"), (1 << 30, "none")])
 def test_given_tokens_give_the_same_bits(memory, reduction, small):
     """Some that are given are ignored, and their hidden states are no numbers."""
-    inputs = make(60, reduction=reduction)
+    inputs = make(24, reduction=reduction)
     valid = (inputs["targets"] != -100) & (inputs["weights"] != 0)
     expected = value_and_gradients("linear_cross_entropy", partial(FUSED, memory=memory), inputs)
     inputs["hidden"][~valid] = float("nan")
@@ -93,13 +93,6 @@ def test_given_tokens_give_the_same_bits(memory, reduction, small):
         for name, value in expected.items():
             torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-7)
         assert not actual["dhidden"][~valid].any()
-
-
-def test_two_runs_give_the_same_bits(small):
-    inputs = make(96)
-    first, second = (value_and_gradients("linear_cross_entropy", FUSED, inputs) for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(second[name], value)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
