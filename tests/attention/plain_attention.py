@@ -79,4 +79,13 @@ def _factor(p: Tensor, dropout: Dropout | None) -> Tensor | float:
     return kept * keep_scale(dropout.p)
 
 
+def whole_backward(dout, q, k, v, out, lse, dlse, *settings):
+    assert dlse is None
+    delta = (dout.float() * out.float()).sum(-1).transpose(1, 2)
+    return backward(dout, q, k, v, lse, delta, *settings)
+
+
 BACKEND = Backend(why_not, forward, backward)
+"""Of ring_attention."""
+WHOLE = Backend(why_not, forward, whole_backward)
+"""Of attention."""

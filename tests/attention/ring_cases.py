@@ -61,7 +61,7 @@ def pieces_of(tokens: int) -> Iterator[None]:
     with (
         mock.patch.object(schedule, "MIN_PIECE", tokens),
         mock.patch.dict(dispatch.backends("ring_attention"), PLAIN),
-        mock.patch.dict(dispatch.backends("attention"), PLAIN),
+        mock.patch.dict(dispatch.backends("attention"), {"plain": plain_attention.WHOLE}),
     ):
         yield
 

@@ -64,11 +64,11 @@ def _backward(dq: Contract, dkdv: Contract) -> Mapping[str, Contract]:
 
 FORWARD = _forward(scalar_loads=12)
 BACKWARD = _backward(
-    replace(DOTS, scalar_loads=24, scalar_stores=1), replace(DOTS, scalar_loads=74)
+    replace(DOTS, scalar_loads=24, scalar_stores=1), replace(DOTS, scalar_loads=40)
 )
 DROPOUT_BACKWARD = _backward(
     replace(DOTS, max_registers=272, scalar_loads=40, scalar_stores=1),
-    replace(DOTS, scalar_loads=80),
+    replace(DOTS, scalar_loads=40),
 )
 
 
