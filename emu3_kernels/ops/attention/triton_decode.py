@@ -6,6 +6,8 @@ for 128 of them. Every program stores its partial result, then counts itself; th
 last merges all, in their order, so that the result does not depend on which one it is.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from emu3_kernels.runtime.counters import counters
 from emu3_kernels.runtime.launch import (
+    Gpu,
     cdiv,
     gpu_of,
     launch,
@@ -67,26 +70,38 @@ def forward(
         page, table_stride = num_keys, page_table.shape[1]
         num_keys *= table_stride
     heads_per_kv_head = num_heads // num_kv_heads
-    rows, gpu = num_new * heads_per_kv_head, gpu_of(q)
-    block_m, chosen = tile_of(rows, q.itemsize, gpu.warp_size)
-    blocks = cdiv(rows, block_m)
-    programs = batch * num_kv_heads * blocks
-    resident = gpu.num_sms * WARPS_PER_SM // chosen["num_warps"]
-    splits = num_splits(programs, resident, cdiv(num_keys, chosen["BLOCK_N"]))
-    block_d, block_s = max(next_power_of_2(head_dim), 16), next_power_of_2(splits)
+    rows = num_new * heads_per_kv_head
+    plan_of = plan.__wrapped__ if torch.compiler.is_compiling() else plan
+    splits, blocks, options = plan_of(
+        batch * num_kv_heads, rows, num_keys, head_dim, q.itemsize, gpu_of(q)
+    )
     results = batch * num_kv_heads * splits * rows
     partial = q.new_empty(results * (head_dim + 1), dtype=torch.float32)
     launch(
         decode_attention_kernel, (splits, num_kv_heads * blocks, batch),
         q, k_cache, v_cache, lengths.contiguous(), page_table,
-        None if mask is None else mask.contiguous(), partial, counters(q, programs), out,
+        None if mask is None else mask.contiguous(), partial,
+        counters(q, batch * num_kv_heads * blocks), out,
         *q_strides[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], table_stride,
         scale * LOG2E, num_new, heads_per_kv_head, splits, blocks,
-        PAGE=page, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s,
-        MERGED_ROWS=min(max(MERGED * chosen["num_warps"] // (4 * block_s * block_d), 1), block_m),
-        **chosen,
+        PAGE=page, HEAD_DIM=head_dim, **options,
     )  # fmt: skip
     return out
+
+
+@cache
+def plan(
+    sequences: int, rows: int, num_keys: int, head_dim: int, itemsize: int, gpu: Gpu
+) -> tuple[int, int, dict[str, int | bool]]:
+    """Return the splits of the keys, the blocks of the rows and the options of a launch."""
+    block_m, chosen = tile_of(rows, itemsize, gpu.warp_size)
+    blocks, num_warps = cdiv(rows, block_m), chosen["num_warps"]
+    resident = gpu.num_sms * WARPS_PER_SM // num_warps
+    splits = num_splits(sequences * blocks, resident, cdiv(num_keys, chosen["BLOCK_N"]))
+    block_d, block_s = max(next_power_of_2(head_dim), 16), next_power_of_2(splits)
+    merged = MERGED * num_warps // (4 * block_s * block_d)
+    blocks_of = {"BLOCK_M": block_m, "BLOCK_D": block_d, "BLOCK_S": block_s}
+    return splits, blocks, chosen | blocks_of | {"MERGED_ROWS": min(max(merged, 1), block_m)}
 
 
 def tile_of(rows: int, itemsize: int, warp_size: int) -> tuple[int, dict[str, int | bool]]:
