@@ -1,6 +1,7 @@
 """Traces ops with their Triton kernels as one graph, without a GPU: their launches are recorded."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -8,11 +9,34 @@ from unittest import mock
 
 import torch
 import triton
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from emu3_kernels.runtime import launch
 from emu3_kernels.testing.codegen import recorded
 from emu3_kernels.testing.suite import cases, differentiable, public
+
+NO_KERNEL = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach"}
+NO_KERNEL |= {"promote_types"}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the ops of PyTorch that launch a kernel, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        schema = function._schema
+        name = schema.name.split("::")[1]
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)
+        if not is_view and name not in NO_KERNEL and not schema.name.startswith("prim"):
+            self.counted[name] += 1
+            if name == "convolution" and args[2] is not None:
+                self.counted["bias"] += 1  # cuDNN's convolution has none: PyTorch adds it
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -34,24 +58,49 @@ def faked_gpu() -> Iterator[list]:
         yield launches
 
 
-def traced(op: str, size: dict, dtype: torch.dtype, *, training: bool) -> tuple[list[str], str]:
-    """Compile ``op`` with ``fullgraph=True`` and run it: the kernels launched, and its graph."""
+def traced(
+    op: str, size: dict, dtype: torch.dtype, training: bool
+) -> tuple[list[str], str, list[str]]:
+    """Run ``op`` compiled with ``fullgraph=True``, then as it is.
+
+    Returns:
+        The names of the kernels launched, the graph, and the names launched without a graph.
+    """
     graphs = []
 
     def keep(graph, inputs):
         graphs.append(str(graph.graph))
-        from torch._dynamo.backends.debugging import aot_eager
-
         return aot_eager(graph, inputs)
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
+    call = partial(public(op), backend="triton")
+    compiled = torch.compile(call, fullgraph=True, backend=keep)
+    return (
+        launched(op, compiled, size, dtype, training),
+        graphs[0],
+        launched(op, call, size, dtype, training),
+    )
+
+
+def around(op: str, size: dict, dtype: torch.dtype, training: bool) -> dict[str, int]:
+    """Count the kernels of PyTorch around ours in one call, and in its backward pass."""
     inputs = cases(op).make(**size, dtype=dtype, device="cpu")
-    call = torch.compile(partial(public(op), backend="triton"), fullgraph=True, backend=keep)
+    call = partial(public(op), backend="triton")
+    names = differentiable(op, inputs) if training else ()
+    leaves = [inputs[name].requires_grad_() for name in names]
+    with faked_gpu(), Kernels() as kernels:
+        result = call(**inputs)
+        if training:
+            torch.autograd.grad(result, leaves, torch.empty_like(result))
+    return dict(kernels.counted)
+
+
+def launched(op: str, call: Callable, size: dict, dtype: torch.dtype, training: bool) -> list[str]:
+    inputs = cases(op).make(**size, dtype=dtype, device="cpu")
+    for name in differentiable(op, inputs) if training else ():
+        inputs[name].requires_grad_()
     with faked_gpu() as launches:
-        names = differentiable(op, inputs) if training else ()
-        for name in names:
-            inputs[name].requires_grad_()
         result = call(**inputs)
         if training:
             result.backward(torch.ones_like(result))
-    return [one.kernel.__name__ for one in launches], graphs[0]
+    return [one.kernel.__name__ for one in launches]
