@@ -2,7 +2,6 @@
 
 import os
 import re
-from functools import partial
 from importlib.util import find_spec
 from unittest import mock
 
@@ -61,9 +60,8 @@ def test_a_call_is_one_launch_and_two_allocations(compiling):
 
 @pytest.mark.parametrize("size", [CASES.check[2], CASES.check[-1]])
 def test_a_graph_of_it_is_one_launch(size, compiling):
-    trace = partial(tracing.traced, training=False)
-    launched, graph, plain = compiling(trace, "decode_attention", size, torch.bfloat16)
-    assert launched == plain == ["decode_attention_kernel"]
+    launched, graph, _ = compiling(tracing.traced, "decode_attention", size, torch.bfloat16, False)
+    assert launched == ["decode_attention_kernel"]
     assert "triton_kernel_wrapper" in graph
 
 
