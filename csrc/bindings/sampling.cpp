@@ -7,14 +7,14 @@
 namespace emu3 {
 namespace {
 
-// cond and uncond [batch, places, codes] have unit stride in codes; seeds [batch] and
-// place [batch, places] are contiguous int64.
+// cond and uncond [batch, length, num_codes] have unit stride in codes; seeds [batch] and
+// places [batch, length] are contiguous int64.
 Tensor sample(const Tensor& cond, const std::optional<Tensor>& uncond, const Tensor& seeds,
               const Tensor& places, double guidance, int64_t top_k, double top_p,
               double temperature, int64_t num) {
   const int64_t batch = cond.size(0), length = cond.size(1), num_codes = cond.size(2);
   Tensor codes = empty(places, {batch, length, num});
-  const SampleSettings settings{static_cast<float>(guidance), top_k, static_cast<float>(top_p),
+  const SampleSettings settings{static_cast<float>(guidance), top_k, top_p,
                                 static_cast<float>(temperature), num};
   const Dtype dtype = dtype_of(cond);
   const auto* seed = static_cast<const uint64_t*>(seeds.const_data_ptr());

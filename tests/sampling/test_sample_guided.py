@@ -116,6 +116,9 @@ def test_the_smallest_prefix_that_reaches_top_p_is_kept(backend):
         assert kept(backend, logits, top_p=top_p) == expected, top_p
     assert kept(backend, 2 * logits, top_p=0.74, temperature=2.0) == [1, 4]
     assert kept(backend, logits, top_p=0.6, top_k=2) == [1]  # 2/3 and 1/3 of those kept
+    negligible = torch.tensor([0.0, -30.0])  # a mass of 1 but for less than float32 resolves
+    assert kept(backend, negligible, top_p=1 - 1e-12) == [0]
+    assert kept(backend, negligible, top_p=1.0) == [0, 1]
 
 
 @pytest.mark.parametrize("backend", ALL)

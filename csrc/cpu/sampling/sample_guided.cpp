@@ -55,7 +55,7 @@ int64_t keep_top_k(int32_t* keys, int32_t* ids, int64_t count, int64_t top_k, in
 }
 
 // The softmax mass is counted in units of 2^-40 of that of the largest logit.
-int64_t keep_top_p(int32_t* keys, int32_t* ids, int64_t count, float top_p, float temperature,
+int64_t keep_top_p(int32_t* keys, int32_t* ids, int64_t count, double top_p, float temperature,
                    float highest, int32_t* packed) {
   if (top_p >= 1) return count;
   const auto masses = [&](const int32_t* from, uint64_t* weight) {
@@ -72,7 +72,9 @@ int64_t keep_top_p(int32_t* keys, int32_t* ids, int64_t count, float top_p, floa
     masses(keys + i, weight);
     for (int j = 0; j < 16 && i + j < count; ++j) total += weight[j];
   }
-  const auto enough = [&](uint64_t mass) { return (float)((double)mass / (double)total) >= top_p; };
+  const auto enough = [&](uint64_t mass) {
+    return (float)((double)mass / (double)total) >= (float)top_p;
+  };
   return keep(keys, ids, count, radix_select(keys, count, packed, masses, enough));
 }
 

@@ -10,7 +10,7 @@ namespace emu3 {
 struct SampleSettings {
   float guidance;
   int64_t top_k;  // from 1 to num_codes
-  float top_p;    // 1 keeps every code
+  double top_p;   // 1 keeps every code
   float temperature;
   int64_t num;
 };
