@@ -27,8 +27,8 @@ def _prefix() -> None:
     _sample(2, 1, top_k=32768, top_p=0.9, num=1)
 
 
-# One program of 1,024 threads a multiprocessor: an NVIDIA GPU has 64 registers for each, so that more
-# would spill, gfx942 has 128. Narrow are a seed, a place and the codes.
+# One program of 1,024 threads a multiprocessor: an NVIDIA GPU has 64 registers for each, so that
+# more would spill, gfx942 has 128. Narrow are a seed, a place and the codes.
 SAMPLE = {
     "sample_guided_kernel": Contract(
         max_registers=128,
