@@ -15,10 +15,11 @@ from triton.runtime.jit import JITFunction
 
 from emu3_kernels.runtime import launch as launching
 
-H100 = launching.Gpu(warp_size=32, num_sms=132)
-ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-VIEWS = ("_unsafe_view", "_reshape_alias", "detach")
+H100 = launching.Gpu(warp_size=32, num_sms=132, capability=90)
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+VIEWS = {"_unsafe_view", "_reshape_alias", "detach"}
 """Besides those whose schema says so."""
+NO_KERNEL = ALLOCATIONS | VIEWS | {"promote_types"}
 
 
 @contextmanager
@@ -59,8 +60,10 @@ class PyTorchLaunches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name not in ALLOCATIONS and name not in VIEWS and not func.is_view:
+        if name not in NO_KERNEL and not func.is_view and not func.namespace.startswith("prim"):
             self.names.append(name)
+            if name == "convolution" and args[2] is not None:
+                self.names.append("bias")  # cuDNN's convolution has none: PyTorch adds it
         return func(*args, **(kwargs or {}))
 
 

@@ -3,28 +3,15 @@
 Launches are recorded in place of being made.
 """
 
-from functools import partial
-from unittest import mock
-
 import pytest
 import torch
 
 from emu3_kernels import Documents, attention
-from emu3_kernels.runtime import launch
-
-
-class FakeDriver:
-    def __init__(self, target):
-        self.get_current_target = lambda: target
+from emu3_kernels.testing.launches import recorded_launches
 
 
 def launches_of(training: bool, documents: str, dropout_p: float) -> list[list[str]]:
     """Name the kernels that an eager call launches, and those of a compiled one."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    names: list[str] = []
 
     def call(q, k, v, ids, seed):
         ids = Documents(ids) if documents == "made once" else ids
@@ -34,18 +21,10 @@ def launches_of(training: bool, documents: str, dropout_p: float) -> list[list[s
     leaves = [torch.randn(1, 40, n, 16, requires_grad=training) for n in (2, 1, 1)]
     ids = torch.arange(40, dtype=torch.int32)[None] // 15 if documents else None
     seed = torch.tensor(1) if dropout_p else None
-    record = partial(mock.patch.object, JITFunction, "run")
     torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     found = []
-    with (
-        record(lambda kernel, *_, **__: names.append(kernel.__name__)),
-        mock.patch.object(launch, "DEVICES", {"cpu"}),
-        # Without a GPU the tracer takes a kernel for a function of Python.
-        mock.patch("torch.utils._triton.has_triton", return_value=True),
-        # It compiles them to see what they write to.
-        mock.patch.object(driver, "_active", FakeDriver(GPUTarget("cuda", 90, 32))),
-    ):
+    with recorded_launches() as names:
         for function in (call, compiled):
             results = function(*leaves, ids, seed)
             if training:
