@@ -13,24 +13,24 @@ from emu3_kernels.testing.launches import function_calls, recorded_launches
 from emu3_kernels.testing.suite import backends_of, cases, differentiable, public
 
 MOST_CALLS = {
-    "rms_norm": (38, 152),
-    "add_rms_norm": (48, 132),
-    "swiglu": (35, 85),
-    "nearest_code": (69, None),
-    "rope": (52, 144),
-    "rope_append": (80, None),
-    "cross_entropy": (107, 149),
-    "linear_cross_entropy": (359, 573),
-    "attention": (93, 274),
-    "decode_attention": (127, None),
-    "group_norm_silu": (156, 244),
-    "spatial_norm_silu": (231, 409),
-    "causal_conv3d": (246, 543),
-    "temporal_residual": (351, 867),
+    "rms_norm": (39, 152),
+    "add_rms_norm": (49, 132),
+    "swiglu": (36, 85),
+    "nearest_code": (54, None),
+    "rope": (52, 145),
+    "rope_append": (81, None),
+    "cross_entropy": (82, 109),
+    "linear_cross_entropy": (263, 421),
+    "attention": (71, 183),
+    "decode_attention": (77, None),
+    "group_norm_silu": (119, 170),
+    "spatial_norm_silu": (173, 262),
+    "causal_conv3d": (173, 310),
+    "temporal_residual": (222, 458),
+    "conv3x3": (64, 127),
+    "sample_guided": (50, None),
 }
-"""Calls forward, and backward: those counted and a tenth for other versions of Python, or a half
-where the host code is still above its target of 25 and 60 microseconds.
-"""
+"""Calls forward, and backward: those counted and a tenth for other versions of Python."""
 
 WITH_TRITON = [op for op in OPS if not isinstance(backends_of(op).get("triton", ""), str)]
 

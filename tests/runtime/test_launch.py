@@ -31,7 +31,9 @@ def gpus(monkeypatch):
     def properties(index):
         state.asked.append(index)
         warp_size, num_sms = kinds[index]
-        return SimpleNamespace(warp_size=warp_size, multi_processor_count=num_sms)
+        return SimpleNamespace(
+            warp_size=warp_size, multi_processor_count=num_sms, major=9, minor=index
+        )
 
     @contextmanager
     def device(new):
@@ -49,8 +51,8 @@ def gpus(monkeypatch):
 def test_each_gpu_is_described_once_by_its_own_properties(gpus):
     """The first GPU's multiprocessors were those of all."""
     for _ in range(2):
-        assert launch.gpu_of(OnGpu(index=1)) == launch.Gpu(warp_size=64, num_sms=304)
-        assert launch.gpu_of(OnGpu(index=0)) == launch.Gpu(warp_size=32, num_sms=132)
+        assert launch.gpu_of(OnGpu(index=1)) == launch.Gpu(64, 304, capability=91)
+        assert launch.gpu_of(OnGpu(index=0)) == launch.Gpu(32, 132, capability=90)
     assert gpus.asked == [1, 0]
 
 

@@ -161,6 +161,9 @@ MORE = [
         "spatial_norm_silu", {"shape": [1, 1024, 64, 64], "latent": [64, 64], "groups": 32},
         tiny={"shape": [1, 64, 4, 5], "latent": [4, 5]},
     ),
+    op(
+        "sample_guided", {"shape": (2, 1, 32_768)}, dtype=torch.float32, tiny={"shape": (2, 1, 40)},
+    ),
     decode(16, 4096),
     decode(2, 8192, new=2),
     decode(2, 8192, new=16),

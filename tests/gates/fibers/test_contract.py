@@ -99,7 +99,7 @@ def test_a_kernel_that_spills_fails():
     spilling = "nearest_code_kernel<float, 32, 8>"
     arguments = "(Latents<float>, const float4*, int, int64_t*)"
     facts = facts_of(instance("nearest_code", spilling, arguments), "sm_90")
-    contract = Contract(max_registers=255, scalar_loads=999, scalar_stores=1)
+    contract = Contract(max_registers=255, scalar_loads=999, scalar_stores=99)
     broken, _ = judge(contract, Compiled(facts, "sm_90"))
     assert [term.split(":")[0] for term in broken] == ["spills"]
 
