@@ -45,7 +45,10 @@ def _attention(
 # Of 65,536 registers, 255 a thread leave room for one program of 256 threads, which forward and
 # dkdv have, and for two of 128, which dq has; a thread of gfx942 may have 512. Scalars are the key
 # ranges, lse, delta and positions of rows: of 64 queries, a thread may have 32. dq stores delta.
-EARLIER_LAYOUT = "35 and 49 scalars: its layouts give a thread more rows"
+SCALARS = "48 to 102 scalars: its layouts give a thread more rows"
+STACK = "two accesses, 8 bytes of stack"
+EARLIER = {f"{target}, triton 3.6: loads": SCALARS for target in ("sm_90", "sm_100")}
+EARLIER_STACK = {f"{target}, triton 3.6: spills": STACK for target in ("sm_90", "sm_100")}
 SCALAR_SPILLS = {"gfx942: spills": "a few scalar registers, into vector registers: none to memory"}
 AMD = {
     "gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950",
@@ -63,12 +66,17 @@ def _backward(dq: Contract, dkdv: Contract) -> Mapping[str, Contract]:
 
 
 FORWARD = _forward(scalar_loads=12)
-BACKWARD = _backward(
-    replace(DOTS, scalar_loads=24, scalar_stores=1), replace(DOTS, scalar_loads=40)
-)
+DQ = replace(DOTS, scalar_loads=24, scalar_stores=1)
+DKDV = replace(DOTS, scalar_loads=40, exceptions=AMD | EARLIER)
+BACKWARD = _backward(DQ, DKDV)
 DROPOUT_BACKWARD = _backward(
-    replace(DOTS, max_registers=272, scalar_loads=40, scalar_stores=1),
-    replace(DOTS, scalar_loads=40),
+    replace(
+        DQ,
+        max_registers=272,
+        scalar_loads=40,
+        exceptions=AMD | {"gfx942, triton 3.6: registers": "363 of the 512 that a thread may have"},
+    ),
+    replace(DOTS, scalar_loads=40, exceptions=AMD | {"sm_100, triton 3.6: loads": SCALARS}),
 )
 
 
@@ -108,15 +116,20 @@ CONFIGS = {
             "8192, dropout",
             lambda: _attention(128, dropout=True),
             _forward(
-                scalar_loads=20, exceptions=AMD | {"sm_90, triton 3.6: loads": EARLIER_LAYOUT}
+                scalar_loads=20,
+                exceptions=AMD | {"gfx942, triton 3.6: registers": "280 of the 512 of a thread"},
             ),
         ),
-        Config("8192, 32:8 heads of 128", lambda: _attention(128, backward=True), BACKWARD),
+        Config(
+            "8192, 32:8 heads of 128",
+            lambda: _attention(128, backward=True),
+            _backward(replace(DQ, exceptions=AMD | {"sm_100, triton 3.6: spills": STACK}), DKDV),
+        ),
         Config("8192, 32:8 heads of 64", lambda: _attention(64, backward=True), BACKWARD),
         Config(
             "8192, documents",
             lambda: _attention(128, backward=True, documents=True),
-            BACKWARD,
+            _backward(DQ, replace(DKDV, exceptions=DKDV.exceptions | EARLIER_STACK)),
         ),
         Config(
             "8192, 64, documents",
@@ -142,7 +155,13 @@ CONFIGS = {
         Config(
             "64 tokens in a tree",
             lambda: _decode(64, None, tree=True),
-            {"decode_attention_kernel": replace(DECODE_TREE, max_registers=288)},
+            {
+                "decode_attention_kernel": replace(
+                    DECODE_TREE,
+                    max_registers=288,
+                    few_programs="128 programs on 132 SMs: a fifth split would be a second wave",
+                )
+            },
         ),
     ),
 }

@@ -1,5 +1,6 @@
 """The compiled launches of the group norms, and what their machine code must keep."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -43,13 +44,18 @@ def _spatial_norm_backward(side: int, channels: int) -> None:
 # 128 registers keep 16 warps on a multiprocessor, each thread with 64 bytes in flight. Scalars are
 # numbers by channel or by group, one a thread, of which a program loads and stores few.
 STATISTICS = {"group_norm_moments_kernel": Contract(max_registers=128, scalar_stores=2)}
-GROUP_NORM = STATISTICS | {
-    "group_norm_fwd_kernel": Contract(max_registers=128, scalar_loads=8, scalar_stores=2),
+FEW = "a program for each 16 channels of sums"
+NORM = Contract(max_registers=128, scalar_loads=8, scalar_stores=2)
+GROUP_NORM = STATISTICS | {"group_norm_fwd_kernel": NORM}
+GROUP_NORM_512 = STATISTICS | {
+    "group_norm_fwd_kernel": replace(
+        NORM, exceptions={"sm_80: spills": "two to four accesses, 8 bytes of stack"}
+    )
 }
 GROUP_NORM_BACKWARD = {
-    "group_norm_bwd_sums_kernel": Contract(max_registers=128, scalar_loads=4, scalar_stores=4),
+    "group_norm_bwd_sums_kernel": Contract(max_registers=168, scalar_loads=4, scalar_stores=4),
     "group_norm_bwd_x_kernel": Contract(max_registers=128, scalar_loads=8),
-    "group_norm_bwd_add_kernel": Contract(max_registers=64, scalar_stores=2),
+    "group_norm_bwd_add_kernel": Contract(max_registers=64, scalar_stores=2, few_programs=FEW),
 }
 # Beside them, columns of both matrices, a number for each of a thread's channels, and the latent's
 # numbers of each position: the same for all threads of a warp. Where a pixel has a position of its
@@ -65,18 +71,26 @@ SPATIAL_NORM_BACKWARD = {
         max_registers=168, scalar_loads=80, scalar_stores=4
     ),
     "spatial_norm_silu_bwd_latent_kernel": Contract(
-        max_registers=128, scalar_loads=4, scalar_stores=1
+        max_registers=128,
+        scalar_loads=4,
+        scalar_stores=1,
+        exceptions={"gfx942: loads": "four numbers of a latent are 8 bytes"},
     ),
-    "spatial_norm_silu_bwd_add_kernel": Contract(max_registers=64, scalar_loads=2, scalar_stores=4),
+    "spatial_norm_silu_bwd_add_kernel": Contract(
+        max_registers=64, scalar_loads=2, scalar_stores=4, few_programs=FEW
+    ),
     "group_norm_bwd_x_kernel": Contract(max_registers=255, scalar_loads=100),
 }
 
 CONFIGS = {
     "group_norm_silu": tuple(
         Config(f"1 x {pixels} x {channels}{suffix}", partial(call, pixels, channels), contracts)
-        for pixels, channels in ((512 * 512, 256), (64 * 64, 1024))
+        for pixels, channels, forward in (
+            (512 * 512, 256, GROUP_NORM_512),
+            (64 * 64, 1024, GROUP_NORM),
+        )
         for suffix, call, contracts in (
-            ("", _group_norm, GROUP_NORM),
+            ("", _group_norm, forward),
             (", backward", _group_norm_backward, GROUP_NORM_BACKWARD),
         )
     ),

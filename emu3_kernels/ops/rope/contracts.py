@@ -15,7 +15,12 @@ FEW = "a program has 8 heads of one token"
 TABLES_AND_POSITION = {
     "rope_kernel": Contract(max_registers=64, scalar_loads=3, few_programs=FEW, exceptions=EARLIER)
 }
-APPEND = {"rope_append_kernel": Contract(max_registers=64, scalar_loads=4, few_programs=FEW)}
+APPEND = {
+    "rope_append_kernel": Contract(
+        max_registers=64, scalar_loads=4, few_programs=FEW,
+        exceptions={"sm_100, triton 3.6: registers": "68, two programs less on a multiprocessor"},
+    )
+}  # fmt: skip
 
 
 def _packed(batch: int, tokens: int) -> tuple[list[Tensor], list[Tensor]]:

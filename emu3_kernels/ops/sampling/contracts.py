@@ -34,6 +34,7 @@ SAMPLE = {
         max_registers=128,
         scalar_loads=2,
         scalar_stores=2,
+        few_programs="a program for each row of logits",
         exceptions={
             "gfx942: spills": "a few scalar registers, into vector registers: none to memory"
         },
