@@ -21,7 +21,7 @@ from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import cases, public, truth, value_and_gradients
 from tests.gates import faulty
 
-ROUND_TWICE = {"linear_cross_entropy", "attention", "causal_conv3d", "temporal_residual"}
+ROUND_TWICE = {"linear_cross_entropy", "attention", "causal_conv3d", "temporal_residual", "conv3x3"}
 """Ops that round on the way: a gradient kept to be scaled later, probabilities and activations
 before a product.
 """
