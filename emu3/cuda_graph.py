@@ -5,6 +5,7 @@ changes are tensors that stay: the next call reads them where this one wrote.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,16 +23,10 @@ class CapturedStep:
         step: takes tensors on ``device``. What it returns, and its Python code, are those of the
             captured call: a number in its result stays the same.
         device: a GPU.
-        generator: of the random numbers of ``step``; None is the default one of ``device``.
     """
 
-    def __init__(
-        self,
-        step: Callable[..., Any],
-        device: torch.device,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self._step, self._device, self._generator = step, device, generator
+    def __init__(self, step: Callable[..., Any], device: torch.device) -> None:
+        self._step, self._device = step, device
         self._stream: torch.cuda.Stream | None = None
         self._replay: Callable[[], None] | None = None
         self._inputs: tuple[Tensor, ...] = ()
@@ -51,9 +46,8 @@ class CapturedStep:
         for held, given in zip(self._inputs, inputs, strict=True):
             held.copy_(given)
         if self._replay is None:
-            self._replay, self._result = _capture(
-                lambda: self._step(*self._inputs), self._stream, self._generator
-            )
+            step = partial(self._step, *self._inputs)
+            self._replay, self._result = _capture(step, self._stream)
         self._replay()
         return self._result
 
@@ -73,14 +67,10 @@ def _run_on(stream: torch.cuda.Stream, step: Callable[..., Any], *inputs: Tensor
     return result
 
 
-def _capture(
-    step: Callable[[], Any], stream: torch.cuda.Stream, generator: torch.Generator | None
-) -> tuple[Callable[[], None], Any]:
+def _capture(step: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[Callable[[], None], Any]:
     """Record the launches of ``step``; return what replays them, and the result they write."""
     with torch.cuda.device(stream.device):
         graph = torch.cuda.CUDAGraph()
-        if generator is not None:
-            graph.register_generator_state(generator)
         with torch.cuda.graph(graph, stream=stream):
             result = step()
     return graph.replay, result

@@ -65,7 +65,7 @@ def recorded_graphs(monkeypatch):
     """Let :class:`CapturedStep` capture and replay by :class:`RecordedOps` inside the block."""
     counts = Counts()
 
-    def capture(step: Callable, stream: object, generator: object) -> tuple:
+    def capture(step: Callable, stream: object) -> tuple:
         with RecordedOps() as recorded:
             result = step()
         # A capture computes nothing, and what the recording did is what its first replay does.

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from emu3 import generate
 from emu3.cuda_graph import CapturedStep
-from emu3.generate import Sampling, generate_captions, generate_images
+from emu3.generate import Sampling, generate_captions, generate_images, text, visual
+from emu3.generate.decoder import Decoder, new_cache
 from emu3.text import ByteTokenizer
 from emu3_kernels import use_backend
 from emu3_kernels.testing.launches import recorded_launches
@@ -23,7 +23,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setattr(generate, "_uses_graph", lambda model, asked: bool(asked))
+    for module in (visual, text):
+        monkeypatch.setattr(module, "uses_graph", lambda model, asked: bool(asked))
     with recorded_graphs(monkeypatch) as counts:
         yield counts
 
@@ -57,9 +58,9 @@ def test_replayed_steps_write_the_same_captions(graphs):
 def test_a_replayed_step_never_runs_beyond_the_cache(graphs):
     """Python of the model, which checks the room, does not run in a replay."""
     model = tiny_model()
-    cache = generate._cache(model, 1, 5)
+    cache = new_cache(model, 1, 5)
     choose = lambda hidden: (hidden, hidden.argmax(-1), hidden)  # noqa: E731
-    decoder = generate._Decoder(model, cache, choose, graph=True)
+    decoder = Decoder(model, cache, choose, graph=True)
     with torch.no_grad():
         decoder.start(torch.ones(1, 1, dtype=torch.int64), torch.tensor([1]))
         for _ in range(4):
@@ -85,7 +86,7 @@ def test_the_recorder_refuses_what_a_capture_refuses(graphs, name, read):
         step(torch.ones(3))
 
 
-def test_a_capture_follows_a_call_on_its_own_stream_with_the_generator_registered(monkeypatch):
+def test_a_capture_follows_a_call_on_its_own_stream(monkeypatch):
     """What only a GPU can run, with every name of torch.cuda that it uses replaced."""
     did = []
 
@@ -100,27 +101,24 @@ def test_a_capture_follows_a_call_on_its_own_stream_with_the_generator_registere
         return SimpleNamespace(name=name, device=CPU, wait_stream=waits)
 
     class Graph:
-        def register_generator_state(self, generator):
-            did.append(("registers", generator))
-
         def replay(self):
             did.append("replays")
 
-    main, random = stream_of("main"), torch.Generator()
+    main = stream_of("main")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream_of("side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside("stream", stream.name))
     monkeypatch.setattr(torch.cuda, "device", lambda device: inside("device"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda g, stream: inside("graph", stream.name))
-    step = CapturedStep(lambda x: did.append("step") or x + 1, CPU, random)
+    step = CapturedStep(lambda x: did.append("step") or x + 1, CPU)
     for value in range(3):
         step(torch.full((2,), float(value)))
     warm = [("enter", "stream", "side"), "step", ("leave", "stream", "side")]
     capture = [("enter", "graph", "side"), "step", ("leave", "graph", "side")]
     assert did == [
         *[("side", "waits for", "main"), *warm, ("main", "waits for", "side")],
-        *[("enter", "device"), ("registers", random), *capture, ("leave", "device"), "replays"],
+        *[("enter", "device"), *capture, ("leave", "device"), "replays"],
         "replays",
     ]
 
@@ -146,7 +144,7 @@ def test_a_graph_asked_for_where_there_is_none_is_refused():
 @pytest.mark.parametrize("training", [False, True], ids=["decode step", "training"])
 def test_the_triton_path_of_a_step_reads_nothing_from_the_gpu(training):
     model = tiny_model(dropout=0.1).train(training)
-    cache = None if training else generate._cache(model, 2, 9)
+    cache = None if training else new_cache(model, 2, 9)
     tokens = torch.ones(2, 2, dtype=torch.int64)
     with use_backend("triton"), recorded_launches() as launches, torch.set_grad_enabled(training):
         model(tokens, cache)

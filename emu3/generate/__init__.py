@@ -1,0 +1,6 @@
+"""Generation: captions to images and clips, and prompts of any parts to text."""
+
+from emu3.generate.text import generate_captions, generate_text
+from emu3.generate.visual import Sampling, generate_clips, generate_images
+
+__all__ = ["Sampling", "generate_captions", "generate_clips", "generate_images", "generate_text"]
