@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from emu3.generate.decoder import (
     to_device_of,
     uses_graph,
 )
+from emu3.generate.path import Forwards, PathDecoder
+from emu3.generate.window import PLAIN, Window
 from emu3.model import Emu3
 from emu3.prompt import clip_prompt, frame_ids, image_prompt
 from emu3.text import TextTokenizer
@@ -47,6 +50,8 @@ def generate_images(
     how: Sampling = Sampling(),
     seeds: int | Sequence[int] = 0,
     *,
+    window: Window = PLAIN,
+    spent: Forwards | None = None,
     cuda_graph: bool | None = None,
 ) -> Tensor:
     """Generate one image per caption, as codes ``[B, h, w]`` int64.
@@ -62,6 +67,8 @@ def generate_images(
         how: guidance and sampling.
         seeds: one for each image, of 64 bits: the same image comes alone and in any batch, up to
             near-ties of logits. An int is the seed of the first, and counts up.
+        window: tokens of an image that a forward feeds; any gives the same image, up to near-ties.
+        spent: is filled with the forwards of each image.
         cuda_graph: replay a decode step as a CUDA graph; None does so on a GPU, but under
             ``torch.autocast``, which casts weights anew in each step.
 
@@ -70,7 +77,7 @@ def generate_images(
     """
     opening = image_prompt(grid, text)
     tails = [opening] * len(captions)
-    codes = _draw(model, text, captions, tails, (1, *grid), how, seeds, cuda_graph)
+    codes = _draw(model, text, captions, tails, (1, *grid), how, seeds, window, spent, cuda_graph)
     return codes[:, 0]
 
 
@@ -85,6 +92,8 @@ def generate_clips(
     *,
     given: Tensor | None = None,
     span: int = 4,
+    window: Window = PLAIN,
+    spent: Forwards | None = None,
     cuda_graph: bool | None = None,
 ) -> Tensor:
     """Generate one clip per caption, as codes ``[B, t, h, w]`` int64.
@@ -100,6 +109,8 @@ def generate_clips(
         given: ``[B, s, h, w]`` codes of the first s < t frames, which begin the result: of an image
             to animate, or of a clip to continue.
         span: frames of pixels of a frame of codes.
+        window: as in :func:`generate_images`.
+        spent: as in :func:`generate_images`.
         cuda_graph: as in :func:`generate_images`.
     """
     frames, *grid = shape
@@ -116,7 +127,9 @@ def generate_clips(
     tails = [
         [*opening, *(frame_ids(one.cpu(), text.vocabulary) if len(one) else [])] for one in known
     ]
-    codes = _draw(model, text, captions, tails, (left, *grid), how, seeds, cuda_graph)
+    codes = _draw(
+        model, text, captions, tails, (left, *grid), how, seeds, window, spent, cuda_graph
+    )
     return torch.cat((known.to(codes), codes), dim=1)
 
 
@@ -129,6 +142,8 @@ def _draw(
     shape: tuple[int, int, int],
     how: Sampling,
     seeds: int | Sequence[int],
+    window: Window,
+    spent: Forwards | None,
     cuda_graph: bool | None,
 ) -> Tensor:
     """Draw frames ``[B, t, h, w]`` after ``BOS caption tail``, of which the negative has the same.
@@ -136,6 +151,7 @@ def _draw(
     The last code of a row is fed with EOL, that of a frame with EOL and EOF.
     """
     check_prompts(model, captions)
+    window.check(shape[0])
     ids, (frames, height, width) = text.vocabulary, shape
     negatives = [] if how.guidance == 1 else [how.negative] * len(captions)
     words = [*captions, *negatives]
@@ -150,17 +166,23 @@ def _draw(
         model, _keys(seeds, len(captions)), torch.zeros(len(captions)).long()
     )
     settings = {"guidance": how.guidance, "top_k": how.top_k, "top_p": how.top_p}
+    settings |= {"temperature": how.temperature}
+    graph, spent = uses_graph(model, cuda_graph), spent or Forwards()
+    if window.size > 1:
+        shapes = [shape] * len(captions)
+        paths = PathDecoder(model, ids, prompts, shapes, keys, window, settings, graph)
+        return torch.stack(paths.run(spent)).unflatten(1, shape)
 
     def next_codes(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = model.logits(hidden, visual_rows)
         pair = logits.chunk(2) if negatives else (logits, None)
-        code = sample_guided(*pair, keys, places, temperature=how.temperature, **settings)[:, 0]
+        code = sample_guided(*pair, keys, places, **settings)[:, 0]
         places.add_(1)
         token = (code + ids.visual_start).repeat(len(prompts) // len(captions))
         return code, token, logits
 
     cache = new_cache(model, len(prompts), capacity)
-    decoder = Decoder(model, cache, next_codes, uses_graph(model, cuda_graph))
+    decoder = Decoder(model, cache, next_codes, graph)
     codes = tokens.new_empty(len(captions), *shape)
     code = decoder.start(tokens, prompt_lengths)
     for frame, row, column in product(*map(range, shape)):
@@ -170,6 +192,7 @@ def _draw(
         codes[:, frame, row, column] = code
         if column == width - 1:
             decoder.check_finite()
+    spent.codes = spent.forwards = [prod(shape) - 1] * len(captions)
     return codes
 
 
