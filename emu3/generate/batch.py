@@ -144,15 +144,14 @@ class Batch:
 
     @torch.no_grad()
     def join(self, generations: Sequence[Generation]) -> list[Generation]:
-        """Feed the prompts and generate the first codes; return what ended by that."""
-        prompts = [ids for one in generations for ids in one.prompts]
+        """Feed the prompts and generate the first codes; return what ended by that.
+
+        Equal prompts, such as the negative ones of images of one grid, are fed once.
+        """
+        prompts = [tuple(ids) for one in generations for ids in one.prompts]
         check_prompts(self.model, prompts)
         start, stop = len(self._owners), len(self._owners) + len(prompts)
-        part = self.cache.rows(start, stop)
-        part.longest, part.ragged = 0, False
-        part.lengths.zero_()
-        tokens, prompt_lengths = to_device_of(self.model, *pad_right(prompts, self.ids.pad))
-        hidden = self.model(tokens, part, prompt_lengths=prompt_lengths)
+        hidden = self._feed_prompts(start, prompts)
         for one in generations:
             one.rows = [len(self._owners) + i for i in range(len(one.prompts))]
             self._owners += [one] * len(one.prompts)
@@ -161,10 +160,25 @@ class Batch:
         rows = [[0, 0, signed(one.seed), *one.sizes] for one in self._owners[start:]]
         self._state[:, start:stop] = torch.tensor(rows, device=self._state.device).T
         self._largest[start:stop] = 0
-        last = hidden[torch.arange(len(hidden), device=hidden.device), prompt_lengths - 1]
-        self._choose(_Plan(generations, self.cache), last, start)
+        self._choose(_Plan(generations, self.cache), hidden, start)
         self._plan = None
         return self._after_step(generations)
+
+    def _feed_prompts(self, start: int, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Fill the rows from ``start`` on; return the hidden states after the prompts."""
+        distinct = list(dict.fromkeys(prompts))
+        sources = [distinct.index(ids) for ids in prompts]
+        part = self.cache.rows(start, start + len(distinct))
+        part.longest, part.ragged = 0, False
+        part.lengths.zero_()
+        tokens, prompt_lengths = to_device_of(self.model, *pad_right(distinct, self.ids.pad))
+        hidden = self.model(tokens, part, prompt_lengths=prompt_lengths)
+        # From the last one on, as no source lies behind its copy.
+        for row, source in reversed([*enumerate(sources)]):
+            if row != source:
+                self.cache.move_row(start + source, start + row, len(prompts[row]))
+        index = torch.tensor(sources, device=hidden.device)
+        return hidden[index, prompt_lengths[index] - 1]
 
     @torch.no_grad()
     def step(self) -> list[Generation]:
