@@ -1,6 +1,6 @@
 """Images and clips from captions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import prod
 
@@ -13,6 +13,8 @@ from emu3.model import Emu3
 from emu3.prompt import clip_prompt, frame_ids, image_prompt
 from emu3.text import TextTokenizer
 
+Watch = Callable[[Sequence[Tensor]], None]
+
 
 def generate_images(
     model: Emu3,
@@ -23,6 +25,7 @@ def generate_images(
     seeds: int | Sequence[int] = 0,
     *,
     cuda_graph: bool | None = None,
+    watch: Watch | None = None,
 ) -> Tensor | list[Tensor]:
     """Generate one image per caption, as codes ``[B, h, w]`` int64, or a list with a grid for each.
 
@@ -39,6 +42,7 @@ def generate_images(
             near-ties of logits. An int is the seed of the first, and counts up.
         cuda_graph: replay a decode step as a CUDA graph; None does so on a GPU, but under
             ``torch.autocast``, which casts weights anew in each step.
+        watch: called where a row of codes ends, with the codes ``[n]`` of each image so far.
 
     Raises:
         ValueError: logits that are not finite, at the end of their row of codes.
@@ -48,7 +52,8 @@ def generate_images(
     if len(grids) != len(captions):
         raise ValueError(f"generate: grids must be one or {len(captions)}, got {len(grids)}")
     tails, shapes = [image_prompt(one, text) for one in grids], [(1, *one) for one in grids]
-    codes = [one[0] for one in _draw(model, text, captions, tails, shapes, how, seeds, cuda_graph)]
+    rest = how, seeds, cuda_graph, watch
+    codes = [one[0] for one in _draw(model, text, captions, tails, shapes, *rest)]
     return torch.stack(codes) if alike else codes
 
 
@@ -64,6 +69,7 @@ def generate_clips(
     given: Tensor | None = None,
     span: int = 4,
     cuda_graph: bool | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Generate one clip per caption, as codes ``[B, t, h, w]`` int64.
 
@@ -79,6 +85,7 @@ def generate_clips(
             to animate, or of a clip to continue.
         span: frames of pixels of a frame of codes.
         cuda_graph: as in :func:`generate_images`.
+        watch: as there; of the frames that are not given.
     """
     frames, *grid = shape
     known = torch.empty(len(captions), 0, *grid, dtype=torch.int64) if given is None else given
@@ -95,7 +102,8 @@ def generate_clips(
         [*opening, *(frame_ids(one.cpu(), text.vocabulary) if len(one) else [])] for one in known
     ]
     shapes = [(left, *grid)] * len(captions)
-    codes = torch.stack(_draw(model, text, captions, tails, shapes, how, seeds, cuda_graph))
+    rest = how, seeds, cuda_graph, watch
+    codes = torch.stack(_draw(model, text, captions, tails, shapes, *rest))
     return torch.cat((known.to(codes), codes), dim=1)
 
 
@@ -108,6 +116,7 @@ def _draw(
     how: Sampling,
     seeds: int | Sequence[int],
     cuda_graph: bool | None,
+    watch: Watch | None,
 ) -> list[Tensor]:
     """Draw frames ``[t, h, w]`` each after ``BOS caption tail``; the negative has the same tail."""
     check_prompts(model, captions)
@@ -129,7 +138,12 @@ def _draw(
     num_rows = len(captions) * (1 + len(negatives))
     graph = uses_graph(model, cuda_graph)
     batch = Batch(model, text.vocabulary, num_rows, capacity, graph=graph)
-    batch.run(generations)
+
+    def tell() -> None:
+        if any(one.place % one.grid[1] == 0 for one in generations):
+            watch([batch.drawn(one) for one in generations])
+
+    batch.run(generations, None if watch is None else tell)
     return [one.codes.view(shape) for one, shape in zip(generations, shapes, strict=True)]
 
 
