@@ -348,8 +348,10 @@ class _Plan:
     def __init__(self, generations: Sequence[Generation], cache: KeyValueCache) -> None:
         found: dict[_Group, list[Generation]] = {}
         for one in generations:
-            how, kind = one.how, (one.grid is None, len(one.prompts) == 2)
-            group = _Group(*kind, how.guidance, how.top_k, how.top_p, how.temperature)
+            how, guided = one.how, len(one.prompts) == 2
+            guidance = how.guidance if guided else 1.0
+            settings = how.top_k, how.top_p, how.temperature
+            group = _Group(one.grid is None, guided, guidance, *settings)
             found.setdefault(group, []).append(one)
         self.groups = sorted(found, key=repr)  # which begins with is_text
         self.num_visual = sum(not group.is_text for group in self.groups)
@@ -367,3 +369,11 @@ class _Plan:
 def signed(seed: int) -> int:
     """The 64 bits of ``seed`` as an int64."""
     return (seed + 2**63) % 2**64 - 2**63
+
+
+def all_seeds(seeds: int | Sequence[int], count: int) -> list[int]:
+    """One for each of ``count`` generations; an int is that of the first, and counts up."""
+    found = [seeds + i for i in range(count)] if isinstance(seeds, int) else list(seeds)
+    if len(found) != count:
+        raise ValueError(f"generate: seeds must be one or {count}, got {len(found)}")
+    return found

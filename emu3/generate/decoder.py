@@ -1,82 +1,12 @@
-"""Decode steps over a cache; each is one CUDA graph where asked."""
+"""What every decode loop needs: padded prompts, a cache, whether to capture its steps."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from emu3.cache import KeyValueCache
-from emu3.cuda_graph import CapturedStep
 from emu3.model import Emu3
-
-
-class Decoder:
-    """Feeds the tokens of the last step to the model; the host waits for nothing.
-
-    Args:
-        model: in eval mode.
-        cache: empty.
-        choose: from hidden states ``[B, D]`` to what a step returns, the ``[B]`` tokens that the
-            next one feeds, and the logits.
-        graph: whether to replay steps as CUDA graphs.
-    """
-
-    def __init__(
-        self,
-        model: Emu3,
-        cache: KeyValueCache,
-        choose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
-        graph: bool,
-    ) -> None:
-        self.model, self.cache, self.choose, self.graph = model, cache, choose, graph
-        self.token = torch.zeros_like(cache.lengths, dtype=torch.int64)
-        self.largest: Tensor | None = None
-        """``[B]``, the magnitude of each row's largest logit over all steps; NaN stays NaN."""
-        self._steps: dict[tuple[int, ...], Callable[[], Tensor]] = {}
-
-    def start(self, tokens: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Feed the prompts ``tokens [B, T]``."""
-        hidden = self.model(tokens, self.cache, prompt_lengths=prompt_lengths)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return self._next(hidden[rows, prompt_lengths - 1])
-
-    def step(self, *forced: int) -> Tensor:
-        """Feed each row's last token and, after it, the ``forced`` ones."""
-        if forced not in self._steps:
-            step = partial(self._feed, forced)
-            self._steps[forced] = CapturedStep(step, self.token.device) if self.graph else step
-        cache, num_new = self.cache, 1 + len(forced)
-        cache.check_room(num_new)
-        longest = cache.longest + num_new
-        result = self._steps[forced]()
-        cache.longest = longest  # a replay runs no Python
-        return result
-
-    def check_finite(self) -> None:
-        """Raise if logits of a step were not finite; on a GPU, the host waits for it here alone."""
-        if self.largest is not None and not self.largest.isfinite().all():
-            raise ValueError(
-                "generate: logits must be finite, got NaN or infinity: check the weights, and that "
-                "the model's dtype has their range"
-            )
-
-    def _feed(self, forced: tuple[int, ...]) -> Tensor:
-        tokens = self.token[:, None]
-        for one in forced:
-            tokens = F.pad(tokens, (0, 1), value=one)
-        return self._next(self.model(tokens, self.cache)[:, -1])
-
-    def _next(self, hidden: Tensor) -> Tensor:
-        result, token, logits = self.choose(hidden)
-        self.token.copy_(token)
-        largest = logits.amax(-1).abs()
-        if self.largest is None:
-            self.largest = largest
-        else:
-            torch.maximum(self.largest, largest, out=self.largest)
-        return result
 
 
 def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

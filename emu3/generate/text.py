@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from emu3.generate.batch import GREEDY, Batch, Generation
+from emu3.generate.batch import GREEDY, Batch, Generation, Sampling, all_seeds
 from emu3.generate.decoder import check_prompts, uses_graph
 from emu3.model import Emu3
 from emu3.prompt import understanding_prompt
@@ -30,20 +30,27 @@ def generate_text(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 1024,
     *,
+    how: Sampling = GREEDY,
+    seeds: int | Sequence[int] = 0,
     cuda_graph: bool | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """Continue ``prompts``, such as those of :func:`emu3.templates.chat_prompt`, greedily.
+    """Continue ``prompts``, such as those of :func:`emu3.templates.chat_prompt`.
 
-    Only text ids and EOS, which ends a text, are generated. ``cuda_graph`` and the error are those
-    of :func:`generate_images`. ``on_text`` takes the number of a prompt and the next piece of its
-    text, of whole characters, as soon as there is one; together they are what is returned.
+    Only text ids and EOS, which ends a text, are generated: greedily, or as ``how`` says without
+    its guidance. ``seeds``, ``cuda_graph`` and the error are those of :func:`generate_images`.
+    ``on_text`` takes the number of a prompt and the next piece of its text, of whole characters, as
+    soon as there is one; together they are what is returned.
     """
     check_prompts(model, prompts)
     if max_new_tokens < 1:
         return [""] * len(prompts)
     vocabulary = text.vocabulary
-    written = [Generation([ids], max_new_tokens, None, GREEDY) for ids in prompts]
+    keys = all_seeds(seeds, len(prompts))
+    written = [
+        Generation([ids], max_new_tokens, None, how, seed)
+        for ids, seed in zip(prompts, keys, strict=True)
+    ]
     capacity = max(one.capacity for one in written)
     if capacity > (room := model.settings.max_position_embeddings):
         raise ValueError(

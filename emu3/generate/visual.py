@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from emu3.generate.batch import SPARE, USUAL, Batch, Generation, Sampling
+from emu3.generate.batch import SPARE, USUAL, Batch, Generation, Sampling, all_seeds
 from emu3.generate.decoder import check_prompts, uses_graph
 from emu3.model import Emu3
 from emu3.prompt import clip_prompt, frame_ids, image_prompt
@@ -120,7 +120,7 @@ def _draw(
 ) -> list[Tensor]:
     """Draw frames ``[t, h, w]`` each after ``BOS caption tail``; the negative has the same tail."""
     check_prompts(model, captions)
-    bos, all_seeds = text.vocabulary.bos, _seeds(seeds, len(captions))
+    bos, keys = text.vocabulary.bos, all_seeds(seeds, len(captions))
     negatives = [] if how.guidance == 1 else [how.negative]
     generations = [
         Generation(
@@ -130,7 +130,7 @@ def _draw(
             how,
             seed,
         )
-        for caption, tail, shape, seed in zip(captions, tails, shapes, all_seeds, strict=True)
+        for caption, tail, shape, seed in zip(captions, tails, shapes, keys, strict=True)
     ]
     spare = SPARE if len(set(shapes)) > 1 else 0
     _check_room(model, captions, generations, spare, how, text)
@@ -145,13 +145,6 @@ def _draw(
 
     batch.run(generations, None if watch is None else tell)
     return [one.codes.view(shape) for one, shape in zip(generations, shapes, strict=True)]
-
-
-def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
-    found = [seeds + i for i in range(count)] if isinstance(seeds, int) else list(seeds)
-    if len(found) != count:
-        raise ValueError(f"generate: seeds must be one or {count}, got {len(found)}")
-    return found
 
 
 def _check_room(

@@ -119,6 +119,10 @@ async def _left(request: Request) -> None:
 
 
 async def _json(request: Request) -> dict[str, Any]:
+    """The body; another type of it is what a browser may send from any page without asking."""
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, f"content-type: must be application/json, got {kind[:40]!r}")
     body = await request.body()
     try:
         tree = json.loads(body)

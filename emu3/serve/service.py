@@ -103,7 +103,7 @@ class Service:
         how = Sampling(request.guidance, request.top_k, request.top_p, request.temperature)
         words = [request.prompt + positive, *[negative] * (request.guidance != 1)]
         prompts = [generation_prompt(one, grid, text) for one in words]
-        seed = secrets.randbits(64) if request.seed is None else request.seed
+        seed = secrets.randbits(32) if request.seed is None else request.seed
         generations = [
             Generation(prompts, prod(grid), grid, how, (seed + i) % 2**64) for i in range(request.n)
         ]
@@ -141,7 +141,7 @@ class Service:
         how = Sampling(
             1, 1 if greedy else request.top_k, request.top_p, 1 if greedy else request.temperature
         )
-        seed = secrets.randbits(64) if request.seed is None else request.seed
+        seed = secrets.randbits(32) if request.seed is None else request.seed
 
         def begin(codes: Sequence[Tensor]) -> Generation:
             prompt = self._chat_prompt(request.messages, pixels, codes)
