@@ -151,7 +151,7 @@ class _Tokenize:
                 report(f"frame {num_frames}")
                 yield self._pixels(frame)
 
-        clips = map(self._on_device, _clips(frames(), self.tokenizer.settings.temporal_factor))
+        clips = map(self._on_device, in_clips(frames(), self.tokenizer.settings.temporal_factor))
         codes = torch.cat([part[0] for part in _ENCODE[making.clips](self.tokenizer, clips)])
         size = video.height, video.width
         header = self._header(
@@ -236,8 +236,8 @@ def _is_video(item: Item) -> bool:
     return item.source.suffix.lower() in VIDEOS
 
 
-def _clips(frames: Iterator[Tensor], length: int) -> Iterator[Tensor]:
-    """``[1, length, 3, H, W]`` each; the last is padded with its last frame."""
+def in_clips(frames: Iterator[Tensor], length: int) -> Iterator[Tensor]:
+    """Frames ``[3, H, W]`` as ``[1, length, 3, H, W]``; the last is padded with its last frame."""
     while clip := list(islice(frames, length)):
         yield torch.stack(clip + [clip[-1]] * (length - len(clip)))[None]
 
