@@ -9,7 +9,20 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from emu3.cli.common import DECODER, Device, Dtype, Model, OwnVision, app, beside, kind, say, usable
+from emu3.cli.common import (
+    DECODER,
+    Base,
+    Device,
+    Dtype,
+    Model,
+    OwnVision,
+    QuantizedWeights,
+    app,
+    beside,
+    kind,
+    say,
+    usable,
+)
 from emu3.files import replacing
 from emu3.generate import Sampling, generate_images, generate_text
 from emu3.prompt import content_ids
@@ -38,6 +51,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="of the first image", min=0, max=2**64 - 1)] = 0,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
+    weights: QuantizedWeights = None,
+    base: Base = None,
 ) -> None:
     """Generate an image from each caption.
 
@@ -46,7 +61,8 @@ def generate(
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out: must be a file that ends in .png, got {str(out)!r}")
     vision = beside(model) if vision is None else vision
-    loaded = load(model, vision=vision, device=usable(device), dtype=kind(dtype))
+    stored = {"weights": weights and weights.value, "base": base}
+    loaded = load(model, vision=vision, device=usable(device), dtype=kind(dtype), **stored)
     published = isinstance(loaded.text, QwenTokenizer)
     negative = negative if negative is not None else NEGATIVE if published else ""
     positive = positive if positive is not None else POSITIVE if published else ""
@@ -75,13 +91,16 @@ def chat(
     ] = None,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
+    weights: QuantizedWeights = None,
+    base: Base = None,
 ) -> None:
     """Caption images, or answer a question about them.
 
     A published model is asked to describe each image, in Emu3's own prompt.
     """
     vision = beside(model) if vision is None else vision
-    loaded = load(model, vision=vision, device=usable(device), dtype=kind(dtype))
+    stored = {"weights": weights and weights.value, "base": base}
+    loaded = load(model, vision=vision, device=usable(device), dtype=kind(dtype), **stored)
     published = isinstance(loaded.text, QwenTokenizer)
     size = None if published else loaded.vision.settings.image_size
     codes = [loaded.vision.encode(_read(path, size).to(device.value)[None])[0] for path in images]
