@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from emu3.data.media import write_image, write_video
-from emu3.generate import Sampling, generate_clips, generate_images
+from emu3.generate import Sampling, Window, generate_clips, generate_images
 from emu3.prompt import Clip
 from emu3.templates import NEGATIVE, POSITIVE, grid_of
 from emu3.tools.look import is_published, is_video, look
@@ -137,12 +137,13 @@ def _generate(
     captions = [origin.prompt + origin.positive for _, origin in files]
     asked = loaded.model, loaded.text, captions
     seeds = [origin.seed for _, origin in files]
+    loop = {"window": Window(common.window), "watch": watch}
     if not common.video:
-        return generate_images(*asked, common.grid, how, seeds, watch=watch)
+        return generate_images(*asked, common.grid, how, seeds, **loop)
     shape = len(begun) + made.num_frames, *common.grid
     given = begun.expand(len(files), -1, -1, -1)
     span = loaded.vision.settings.temporal_factor
-    rest = {"given": given, "span": span, "watch": watch}
+    rest = {"given": given, "span": span, **loop}
     return generate_clips(*asked, shape, Fraction(common.fps), how, seeds, **rest)[:, len(begun) :]
 
 

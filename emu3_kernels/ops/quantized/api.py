@@ -7,6 +7,7 @@ and scales are contiguous.
 import torch
 from torch import Tensor
 
+from emu3_kernels.ops.quantized import codes as making
 from emu3_kernels.ops.quantized import reference
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_floating, describe, rows
@@ -53,7 +54,7 @@ def quantize_weight(
             f"quantize_weight: group_size must be one of {GROUP_SIZES} and divide K = "
             f"{weight.shape[1]}, got {group_size}"
         )
-    return reference.quantize(weight.detach(), bits, group_size)
+    return making.quantize(weight.detach(), bits, group_size)
 
 
 def quantized_linear(

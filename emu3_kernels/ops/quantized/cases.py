@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.quantized.reference import quantize
+from emu3_kernels.ops.quantized.codes import quantize
 from emu3_kernels.runtime.cases import Cases
 
 

@@ -1,54 +1,10 @@
-"""The definition of quantized_linear in plain PyTorch: how codes are made, read and multiplied."""
+"""The definition of quantized_linear in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 32
-"""Inputs that share 16 bytes of int4."""
-LARGEST = {"int8": 127, "int4": 7}
-_PIECE = 32 << 20
-"""Elements of a weight that are quantized at a time, in float32."""
-
-
-def quantize(weight: Tensor, bits: str, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of ``weight [N, K]``, in pieces of rows."""
-    rows = max(1, _PIECE // max(1, weight.shape[1]))
-    parts = [_quantize(piece, bits, group_size) for piece in weight.split(rows)]
-    codes, scales = (torch.cat(some) for some in zip(*parts, strict=True))
-    return codes, scales
-
-
-def _quantize(weight: Tensor, bits: str, group_size: int) -> tuple[Tensor, Tensor]:
-    size = weight.shape[1] if bits == "int8" else group_size
-    groups, largest = weight.float().unflatten(1, (-1, size)), LARGEST[bits]
-    scales = groups.abs().amax(-1) / largest
-    if bits == "int4":
-        scales = scales.bfloat16()
-    divisor = scales.float().masked_fill(scales == 0, 1)
-    codes = (groups / divisor[..., None]).round().clamp(-largest, largest).flatten(1)
-    return (codes.char(), scales[:, 0]) if bits == "int8" else (pack(codes), scales)
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Two codes of ``[N, K]`` a byte: inputs i and 16 + i of each 32, both plus 8."""
-    lower, upper = (codes + 8).byte().unflatten(1, (-1, 2, BLOCK // 2)).unbind(2)
-    return (lower | upper << 4).flatten(1)
-
-
-def unpack(codes: Tensor) -> Tensor:
-    """``[N, K]`` int8 of :func:`pack`."""
-    blocks = codes.unflatten(1, (-1, BLOCK // 2))
-    return torch.stack((blocks & 15, blocks >> 4), dim=2).flatten(1).char() - 8
-
-
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight ``[N, K]``: each code times its scale, rounded to ``dtype``."""
-    compute = torch.promote_types(dtype, torch.float32)
-    if codes.dtype == torch.int8:
-        return (codes.to(compute) * scales.to(compute)[:, None]).to(dtype)
-    groups = unpack(codes).to(compute).unflatten(1, (scales.shape[1], -1))
-    return (groups * scales.to(compute)[:, :, None]).flatten(1).to(dtype)
+from emu3_kernels.ops.quantized.codes import dequantize
 
 
 def quantized_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.ops.quantized.reference import dequantize
+from emu3_kernels.ops.quantized.codes import dequantize
 from emu3_kernels.runtime.counters import counters
 from emu3_kernels.runtime.dispatch import Backend
 from emu3_kernels.runtime.gemm import mm_
