@@ -62,7 +62,7 @@ def plan(asked: Origin, loaded: Pretrained) -> Plan:
         "negative": (NEGATIVE if words else "") if asked.negative is None else asked.negative,
         "area": area,
         "grid": tuple(begun.shape[1:]),
-        "dtype": str(loaded.model.head.weight.dtype).removeprefix("torch."),
+        "dtype": str(loaded.model.embedding.weight.dtype).removeprefix("torch."),
         "version": program_version(),
     }
     if not asked.video:
