@@ -236,7 +236,7 @@ def encode_video(
     tokenizer: VisionTokenizer, frames: Iterator[Tensor], clips: Literal["pieces", "stream"]
 ) -> Tensor:
     """Codes ``[t, h, w]`` of frames ``[3, H, W]`` in [-1, 1]; the last clip repeats its last."""
-    parts = _ENCODE[clips](tokenizer, _clips(frames, tokenizer.settings.temporal_factor))
+    parts = _ENCODE[clips](tokenizer, in_clips(frames, tokenizer.settings.temporal_factor))
     return torch.cat([part[0] for part in parts])
 
 
@@ -244,8 +244,8 @@ def _is_video(item: Item) -> bool:
     return item.source.suffix.lower() in VIDEOS
 
 
-def _clips(frames: Iterator[Tensor], length: int) -> Iterator[Tensor]:
-    """``[1, length, 3, H, W]`` each; the last is padded with its last frame."""
+def in_clips(frames: Iterator[Tensor], length: int) -> Iterator[Tensor]:
+    """Frames ``[3, H, W]`` as ``[1, length, 3, H, W]``; the last is padded with its last frame."""
     while clip := list(islice(frames, length)):
         yield torch.stack(clip + [clip[-1]] * (length - len(clip)))[None]
 
