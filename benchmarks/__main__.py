@@ -13,7 +13,9 @@ from benchmarks.harness import machine, run
 from benchmarks.harness.results import RESULTS
 from benchmarks.report.pages import CODEGEN, write_pages
 from benchmarks.report.tables import as_table
+from benchmarks.suites.data import data
 from benchmarks.suites.gpu.command import gpu
+from benchmarks.suites.parity import parity
 from emu3_kernels.ops import OPS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -177,6 +179,8 @@ def report() -> None:
 if find_spec("triton"):
     app.command()(import_module("benchmarks.suites.codegen").codegen)
     app.command()(import_module("benchmarks.suites.host").host)
+app.command()(data)
+app.command()(parity)
 app.command()(gpu)
 
 
