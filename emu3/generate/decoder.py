@@ -56,11 +56,8 @@ class Decoder:
 
     def check_finite(self) -> None:
         """Raise if logits of a step were not finite; on a GPU, the host waits for it here alone."""
-        if self.largest is not None and not self.largest.isfinite().all():
-            raise ValueError(
-                "generate: logits must be finite, got NaN or infinity: check the weights, and that "
-                "the model's dtype has their range"
-            )
+        if self.largest is not None:
+            check_finite(self.largest)
 
     def _feed(self, forced: tuple[int, ...]) -> Tensor:
         tokens = self.token[:, None]
@@ -77,6 +74,15 @@ class Decoder:
         else:
             torch.maximum(self.largest, largest, out=self.largest)
         return result
+
+
+def check_finite(largest: Tensor) -> None:
+    """Raise unless the largest logits of all rows were finite; the host waits for the device."""
+    if not largest.isfinite().all():
+        raise ValueError(
+            "generate: logits must be finite, got NaN or infinity: check the weights, and that the "
+            "model's dtype has their range"
+        )
 
 
 def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

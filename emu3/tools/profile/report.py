@@ -31,7 +31,7 @@ def markdown(found: Profile) -> str:
         "# Profile",
         "",
         f"{s.num_layers} layers of size {s.hidden_size}, {s.num_heads}/{s.num_kv_heads} heads, "
-        f"{str(found.dtype).removeprefix('torch.')}, random weights, {rows_of(found)}. "
+        f"{str(found.dtype).removeprefix('torch.')}, random weights, {batch_of(found)}. "
         f"Peak memory {found.peak_bytes / 2**30:.2f} GiB (MEASURED). Bounds are BOUND by "
         f"{machine.bytes_per_second / 1e9:.1f} GB/s and "
         f"{machine.flops_per_second / 1e12:.2f} TFLOP/s (MEASURED).",
@@ -40,7 +40,7 @@ def markdown(found: Profile) -> str:
     return "\n".join([*head, "", by_context(found), by_window(found), launches(found), *tables])
 
 
-def rows_of(found: Profile) -> str:
+def batch_of(found: Profile) -> str:
     pairs = found.rows // 2
     return f"{found.rows} rows, {pairs} with guidance" if pairs else "one row, no guidance"
 
