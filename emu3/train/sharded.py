@@ -171,10 +171,13 @@ def checkpoints(folder: Path) -> list[Path]:
 def _state(model: Emu3, optimizer: Optimizer, layout: Layout) -> dict[str, DTensor]:
     """View the weights and both moments of AdamW, which it makes in its first step."""
     for group in optimizer.param_groups:
+        counts_on_device = group["fused"] or group["capturable"]
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros(
+                    (), device=parameter.device if counts_on_device else "cpu"
+                )
                 state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
     views = {f"weight.{name}": view for name, view in sharded_views(model, layout).items()}
     for moment in MOMENTS:
