@@ -16,11 +16,13 @@ from emu3_kernels.ops.sampling.api import sample_guided
 from emu3_kernels.ops.swiglu.api import swiglu, swiglu_packed
 from emu3_kernels.ops.vq.api import CodeIndex, nearest_code
 from emu3_kernels.runtime.dispatch import record_backends, use_backend
+from emu3_kernels.runtime.dropout import HeadShard, site_seeds
 
 __all__ = [
     "CodeIndex",
     "Documents",
     "FrameCache",
+    "HeadShard",
     "add_rms_norm",
     "attention",
     "causal_conv3d",
@@ -40,6 +42,7 @@ __all__ = [
     "rope_tables",
     "sample_guided",
     "shard_sequence",
+    "site_seeds",
     "spatial_norm_silu",
     "swiglu",
     "swiglu_packed",
