@@ -105,7 +105,7 @@ struct Int8 {
 template <int kGroup>
 struct Int4 {
   static constexpr int kInputs = kNibbles, kFloats = kPackedNibbles;
-  static constexpr int kSums = 4;  // the eight codes of a word add to one, and start anew
+  static constexpr int kSums = 8;  // the eight codes of a word add to one, and start anew
   const QuantizedWeight& w;
 
   const uint32_t* row(int64_t n) const {
