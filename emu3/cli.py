@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from emu3.config import load_model, parse
 from emu3.files import replacing
-from emu3.generate import Sampling, generate_images, generate_text
+from emu3.generate import Forwards, Sampling, Window, generate_images, generate_text
 from emu3.prompt import content_ids
 from emu3.tasks import load_recipe
 from emu3.tasks import train as train_recipe
@@ -146,6 +146,12 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="sample among this softmax mass")] = None,
     temperature: Annotated[float, typer.Option(help="of the softmax")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the first image", min=0, max=2**64 - 1)] = 0,
+    window: Annotated[
+        int, typer.Option(help="tokens of an image in a forward; any gives the same image")
+    ] = 1,
+    fork: Annotated[
+        int | None, typer.Option(help="of a window: drafts of the next code; by default a quarter")
+    ] = None,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
 ) -> None:
@@ -165,11 +171,12 @@ def generate(
     grid = grid_of(ratio or "1:1", area, factor)
     how = Sampling(guidance, top_k, top_p, temperature, negative)
     asked = [words + positive for words in captions]
-    codes = generate_images(loaded.model, loaded.text, asked, grid, how, seed)
+    options = {"window": Window(window, fork), "spent": (spent := Forwards())}
+    codes = generate_images(loaded.model, loaded.text, asked, grid, how, seed, **options)
     strip = torch.cat(list(loaded.vision.decode(codes)), dim=2)
     with replacing(out) as draft:
         postprocess(strip)[0].save(draft, format="PNG")
-    _say(f"wrote {out}")
+    _say(f"wrote {out}" + (f", {spent.codes_per_forward:.2f} codes a forward" * (window > 1)))
 
 
 @app.command()

@@ -4,7 +4,7 @@ Each forward of the model feeds a window of drafts for each image (:mod:`emu3.ge
 Images advance at their own pace; the windows of those that are done change nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -81,23 +81,36 @@ class PathDecoder:
         self.step = CapturedStep(self._feed, self.tokens.device) if graph else self._feed
 
     @torch.no_grad()
-    def run(self, spent: Forwards) -> list[Tensor]:
-        """Draw all images: the codes of each in raster order, frame by frame."""
+    def run(
+        self, spent: Forwards, watch: Callable[[Sequence[Tensor]], None] | None = None
+    ) -> list[Tensor]:
+        """Draw all images: the codes of each in raster order, frame by frame.
+
+        Args:
+            spent: is filled.
+            watch: is given the codes of each image so far, now and then.
+        """
         self.start()
-        for index in range(max(self.num_codes) - 1):  # each forward gives a code at least
-            self.step()
-            if (not self.largest.is_cuda or index % _ASK_EVERY == _ASK_EVERY - 1) and self.is_done:
+        ask_every = _ASK_EVERY if self.largest.is_cuda else 1
+        drawn = self._drawn(watch)
+        for index in range(1, max(self.num_codes)):  # each forward gives a code at least
+            if [len(codes) for codes in drawn] == self.num_codes:
                 break
-        check_finite(self.largest)
+            self.step()
+            if index % ask_every == 0 or index == max(self.num_codes) - 1:
+                drawn = self._drawn(watch)
         spent.codes = [num - 1 for num in self.num_codes]
         spent.forwards = self.forwards.tolist()
-        return [codes[:num] for codes, num in zip(self.paths.codes, self.num_codes, strict=True)]
+        return drawn
 
-    @property
-    def is_done(self) -> bool:
-        """Whether all codes are final, or some are not finite; the host waits for the device."""
-        left = self.paths.known < self.paths.layout.num_codes
-        return not bool(left.any() & self.largest.isfinite().all())
+    def _drawn(self, watch: Callable[[Sequence[Tensor]], None] | None) -> list[Tensor]:
+        """The codes so far; the host waits for the device here alone."""
+        check_finite(self.largest)
+        known = self.paths.known[:, 0].tolist()
+        drawn = [codes[:num] for codes, num in zip(self.paths.codes, known, strict=True)]
+        if watch is not None:
+            watch(drawn)
+        return drawn
 
     def start(self) -> None:
         """Feed the prompts and draw the first codes."""

@@ -60,6 +60,18 @@ def test_the_same_seed_draws_the_same_image(tmp_path, files):
     assert one != other
 
 
+def test_a_window_draws_the_same_image_and_tells_the_codes_a_forward(tmp_path, files):
+    draw = "generate", "x", *files, "--out"
+    plain, done = emu3(*draw, tmp_path / "1.png"), emu3(*draw, tmp_path / "8.png", "--window", 8)
+    assert plain.output.endswith("1.png\n")
+    assert re.search(r"8\.png, \d\.\d\d codes a forward\n$", done.output)
+    one, two = ((tmp_path / f"{name}.png").read_bytes() for name in "18")
+    assert one == two
+    done = emu3(*draw, tmp_path / "9.png", "--window", 4, "--fork", 4)
+    assert done.stderr.startswith("emu3: generate: a window of 4 tokens must have a fork of 1 to 3")
+    assert not (tmp_path / "9.png").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -123,7 +135,7 @@ def test_a_terminal_that_lacks_a_character_does_not_end_the_command(tmp_path, fi
     [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError(), RuntimeError(NO_MEMORY)],
 )
 def test_a_command_that_needs_more_memory_says_so_in_one_line(error, tmp_path, files, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("emu3.cli.generate_images", fail)
@@ -134,7 +146,7 @@ def test_a_command_that_needs_more_memory_says_so_in_one_line(error, tmp_path, f
 
 
 def test_a_bug_is_a_traceback(tmp_path, files, monkeypatch):
-    monkeypatch.setattr("emu3.cli.generate_images", lambda *_: 1 / 0)
+    monkeypatch.setattr("emu3.cli.generate_images", lambda *_, **__: 1 / 0)
     done = emu3("generate", "x", *files, "--out", tmp_path / "x.png")
     assert isinstance(done.exception, ZeroDivisionError)
 
