@@ -5,10 +5,12 @@ Keys, values and lengths are updated in place, so that a CUDA graph can hold a d
 ``B`` rows, ``T`` new tokens, ``H`` query heads, ``K`` head dim.
 """
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from emu3.config import ModelSettings
 from emu3_kernels import attention, decode_attention
@@ -60,6 +62,22 @@ class KeyValueCache:
         self.capacity = min(capacity, self.max_positions)
         self.longest, self.ragged = 0, False
         """The largest length, and whether others are shorter, without a synchronization."""
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Rows ``start`` to ``stop`` as a cache that shares keys, values and lengths.
+
+        ``longest`` and ``ragged`` are its own: set them for what the rows hold.
+        """
+        part = copy(self)
+        part.keys, part.values = self.keys[:, start:stop], self.values[:, start:stop]
+        part.lengths = self.lengths[start:stop]
+        return part
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Copy a row of ``length`` tokens over another."""
+        for tensor in (self.keys, self.values):
+            tensor[:, target, :length] = tensor[:, source, :length]
+        self.lengths[target] = self.lengths[source]
 
     def place(self, num_new: int, tree: Tree | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return where the next ``num_new`` tokens of each row go, once for all layers.

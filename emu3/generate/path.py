@@ -4,7 +4,7 @@ Each forward of the model feeds a window of drafts for each image (:mod:`emu3.ge
 Images advance at their own pace; the windows of those that are done change nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from emu3.cache import Tree
 from emu3.config import Vocabulary
 from emu3.cuda_graph import CapturedStep
+from emu3.generate.batch import Generation, signed
 from emu3.generate.decoder import check_finite, new_cache, pad_right, to_device_of
 from emu3.generate.window import Layout, Paths, Window
 from emu3.model import Emu3
 from emu3_kernels import sample_guided
 
+Watch = Callable[[Sequence[Tensor]], None]
 _ASK_EVERY = 8
 """Forwards after which a GPU is asked whether all images are done."""
 
@@ -44,11 +46,9 @@ class PathDecoder:
     Args:
         model: in eval mode.
         ids: its vocabulary.
-        prompts: of ``B`` images and, with guidance, the ``B`` negative ones.
-        shapes: frames, rows and columns of codes of each image.
-        seeds: ``[B]`` int64.
+        generations: of ``B`` images or clips, which are drawn alike.
+        shapes: frames, rows and columns of codes of each.
         window: of more than one token.
-        sampling: keywords of :func:`emu3_kernels.sample_guided`.
         graph: whether to replay steps as a CUDA graph.
     """
 
@@ -56,20 +56,20 @@ class PathDecoder:
         self,
         model: Emu3,
         ids: Vocabulary,
-        prompts: Sequence[Sequence[int]],
+        generations: Sequence[Generation],
         shapes: Sequence[tuple[int, int, int]],
-        seeds: Tensor,
         window: Window,
-        sampling: Mapping[str, float | int | None],
         graph: bool,
     ) -> None:
-        self.model, self.window, self.sampling = model, window, sampling
+        self.model, self.window, self.shapes = model, window, shapes
+        self.sampling, self.per_image = generations[0].how.settings, len(generations[0].prompts)
         self.visual_rows = slice(ids.visual_start, ids.size)
+        prompts = [one.prompts[side] for side in range(self.per_image) for one in generations]
+        seeds = torch.tensor([signed(one.seed) for one in generations])
         self.tokens, self.prompt_lengths, self.seeds = to_device_of(
             model, *pad_right(prompts, ids.pad), seeds
         )
-        self.per_image = len(prompts) // len(shapes)
-        self.num_codes = [prod(shape) for shape in shapes]
+        self.num_codes = [one.length for one in generations]
         self.paths = Paths(Layout(shapes, self.tokens.device), max(self.num_codes), window, ids)
         # A path ends at most with the EOF after its last code.
         slots = max(prod(shape) + shape[0] * (shape[1] + 1) for shape in shapes)
@@ -81,14 +81,12 @@ class PathDecoder:
         self.step = CapturedStep(self._feed, self.tokens.device) if graph else self._feed
 
     @torch.no_grad()
-    def run(
-        self, spent: Forwards, watch: Callable[[Sequence[Tensor]], None] | None = None
-    ) -> list[Tensor]:
-        """Draw all images: the codes of each in raster order, frame by frame.
+    def run(self, spent: Forwards, watch: Watch | None = None) -> list[Tensor]:
+        """Draw all images: the codes of each, ``[t, h, w]``.
 
         Args:
             spent: is filled.
-            watch: is given the codes of each image so far, now and then.
+            watch: is given the codes ``[n]`` of each image so far, now and then.
         """
         self.start()
         ask_every = _ASK_EVERY if self.largest.is_cuda else 1
@@ -101,9 +99,9 @@ class PathDecoder:
                 drawn = self._drawn(watch)
         spent.codes = [num - 1 for num in self.num_codes]
         spent.forwards = self.forwards.tolist()
-        return drawn
+        return [codes.view(shape) for codes, shape in zip(drawn, self.shapes, strict=True)]
 
-    def _drawn(self, watch: Callable[[Sequence[Tensor]], None] | None) -> list[Tensor]:
+    def _drawn(self, watch: Watch | None) -> list[Tensor]:
         """The codes so far; the host waits for the device here alone."""
         check_finite(self.largest)
         known = self.paths.known[:, 0].tolist()

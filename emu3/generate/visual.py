@@ -1,60 +1,34 @@
-"""Images and clips from captions.
-
-Tokens that the grammar forces are not sampled and cost no forward pass of their own: the end of a
-row is fed with the token before it, and nothing after the last visual token is computed.
-"""
+"""Images and clips from captions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
 from math import prod
 
 import torch
 from torch import Tensor
 
-from emu3.generate.decoder import (
-    Decoder,
-    check_prompts,
-    new_cache,
-    pad_right,
-    to_device_of,
-    uses_graph,
-)
+from emu3.generate.batch import SPARE, USUAL, Batch, Generation, Sampling
+from emu3.generate.decoder import check_prompts, uses_graph
 from emu3.generate.path import Forwards, PathDecoder
 from emu3.generate.window import PLAIN, Window
 from emu3.model import Emu3
 from emu3.prompt import clip_prompt, frame_ids, image_prompt
 from emu3.text import TextTokenizer
-from emu3_kernels import sample_guided
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a code is drawn: the settings of :func:`emu3_kernels.sample_guided`."""
-
-    guidance: float = 3.0
-    """Scale of classifier-free guidance; 1 turns it off."""
-    top_k: int | None = 2048
-    top_p: float | None = None
-    temperature: float = 1.0
-    negative: str = ""
-    """The negative prompt: the caption of the unconditional branch."""
 
 
 def generate_images(
     model: Emu3,
     text: TextTokenizer,
     captions: Sequence[str],
-    grid: tuple[int, int],
-    how: Sampling = Sampling(),
+    grid: tuple[int, int] | Sequence[tuple[int, int]],
+    how: Sampling = USUAL,
     seeds: int | Sequence[int] = 0,
     *,
     window: Window = PLAIN,
     spent: Forwards | None = None,
     cuda_graph: bool | None = None,
-) -> Tensor:
-    """Generate one image per caption, as codes ``[B, h, w]`` int64.
+) -> Tensor | list[Tensor]:
+    """Generate one image per caption, as codes ``[B, h, w]`` int64, or a list with a grid for each.
 
     Captions and negative prompts run as one batch, and only the visual rows of the head are
     computed.
@@ -63,7 +37,7 @@ def generate_images(
         model: in eval mode.
         text: its tokenizer.
         captions: one for each image.
-        grid: rows and columns of codes.
+        grid: rows and columns of codes, of all images or one for each caption.
         how: guidance and sampling.
         seeds: one for each image, of 64 bits: the same image comes alone and in any batch, up to
             near-ties of logits. An int is the seed of the first, and counts up.
@@ -75,10 +49,14 @@ def generate_images(
     Raises:
         ValueError: logits that are not finite, at the end of their row of codes.
     """
-    opening = image_prompt(grid, text)
-    tails = [opening] * len(captions)
-    codes = _draw(model, text, captions, tails, (1, *grid), how, seeds, window, spent, cuda_graph)
-    return codes[:, 0]
+    alike = isinstance(grid[0], int) if len(grid) else False
+    grids = [grid] * len(captions) if alike else list(grid)
+    if len(grids) != len(captions):
+        raise ValueError(f"generate: grids must be one or {len(captions)}, got {len(grids)}")
+    tails, shapes = [image_prompt(one, text) for one in grids], [(1, *one) for one in grids]
+    spend = window, spent, cuda_graph
+    codes = [one[0] for one in _draw(model, text, captions, tails, shapes, how, seeds, *spend)]
+    return torch.stack(codes) if alike else codes
 
 
 def generate_clips(
@@ -87,7 +65,7 @@ def generate_clips(
     captions: Sequence[str],
     shape: tuple[int, int, int],
     fps: Fraction,
-    how: Sampling = Sampling(),
+    how: Sampling = USUAL,
     seeds: int | Sequence[int] = 0,
     *,
     given: Tensor | None = None,
@@ -127,89 +105,74 @@ def generate_clips(
     tails = [
         [*opening, *(frame_ids(one.cpu(), text.vocabulary) if len(one) else [])] for one in known
     ]
-    codes = _draw(
-        model, text, captions, tails, (left, *grid), how, seeds, window, spent, cuda_graph
-    )
+    shapes = [(left, *grid)] * len(captions)
+    spend = window, spent, cuda_graph
+    codes = torch.stack(_draw(model, text, captions, tails, shapes, how, seeds, *spend))
     return torch.cat((known.to(codes), codes), dim=1)
 
 
-@torch.no_grad()
 def _draw(
     model: Emu3,
     text: TextTokenizer,
     captions: Sequence[str],
     tails: Sequence[list[int]],
-    shape: tuple[int, int, int],
+    shapes: Sequence[tuple[int, int, int]],
     how: Sampling,
     seeds: int | Sequence[int],
     window: Window,
     spent: Forwards | None,
     cuda_graph: bool | None,
-) -> Tensor:
-    """Draw frames ``[B, t, h, w]`` after ``BOS caption tail``, of which the negative has the same.
-
-    The last code of a row is fed with EOL, that of a frame with EOL and EOF.
-    """
+) -> list[Tensor]:
+    """Draw frames ``[t, h, w]`` each after ``BOS caption tail``; the negative has the same tail."""
     check_prompts(model, captions)
-    window.check(shape[0])
-    ids, (frames, height, width) = text.vocabulary, shape
-    negatives = [] if how.guidance == 1 else [how.negative] * len(captions)
-    words = [*captions, *negatives]
-    tails = [*tails, *tails][: len(words)]
-    prompts = [[ids.bos, *text.encode(one), *tail] for one, tail in zip(words, tails, strict=True)]
-    tokens, prompt_lengths = to_device_of(model, *pad_right(prompts, ids.pad))
-    # The last forward feeds the last but one code.
-    capacity = tokens.shape[1] + frames * (height * (width + 1) + 1) - 3
-    _check_room(model, words, capacity, text)
-    visual_rows = slice(ids.visual_start, ids.size)
-    keys, places = to_device_of(
-        model, _keys(seeds, len(captions)), torch.zeros(len(captions)).long()
-    )
-    settings = {"guidance": how.guidance, "top_k": how.top_k, "top_p": how.top_p}
-    settings |= {"temperature": how.temperature}
+    window.check(max((shape[0] for shape in shapes), default=1))
+    bos, all_seeds = text.vocabulary.bos, _seeds(seeds, len(captions))
+    negatives = [] if how.guidance == 1 else [how.negative]
+    generations = [
+        Generation(
+            [[bos, *text.encode(words), *tail] for words in (caption, *negatives)],
+            prod(shape),
+            shape[1:],
+            how,
+            seed,
+        )
+        for caption, tail, shape, seed in zip(captions, tails, shapes, all_seeds, strict=True)
+    ]
+    spare = SPARE if len(set(shapes)) > 1 else 0
+    _check_room(model, captions, generations, spare, how, text)
+    capacity = max(one.capacity for one in generations) + spare
+    num_rows = len(captions) * (1 + len(negatives))
     graph, spent = uses_graph(model, cuda_graph), spent or Forwards()
     if window.size > 1:
-        shapes = [shape] * len(captions)
-        paths = PathDecoder(model, ids, prompts, shapes, keys, window, settings, graph)
-        return torch.stack(paths.run(spent)).unflatten(1, shape)
-
-    def next_codes(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = model.logits(hidden, visual_rows)
-        pair = logits.chunk(2) if negatives else (logits, None)
-        code = sample_guided(*pair, keys, places, **settings)[:, 0]
-        places.add_(1)
-        token = (code + ids.visual_start).repeat(len(prompts) // len(captions))
-        return code, token, logits
-
-    cache = new_cache(model, len(prompts), capacity)
-    decoder = Decoder(model, cache, next_codes, graph)
-    codes = tokens.new_empty(len(captions), *shape)
-    code = decoder.start(tokens, prompt_lengths)
-    for frame, row, column in product(*map(range, shape)):
-        if frame + row + column:
-            forced = [] if column else [ids.eol] if row else [ids.eol, ids.eof]
-            code = decoder.step(*forced)
-        codes[:, frame, row, column] = code
-        if column == width - 1:
-            decoder.check_finite()
-    spent.codes = spent.forwards = [prod(shape) - 1] * len(captions)
-    return codes
+        paths = PathDecoder(model, text.vocabulary, generations, shapes, window, graph)
+        return paths.run(spent)
+    spent.codes = spent.forwards = [one.length - 1 for one in generations]
+    batch = Batch(model, text.vocabulary, num_rows, capacity, graph=graph)
+    batch.run(generations)
+    return [one.codes.view(shape) for one, shape in zip(generations, shapes, strict=True)]
 
 
-def _keys(seeds: int | Sequence[int], count: int) -> Tensor:
-    """``[B]`` int64 with the 64 bits of each seed."""
+def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
     found = [seeds + i for i in range(count)] if isinstance(seeds, int) else list(seeds)
     if len(found) != count:
         raise ValueError(f"generate: seeds must be one or {count}, got {len(found)}")
-    return torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in found])
+    return found
 
 
-def _check_room(model: Emu3, captions: Sequence[str], needed: int, text: TextTokenizer) -> None:
+def _check_room(
+    model: Emu3,
+    captions: Sequence[str],
+    generations: Sequence[Generation],
+    spare: int,
+    how: Sampling,
+    text: TextTokenizer,
+) -> None:
     room = model.settings.max_position_embeddings
-    if needed > room:
-        longest = max(captions, key=lambda words: len(text.encode(words)))
-        length = len(text.encode(longest))
+    index = max(range(len(captions)), key=lambda i: generations[i].capacity)
+    if (needed := generations[index].capacity + spare) > room:
+        words = max((captions[index], how.negative), key=lambda one: len(text.encode(one)))
+        length = len(text.encode(words))
         raise ValueError(
             f"generate: a caption may have {max(0, length - needed + room)} tokens beside its "
-            f"image or clip, got {length}: {longest[:40]!r}"
+            f"image or clip, got {length}: {words[:40]!r}"
         )

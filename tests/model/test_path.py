@@ -1,12 +1,14 @@
 """Path decoding gives the codes of plain decoding; windows alone are tested in test_window.py."""
 
 from fractions import Fraction
+from math import prod
 
 import pytest
 import torch
 
 from emu3.cache import KeyValueCache
 from emu3.generate import Forwards, Sampling, Window, generate_clips, generate_images, path, visual
+from emu3.generate.batch import Generation
 from emu3.generate.decoder import new_cache
 from emu3.generate.path import PathDecoder
 from emu3.prompt import generation_prompt
@@ -54,24 +56,22 @@ def test_clips_of_any_window_equal_those_of_plain_decoding(given):
         generate_clips(*asked, window=Window(2))
 
 
-def decoder_of(model, prompts, shapes, how, window, seeds=None, graph=False):
-    seeds = torch.arange(len(shapes)) if seeds is None else seeds
-    settings = {"guidance": how.guidance, "top_k": how.top_k}
-    return PathDecoder(model, IDS, prompts, shapes, seeds, window, settings, graph)
-
-
-def prompts_of(captions, grids):
-    return [generation_prompt(*each, TEXT) for each in zip(captions, grids, strict=True)]
+def decoder_of(model, captions, grids, how, window, first_seed=0):
+    generations = []
+    for seed, (words, grid) in enumerate(zip(captions, grids, strict=True), first_seed):
+        sides = [words] if how.guidance == 1 else [words, how.negative]
+        prompts = [generation_prompt(one, grid, TEXT) for one in sides]
+        generations.append(Generation(prompts, prod(grid), grid, how, seed))
+    return PathDecoder(model, IDS, generations, [(1, *grid) for grid in grids], window, graph=False)
 
 
 def test_images_of_several_grids_share_forwards():
     model, how, grids = tiny_model(), Sampling(guidance=1, top_k=4), [(3, 4), (2, 2), (1, 9)]
-    shapes = [(1, *grid) for grid in grids]
     seen = []
-    decoder = decoder_of(model, prompts_of(CAPTIONS, grids), shapes, how, Window(12, 3))
+    decoder = decoder_of(model, CAPTIONS, grids, how, Window(12, 3))
     images = decoder.run(spent := Forwards(), lambda codes: seen.append([*map(len, codes)]))
     for seed, (words, grid, image) in enumerate(zip(CAPTIONS, grids, images, strict=True)):
-        assert image.view(1, *grid).equal(generate_images(model, TEXT, [words], grid, how, seed))
+        assert image.equal(generate_images(model, TEXT, [words], grid, how, seed))
     assert spent.codes == [11, 3, 8]
     assert [*spent.forwards] == [sum(n[i] < n_i for n in seen) for i, n_i in enumerate(seen[-1])]
     assert seen[0] == [1, 1, 1]
@@ -84,8 +84,8 @@ def test_kept_slots_are_those_of_a_causal_call_and_no_other_is_read(window):
     """NaN in the slots of drafts, before each forward, would reach every logit."""
     grid, how, captions = (4, 3), Sampling(top_k=3), CAPTIONS[:2]
     model = tiny_model()
-    prompts = prompts_of([*captions, "", ""], [grid] * 4)
-    decoder = decoder_of(model, prompts, [(1, *grid)] * 2, how, window, torch.tensor([5, 6]))
+    prompts = [generation_prompt(words, grid, TEXT) for words in (*captions, "", "")]
+    decoder = decoder_of(model, captions, [grid] * 2, how, window, 5)
     cache, paths = decoder.cache, decoder.paths
     decoder.start()
     while (paths.known < 12).any():
@@ -139,9 +139,8 @@ def test_the_triton_path_of_a_window_reads_nothing_from_the_gpu(monkeypatch):
     model, grid = tiny_model(), (2, 3)
     draw = path.sample_guided
     monkeypatch.setattr(path, "sample_guided", lambda *a, **k: torch.zeros_like(draw(*a, **k)))
-    prompts = prompts_of(["x", ""], [grid] * 2)
     with use_backend("triton"), recorded_launches() as launches:
-        decoder = decoder_of(model, prompts, [(1, *grid)], Sampling(top_k=3), Window(6, 2))
+        decoder = decoder_of(model, ["x"], [grid], Sampling(top_k=3), Window(6, 2))
         decoder.start()
         decoder.step()
         launches.clear()

@@ -1,0 +1,1 @@
+"""Generation over HTTP, in OpenAI's form; requests that arrive together share forwards."""
