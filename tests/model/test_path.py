@@ -72,6 +72,8 @@ def test_images_of_several_grids_share_forwards():
     images = decoder.run(spent := Forwards(), lambda codes: seen.append([*map(len, codes)]))
     for seed, (words, grid, image) in enumerate(zip(CAPTIONS, grids, images, strict=True)):
         assert image.equal(generate_images(model, TEXT, [words], grid, how, seed))
+    again = generate_images(model, TEXT, CAPTIONS, grids, how, window=Window(12, 3))
+    assert all(one.equal(image[0]) for one, image in zip(again, images, strict=True))
     assert spent.codes == [11, 3, 8]
     assert [*spent.forwards] == [sum(n[i] < n_i for n in seen) for i, n_i in enumerate(seen[-1])]
     assert seen[0] == [1, 1, 1]
