@@ -17,6 +17,7 @@ from emu3.text import QwenTokenizer
 from emu3.vision import VisionTokenizer
 from emu3.weights import Pretrained, save
 from tests.model.published import SMALL, SMALL_8B
+from tests.serve.tiny_server import serving
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,6 +28,10 @@ LINES = [
 ]
 PUBLISHED = "Emu3-Gen"
 """A folder that a user has and a test makes."""
+ADDRESS = "http://127.0.0.1:8000"
+"""Of the server in the examples."""
+SERVED = [line for line in LINES if line.startswith(("emu3 serve", "curl"))]
+LINES = [line for line in LINES if line not in SERVED]
 SETS_UP = ("cd", "pip install")
 """What CI does before this test can run."""
 
@@ -35,7 +40,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("block", blocks("python"))
+@pytest.mark.parametrize("block", [one for one in blocks("python") if ADDRESS not in one])
 def test_the_import_example_runs(block):
     assert re.fullmatch(r"loss \d+\.\d\d, \d+ codes\n", run([sys.executable, "-c", block]))
 
@@ -83,6 +88,23 @@ def test_the_commands_on_published_weights_run(tmp_path, monkeypatch):
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, (line, done.output, done.exception)
     assert (tmp_path / "generated.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("example", [one for one in blocks("python") if ADDRESS in one] + SERVED)
+def test_the_examples_of_the_server_run(example, tmp_path, monkeypatch):
+    """On a server in this process; its command only starts where there is a GPU."""
+    if example.startswith("emu3"):
+        options = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+        assert all(word in options for word in shlex.split(example) if word.startswith("--"))
+        return
+    monkeypatch.chdir(tmp_path)
+    with serving(name=PUBLISHED) as served:
+        example = example.replace(ADDRESS, served.url)
+        if example.startswith("curl"):
+            assert '"b64_json"' in run(["bash", "-c", example])
+        else:
+            exec(example, {})
+            assert (tmp_path / "seven.png").stat().st_size > 0
 
 
 def test_no_line_of_the_readme_goes_untested():

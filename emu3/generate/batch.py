@@ -22,7 +22,7 @@ from torch import Tensor
 from emu3.cache import KeyValueCache
 from emu3.config import Vocabulary
 from emu3.cuda_graph import CapturedStep
-from emu3.generate.decoder import check_prompts, new_cache, pad_right, to_device_of
+from emu3.generate.decoder import NOT_FINITE, check_prompts, new_cache, pad_right, to_device_of
 from emu3.model import Emu3
 from emu3_kernels import sample_guided
 
@@ -32,10 +32,6 @@ SPARE = 2
 """Slots of a row for dead tokens, in a batch whose rows end apart."""
 _ENDLESS = 1 << 62
 _TOKEN, _PLACES, _SEEDS = range(3)
-_NOT_FINITE = (
-    "generate: logits must be finite, got NaN or infinity: check the weights, and that the model's "
-    "dtype has their range"
-)
 
 
 @dataclass(frozen=True)
@@ -149,15 +145,14 @@ class Batch:
 
     @torch.no_grad()
     def join(self, generations: Sequence[Generation]) -> list[Generation]:
-        """Feed the prompts and generate the first codes; return what ended by that."""
-        prompts = [ids for one in generations for ids in one.prompts]
+        """Feed the prompts and generate the first codes; return what ended by that.
+
+        Equal prompts, such as the negative ones of images of one grid, are fed once.
+        """
+        prompts = [tuple(ids) for one in generations for ids in one.prompts]
         check_prompts(self.model, prompts)
         start, stop = len(self._owners), len(self._owners) + len(prompts)
-        part = self.cache.rows(start, stop)
-        part.longest, part.ragged = 0, False
-        part.lengths.zero_()
-        tokens, prompt_lengths = to_device_of(self.model, *pad_right(prompts, self.ids.pad))
-        hidden = self.model(tokens, part, prompt_lengths=prompt_lengths)
+        hidden = self._feed_prompts(start, prompts)
         for one in generations:
             one.rows = [len(self._owners) + i for i in range(len(one.prompts))]
             self._owners += [one] * len(one.prompts)
@@ -166,10 +161,25 @@ class Batch:
         rows = [[0, 0, signed(one.seed), *one.sizes] for one in self._owners[start:]]
         self._state[:, start:stop] = torch.tensor(rows, device=self._state.device).T
         self._largest[start:stop] = 0
-        last = hidden[torch.arange(len(hidden), device=hidden.device), prompt_lengths - 1]
-        self._choose(_Plan(generations, self.cache), last, start)
+        self._choose(_Plan(generations, self.cache), hidden, start)
         self._plan = None
         return self._after_step(generations)
+
+    def _feed_prompts(self, start: int, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Fill the rows from ``start`` on; return the hidden states after the prompts."""
+        distinct = list(dict.fromkeys(prompts))
+        sources = [distinct.index(ids) for ids in prompts]
+        part = self.cache.rows(start, start + len(distinct))
+        part.longest, part.ragged = 0, False
+        part.lengths.zero_()
+        tokens, prompt_lengths = to_device_of(self.model, *pad_right(distinct, self.ids.pad))
+        hidden = self.model(tokens, part, prompt_lengths=prompt_lengths)
+        # From the last one on, as no source lies behind its copy.
+        for row, source in reversed([*enumerate(sources)]):
+            if row != source:
+                self.cache.move_row(start + source, start + row, len(prompts[row]))
+        index = torch.tensor(sources, device=hidden.device)
+        return hidden[index, prompt_lengths[index] - 1]
 
     @torch.no_grad()
     def step(self) -> list[Generation]:
@@ -187,20 +197,27 @@ class Batch:
             self._lengths[row] += 1 + owner.forced
         return self._after_step(self.generations)
 
-    def run(self, generations: Sequence[Generation]) -> None:
-        """Generate all of them to their ends.
+    def run(
+        self, generations: Sequence[Generation], watch: Callable[[], None] | None = None
+    ) -> None:
+        """Generate all of them to their ends, and call ``watch`` after each step.
 
         Raises:
             ValueError: logits that are not finite.
         """
         ended = self.join(generations)
-        while not any(one.error for one in ended) and self.generations:
+        while not any(one.error for one in ended):
+            if watch is not None:
+                watch()
+            if not self.generations:
+                return
             ended = self.step()
-        if errors := [one.error for one in ended if one.error]:
-            raise errors[0]
+        raise next(one.error for one in ended if one.error)
 
     def drawn(self, generation: Generation) -> Tensor:
         """``[place]`` codes of a generation so far."""
+        if generation.codes is not None:
+            return generation.codes
         return self._written[generation.rows[0], : generation.place]
 
     def leave(self, generation: Generation) -> None:
@@ -296,7 +313,7 @@ class Batch:
             finite = self._largest[: len(self._owners)].isfinite().tolist()
             for one in self.generations:
                 if not all(finite[row] for row in one.rows):
-                    one.error = ValueError(_NOT_FINITE)
+                    one.error = ValueError(NOT_FINITE)
                     ended += [] if one in ended else [one]
         for one in ended:
             if one.grid:
@@ -338,8 +355,9 @@ class _Plan:
     def __init__(self, generations: Sequence[Generation], cache: KeyValueCache) -> None:
         found: dict[_Group, list[Generation]] = {}
         for one in generations:
-            settings = tuple(one.how.settings.items())
-            group = _Group(one.grid is None, len(one.prompts) == 2, settings)
+            guided = len(one.prompts) == 2
+            settings = one.how.settings | ({} if guided else {"guidance": 1.0})
+            group = _Group(one.grid is None, guided, tuple(settings.items()))
             found.setdefault(group, []).append(one)
         self.groups = sorted(found, key=repr)  # which begins with is_text
         self.num_visual = sum(not group.is_text for group in self.groups)
@@ -357,3 +375,11 @@ class _Plan:
 def signed(seed: int) -> int:
     """The 64 bits of ``seed`` as an int64."""
     return (seed + 2**63) % 2**64 - 2**63
+
+
+def all_seeds(seeds: int | Sequence[int], count: int) -> list[int]:
+    """One for each of ``count`` generations; an int is that of the first, and counts up."""
+    found = [seeds + i for i in range(count)] if isinstance(seeds, int) else list(seeds)
+    if len(found) != count:
+        raise ValueError(f"generate: seeds must be one or {count}, got {len(found)}")
+    return found

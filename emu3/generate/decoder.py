@@ -1,88 +1,23 @@
-"""Decode steps over a cache; each is one CUDA graph where asked."""
+"""What every decode loop needs: padded prompts, a cache, whether to capture its steps."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from emu3.cache import KeyValueCache
-from emu3.cuda_graph import CapturedStep
 from emu3.model import Emu3
 
-
-class Decoder:
-    """Feeds the tokens of the last step to the model; the host waits for nothing.
-
-    Args:
-        model: in eval mode.
-        cache: empty.
-        choose: from hidden states ``[B, D]`` to what a step returns, the ``[B]`` tokens that the
-            next one feeds, and the logits.
-        graph: whether to replay steps as CUDA graphs.
-    """
-
-    def __init__(
-        self,
-        model: Emu3,
-        cache: KeyValueCache,
-        choose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
-        graph: bool,
-    ) -> None:
-        self.model, self.cache, self.choose, self.graph = model, cache, choose, graph
-        self.token = torch.zeros_like(cache.lengths, dtype=torch.int64)
-        self.largest: Tensor | None = None
-        """``[B]``, the magnitude of each row's largest logit over all steps; NaN stays NaN."""
-        self._steps: dict[tuple[int, ...], Callable[[], Tensor]] = {}
-
-    def start(self, tokens: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Feed the prompts ``tokens [B, T]``."""
-        hidden = self.model(tokens, self.cache, prompt_lengths=prompt_lengths)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return self._next(hidden[rows, prompt_lengths - 1])
-
-    def step(self, *forced: int) -> Tensor:
-        """Feed each row's last token and, after it, the ``forced`` ones."""
-        if forced not in self._steps:
-            step = partial(self._feed, forced)
-            self._steps[forced] = CapturedStep(step, self.token.device) if self.graph else step
-        cache, num_new = self.cache, 1 + len(forced)
-        cache.check_room(num_new)
-        longest = cache.longest + num_new
-        result = self._steps[forced]()
-        cache.longest = longest  # a replay runs no Python
-        return result
-
-    def check_finite(self) -> None:
-        """Raise if logits of a step were not finite; on a GPU, the host waits for it here alone."""
-        if self.largest is not None:
-            check_finite(self.largest)
-
-    def _feed(self, forced: tuple[int, ...]) -> Tensor:
-        tokens = self.token[:, None]
-        for one in forced:
-            tokens = F.pad(tokens, (0, 1), value=one)
-        return self._next(self.model(tokens, self.cache)[:, -1])
-
-    def _next(self, hidden: Tensor) -> Tensor:
-        result, token, logits = self.choose(hidden)
-        self.token.copy_(token)
-        largest = logits.amax(-1).abs()
-        if self.largest is None:
-            self.largest = largest
-        else:
-            torch.maximum(self.largest, largest, out=self.largest)
-        return result
+NOT_FINITE = (
+    "generate: logits must be finite, got NaN or infinity: check the weights, and that the model's "
+    "dtype has their range"
+)
 
 
 def check_finite(largest: Tensor) -> None:
-    """Raise unless the largest logits of all rows were finite; the host waits for the device."""
+    """Raise unless the largest logits of all rows are finite; the host waits for the device."""
     if not largest.isfinite().all():
-        raise ValueError(
-            "generate: logits must be finite, got NaN or infinity: check the weights, and that the "
-            "model's dtype has their range"
-        )
+        raise ValueError(NOT_FINITE)
 
 
 def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +28,7 @@ def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
 
 
 def uses_graph(model: Emu3, asked: bool | None) -> bool:
-    device = model.head.weight.device
+    device = model.embedding.weight.device
     casts = torch.is_autocast_enabled(device.type)
     if asked is None:
         return device.type == "cuda" and not casts
@@ -106,7 +41,7 @@ def uses_graph(model: Emu3, asked: bool | None) -> bool:
 
 
 def new_cache(model: Emu3, batch: int, capacity: int) -> KeyValueCache:
-    like = model.head(model.head.weight[:0])  # dtype of keys and values, under autocast too
+    like = model.head(model.embedding.weight[:0])  # dtype of keys and values, under autocast too
     return KeyValueCache(model.settings, batch, capacity, dtype=like.dtype, device=like.device)
 
 
@@ -118,4 +53,4 @@ def check_prompts(model: Emu3, rows: Sequence) -> None:
 
 
 def to_device_of(model: Emu3, *tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(model.head.weight.device) for tensor in tensors]
+    return [tensor.to(model.embedding.weight.device) for tensor in tensors]

@@ -8,7 +8,8 @@ import torch
 
 from emu3.cuda_graph import CapturedStep
 from emu3.generate import Sampling, generate_captions, generate_images, text, visual
-from emu3.generate.decoder import Decoder, new_cache
+from emu3.generate.batch import GREEDY, Batch, Generation
+from emu3.generate.decoder import new_cache
 from emu3.text import ByteTokenizer
 from emu3_kernels import use_backend
 from emu3_kernels.testing.launches import recorded_launches
@@ -57,17 +58,13 @@ def test_replayed_steps_write_the_same_captions(graphs):
 
 def test_a_replayed_step_never_runs_beyond_the_cache(graphs):
     """Python of the model, which checks the room, does not run in a replay."""
-    model = tiny_model()
-    cache = new_cache(model, 1, 5)
-    choose = lambda hidden: (hidden, hidden.argmax(-1), hidden)  # noqa: E731
-    decoder = Decoder(model, cache, choose, graph=True)
-    with torch.no_grad():
-        decoder.start(torch.ones(1, 1, dtype=torch.int64), torch.tensor([1]))
-        for _ in range(4):
-            decoder.step()
-        assert cache.lengths.tolist() == [5]
-        with pytest.raises(ValueError, match="6 positions exceed its capacity 5"):
-            decoder.step()
+    batch = Batch(tiny_model(), TINY.vocabulary, 1, 5, graph=True)
+    batch.join([Generation([[1]], 9, None, GREEDY)])
+    for _ in range(4):
+        batch.step()
+    assert batch.cache.lengths.tolist() == [5]
+    with pytest.raises(ValueError, match="6 positions exceed its capacity 5"):
+        batch.step()
 
 
 @pytest.mark.parametrize(

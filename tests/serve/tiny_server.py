@@ -22,10 +22,9 @@ from tests.model.tiny import TINY_VISION, tiny_model
 NAME = "tiny"
 
 
-def tiny_loaded(**changes) -> Pretrained:
-    changes = {"num_layers": 1, "max_position_embeddings": 512} | changes
-    model = tiny_model(**changes)
-    vision = VisionTokenizer(TINY_VISION).eval()
+def tiny_loaded(num_positions: int = 512, **vision) -> Pretrained:
+    model = tiny_model(num_layers=1, max_position_embeddings=num_positions)
+    vision = VisionTokenizer(TINY_VISION.model_copy(update=vision)).eval()
     torch.nn.init.normal_(vision.quantize.embedding.weight)
     return Pretrained(model, vision, ByteTokenizer(BYTE_VOCABULARY))
 
@@ -42,9 +41,11 @@ class Served:
 
 
 @contextmanager
-def serving(token: str | None = None, **limits) -> Iterator[Served]:
-    loaded = tiny_loaded()
-    service = Service(loaded, NAME, Limits(**limits))
+def serving(
+    token: str | None = None, loaded: Pretrained | None = None, name: str = NAME, **limits
+) -> Iterator[Served]:
+    loaded = loaded or tiny_loaded()
+    service = Service(loaded, name, Limits(**limits))
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app(service, token), log_config=None)
     server = uvicorn.Server(config)
