@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import Repr
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -84,8 +84,10 @@ def _one_line(kind: type[Settings], error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         group: Any = kind
         for part in path[:-1]:
-            group = group.model_fields[part].annotation
-        name = path[-2] if len(path) > 1 else kind.model_config.get("title", kind.__name__.lower())
+            is_member = part.isdecimal()
+            group = get_args(group)[0] if is_member else group.model_fields[part].annotation
+        tables = [part for part in path[:-1] if not part.isdecimal()]
+        name = tables[-1] if tables else kind.model_config.get("title", kind.__name__.lower())
         return f"{where}: unknown setting; {name} has {', '.join(sorted(group.model_fields))}"
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]

@@ -258,6 +258,8 @@ class StoreStream:
                     sampler=steps,
                     batch_size=None,
                     collate_fn=_as_it_is,
+                    # Its own: a loader that starts would draw from the random numbers of the run.
+                    generator=torch.Generator(),
                     num_workers=self.settings.workers,
                 )
             )

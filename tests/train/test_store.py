@@ -219,6 +219,7 @@ def _kill_at_every_moment(folder: Path) -> int:
     return events
 
 
+@pytest.mark.e2e
 def test_a_writer_killed_at_any_moment_leaves_no_damaged_shard(tmp_path):
     """After each flush and rename; written again, the shard is the same."""
     assert children.run(_kill_at_every_moment, tmp_path) == 9

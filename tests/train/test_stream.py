@@ -11,6 +11,7 @@ import torch
 from emu3.data.store import write_shard
 from emu3.data.stream import SourceSettings, StoreStream, StreamSettings
 from emu3.prompt import parse_document
+from emu3.settings import parse
 from emu3.train import checkpoint, objective
 from emu3.train.stage import SingleLossStage
 from emu3.weights import save_decoder
@@ -246,6 +247,14 @@ def test_streams_that_cannot_be_are_told_in_one_line(folder, tmp_path):
         how(folder, smallest_piece=49)
 
 
+def test_an_unknown_setting_of_a_source_is_named():
+    tree = {"sources": [{"store": "a"}, {"store": "b", "weigth": 2}]}
+    with pytest.raises(ValueError, match=r"sources.1.weigth: unknown setting; sources has store, "):
+        parse(StreamSettings, tree)
+    with pytest.raises(ValueError, match="sources must all have a weight, or none"):
+        parse(StreamSettings, {"sources": [{"store": "a"}, {"store": "b", "weight": 2}]})
+
+
 def float64_model() -> torch.nn.Module:
     """Rotary tables in float64 too: those of a model are rounded to float32."""
     model = tiny_model().double()
@@ -275,11 +284,12 @@ def test_the_loss_of_packed_rows_is_that_of_each_document_alone(folder):
 
 
 def test_a_model_trains_from_a_store_and_a_restored_run_continues(folder, tmp_path):
+    """With dropout: a stream that is restored draws no random number of the run."""
     recipe = tiny_recipe("decoder", tmp_path)
 
     def stage() -> SingleLossStage:
         torch.manual_seed(0)
-        model = tiny_model().train()
+        model = tiny_model(dropout=0.2).train()
         return SingleLossStage(
             recipe, model, stream(how(folder)), objective.next_token, save_decoder
         )
