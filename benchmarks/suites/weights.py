@@ -48,7 +48,11 @@ Numbers = dict[str, dict[str, float]]
 
 def measure(demo: Path | None, seconds: float, num_rows: int = ROWS) -> dict[str, Any]:
     """All figures of the page; those of the miniature if there is a ``demo``."""
-    found: dict[str, Any] = {"machine": machine.facts(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "machine": machine.facts(),
+        "threads": torch.get_num_threads(),
+        "load": machine.load(),
+    }
     with torch.no_grad():
         found["matrices"] = [matrix(*shape, num_rows, seconds) for shape in PROJECTIONS]
         found["decode"] = decode(model_8b(), seconds)
