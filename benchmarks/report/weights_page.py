@@ -13,7 +13,7 @@ ACCURACIES = ("generated_digit", "generated_color", "caption_digit", "caption_co
 HEAD = """# Weights in 8 and 4 bits
 
 Written by `python -m benchmarks weights --demo demo`, on {cpu}, threads: {threads}, level {level},
-at a load average of {load:.1f}: above 1.1 a core, times are of a busy machine and no more than a hint.
+at a load average of {load:.1f}: above 1.1 a core, times are of a busy machine, a hint alone.
 int8 has a scale for each output, int4 one for 64 inputs; activations are bfloat16 everywhere.
 """
 
