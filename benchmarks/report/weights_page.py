@@ -12,7 +12,8 @@ COLORS = {"bf16": "#BBBBBB", "int8": "#0072B2", "int4": "#E69F00"}
 ACCURACIES = ("generated_digit", "generated_color", "caption_digit", "caption_color")
 HEAD = """# Weights in 8 and 4 bits
 
-Written by `python -m benchmarks weights --demo demo`, on {cpu}, {threads} threads, level {level}.
+Written by `python -m benchmarks weights --demo demo`, on {cpu}, threads: {threads}, level {level},
+at a load average of {load:.1f}: above 1.1 a core, times are of a busy machine, a hint alone.
 int8 has a scale for each output, int4 one for 64 inputs; activations are bfloat16 everywhere.
 """
 
@@ -20,7 +21,12 @@ int8 has a scale for each output, int4 one for 64 inputs; activations are bfloat
 def write(folder: Path, found: Mapping[str, Any]) -> Path:
     facts = found["machine"]
     parts = [
-        HEAD.format(cpu=facts["cpu"], threads=found["threads"], level=facts["cpu_level"]),
+        HEAD.format(
+            cpu=facts["cpu"],
+            threads=found["threads"],
+            level=facts["cpu_level"],
+            load=found["load"],
+        ),
         _matrices(found["matrices"]),
         _decode(found["decode"]),
     ]

@@ -19,7 +19,7 @@ from benchmarks.harness.calls import estimate
 from benchmarks.harness.clock import Call
 from benchmarks.harness.interleave import time_rounds
 from emu3.cache import KeyValueCache
-from emu3.config import PRESETS
+from emu3.config import PRESETS, load_recipe
 from emu3.demo.config import DigitRecipe
 from emu3.demo.digits import load_split
 from emu3.demo.judge import DigitJudge
@@ -48,7 +48,11 @@ Numbers = dict[str, dict[str, float]]
 
 def measure(demo: Path | None, seconds: float, num_rows: int = ROWS) -> dict[str, Any]:
     """All figures of the page; those of the miniature if there is a ``demo``."""
-    found: dict[str, Any] = {"machine": machine.facts(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "machine": machine.facts(),
+        "threads": torch.get_num_threads(),
+        "load": machine.load(),
+    }
     with torch.no_grad():
         found["matrices"] = [matrix(*shape, num_rows, seconds) for shape in PROJECTIONS]
         found["decode"] = decode(model_8b(), seconds)
@@ -150,13 +154,13 @@ def read_bytes(model: Emu3) -> int:
 
 def miniature(demo: Path) -> Numbers:
     """Errors of logits against float64, and the demo's accuracies, for each kind of weights."""
-    runs, recipe = demo / "runs", DigitRecipe()
+    runs, digits = demo / "runs", load_recipe("vision", (), DigitRecipe).data
     path = runs / "decoder/decoder.safetensors"
     tokenizer = load_vision(runs / "vision/vision.safetensors")
     exact = load_decoder(path).double()
     text, size = ByteTokenizer(exact.settings.vocabulary), tokenizer.settings.image_size
-    train_set, validation_set = load_split(recipe.data.validation)
-    judge = DigitJudge(train_set, recipe.data, size)
+    train_set, validation_set = load_split(digits.validation)
+    judge = DigitJudge(train_set, digits, size)
     images, colors = paint_validation(validation_set, size)
     tokens = _documents(tokenizer.encode(images), text)
     truth, found = _logits(exact, tokens), {}

@@ -31,6 +31,7 @@ def test_the_page_tells_times_bytes_and_accuracies(tmp_path):
     found = {
         "machine": {"cpu": "a processor", "cpu_level": "avx2"},
         "threads": 1,
+        "load": 0.5,
         "matrices": [row],
         "decode": dict.fromkeys(kinds, one),
         "miniature": dict.fromkeys(kinds, mini),

@@ -64,12 +64,21 @@ def test_a_row_does_not_depend_on_the_others(bits):
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_many_rows_are_multiplied_in_tiles(bits, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *(("cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        ("triton", torch.float32),
+    ],
+)
+def test_many_rows_are_multiplied_in_tiles(bits, backend, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "TILE", 30 * 128)
+    if backend == "triton":
+        kernels = pytest.importorskip("emu3_kernels.ops.quantized.triton")
+        monkeypatch.setattr(kernels, "GEMM_TILE", 30 * 128)
     inputs = make(num_rows=17, num_in=128, num_out=100, bits=bits, dtype=dtype, device="cpu")
     exact = reference(**{name: v.double() if name != "codes" else v for name, v in inputs.items()})
-    y = quantized_linear(**inputs, backend="cpu")
+    y = quantized_linear(**inputs, backend=backend)
     assert_as_accurate("y", y, reference(**inputs), exact)
 
 

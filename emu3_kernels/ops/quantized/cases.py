@@ -57,7 +57,6 @@ CASES = {
             {"num_rows": 15, "num_in": 4500, "num_out": 67},  # chunks of inputs, ragged
             {"num_rows": 1, "num_in": 4736, "num_out": 34, "bits": "int4", "group_size": 128},
             {"num_rows": 2, "num_in": 4224, "num_out": 130, "bits": "int4", "group_size": 32},
-            {"num_rows": 40, "num_in": 192, "num_out": 70, "bits": "int4"},  # a GEMM
             {"num_rows": 16, "num_in": 1024, "num_out": 515},
         ],
         decode=[_shape(*shape, bits=bits) for shape in PROJECTIONS for bits in ("int8", "int4")],
