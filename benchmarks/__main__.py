@@ -107,6 +107,18 @@ def vision_runs(threads: list[int] | None, seconds: float) -> list[run.Run]:
     return run.runs(["vision"], counts, seconds, scale=False)
 
 
+@app.command()
+def generate(threads: OneThreads = None, allow_load: Load = False) -> None:
+    """Time a guided image beside Hugging Face's generate and store the row: some ten minutes."""
+    need_transformers()
+    run.refuse(time_all(generate_runs(threads), allow_load))
+
+
+def generate_runs(threads: list[int] | None) -> list[run.Run]:
+    counts = threads or [min(2, machine.cores())]
+    return run.runs(["generate"], counts, 60.0, scale=False)
+
+
 @app.command(name="all")
 def everything(allow_load: Load = False) -> None:
     """Time and count everything and write the pages.
@@ -119,6 +131,7 @@ def everything(allow_load: Load = False) -> None:
     listed = run.runs(list(OPS), None, SECONDS)
     if find_spec("transformers"):
         listed += model_runs(None, SECONDS, steps=50, step_tokens=TOKENS)
+        listed += generate_runs(None)
         listed += vision_runs(None, 30.0)
     failures = time_all(listed, allow_load)
     if find_spec("triton"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emu3.cache import KeyValueCache
+from emu3.cache import KeyValueCache, Tree
 from emu3.config import ModelSettings
 from emu3_kernels import (
     Documents,
@@ -33,6 +33,8 @@ class Context:
     cache: KeyValueCache | None = None
     slots: Tensor | None = None
     lengths: Tensor | None = None
+    positions: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -58,8 +60,9 @@ class Attention(nn.Module):
         else:
             cache = context.cache
             caches = cache.keys[self.layer], cache.values[self.layer]
-            q = context.rotate.append(q, k, v, *caches, context.slots, check_indices=False)
-            attended = cache.attend(self.layer, q, context.lengths)
+            where = context.slots, context.positions
+            q = context.rotate.append(q, k, v, *caches, *where, check_indices=False)
+            attended = cache.attend(self.layer, q, context.lengths, context.mask)
         return self.out(attended.flatten(2))
 
 
@@ -134,6 +137,7 @@ class Emu3(nn.Module):
         *,
         prompt_lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
+        tree: Tree | None = None,
     ) -> Tensor:
         """Hidden states ``[B, T, D]`` of ``tokens [B, T]``, after the final norm.
 
@@ -144,16 +148,19 @@ class Emu3(nn.Module):
                 a cache.
             document_ids: ``[B, T]`` int32, non-decreasing: the documents of packed rows; a token
                 attends to its own document alone. Only without a cache.
+            tree: how at most 64 drafts are related; only with a cache, behind whose lengths their
+                keys and values are stored until :meth:`KeyValueCache.keep` appends some.
         """
         documents = None if document_ids is None else Documents(document_ids)
         context = Context(self.rotate, documents)
         if cache is not None:
-            context = Context(self.rotate, None, cache, *cache.place(tokens.shape[1]))
+            mask = None if tree is None else tree.mask
+            context = Context(self.rotate, None, cache, *cache.place(tokens.shape[1], tree), mask)
         residual = self.dropout(self.embedding(tokens))
         branch = None
         for block in self.blocks:
             branch, residual = block(branch, residual, context)
-        if cache is not None:
+        if cache is not None and tree is None:
             cache.advance(tokens.shape[1], prompt_lengths)
         p = self.settings.dropout if self.training else 0.0
         hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps, dropout_p=p)

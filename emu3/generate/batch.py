@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 from emu3.cache import KeyValueCache
 from emu3.config import Vocabulary
 from emu3.cuda_graph import CapturedStep
-from emu3.generate.decoder import check_prompts, new_cache, pad_right, to_device_of
+from emu3.generate.decoder import NOT_FINITE, check_prompts, new_cache, pad_right, to_device_of
 from emu3.model import Emu3
 from emu3_kernels import sample_guided
 
@@ -32,10 +32,6 @@ SPARE = 2
 """Slots of a row for dead tokens, in a batch whose rows end apart."""
 _ENDLESS = 1 << 62
 _TOKEN, _PLACES, _SEEDS = range(3)
-_NOT_FINITE = (
-    "generate: logits must be finite, got NaN or infinity: check the weights, and that the model's "
-    "dtype has their range"
-)
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,11 @@ class Sampling:
     temperature: float = 1.0
     negative: str = ""
     """The negative prompt: the caption of the unconditional branch."""
+
+    @property
+    def settings(self) -> dict[str, float | int | None]:
+        """Keywords of :func:`emu3_kernels.sample_guided`."""
+        return {name: value for name, value in vars(self).items() if name != "negative"}
 
 
 USUAL = Sampling()
@@ -283,7 +284,7 @@ class Batch:
         pair = logits.chunk(2) if group.guided else (logits, None)
         first = rows[: len(pair[0])]
         places, seeds = self._state[_PLACES][first], self._state[_SEEDS][first]
-        code = sample_guided(*pair, seeds, places, **group.settings)[:, 0]
+        code = sample_guided(*pair, seeds, places, **dict(group.settings))[:, 0]
         code = code.clamp(min=0)  # NaN gives -1, and is found at the end of the row of codes
         if group.is_text:
             code = fed = code.masked_fill(code == self.ids.num_text, self.ids.eos)
@@ -305,7 +306,7 @@ class Batch:
             finite = self._largest[: len(self._owners)].isfinite().tolist()
             for one in self.generations:
                 if not all(finite[row] for row in one.rows):
-                    one.error = ValueError(_NOT_FINITE)
+                    one.error = ValueError(NOT_FINITE)
                     ended += [] if one in ended else [one]
         for one in ended:
             if one.grid:
@@ -334,15 +335,7 @@ class _Group(NamedTuple):
 
     is_text: bool
     guided: bool
-    guidance: float
-    top_k: int | None
-    top_p: float | None
-    temperature: float
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        names = "guidance", "top_k", "top_p", "temperature"
-        return {name: getattr(self, name) for name in names}
+    settings: tuple[tuple[str, float | int | None], ...]
 
 
 class _Plan:
@@ -355,10 +348,9 @@ class _Plan:
     def __init__(self, generations: Sequence[Generation], cache: KeyValueCache) -> None:
         found: dict[_Group, list[Generation]] = {}
         for one in generations:
-            how, guided = one.how, len(one.prompts) == 2
-            guidance = how.guidance if guided else 1.0
-            settings = how.top_k, how.top_p, how.temperature
-            group = _Group(one.grid is None, guided, guidance, *settings)
+            guided = len(one.prompts) == 2
+            settings = one.how.settings if guided else one.how.settings | {"guidance": 1.0}
+            group = _Group(one.grid is None, guided, tuple(settings.items()))
             found.setdefault(group, []).append(one)
         self.groups = sorted(found, key=repr)  # which begins with is_text
         self.num_visual = sum(not group.is_text for group in self.groups)

@@ -8,6 +8,17 @@ from torch import Tensor
 from emu3.cache import KeyValueCache
 from emu3.model import Emu3
 
+NOT_FINITE = (
+    "generate: logits must be finite, got NaN or infinity: check the weights, and that the model's "
+    "dtype has their range"
+)
+
+
+def check_finite(largest: Tensor) -> None:
+    """Raise unless the largest logits of all rows were finite; the host waits for the device."""
+    if not largest.isfinite().all():
+        raise ValueError(NOT_FINITE)
+
 
 def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Pad prompts on the right: ids ``[B, T]`` and the prompt lengths ``[B]``."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from emu3.generate.batch import SPARE, USUAL, Batch, Generation, Sampling, all_seeds
 from emu3.generate.decoder import check_prompts, uses_graph
+from emu3.generate.path import Forwards, PathDecoder
+from emu3.generate.window import PLAIN, Window
 from emu3.model import Emu3
 from emu3.prompt import clip_prompt, frame_ids, image_prompt
 from emu3.text import TextTokenizer
@@ -22,6 +24,8 @@ def generate_images(
     how: Sampling = USUAL,
     seeds: int | Sequence[int] = 0,
     *,
+    window: Window = PLAIN,
+    spent: Forwards | None = None,
     cuda_graph: bool | None = None,
 ) -> Tensor | list[Tensor]:
     """Generate one image per caption, as codes ``[B, h, w]`` int64, or a list with a grid for each.
@@ -37,6 +41,8 @@ def generate_images(
         how: guidance and sampling.
         seeds: one for each image, of 64 bits: the same image comes alone and in any batch, up to
             near-ties of logits. An int is the seed of the first, and counts up.
+        window: tokens of an image that a forward feeds; any gives the same image, up to near-ties.
+        spent: is filled with the forwards of each image.
         cuda_graph: replay a decode step as a CUDA graph; None does so on a GPU, but under
             ``torch.autocast``, which casts weights anew in each step.
 
@@ -48,7 +54,8 @@ def generate_images(
     if len(grids) != len(captions):
         raise ValueError(f"generate: grids must be one or {len(captions)}, got {len(grids)}")
     tails, shapes = [image_prompt(one, text) for one in grids], [(1, *one) for one in grids]
-    codes = [one[0] for one in _draw(model, text, captions, tails, shapes, how, seeds, cuda_graph)]
+    spend = window, spent, cuda_graph
+    codes = [one[0] for one in _draw(model, text, captions, tails, shapes, how, seeds, *spend)]
     return torch.stack(codes) if alike else codes
 
 
@@ -63,6 +70,8 @@ def generate_clips(
     *,
     given: Tensor | None = None,
     span: int = 4,
+    window: Window = PLAIN,
+    spent: Forwards | None = None,
     cuda_graph: bool | None = None,
 ) -> Tensor:
     """Generate one clip per caption, as codes ``[B, t, h, w]`` int64.
@@ -78,6 +87,8 @@ def generate_clips(
         given: ``[B, s, h, w]`` codes of the first s < t frames, which begin the result: of an image
             to animate, or of a clip to continue.
         span: frames of pixels of a frame of codes.
+        window: as in :func:`generate_images`.
+        spent: as in :func:`generate_images`.
         cuda_graph: as in :func:`generate_images`.
     """
     frames, *grid = shape
@@ -95,7 +106,8 @@ def generate_clips(
         [*opening, *(frame_ids(one.cpu(), text.vocabulary) if len(one) else [])] for one in known
     ]
     shapes = [(left, *grid)] * len(captions)
-    codes = torch.stack(_draw(model, text, captions, tails, shapes, how, seeds, cuda_graph))
+    spend = window, spent, cuda_graph
+    codes = torch.stack(_draw(model, text, captions, tails, shapes, how, seeds, *spend))
     return torch.cat((known.to(codes), codes), dim=1)
 
 
@@ -107,10 +119,13 @@ def _draw(
     shapes: Sequence[tuple[int, int, int]],
     how: Sampling,
     seeds: int | Sequence[int],
+    window: Window,
+    spent: Forwards | None,
     cuda_graph: bool | None,
 ) -> list[Tensor]:
     """Draw frames ``[t, h, w]`` each after ``BOS caption tail``; the negative has the same tail."""
     check_prompts(model, captions)
+    window.check(max((shape[0] for shape in shapes), default=1))
     bos, keys = text.vocabulary.bos, all_seeds(seeds, len(captions))
     negatives = [] if how.guidance == 1 else [how.negative]
     generations = [
@@ -127,7 +142,11 @@ def _draw(
     _check_room(model, captions, generations, spare, how, text)
     capacity = max(one.capacity for one in generations) + spare
     num_rows = len(captions) * (1 + len(negatives))
-    graph = uses_graph(model, cuda_graph)
+    graph, spent = uses_graph(model, cuda_graph), spent or Forwards()
+    if window.size > 1:
+        paths = PathDecoder(model, text.vocabulary, generations, shapes, window, graph)
+        return paths.run(spent)
+    spent.codes = spent.forwards = [one.length - 1 for one in generations]
     batch = Batch(model, text.vocabulary, num_rows, capacity, graph=graph)
     batch.run(generations)
     return [one.codes.view(shape) for one, shape in zip(generations, shapes, strict=True)]

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from emu3.cli import _read, app
+from emu3.cli import app
+from emu3.cli.generation import _read
 from emu3.model import Emu3
 from emu3.tasks import load_recipe
 from emu3.vision import VisionTokenizer
@@ -126,7 +127,7 @@ def test_a_command_that_needs_more_memory_says_so_in_one_line(error, tmp_path, f
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("emu3.cli.generate_images", fail)
+    monkeypatch.setattr("emu3.cli.generation.generate_images", fail)
     done = emu3("generate", "x", *files, "--out", tmp_path / "x.png")
     assert done.exit_code == 1
     assert re.match("emu3: .*[Mm]emory", done.stderr)
@@ -134,7 +135,7 @@ def test_a_command_that_needs_more_memory_says_so_in_one_line(error, tmp_path, f
 
 
 def test_a_bug_is_a_traceback(tmp_path, files, monkeypatch):
-    monkeypatch.setattr("emu3.cli.generate_images", lambda *_: 1 / 0)
+    monkeypatch.setattr("emu3.cli.generation.generate_images", lambda *_: 1 / 0)
     done = emu3("generate", "x", *files, "--out", tmp_path / "x.png")
     assert isinstance(done.exception, ZeroDivisionError)
 

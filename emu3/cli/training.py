@@ -1,0 +1,45 @@
+"""``emu3 demo | redraw | train``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emu3.cli.common import app, say
+from emu3.tasks import load_recipe
+from emu3.tasks import train as train_recipe
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo"),
+) -> None:
+    """Train the miniature on handwritten digits, generate, caption, and report."""
+    # Imported here: matplotlib is slow to import and no other command needs it.
+    from emu3.demo.run import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def redraw(
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings as key=value")] = None,
+    recipe: Annotated[str, typer.Option(help="a TOML file, or a recipe that ships")] = "tokenizer",
+    out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo/tokenizer"),
+) -> None:
+    """Train a vision tokenizer, reconstruct validation files, and report PSNR and SSIM."""
+    from emu3.demo.redraw import run_redraw
+
+    run_redraw(out, recipe, overrides or ())
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a TOML file, or a recipe that ships: digits …")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings as key=value")] = None,
+    out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/new"),
+    resume: Annotated[bool, typer.Option(help="continue from the last checkpoint")] = False,
+) -> None:
+    """Train from a recipe."""
+    weights = train_recipe(load_recipe(recipe, overrides or ()), out, resume=resume)
+    say(f"wrote {weights}")
