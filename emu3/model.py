@@ -20,7 +20,7 @@ from emu3_kernels import (
     rms_norm,
     swiglu_packed,
 )
-from emu3_kernels.modules import RotaryEmbedding
+from emu3_kernels.modules import QuantizedLinear, RotaryEmbedding
 from emu3_kernels.runtime.gemm import linear
 
 
@@ -168,6 +168,8 @@ class Emu3(nn.Module):
 
     def logits(self, hidden: Tensor, rows: slice) -> Tensor:
         """Logits ``[..., R]`` of ``hidden [..., D]`` for the ``rows`` of the head alone."""
+        if isinstance(self.head, QuantizedLinear):
+            return self.head(hidden, rows)
         return self.linear(hidden, self.head.weight[rows])
 
     def loss(

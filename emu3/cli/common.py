@@ -23,6 +23,10 @@ A user's error is one line on stderr and exit code 1, never a traceback.
 """
 
 
+# An unknown option and the like; typer exports the subclass alone.
+_UsageError = typer.BadParameter.__mro__[1]
+
+
 class _OneLine(TyperGroup):
     """Prints a user's error as one line."""
 
@@ -36,11 +40,13 @@ class _OneLine(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except _UsageError as error:
+            say(f"emu3 {ctx.invoked_subcommand}: {_one_line(error.format_message())}", stderr=True)
+            raise typer.Exit(2) from None
         except Exception as error:
-            is_users = isinstance(error, ValueError | NotImplementedError | OSError)
-            if not (is_users or is_out_of_memory(error)):
+            if not is_users(error):
                 raise
-            say(f"emu3: {' '.join(str(error).split()) or type(error).__name__}", stderr=True)
+            tell_error(error)
             raise typer.Exit(1) from None
 
 
@@ -55,12 +61,21 @@ Model = Annotated[
 OwnVision = Annotated[
     Path | None, typer.Option("--vision", help="the same of the vision tokenizer, if elsewhere")
 ]
+Base = Annotated[
+    Path | None, typer.Option(help="the model of a LoRA adapter, if it lies elsewhere than it says")
+]
 
 
 class Dtype(str, Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+class WeightsName(str, Enum):
+    int8 = "int8"
+    int4 = "int4"
+    fp8 = "fp8"
 
 
 class Device(str, Enum):
@@ -70,6 +85,19 @@ class Device(str, Enum):
 
 _DEMO = Path("demo/runs")
 DECODER, VISION = _DEMO / "decoder/decoder.safetensors", _DEMO / "vision/vision.safetensors"
+
+
+def is_users(error: Exception) -> bool:
+    """Whether an error is told in a line; another one is a bug."""
+    return isinstance(error, ValueError | NotImplementedError | OSError) or is_out_of_memory(error)
+
+
+def tell_error(error: Exception) -> None:
+    say(f"emu3: {_one_line(str(error)) or type(error).__name__}", stderr=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def say(line: str, *, stderr: bool = False) -> None:
@@ -84,6 +112,12 @@ def beside(model: Path) -> Path | None:
 
 def kind(dtype: Dtype | None) -> torch.dtype | None:
     return None if dtype is None else getattr(torch, dtype.value)
+
+
+QuantizedWeights = Annotated[
+    WeightsName | None,
+    typer.Option("--weights", help="store linear layers in 8 or 4 bits; fp8 needs torchao, a GPU"),
+]
 
 
 def usable(device: Device) -> str:

@@ -5,7 +5,7 @@ of one line that names it; a failed write raises an ``OSError``.
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +19,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from emu3.files import replacing
@@ -111,10 +112,31 @@ def _check_image(image: Image.Image, path: Path) -> None:
         )
 
 
-def write_image(path: Path, image: Tensor) -> None:
-    """Write ``[3, H, W]`` uint8 as a PNG, atomically."""
+def write_image(path: Path, image: Tensor, about: Mapping[str, str] | None = None) -> None:
+    """Write ``[3, H, W]`` uint8 as a PNG, atomically, with ``about`` as its text chunks."""
+    texts = PngInfo()
+    for name, words in (about or {}).items():
+        texts.add_itxt(name, words)
     with replacing(path) as draft:
-        Image.fromarray(_rows(image)).save(draft, format="PNG")
+        Image.fromarray(_rows(image)).save(draft, format="PNG", pnginfo=texts)
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG, or the metadata of a video.
+
+    Raises:
+        MediaError: neither, or damaged.
+    """
+    is_video = path.suffix.lower() in VIDEOS
+    try:
+        if is_video:
+            with av.open(path, metadata_errors="replace") as container:
+                return dict(container.metadata)
+        with Image.open(path, formats=["PNG"]) as image:
+            return {name: str(words) for name, words in image.text.items()}
+    except Exception as error:
+        kind = "video" if is_video else "image"
+        raise MediaError(f"{kind}: {path} cannot be read: {_reason(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -171,10 +193,13 @@ def open_video(path: Path, fps: Fraction | None = None) -> Video:
     return Video(path, height, width, Fraction(rate), fps is not None)
 
 
-def write_video(path: Path, frames: Iterable[Tensor], fps: Fraction) -> None:
-    """Write ``[3, H, W]`` uint8 frames as an MP4, atomically.
+def write_video(
+    path: Path, frames: Iterable[Tensor], fps: Fraction, about: Mapping[str, str] | None = None
+) -> None:
+    """Write ``[3, H, W]`` uint8 frames as an MP4, atomically, with ``about`` as its metadata.
 
-    H.264 at CRF 18 in 4:2:0, BT.709. Odd sides are padded to even ones by repeating the edge.
+    Of ``about`` it keeps names that MP4 knows, such as ``title`` and ``comment``. H.264 at CRF 18
+    in 4:2:0, BT.709. Odd sides are padded to even ones by repeating the edge.
     """
     frames = iter(frames)
     first = next(frames, None)
@@ -184,6 +209,7 @@ def write_video(path: Path, frames: Iterable[Tensor], fps: Fraction) -> None:
         replacing(path) as draft,
         av.open(draft, "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
+        container.metadata.update(about or {})
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
         stream.height, stream.width = (side + side % 2 for side in first.shape[1:])
         stream.pix_fmt = "yuv420p"

@@ -197,20 +197,27 @@ class Batch:
             self._lengths[row] += 1 + owner.forced
         return self._after_step(self.generations)
 
-    def run(self, generations: Sequence[Generation]) -> None:
-        """Generate all of them to their ends.
+    def run(
+        self, generations: Sequence[Generation], watch: Callable[[], None] | None = None
+    ) -> None:
+        """Generate all of them to their ends, and call ``watch`` after each step.
 
         Raises:
             ValueError: logits that are not finite.
         """
         ended = self.join(generations)
-        while not any(one.error for one in ended) and self.generations:
+        while not any(one.error for one in ended):
+            if watch is not None:
+                watch()
+            if not self.generations:
+                return
             ended = self.step()
-        if errors := [one.error for one in ended if one.error]:
-            raise errors[0]
+        raise next(one.error for one in ended if one.error)
 
     def drawn(self, generation: Generation) -> Tensor:
         """``[place]`` codes of a generation so far."""
+        if generation.codes is not None:
+            return generation.codes
         return self._written[generation.rows[0], : generation.place]
 
     def leave(self, generation: Generation) -> None:
@@ -349,7 +356,7 @@ class _Plan:
         found: dict[_Group, list[Generation]] = {}
         for one in generations:
             guided = len(one.prompts) == 2
-            settings = one.how.settings if guided else one.how.settings | {"guidance": 1.0}
+            settings = one.how.settings | ({} if guided else {"guidance": 1.0})
             group = _Group(one.grid is None, guided, tuple(settings.items()))
             found.setdefault(group, []).append(one)
         self.groups = sorted(found, key=repr)  # which begins with is_text

@@ -15,7 +15,7 @@ NOT_FINITE = (
 
 
 def check_finite(largest: Tensor) -> None:
-    """Raise unless the largest logits of all rows were finite; the host waits for the device."""
+    """Raise unless the largest logits of all rows are finite; the host waits for the device."""
     if not largest.isfinite().all():
         raise ValueError(NOT_FINITE)
 
@@ -28,7 +28,7 @@ def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
 
 
 def uses_graph(model: Emu3, asked: bool | None) -> bool:
-    device = model.head.weight.device
+    device = model.embedding.weight.device
     casts = torch.is_autocast_enabled(device.type)
     if asked is None:
         return device.type == "cuda" and not casts
@@ -41,7 +41,7 @@ def uses_graph(model: Emu3, asked: bool | None) -> bool:
 
 
 def new_cache(model: Emu3, batch: int, capacity: int) -> KeyValueCache:
-    like = model.head(model.head.weight[:0])  # dtype of keys and values, under autocast too
+    like = model.head(model.embedding.weight[:0])  # dtype of keys and values, under autocast too
     return KeyValueCache(model.settings, batch, capacity, dtype=like.dtype, device=like.device)
 
 
@@ -53,4 +53,4 @@ def check_prompts(model: Emu3, rows: Sequence) -> None:
 
 
 def to_device_of(model: Emu3, *tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(model.head.weight.device) for tensor in tensors]
+    return [tensor.to(model.embedding.weight.device) for tensor in tensors]

@@ -4,7 +4,7 @@ Each forward of the model feeds a window of drafts for each image (:mod:`emu3.ge
 Images advance at their own pace; the windows of those that are done change nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -80,12 +80,24 @@ class PathDecoder:
         self.step = CapturedStep(self._feed, self.tokens.device) if graph else self._feed
 
     @torch.no_grad()
-    def run(self, spent: Forwards) -> list[Tensor]:
-        """Draw all images: the codes of each, ``[t, h, w]``."""
+    def run(
+        self, spent: Forwards, watch: Callable[[Sequence[Tensor]], None] | None = None
+    ) -> list[Tensor]:
+        """Draw all images: the codes of each, ``[t, h, w]``.
+
+        Args:
+            spent: is filled.
+            watch: called now and then with the codes ``[n]`` of each image so far.
+        """
         self.start()
         for index in range(max(self.num_codes) - 1):  # each forward gives a code at least
             self.step()
-            if (not self.largest.is_cuda or index % _ASK_EVERY == _ASK_EVERY - 1) and self.is_done:
+            if self.largest.is_cuda and index % _ASK_EVERY < _ASK_EVERY - 1:
+                continue
+            if watch is not None:
+                known = self.paths.known[:, 0].tolist()
+                watch([codes[:num] for codes, num in zip(self.paths.codes, known, strict=True)])
+            if self.is_done:
                 break
         check_finite(self.largest)
         spent.codes = [num - 1 for num in self.num_codes]

@@ -1,6 +1,6 @@
 """Text after prompts of any parts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -33,11 +33,14 @@ def generate_text(
     how: Sampling = GREEDY,
     seeds: int | Sequence[int] = 0,
     cuda_graph: bool | None = None,
+    on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Continue ``prompts``, such as those of :func:`emu3.templates.chat_prompt`.
 
     Only text ids and EOS, which ends a text, are generated: greedily, or as ``how`` says without
     its guidance. ``seeds``, ``cuda_graph`` and the error are those of :func:`generate_images`.
+    ``on_text`` takes the number of a prompt and the next piece of its text, of whole characters, as
+    soon as there is one; together they are what is returned.
     """
     check_prompts(model, prompts)
     if max_new_tokens < 1:
@@ -55,7 +58,31 @@ def generate_text(
             f"{max_new_tokens} new ones, got {max(map(len, prompts))}"
         )
     graph = uses_graph(model, cuda_graph)
-    read_every = 8 if model.head.weight.is_cuda else 1
+    read_every = 8 if model.embedding.weight.is_cuda else 1
     batch = Batch(model, vocabulary, len(prompts), capacity, graph=graph, read_every=read_every)
-    batch.run(written)
+    pieces = [Pieces(text) for _ in prompts]
+
+    def tell() -> None:
+        for number, (one, of) in enumerate(zip(written, pieces, strict=True)):
+            if piece := of.next(one.ids, is_last=not one.rows):
+                on_text(number, piece)
+
+    batch.run(written, None if on_text is None else tell)
     return [text.decode(one.ids) for one in written]
+
+
+class Pieces:
+    """A text as it grows, in pieces of whole characters, of which each may have several tokens."""
+
+    def __init__(self, text: TextTokenizer) -> None:
+        self.text = text
+        self._told = 0
+
+    def next(self, ids: Sequence[int], *, is_last: bool = False) -> str:
+        """What ``ids``, all tokens so far, add to the pieces before; perhaps nothing yet."""
+        piece = self.text.decode(ids[self._told :])
+        # A character that is cut off is decoded as this one.
+        if piece.endswith("\ufffd") and not is_last:
+            return ""
+        self._told = len(ids)
+        return piece

@@ -1,8 +1,9 @@
 """Images and clips from captions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from emu3.generate.window import PLAIN, Window
 from emu3.model import Emu3
 from emu3.prompt import clip_prompt, frame_ids, image_prompt
 from emu3.text import TextTokenizer
+
+Watch = Callable[[Sequence[Tensor]], None]
+
+
+class _Loop(NamedTuple):
+    """How codes are drawn, which does not change them."""
+
+    window: Window
+    spent: Forwards
+    cuda_graph: bool | None
+    watch: Watch | None
 
 
 def generate_images(
@@ -27,6 +39,7 @@ def generate_images(
     window: Window = PLAIN,
     spent: Forwards | None = None,
     cuda_graph: bool | None = None,
+    watch: Watch | None = None,
 ) -> Tensor | list[Tensor]:
     """Generate one image per caption, as codes ``[B, h, w]`` int64, or a list with a grid for each.
 
@@ -45,6 +58,7 @@ def generate_images(
         spent: is filled with the forwards of each image.
         cuda_graph: replay a decode step as a CUDA graph; None does so on a GPU, but under
             ``torch.autocast``, which casts weights anew in each step.
+        watch: called where a row of codes ends, with the codes ``[n]`` of each image so far.
 
     Raises:
         ValueError: logits that are not finite, at the end of their row of codes.
@@ -54,8 +68,8 @@ def generate_images(
     if len(grids) != len(captions):
         raise ValueError(f"generate: grids must be one or {len(captions)}, got {len(grids)}")
     tails, shapes = [image_prompt(one, text) for one in grids], [(1, *one) for one in grids]
-    spend = window, spent, cuda_graph
-    codes = [one[0] for one in _draw(model, text, captions, tails, shapes, how, seeds, *spend)]
+    loop = _Loop(window, spent or Forwards(), cuda_graph, watch)
+    codes = [one[0] for one in _draw(model, text, captions, tails, shapes, how, seeds, loop)]
     return torch.stack(codes) if alike else codes
 
 
@@ -73,6 +87,7 @@ def generate_clips(
     window: Window = PLAIN,
     spent: Forwards | None = None,
     cuda_graph: bool | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Generate one clip per caption, as codes ``[B, t, h, w]`` int64.
 
@@ -90,6 +105,7 @@ def generate_clips(
         window: as in :func:`generate_images`.
         spent: as in :func:`generate_images`.
         cuda_graph: as in :func:`generate_images`.
+        watch: as there; of the frames that are not given.
     """
     frames, *grid = shape
     known = torch.empty(len(captions), 0, *grid, dtype=torch.int64) if given is None else given
@@ -106,8 +122,8 @@ def generate_clips(
         [*opening, *(frame_ids(one.cpu(), text.vocabulary) if len(one) else [])] for one in known
     ]
     shapes = [(left, *grid)] * len(captions)
-    spend = window, spent, cuda_graph
-    codes = torch.stack(_draw(model, text, captions, tails, shapes, how, seeds, *spend))
+    loop = _Loop(window, spent or Forwards(), cuda_graph, watch)
+    codes = torch.stack(_draw(model, text, captions, tails, shapes, how, seeds, loop))
     return torch.cat((known.to(codes), codes), dim=1)
 
 
@@ -119,13 +135,11 @@ def _draw(
     shapes: Sequence[tuple[int, int, int]],
     how: Sampling,
     seeds: int | Sequence[int],
-    window: Window,
-    spent: Forwards | None,
-    cuda_graph: bool | None,
+    loop: _Loop,
 ) -> list[Tensor]:
     """Draw frames ``[t, h, w]`` each after ``BOS caption tail``; the negative has the same tail."""
     check_prompts(model, captions)
-    window.check(max((shape[0] for shape in shapes), default=1))
+    loop.window.check(max((shape[0] for shape in shapes), default=1))
     bos, keys = text.vocabulary.bos, all_seeds(seeds, len(captions))
     negatives = [] if how.guidance == 1 else [how.negative]
     generations = [
@@ -142,13 +156,18 @@ def _draw(
     _check_room(model, captions, generations, spare, how, text)
     capacity = max(one.capacity for one in generations) + spare
     num_rows = len(captions) * (1 + len(negatives))
-    graph, spent = uses_graph(model, cuda_graph), spent or Forwards()
-    if window.size > 1:
-        paths = PathDecoder(model, text.vocabulary, generations, shapes, window, graph)
-        return paths.run(spent)
-    spent.codes = spent.forwards = [one.length - 1 for one in generations]
+    graph, watch = uses_graph(model, loop.cuda_graph), loop.watch
+    if loop.window.size > 1:
+        paths = PathDecoder(model, text.vocabulary, generations, shapes, loop.window, graph)
+        return paths.run(loop.spent, watch)
+    loop.spent.codes = loop.spent.forwards = [one.length - 1 for one in generations]
     batch = Batch(model, text.vocabulary, num_rows, capacity, graph=graph)
-    batch.run(generations)
+
+    def tell() -> None:
+        if any(one.place % one.grid[1] == 0 for one in generations):
+            watch([batch.drawn(one) for one in generations])
+
+    batch.run(generations, None if watch is None else tell)
     return [one.codes.view(shape) for one, shape in zip(generations, shapes, strict=True)]
 
 
