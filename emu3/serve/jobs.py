@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from emu3.generate import Batch, Generation
+from emu3.generate.text import Pieces
 from emu3.serve.engine import Job
 from emu3.serve.media import Pixels
 from emu3.serve.requests import ImageEvent, TextEvent
@@ -75,22 +76,19 @@ class ChatJob(Job):
         prompt_tokens: int,
     ) -> None:
         super().__init__(1)
-        self.media, self.vision, self.text, self.begin = media, vision, text, begin
+        self.media, self.vision, self.begin = media, vision, begin
         self.prompt_tokens = prompt_tokens
-        self._told = 0
+        self._pieces = Pieces(text)
 
     @torch.no_grad()
     def prepare(self) -> Sequence[Generation]:
         return [self.begin([one.encode(self.vision).cpu() for one in self.media])]
 
     def grown(self, generation: Generation, batch: Batch) -> None:
-        # A character may have several tokens: only whole ones are told.
-        piece = self.text.decode(generation.ids[self._told :])
-        if piece and not piece.endswith("\ufffd"):
-            self._told = len(generation.ids)
+        if piece := self._pieces.next(generation.ids):
             self.tell(TextEvent(piece, tokens=len(generation.ids)))
 
     def ended(self, generation: Generation) -> None:
         ids = generation.ids
         reason = "length" if len(ids) == generation.length else "stop"
-        self.tell(TextEvent(self.text.decode(ids[self._told :]), reason, len(ids)))
+        self.tell(TextEvent(self._pieces.next(ids, is_last=True), reason, len(ids)))

@@ -9,7 +9,6 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,7 +16,9 @@ from torch import Tensor
 from emu3.data.media import MediaError, open_video, read_image
 from emu3.prompt import Clip
 from emu3.serve.requests import ImagePart, VideoPart
-from emu3.vision import VisionTokenizer, encode_pieces, preprocess
+from emu3.tools.look import resized
+from emu3.tools.tokenize import encode_video
+from emu3.vision import VisionTokenizer
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Pixels:
         """Of its codes."""
         factor, span = vision.settings.spatial_factor, vision.settings.temporal_factor
         height, width = (side // factor for side in self.frames.shape[2:])
-        return (height, width) if self.fps is None else (len(self.frames) // span, height, width)
+        num_frames = -(-len(self.frames) // span)  # the last is filled with its last one
+        return (height, width) if self.fps is None else (num_frames, height, width)
 
     def part(self, codes: Tensor, vision: VisionTokenizer) -> Tensor | Clip:
         """``codes`` of it as a part of a prompt."""
@@ -41,8 +43,7 @@ class Pixels:
         frames = self.frames.to(vision.codebook.device)
         if self.fps is None:
             return vision.encode(frames)[0]
-        pieces = frames[None].split(vision.settings.temporal_factor, dim=1)
-        return torch.cat([*encode_pieces(vision, pieces)], dim=1)[0]
+        return encode_video(vision, iter(frames), "pieces")
 
 
 def read_media(
@@ -78,7 +79,7 @@ def read_media(
                     found.append(_clip(path, vision, size, fps, max_pixels, max_frames))
                 else:
                     _check_size(path, max_pixels)
-                    found.append(Pixels(_resized(read_image(path), size)[None]))
+                    found.append(Pixels(resized(read_image(path), size)[None]))
             except ValueError as error:
                 raise ValueError(str(error).replace(f"{folder}/", "")) from None
     return found
@@ -120,22 +121,11 @@ def _clip(
     max_pixels: int,
     max_frames: int,
 ) -> Pixels:
-    span = vision.settings.temporal_factor
-    if span == 1:
+    if vision.settings.temporal_factor == 1:
         raise ValueError(f"{path} must be an image: the vision tokenizer takes no video")
     video = open_video(path, None if fps is None else Fraction(fps).limit_denominator(1000))
     _check_pixels(path, video.width, video.height, max_pixels)
-    frames = [_resized(frame, size) for frame in islice(video, max_frames + 1)]
+    frames = [resized(frame, size) for frame in islice(video, max_frames + 1)]
     if len(frames) > max_frames:
         raise ValueError(f"{path} may have {max_frames} frames, got more: lower fps")
-    frames += frames[-1:] * (-len(frames) % span)
     return Pixels(torch.stack(frames), video.fps)
-
-
-def _resized(image: Tensor, size: int | None) -> Tensor:
-    """Pixels ``[3, H, W]`` in [-1, 1] of an image ``[3, H, W]`` uint8."""
-    rows = image.permute(1, 2, 0).numpy()
-    if size is None:
-        return preprocess(rows)
-    square = Image.fromarray(rows).resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1

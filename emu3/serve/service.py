@@ -26,7 +26,7 @@ from emu3.serve.jobs import ChatJob, ImageJob
 from emu3.serve.media import Pixels, read_media
 from emu3.serve.requests import ChatRequest, ImageRequest, Message, TextPart
 from emu3.templates import NEGATIVE, POSITIVE, SYSTEM, Turn, chat_prompt, grid_of
-from emu3.text import QwenTokenizer
+from emu3.tools.look import is_published
 from emu3.vision.images import WIDEST_ASPECT
 from emu3.weights import Pretrained
 
@@ -69,7 +69,7 @@ class Service:
     def __init__(self, loaded: Pretrained, name: str, limits: Limits = Limits()) -> None:
         self.loaded, self.name, self.limits = loaded, name, limits
         model = loaded.model
-        self.is_published = isinstance(loaded.text, QwenTokenizer)
+        self.is_published = is_published(loaded)
         self.context = min(limits.context, model.settings.max_position_embeddings)
         graph, ids = uses_graph(model, None), loaded.text.vocabulary
         batch = Batch(model, ids, limits.batch, self.context, graph=graph)

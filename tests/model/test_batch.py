@@ -130,17 +130,18 @@ def test_replayed_steps_of_changing_batches_draw_the_same(monkeypatch):
     model = tiny_model()
     seen = []
     for graph in (False, True):
-        batch = Batch(model, IDS, 8, 60, graph=graph)
-        made = [image(CAPTIONS[i % 4], GRIDS[i % 3], Sampling(), i) for i in range(9)]
+        batch = Batch(model, IDS, 3, 60, graph=graph)
+        how = [Sampling(), GREEDY]
+        made = [image(CAPTIONS[i % 4], GRIDS[i % 3], how[i % 2], i) for i in range(9)]
         waiting = list(made)
         with recorded_graphs(monkeypatch) as counts:
             while waiting or batch.generations:
-                while waiting and batch.free_rows >= 2:
+                while waiting and batch.free_rows >= len(waiting[-1].prompts):
                     batch.join([waiting.pop()])
                 batch.step()
         seen.append([one.codes for one in made])
     assert all(one.equal(other) for one, other in zip(*seen, strict=True))
-    # Batches of 8, 6, 4 and 2 rows, with and without the end of a row.
+    # One of either kind, both, and two of GREEDY, with and without the end of a row.
     assert counts.captures <= 8
     assert counts.replays > 20
 
@@ -162,14 +163,17 @@ def test_logits_that_are_not_finite_end_their_generation_alone():
         model.embedding.weight[ord("q")] = torch.nan
     good, bad = image("seven", (3, 4), GREEDY, 0), image("q", (3, 4), GREEDY, 0)
     batch, ended = Batch(model, IDS, 2, 60), []
-    batch.join([bad, good])
+    batch.join([good, bad])
     while batch.generations:
         ended += batch.step()
     assert ended[0] is bad
     assert str(bad.error).startswith("generate: logits must be finite")
     assert bad.place == 4  # the end of its first row of codes
-    assert good.error is None
-    assert good.codes.equal(drawn_alone(model, "seven", (3, 4), GREEDY, 0))
+    later = [image("seven", (3, 4), GREEDY, 0) for _ in range(2)]
+    batch.run(later)  # in the same rows
+    for one in (good, *later):
+        assert one.error is None
+        assert one.codes.equal(drawn_alone(model, "seven", (3, 4), GREEDY, 0))
 
 
 def test_texts_are_sampled_by_their_seeds():
