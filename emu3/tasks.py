@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from emu3 import config
 from emu3.config import Recipe
-from emu3.demo.config import DigitRecipe
+from emu3.demo.config import ClipRecipe, DigitRecipe
 from emu3.demo.stages import decoder_stage, vision_stage
 from emu3.train import loop
 from emu3.train.stage import Stage
@@ -31,6 +31,8 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     train = tree.get("train")
     stage = train.get("stage") if isinstance(train, dict) else None
     kind = TASKS[stage].recipe if isinstance(stage, str) and stage in TASKS else DigitRecipe
+    if kind is DigitRecipe and "clips" in tree:
+        kind = ClipRecipe
     return config.parse(kind, tree)
 
 

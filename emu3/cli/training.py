@@ -13,12 +13,15 @@ from emu3.tasks import train as train_recipe
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo"),
+    video: Annotated[
+        bool, typer.Option("--video", help="moving digits too: generate and continue clips, answer")
+    ] = False,
 ) -> None:
     """Train the miniature on handwritten digits, generate, caption, and report."""
     # Imported here: matplotlib is slow to import and no other command needs it.
     from emu3.demo.run import run_demo
 
-    run_demo(out)
+    run_demo(out, video=video)
 
 
 @app.command()

@@ -1,8 +1,10 @@
 """Settings of the digits: what ``Recipe`` gains for the miniature's two stages."""
 
+from fractions import Fraction
 from pathlib import Path
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
+from typing_extensions import Self
 
 from emu3.config import Recipe
 from emu3.settings import Settings
@@ -34,3 +36,57 @@ class DigitRecipe(Recipe):
     model_config = ConfigDict(title="recipe")
 
     data: DigitSettings = DigitSettings()
+
+
+class ClipSettings(Settings):
+    """Clips of moving digits, and questions."""
+
+    frames: PositiveInt = 8
+    """Frames of pixels of a clip."""
+    fps: PositiveInt = 8
+    """Frames of pixels a second."""
+    travel: float = Field(1 / 6, gt=0, lt=0.5)
+    """How far a digit moves in the time of a clip, as a share of the frame."""
+    colors: int = Field(4, ge=1, le=8)
+    """Colours of clips, spread over the palette."""
+    batch_size: PositiveInt = 24
+    """Clips in a step of the vision tokenizer, of one frame of codes each."""
+    encoded: PositiveInt = 5400
+    """Clips that are encoded before the decoder's first step; its documents hold these."""
+    share: float = Field(0.5, ge=0, le=1)
+    """Share of the decoder's steps on clips."""
+    questions: float = Field(0.2, ge=0, le=1)
+    """Share of the decoder's steps on questions."""
+
+    @property
+    def rate(self) -> Fraction:
+        """``fps`` as the prompt takes it."""
+        return Fraction(self.fps)
+
+    @property
+    def side(self) -> float:
+        """Side of a digit as a share of the frame's: it stays inside, whatever its direction."""
+        return 1 - 2 * self.travel
+
+
+class ClipRecipe(DigitRecipe):
+    """A training run on digits and clips of them."""
+
+    clips: ClipSettings = ClipSettings()
+
+    @model_validator(mode="after")
+    def _frames_fit(self) -> Self:
+        span = self.vision.temporal_factor
+        if span == 1:
+            raise ValueError("vision.temporal_factor must be above 1 for clips, got 1")
+        if self.clips.frames % span or self.clips.frames == span:
+            raise ValueError(
+                f"clips.frames ({self.clips.frames}) must be a multiple of temporal_factor "
+                f"({span}), and {2 * span} at least, to be continued"
+            )
+        if self.clips.share + self.clips.questions > 1:
+            raise ValueError(
+                f"clips.share ({self.clips.share}) and clips.questions ({self.clips.questions}) "
+                "must be at most 1 together"
+            )
+        return self

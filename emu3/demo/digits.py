@@ -30,7 +30,7 @@ BACKGROUND = (16, 18, 28)
 COLORS = tuple(PALETTE)
 
 # The 8x8 scans touch their border; the motion needs a margin of 6 %.
-_ZOOM = 0.88
+ZOOM = 0.88
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def sample_motion(count: int, settings: DigitSettings, generator: torch.Generato
     """``[count, 2, 3]`` affine maps: a rotation, a change of size and a shift, all small."""
     rotate, scale, x, y = 2 * torch.rand(4, count, generator=generator) - 1
     angle = rotate * math.radians(settings.rotate)
-    size = (1 + scale * settings.scale) / _ZOOM
+    size = (1 + scale * settings.scale) / ZOOM
     cos, sin = angle.cos() * size, angle.sin() * size
     x, y = 2 * settings.shift * x, 2 * settings.shift * y
     return torch.stack((torch.stack((cos, -sin, x), 1), torch.stack((sin, cos, y), 1)), 1)
@@ -105,7 +105,7 @@ def sample_motion(count: int, settings: DigitSettings, generator: torch.Generato
 
 def at_rest(count: int) -> Tensor:
     """``[count, 2, 3]`` affine maps of the margin alone."""
-    return torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).div(_ZOOM).expand(count, 2, 3)
+    return torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).div(ZOOM).expand(count, 2, 3)
 
 
 def render(scans: Tensor, colors: Tensor | Sequence[int], motion: Tensor, size: int) -> Tensor:

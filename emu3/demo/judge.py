@@ -1,7 +1,8 @@
-"""Independent classifiers of an image: which digit, and which colour.
+"""Independent classifiers of an image or a clip: which digit, which colour, which direction.
 
-Neither is fitted on images that the model generates: the digit classifier is fitted on real scans
-alone, and the colour classifier measures distances to the palette.
+None is fitted on images that the model generates: the digit classifier is fitted on real scans
+alone, the colour classifier measures distances to the palette, and the direction is that of the
+ink's centroid.
 """
 
 import numpy as np
@@ -20,16 +21,29 @@ from emu3.demo.digits import (
     render,
     sample_motion,
 )
+from emu3.demo.moving import DIRECTIONS, STEPS
 
 # Ink is pooled to 12x12: finer than the 8x8 scans, coarse enough to ignore the rendering.
 _FEATURES = 12
 _MOVED_COPIES = 3
+NO_DIRECTION = len(DIRECTIONS)
+"""What ``judge_direction`` returns of a digit that hardly moves, or moves diagonally."""
+_STILL = 1 / 24
+"""Share of the frame that a moving digit moves at least."""
 
 
 class DigitJudge:
-    """A support-vector classifier fitted on real digits in random colours."""
+    """A support-vector classifier fitted on real digits in random colours.
 
-    def __init__(self, digits: Digits, settings: DigitSettings, size: int) -> None:
+    Args:
+        zoom: size of the digits to judge, as a share of those that fill an image; each is looked at
+            where its ink is. None takes images as they are.
+    """
+
+    def __init__(
+        self, digits: Digits, settings: DigitSettings, size: int, zoom: float | None = None
+    ) -> None:
+        self._zoom = zoom
         generator = torch.Generator().manual_seed(0)
         count = len(digits)
         motions = [at_rest(count)]
@@ -37,13 +51,19 @@ class DigitJudge:
         features = []
         for motion in motions:
             colors = torch.randint(len(COLORS), (count,), generator=generator)
-            features.append(_features(render(digits.scans, colors, motion, size)))
+            images = render(digits.scans, colors, motion, size)
+            features.append(_features(images if zoom is None else _centred(images, 1.0)))
         labels = np.tile(digits.labels.numpy(), len(motions))
         self._classifier = SVC(C=10.0).fit(np.concatenate(features), labels)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Digits ``[B]`` of images ``[B, 3, H, W]`` in [-1, 1]."""
-        return torch.from_numpy(self._classifier.predict(_features(images)))
+        seen = images if self._zoom is None else _centred(images, self._zoom)
+        return torch.from_numpy(self._classifier.predict(_features(seen)))
+
+    def of_clips(self, clips: Tensor) -> Tensor:
+        """Digits ``[B]`` of clips ``[B, T, 3, H, W]``: of most of their frames."""
+        return self(clips.flatten(0, 1)).view(clips.shape[:2]).mode(1).values
 
 
 def judge_color(images: Tensor) -> Tensor:
@@ -58,6 +78,39 @@ def judge_color(images: Tensor) -> Tensor:
     mean = (images * bright).sum((2, 3)) / bright.sum((2, 3))
     direction = F.normalize((mean + 1) * 127.5 - ground, dim=1)
     return (direction @ F.normalize(paint - ground, dim=1).T).argmax(1)
+
+
+def judge_direction(clips: Tensor) -> Tensor:
+    """Index ``[B]`` into ``DIRECTIONS``, or ``NO_DIRECTION``, of clips ``[B, T, 3, H, W]``.
+
+    The ink's centroid must move by a share of the frame along one axis, and by less than half of
+    that along the other.
+    """
+    path = _centroids(clips.flatten(0, 1)).view(*clips.shape[:2], 2)
+    change = (path[:, -1] - path[:, 0]) / 2  # the frame's sides are 2 long
+    across, along = change.abs().sort(1).values.unbind(1)
+    ways = torch.tensor(tuple(STEPS.values()))
+    moves = (along >= _STILL) & (across < along / 2)
+    return torch.where(moves, (change @ ways.T).argmax(1), NO_DIRECTION)
+
+
+def _centred(images: Tensor, zoom: float) -> Tensor:
+    """Windows of ``zoom`` of ``images``, as large as they, around the ink's centroid."""
+    scale = torch.eye(2).mul(zoom).expand(len(images), 2, 2)
+    maps = torch.cat((scale, _centroids(images)[:, :, None]), 2)
+    where = F.affine_grid(maps, images.shape, align_corners=False)
+    return F.grid_sample(images, where, padding_mode="border", align_corners=False)
+
+
+def _centroids(images: Tensor) -> Tensor:
+    """``[B, 2]`` x and y in [-1, 1] of the ink, without the faint noise of a background."""
+    ink = _ink(images)[:, 0]
+    ink = ink * (ink >= 0.3 * ink.amax((1, 2), keepdim=True))
+    mass = ink.sum((1, 2)).clamp_min(1e-6)
+    height, width = ink.shape[1:]
+    x = (torch.arange(width) + 0.5) / width * 2 - 1
+    y = (torch.arange(height) + 0.5) / height * 2 - 1
+    return torch.stack(((ink.sum(1) @ x) / mass, (ink.sum(2) @ y) / mass), 1)
 
 
 def _ink(images: Tensor) -> Tensor:

@@ -3,10 +3,7 @@
 import json
 import platform
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +13,8 @@ from torch import Tensor
 
 from emu3.config import load_recipe
 from emu3.demo import plots
-from emu3.demo.config import DigitRecipe
-from emu3.demo.digits import Digits, caption, load_split
+from emu3.demo.config import ClipRecipe, DigitRecipe
+from emu3.demo.digits import caption, load_split
 from emu3.demo.judge import DigitJudge, judge_color
 from emu3.demo.measure import (
     Captioned,
@@ -28,15 +25,15 @@ from emu3.demo.measure import (
     paint_validation,
     share,
 )
+from emu3.demo.miniature import Clock, Miniature
+from emu3.demo.run_moving import run_moving
 from emu3.demo.stages import decoder_stage, vision_stage
 from emu3.demo.stream import DocumentStream
 from emu3.files import replacing
-from emu3.model import Emu3
 from emu3.text import ByteTokenizer
 from emu3.train.lock import locked
 from emu3.train.loop import train
 from emu3.train.metrics import read_metrics
-from emu3.vision import VisionTokenizer
 from emu3.weights import load_decoder, load_vision
 from emu3_kernels import record_backends
 
@@ -44,32 +41,13 @@ from emu3_kernels import record_backends
 _ROUNDS = 4
 
 
-@dataclass(frozen=True)
-class Miniature:
-    """The two trained models, the training digits and the validation digits."""
-
-    recipe: DigitRecipe
-    model: Emu3
-    tokenizer: VisionTokenizer
-    text: ByteTokenizer
-    train_set: Digits
-    validation_set: Digits
-
-
-class Clock:
-    """Wall seconds of each stage, in order."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 2)
-
-
-def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = ()) -> dict:
+def run_demo(
+    folder: Path,
+    vision: Sequence[str] = (),
+    decoder: Sequence[str] = (),
+    *,
+    video: bool = False,
+) -> dict:
     """Train the miniature; write plots and ``report.json`` to ``folder``.
 
     Every number but seconds and speeds depends on the recipes' seeds alone.
@@ -77,6 +55,7 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
     Args:
         vision: ``key=value`` overrides of the tokenizer's recipe.
         decoder: ``key=value`` overrides of the decoder's recipe.
+        video: train on clips and questions too, and measure and show them.
 
     Returns:
         the contents of ``report.json``.
@@ -84,7 +63,7 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
     Raises:
         ValueError: one line, if another process trains in ``folder`` or in one of its runs.
     """
-    recipes = _recipes(folder / "runs", vision, decoder)
+    recipes = _recipes(folder / "runs", vision, decoder, video=video)
     with locked(folder):
         report = _run(folder, *recipes)
     _show(folder, report)
@@ -92,12 +71,14 @@ def run_demo(folder: Path, vision: Sequence[str] = (), decoder: Sequence[str] = 
 
 
 def _recipes(
-    runs: Path, vision: Sequence[str], decoder: Sequence[str]
+    runs: Path, vision: Sequence[str], decoder: Sequence[str], *, video: bool
 ) -> tuple[DigitRecipe, DigitRecipe]:
-    first = load_recipe("vision", vision, DigitRecipe)
+    names = ("clips-vision", "clips") if video else ("vision", "digits")
+    kind = ClipRecipe if video else DigitRecipe
+    first = load_recipe(names[0], vision, kind)
     path = runs / "vision" / f"{first.train.stage}.safetensors"
     words = [f"data.tokenizer={json.dumps(str(path))}", *decoder]
-    second = load_recipe("digits", words, DigitRecipe)
+    second = load_recipe(names[1], words, kind)
     if second.data.validation != first.data.validation:
         raise ValueError(
             "demo: both recipes must have the same validation digits, got data.validation "
@@ -120,11 +101,13 @@ def _run(folder: Path, first: DigitRecipe, second: DigitRecipe) -> dict:
         )
     with clock.stage("compare_backends"):
         speed = _compare_backends(mini)
+    moving = run_moving(folder, mini, clock) if isinstance(second, ClipRecipe) else {}
     reconstructed = mini.tokenizer.decode(mini.tokenizer.encode(shown)).clamp(-1, 1)
     with clock.stage("plots"):
         _write_plots(folder, mini, generated, captioned, reconstructed, colors)
     report = {
         **_accuracies(mini, judge, generated, captioned, reconstructed, colors),
+        **moving,
         **speed,
         **_speeds(folder / "runs", generated, clock.seconds),
         "captions": _samples(mini, captioned, colors),

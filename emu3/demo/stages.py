@@ -4,23 +4,30 @@ import torch
 from torch import Tensor
 
 from emu3.config import ModelSettings
-from emu3.demo.config import DigitRecipe
+from emu3.demo.config import ClipRecipe, DigitRecipe
 from emu3.demo.digits import COLORS, DIGITS, caption
+from emu3.demo.moving import WHICH_COLOR, WHICH_DIRECTION
+from emu3.demo.moving_stream import MovingDocumentStream, MovingStream, question_example
 from emu3.demo.stream import DocumentStream, ImageStream, training_digits
 from emu3.model import Emu3
-from emu3.prompt import generation_document
+from emu3.prompt import Clip, generation_document
 from emu3.text import ByteTokenizer
 from emu3.train import objective
 from emu3.train.stage import SingleLossStage, Stage
 from emu3.train.start import begin
+from emu3.vision import VisionTokenizer
 from emu3.weights import load_vision, save_decoder, save_vision
 
 
 def vision_stage(recipe: DigitRecipe) -> Stage:
-    """The vision tokenizer, on images of digits."""
+    """The vision tokenizer, on images of digits, and on clips of them if the recipe has some."""
     digits = training_digits(recipe.data)
     size = recipe.vision.image_size
-    stream = ImageStream(digits, recipe.data, size, recipe.train.seed)
+    stream = (
+        MovingStream(digits, recipe)
+        if isinstance(recipe, ClipRecipe)
+        else ImageStream(digits, recipe.data, size, recipe.train.seed)
+    )
     tokenizer = begin(recipe)
     return SingleLossStage(recipe, tokenizer, stream, objective.reconstruction, save_vision)
 
@@ -36,24 +43,50 @@ def decoder_stage(recipe: DigitRecipe) -> Stage:
             f"model's vocabulary {recipe.model.vocabulary.num_visual}"
         )
     text = ByteTokenizer(recipe.model.vocabulary)
-    _check_positions(recipe.model, tokenizer.settings.grid, text)
-    stream = DocumentStream(training_digits(recipe.data), recipe, tokenizer, text)
+    moving = isinstance(recipe, ClipRecipe)
+    grid = tokenizer.settings.grid
+    _check_positions(recipe.model, _longest_image_document(grid, text), "a caption", grid)
+    if moving:
+        _check_clips(recipe, tokenizer, text)
+    documents = MovingDocumentStream if moving else DocumentStream
+    stream = documents(training_digits(recipe.data), recipe, tokenizer, text)
     model = Emu3(recipe.model)
     seed_visual_rows(model, tokenizer.codebook)
     return SingleLossStage(recipe, model, stream, objective.next_token, save_decoder)
 
 
-def _check_positions(model: ModelSettings, grid: tuple[int, int], text: ByteTokenizer) -> None:
-    """Check that the longest document fits; its last token is never an input."""
+def _longest_image_document(grid: tuple[int, int], text: ByteTokenizer) -> int:
     captions = (
         caption(digit, color) for digit in range(len(DIGITS)) for color in range(len(COLORS))
     )
     codes = torch.zeros(grid, dtype=torch.int64)
-    longest = max(len(generation_document(words, codes, text)) for words in captions) - 1
-    if longest > model.max_position_embeddings:
+    return max(len(generation_document(words, codes, text)) for words in captions)
+
+
+def _check_clips(recipe: ClipRecipe, tokenizer: VisionTokenizer, text: ByteTokenizer) -> None:
+    settings = tokenizer.settings
+    if settings.temporal_factor != recipe.vision.temporal_factor:
+        raise ValueError(
+            f"train: {recipe.data.tokenizer} has a temporal_factor of {settings.temporal_factor}, "
+            f"the recipe {recipe.vision.temporal_factor}"
+        )
+    shape = recipe.clips.frames // settings.temporal_factor, *settings.grid
+    clip = Clip(torch.zeros(shape, dtype=torch.int64), recipe.clips.rate, settings.temporal_factor)
+    longest = max(
+        len(question_example(clip, question, answer, text).ids)
+        for question, answer in ((WHICH_DIRECTION, "right"), (WHICH_COLOR, "yellow"))
+    )
+    _check_positions(recipe.model, longest, "a question", shape)
+
+
+def _check_positions(
+    model: ModelSettings, longest: int, words: str, shape: tuple[int, ...]
+) -> None:
+    """Check that the longest document fits; its last token is never an input."""
+    if longest - 1 > model.max_position_embeddings:
         raise ValueError(
             f"train: model.max_position_embeddings ({model.max_position_embeddings}) must be "
-            f"{longest} at least, for a caption and {grid[0]} x {grid[1]} codes"
+            f"{longest - 1} at least, for {words} and {' x '.join(map(str, shape))} codes"
         )
 
 

@@ -35,15 +35,17 @@ class DigitStream:
 
     def sample(self) -> tuple[Tensor, Tensor, Tensor]:
         """Next batch: images ``[B, 3, H, W]``, digits ``[B]``, colours ``[B]``."""
-        count = self.settings.batch_size
+        chosen, colors, motion = self.choose(self.settings.batch_size)
+        return render(chosen.scans, colors, motion, self.size), chosen.labels, colors
+
+    def choose(self, count: int) -> tuple[Digits, Tensor, Tensor]:
+        """Next ``count`` digits, colours ``[count]`` and affine maps ``[count, 2, 3]``."""
         while len(self.rest) < count:
             epoch = torch.randperm(len(self.digits), generator=self.generator)
             self.rest = torch.cat((self.rest, epoch))
         index, self.rest = self.rest[:count], self.rest[count:]
-        chosen = self.digits[index]
         colors = torch.randint(len(COLORS), (count,), generator=self.generator)
-        motion = sample_motion(count, self.settings, self.generator)
-        return render(chosen.scans, colors, motion, self.size), chosen.labels, colors
+        return self.digits[index], colors, sample_motion(count, self.settings, self.generator)
 
     def state(self) -> dict[str, Tensor]:
         return {"generator": self.generator.get_state(), "rest": self.rest.clone()}

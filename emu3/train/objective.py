@@ -24,10 +24,18 @@ def next_token_of_all(
 
 
 def reconstruction(
-    model: VisionTokenizer, images: Tensor
+    model: VisionTokenizer, *batches: Tensor
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Squared error of the reconstruction plus the weighted commitment of the latents."""
-    reconstructed, codes, commitment = model(images)
-    error = F.mse_loss(reconstructed, images)
-    metrics = {"error": error.detach(), "codes": codes.unique().numel()}
+    """Squared error of the reconstruction plus the weighted commitment of the latents.
+
+    The mean over ``batches``, of images or of clips each.
+    """
+    errors, codes, commitments = [], [], []
+    for pixels in batches:
+        reconstructed, found, commitment = model(pixels)
+        errors.append(F.mse_loss(reconstructed, pixels))
+        codes.append(found.flatten())
+        commitments.append(commitment)
+    error, commitment = (sum(terms) / len(terms) for terms in (errors, commitments))
+    metrics = {"error": error.detach(), "codes": torch.cat(codes).unique().numel()}
     return error + model.settings.commitment * commitment, metrics
