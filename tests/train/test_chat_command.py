@@ -1,5 +1,10 @@
 """``emu3 chat``: questions line by line, answers as they come, and a chat that goes on."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -140,6 +145,32 @@ def test_pieces_are_whole_characters(data):
     pieces, ids = Pieces(TEXT), list(data)
     told = [pieces.next(ids[:n]) for n in range(len(ids))] + [pieces.next(ids, is_last=True)]
     assert "".join(told) == data.decode(errors="replace")
+
+
+@pytest.mark.e2e
+def test_in_a_terminal_an_interrupt_stops_an_answer_of_many_tokens(tmp_path):
+    files = tiny_files(tmp_path, max_position_embeddings=8192)
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "emu3", "chat", *files, "--max-tokens", "8000"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    until(ours, b"> ")
+    os.write(ours, b"hello\n")
+    answer = until(ours, b"hello\r\n", least=100)
+    process.send_signal(signal.SIGINT)
+    answer += until(ours, b"> ")
+    os.write(ours, b"/quit\n")
+    assert process.wait(timeout=30) == 0
+    os.close(ours)
+    assert len(answer) < 7000
+
+
+def until(terminal, mark, least=0):
+    """What a terminal shows up to ``mark``, and ``least`` bytes after it."""
+    shown = b""
+    while mark not in shown or len(shown.partition(mark)[2]) < least:
+        shown += os.read(terminal, 4096)
+    return shown
 
 
 @pytest.mark.parametrize(
