@@ -13,7 +13,9 @@ from benchmarks.harness import machine, run
 from benchmarks.harness.results import RESULTS
 from benchmarks.report.pages import CODEGEN, write_pages
 from benchmarks.report.tables import as_table
+from benchmarks.suites.data import data
 from benchmarks.suites.gpu.command import gpu
+from benchmarks.suites.parity import parity
 from emu3_kernels.ops import OPS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -107,6 +109,34 @@ def vision_runs(threads: list[int] | None, seconds: float) -> list[run.Run]:
     return run.runs(["vision"], counts, seconds, scale=False)
 
 
+@app.command()
+def generate(threads: OneThreads = None, allow_load: Load = False) -> None:
+    """Time a guided image beside Hugging Face's generate and store the row: some ten minutes."""
+    need_transformers()
+    run.refuse(time_all(generate_runs(threads), allow_load))
+
+
+def generate_runs(threads: list[int] | None) -> list[run.Run]:
+    counts = threads or [min(2, machine.cores())]
+    return run.runs(["generate"], counts, 60.0, scale=False)
+
+
+@app.command()
+def weights(
+    demo: Annotated[Path | None, typer.Option(help="Folder of emu3 demo, for errors.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; 2.")] = None,
+    seconds: Seconds = 2.0,
+    out: Annotated[Path, typer.Option(help="Folder of the page.")] = RESULTS,
+    allow_load: Annotated[bool, typer.Option(help="Run on a busy machine.")] = False,
+) -> None:
+    """Time weights in 8 and 4 bits beside bfloat16, with what they cost, and write the page."""
+    if (reason := machine.why_not_publish(machine.load())) and not allow_load:
+        run.refuse([reason])
+    machine.prepare(threads or min(2, machine.cores()))
+    suite = import_module("benchmarks.suites.weights")
+    run.console.print(f"wrote {suite.write(out, suite.measure(demo, seconds))}")
+
+
 @app.command(name="all")
 def everything(allow_load: Load = False) -> None:
     """Time and count everything and write the pages.
@@ -119,6 +149,7 @@ def everything(allow_load: Load = False) -> None:
     listed = run.runs(list(OPS), None, SECONDS)
     if find_spec("transformers"):
         listed += model_runs(None, SECONDS, steps=50, step_tokens=TOKENS)
+        listed += generate_runs(None)
         listed += vision_runs(None, 30.0)
     failures = time_all(listed, allow_load)
     if find_spec("triton"):
@@ -148,6 +179,8 @@ def report() -> None:
 if find_spec("triton"):
     app.command()(import_module("benchmarks.suites.codegen").codegen)
     app.command()(import_module("benchmarks.suites.host").host)
+app.command()(data)
+app.command()(parity)
 app.command()(gpu)
 
 

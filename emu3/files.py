@@ -27,14 +27,15 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         draft = folder / path.name
         yield draft
-        _flush(draft)
+        flush(draft)
         os.replace(draft, path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Write what the system holds back of a file or folder to its disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,18 +10,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emu3.cache import KeyValueCache
+from emu3.cache import KeyValueCache, Tree
 from emu3.config import ModelSettings
 from emu3_kernels import (
     Documents,
+    HeadShard,
     add_rms_norm,
     attention,
     linear_cross_entropy,
     rms_norm,
     swiglu_packed,
 )
-from emu3_kernels.modules import RotaryEmbedding
+from emu3_kernels.modules import QuantizedLinear, RotaryEmbedding
 from emu3_kernels.runtime.gemm import linear
+
+
+@dataclass(frozen=True)
+class StepDropout:
+    """What a training step drops, given instead of drawn: every mesh of ranks drops the same."""
+
+    seeds: Tensor
+    """``[3 num_layers + 1]`` int64, of the sites in order: before the norm of an attention (first
+    the embedding), its probabilities, before the norm of an MLP; last before the final norm."""
+    rows: Tensor | None = None
+    """``[B, T]`` int64, the rows of the residual stream among those of all ranks; None is all."""
+    heads: HeadShard | None = None
 
 
 @dataclass(frozen=True)
@@ -29,14 +42,21 @@ class Context:
     """Shared by every layer of one call: the rotation, and the documents or the cache's slots."""
 
     rotate: RotaryEmbedding
-    documents: Documents | None = None
+    documents: Documents | Tensor | None = None
     cache: KeyValueCache | None = None
     slots: Tensor | None = None
     lengths: Tensor | None = None
+    positions: Tensor | None = None
+    mask: Tensor | None = None
+    rows: Tensor | None = None
+    heads: HeadShard | None = None
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
+
+    attend = staticmethod(attention)
+    """Context parallelism sets another."""
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
@@ -47,19 +67,21 @@ class Attention(nn.Module):
             settings.num_heads * settings.head_dim, settings.hidden_size, bias=False
         )
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context, seed: Tensor | None = None) -> Tensor:
         s = self.settings
         heads = self.qkv(x).unflatten(-1, (-1, s.head_dim))
         q, k, v = heads.split((s.num_heads, s.num_kv_heads, s.num_kv_heads), dim=2)
         if context.cache is None:
-            q, k = context.rotate(q, k)
+            q, k = context.rotate(q, k, context.positions)
             p = s.dropout if self.training else 0.0
-            attended = attention(q, k, v, document_ids=context.documents, dropout_p=p)
+            dropout = {"dropout_p": p, "seed": seed, "dropout_heads": context.heads}
+            attended = self.attend(q, k, v, document_ids=context.documents, **dropout)
         else:
             cache = context.cache
             caches = cache.keys[self.layer], cache.values[self.layer]
-            q = context.rotate.append(q, k, v, *caches, context.slots, check_indices=False)
-            attended = cache.attend(self.layer, q, context.lengths)
+            where = context.slots, context.positions
+            q = context.rotate.append(q, k, v, *caches, *where, check_indices=False)
+            attended = cache.attend(self.layer, q, context.lengths, context.mask)
         return self.out(attended.flatten(2))
 
 
@@ -87,16 +109,27 @@ class Block(nn.Module):
         self.mlp = MLP(settings)
 
     def forward(
-        self, branch: Tensor | None, residual: Tensor, context: Context
+        self,
+        branch: Tensor | None,
+        residual: Tensor,
+        context: Context,
+        seeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the MLP's output, before dropout and the residual sum, and the residual."""
+        """Return the MLP's output, before dropout and the residual sum, and the residual.
+
+        ``seeds [3]`` are those of its sites of dropout; None draws them.
+        """
         p = self.dropout_p if self.training else 0.0
+        seed, seed_attention, seed_mlp = (None, None, None) if seeds is None else seeds.unbind()
+        rows = context.rows
         if branch is None:
             x = rms_norm(residual, self.attention_norm, self.eps)
         else:
-            x, residual = add_rms_norm(branch, residual, self.attention_norm, self.eps, dropout_p=p)
-        branch = self.attention(x, context)
-        x, residual = add_rms_norm(branch, residual, self.mlp_norm, self.eps, dropout_p=p)
+            dropout = {"dropout_p": p, "seed": seed, "dropout_rows": rows}
+            x, residual = add_rms_norm(branch, residual, self.attention_norm, self.eps, **dropout)
+        branch = self.attention(x, context, seed_attention)
+        dropout = {"dropout_p": p, "seed": seed_mlp, "dropout_rows": rows}
+        x, residual = add_rms_norm(branch, residual, self.mlp_norm, self.eps, **dropout)
         return self.mlp(x), residual
 
 
@@ -104,6 +137,8 @@ class Emu3(nn.Module):
     """Decoder and head; ``forward`` returns hidden states, ``loss`` never allocates ``[T, V]``."""
 
     linear = staticmethod(linear)
+    linear_cross_entropy = staticmethod(linear_cross_entropy)
+    """Of :meth:`objective`; tensor parallelism sets another."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -134,6 +169,7 @@ class Emu3(nn.Module):
         *,
         prompt_lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
+        tree: Tree | None = None,
     ) -> Tensor:
         """Hidden states ``[B, T, D]`` of ``tokens [B, T]``, after the final norm.
 
@@ -144,23 +180,38 @@ class Emu3(nn.Module):
                 a cache.
             document_ids: ``[B, T]`` int32, non-decreasing: the documents of packed rows; a token
                 attends to its own document alone. Only without a cache.
+            tree: how at most 64 drafts are related; only with a cache, behind whose lengths their
+                keys and values are stored until :meth:`KeyValueCache.keep` appends some.
         """
         documents = None if document_ids is None else Documents(document_ids)
         context = Context(self.rotate, documents)
         if cache is not None:
-            context = Context(self.rotate, None, cache, *cache.place(tokens.shape[1]))
-        residual = self.dropout(self.embedding(tokens))
-        branch = None
-        for block in self.blocks:
-            branch, residual = block(branch, residual, context)
-        if cache is not None:
+            mask = None if tree is None else tree.mask
+            context = Context(self.rotate, None, cache, *cache.place(tokens.shape[1], tree), mask)
+        hidden = self._hidden(tokens, context)
+        if cache is not None and tree is None:
             cache.advance(tokens.shape[1], prompt_lengths)
+        return hidden
+
+    def _hidden(self, tokens: Tensor, context: Context, seeds: Tensor | None = None) -> Tensor:
+        branch, residual = None, self.embedding(tokens)
+        if seeds is None:
+            residual = self.dropout(residual)
+        else:  # the first norm drops a branch, with a seed and rows that are given
+            branch, residual = residual, residual.new_zeros(residual.shape[-1]).expand_as(residual)
+        for number, block in enumerate(self.blocks):
+            of_block = None if seeds is None else seeds[3 * number : 3 * number + 3]
+            branch, residual = block(branch, residual, context, of_block)
         p = self.settings.dropout if self.training else 0.0
-        hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps, dropout_p=p)
+        seed = None if seeds is None else seeds[-1]
+        dropout = {"dropout_p": p, "seed": seed, "dropout_rows": context.rows}
+        hidden, _ = add_rms_norm(branch, residual, self.norm, self.settings.norm_eps, **dropout)
         return hidden
 
     def logits(self, hidden: Tensor, rows: slice) -> Tensor:
         """Logits ``[..., R]`` of ``hidden [..., D]`` for the ``rows`` of the head alone."""
+        if isinstance(self.head, QuantizedLinear):
+            return self.head(hidden, rows)
         return self.linear(hidden, self.head.weight[rows])
 
     def loss(
@@ -185,3 +236,34 @@ class Emu3(nn.Module):
             weights=weights[:, 1:].flatten(),
             keep=keep,
         )
+
+    def objective(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        positions: Tensor | None = None,
+        documents: Documents | Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+        *,
+        z_loss: float = 0.0,
+        dropout: StepDropout | None = None,
+    ) -> Tensor:
+        """Sum the loss of given targets over packed rows, or the part of them that a rank holds.
+
+        Args:
+            tokens: ``[B, T]`` ids.
+            targets: ``[B, T]`` ids of the next tokens.
+            weights: ``[B, T]`` float32; 0 for the last token of a document.
+            positions: ``[B, T]`` int64, of each token in its document; None counts along the row.
+            documents: of the tokens, as :attr:`Attention.attend` takes them; None is one document.
+            normalizer: what the sum is divided by: of a step, the weight of all ranks together.
+                None is the sum of ``weights``.
+            z_loss: factor of the squared log-sum-exp.
+            dropout: what is dropped in training; None draws it.
+        """
+        rows, heads = (dropout.rows, dropout.heads) if dropout else (None, None)
+        context = Context(self.rotate, documents, positions=positions, rows=rows, heads=heads)
+        hidden = self._hidden(tokens, context, dropout.seeds if dropout else None)
+        settings = {"weights": weights, "normalizer": normalizer, "z_loss": z_loss}
+        return self.linear_cross_entropy(hidden, self.head.weight, targets, **settings)

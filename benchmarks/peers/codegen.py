@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from emu3_kernels.runtime.contracts import Config
-from emu3_kernels.testing.codegen import Row, recorded, row_of
+from emu3_kernels.testing.codegen import Row, facts_of, recorded, row_of
 
 ARCHITECTURE = {"sm_80": "ampere_ada", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3"}
 """Liger's name of each target."""
@@ -30,8 +30,9 @@ def rows_of(op: str, config: str, call: Callable[[], None], target: str) -> Iter
         call()
     kernels = {launch.kernel.__name__: launch for launch in launches}
     bare = Config(config, call, {})
-    for name, launch in kernels.items():
-        yield replace(row_of(op, bare, launch, target), kernel=f"Liger {name}")
+    facts = facts_of(list(kernels.values()), target)
+    for (name, launch), of_one in zip(kernels.items(), facts, strict=True):
+        yield replace(row_of(op, bare, launch, of_one, target), kernel=f"Liger {name}")
 
 
 def _import_all(call: Callable[[], None]) -> None:

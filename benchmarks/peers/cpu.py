@@ -317,5 +317,6 @@ PEERS: dict[str, Peers] = {
         },
         dtypes=(torch.float32,),
     ),
+    "quantized_linear": Peers(directions=("forward",)),
     "sample_guided": Peers(eager.sample_guided, dtypes=(torch.float32,), is_random=True),
 }

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from benchmarks.harness import entries, machine
+from benchmarks.harness.run import WHOLE
 from emu3_kernels.ops import OPS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--op", action="append", choices=(*OPS, "model", "vision"), help="Ops.")
+    parser.addoption("--op", action="append", choices=(*OPS, *WHOLE), help="Ops.")
     parser.addoption("--threads", type=int, action="append", help="Threads of every entry.")
     parser.addoption("--seconds", type=float, default=2.0, help="Limit of all rounds of a row.")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="Where to time.")

@@ -212,7 +212,8 @@ def test_one_command_times_counts_and_reports_everything(suite):
     shown = CliRunner().invoke(front.app, ["all"])
     assert shown.exit_code == 0, shown.output
     timed = [f"{op}, 1 and 2 threads" for op in front.OPS if entries.own_backends(op)]
-    assert suite == [*timed, "model, 2 threads", "vision, 2 threads", "codegen", "report"]
+    wholes = [f"{name}, 2 threads" for name in run.WHOLE]
+    assert suite == [*timed, *wholes, "codegen", "report"]
 
 
 def test_one_command_does_nothing_on_a_busy_machine(suite, monkeypatch):

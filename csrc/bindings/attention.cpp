@@ -59,7 +59,8 @@ struct Memory {
 AttentionCall call_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& first,
                       const Tensor& end, double scale, double dropout_p,
                       const std::optional<Tensor>& seed, const std::optional<Tensor>& rows,
-                      const std::optional<Tensor>& columns) {
+                      const std::optional<Tensor>& columns, int64_t first_head,
+                      int64_t all_heads) {
   AttentionCall call{};
   call.batch = q.size(0), call.queries = q.size(1), call.heads = q.size(2),
   call.head_dim = q.size(3);
@@ -77,6 +78,7 @@ AttentionCall call_of(const Tensor& q, const Tensor& k, const Tensor& v, const T
         static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 4294967295.0));
     call.dropout.scale = static_cast<float>(1 / (1 - dropout_p));
     call.rows = data<int32_t>(rows), call.columns = data<int32_t>(columns);
+    call.first_head = first_head, call.all_heads = all_heads;
   }
   return call;
 }
@@ -85,8 +87,10 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                                          const Tensor& first, const Tensor& end, double scale,
                                          double dropout_p, const std::optional<Tensor>& seed,
                                          const std::optional<Tensor>& rows,
-                                         const std::optional<Tensor>& columns, bool float32_out) {
-  AttentionCall call = call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns);
+                                         const std::optional<Tensor>& columns,
+                                         int64_t first_head, int64_t all_heads, bool float32_out) {
+  AttentionCall call =
+      call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns, first_head, all_heads);
   const auto dtype = float32_out ? ScalarType::Float : q.scalar_type();
   Tensor out = empty(q, q.sizes(), dtype);
   Tensor lse = empty(q, {call.batch, call.heads, call.queries}, ScalarType::Float);
@@ -128,8 +132,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
     const Tensor& delta, const Tensor& first, const Tensor& end, double scale, double dropout_p,
     const std::optional<Tensor>& seed, const std::optional<Tensor>& rows,
-    const std::optional<Tensor>& columns, bool float32_out) {
-  AttentionCall call = call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns);
+    const std::optional<Tensor>& columns, int64_t first_head, int64_t all_heads, bool float32_out) {
+  AttentionCall call =
+      call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns, first_head, all_heads);
   const auto dtype = float32_out ? ScalarType::Float : q.scalar_type();
   Tensor dq = empty(q, q.sizes(), dtype);
   Tensor dk = empty(k, k.sizes(), dtype);
@@ -266,12 +271,12 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
 STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor first, Tensor end, float scale, float "
-      "dropout_p, Tensor? seed, Tensor? rows, Tensor? columns, bool float32_out) -> (Tensor, "
-      "Tensor)");
+      "dropout_p, Tensor? seed, Tensor? rows, Tensor? columns, int first_head, int all_heads, bool "
+      "float32_out) -> (Tensor, Tensor)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
       "Tensor first, Tensor end, float scale, float dropout_p, Tensor? seed, Tensor? rows, Tensor? "
-      "columns, bool float32_out) -> (Tensor, Tensor, Tensor)");
+      "columns, int first_head, int all_heads, bool float32_out) -> (Tensor, Tensor, Tensor)");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? "
       "page_table, Tensor? mask, float scale) -> Tensor");

@@ -89,15 +89,17 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
 // Nothing is dropped without a seed.
 std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& residual,
                                                const Tensor& weight, double eps, double dropout_p,
-                                               const std::optional<Tensor>& seed) {
-  const Dropout dropout = seed ? dropout_of(dropout_p, *seed) : Dropout{};
+                                               const std::optional<Tensor>& seed,
+                                               const std::optional<Tensor>& dropout_rows) {
+  const Dropout dropout = seed ? dropout_of(dropout_p, *seed, dropout_rows) : Dropout{};
   Forward result = run_forward(x, &residual, weight, eps, seed ? &dropout : nullptr);
   return {result.y, result.summed, result.rstd};
 }
 
 void add_forward_out(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                     double dropout_p, const std::optional<Tensor>& seed, Tensor y, Tensor summed) {
-  const Dropout dropout = seed ? dropout_of(dropout_p, *seed) : Dropout{};
+                     double dropout_p, const std::optional<Tensor>& seed,
+                     const std::optional<Tensor>& dropout_rows, Tensor y, Tensor summed) {
+  const Dropout dropout = seed ? dropout_of(dropout_p, *seed, dropout_rows) : Dropout{};
   run_forward_into(y, summed, x, &residual, weight, eps, seed ? &dropout : nullptr);
 }
 
@@ -111,8 +113,9 @@ std::tuple<Tensor, Tensor> add_backward(const Tensor& dy, const Tensor& dsummed,
 std::tuple<Tensor, Tensor, Tensor> add_backward_dropped(const Tensor& dy, const Tensor& dsummed,
                                                         const Tensor& summed, const Tensor& weight,
                                                         const Tensor& rstd, double dropout_p,
-                                                        const Tensor& seed) {
-  const Dropout dropout = dropout_of(dropout_p, seed);
+                                                        const Tensor& seed,
+                                                        const std::optional<Tensor>& dropout_rows) {
+  const Dropout dropout = dropout_of(dropout_p, seed, dropout_rows);
   Backward result = run_backward(dy, &dsummed, summed, weight, rstd, &dropout);
   return {result.dx, result.dresidual, result.dweight};
 }
@@ -124,16 +127,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)");
   m.def(
       "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, float dropout_p,"
-      " Tensor? seed) -> (Tensor, Tensor, Tensor)");
+      " Tensor? seed, Tensor? dropout_rows) -> (Tensor, Tensor, Tensor)");
   m.def(
       "add_rms_norm_out(Tensor x, Tensor residual, Tensor weight, float eps, float dropout_p,"
-      " Tensor? seed, Tensor(a!) y, Tensor(b!) summed) -> ()");
+      " Tensor? seed, Tensor? dropout_rows, Tensor(a!) y, Tensor(b!) summed) -> ()");
   m.def(
       "add_rms_norm_backward(Tensor dy, Tensor dsummed, Tensor summed, Tensor weight, Tensor rstd)"
       " -> (Tensor, Tensor)");
   m.def(
       "add_rms_norm_backward_dropped(Tensor dy, Tensor dsummed, Tensor summed, Tensor weight,"
-      " Tensor rstd, float dropout_p, Tensor seed) -> (Tensor, Tensor, Tensor)");
+      " Tensor rstd, float dropout_p, Tensor seed, Tensor? dropout_rows)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emu3_kernels, CPU, m) {

@@ -101,13 +101,15 @@ inline std::unique_ptr<float, Free> uninitialised(int64_t count) {
   return std::unique_ptr<float, Free>(static_cast<float*>(memory));
 }
 
-// drop_below() and keep_scale() of emu3_kernels/runtime/dropout.py; `seed` is 0-d int64.
-inline Dropout dropout_of(double p, const Tensor& seed) {
+// drop_below() and keep_scale() of emu3_kernels/runtime/dropout.py; `seed` is 0-d int64, `rows`
+// contiguous int64.
+inline Dropout dropout_of(double p, const Tensor& seed, const std::optional<Tensor>& rows) {
   const double below = __builtin_nearbyint(p * 4294967296.0);
   return {
       .seed = *static_cast<const uint64_t*>(seed.const_data_ptr()),
       .drop_below = below < 4294967295.0 ? static_cast<uint32_t>(below) : 0xffffffff,
       .scale = static_cast<float>(1 / (1 - p)),
+      .rows = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr,
   };
 }
 

@@ -10,10 +10,12 @@ import typer
 
 from emu3.cli.common import (
     DECODER,
+    Base,
     Device,
     Dtype,
     Model,
     OwnVision,
+    QuantizedWeights,
     app,
     beside,
     is_users,
@@ -63,6 +65,8 @@ def chat(
     ] = None,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
+    weights: QuantizedWeights = None,
+    base: Base = None,
 ) -> None:
     """Talk about images and videos: questions line by line, one question, or captions.
 
@@ -73,7 +77,8 @@ def chat(
         raise ValueError("--interactive: must be without --ask")
     rate = parse(Making, {"fps": fps}).fps
     vision = beside(model) if vision is None else vision
-    loaded = load(model, vision=vision, device=usable(device), dtype=kind(dtype))
+    stored = {"weights": weights and weights.value, "base": base}
+    loaded = load(model, vision=vision, device=usable(device), dtype=kind(dtype), **stored)
     talk = Conversation(loaded, max_tokens, None if rate is None else Fraction(rate))
     if interactive is None:
         interactive = ask is None and (sys.stdin.isatty() or not files)

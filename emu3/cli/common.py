@@ -61,12 +61,21 @@ Model = Annotated[
 OwnVision = Annotated[
     Path | None, typer.Option("--vision", help="the same of the vision tokenizer, if elsewhere")
 ]
+Base = Annotated[
+    Path | None, typer.Option(help="the model of a LoRA adapter, if it lies elsewhere than it says")
+]
 
 
 class Dtype(str, Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+class WeightsName(str, Enum):
+    int8 = "int8"
+    int4 = "int4"
+    fp8 = "fp8"
 
 
 class Device(str, Enum):
@@ -103,6 +112,12 @@ def beside(model: Path) -> Path | None:
 
 def kind(dtype: Dtype | None) -> torch.dtype | None:
     return None if dtype is None else getattr(torch, dtype.value)
+
+
+QuantizedWeights = Annotated[
+    WeightsName | None,
+    typer.Option("--weights", help="store linear layers in 8 or 4 bits; fp8 needs torchao, a GPU"),
+]
 
 
 def usable(device: Device) -> str:

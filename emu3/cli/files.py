@@ -62,7 +62,7 @@ def tokenize(
     from emu3.tools.tokenize import tokenize
 
     how = {"min_pixels": min_pixels, "max_pixels": max_pixels, "fps": fps, "clips": clips.value}
-    making, tokenizer = parse(Making, how), _vision_on(device, vision)
+    making, tokenizer = parse(Making, how), vision_on(device, vision)
     _summarise(tokenize(inputs, out, tokenizer, making, compare=compare, overwrite=overwrite), out)
 
 
@@ -81,7 +81,7 @@ def detokenize(
     """
     from emu3.tools.tokenize import detokenize
 
-    tokenizer, resized = _vision_on(device, vision), {"original_size": original_size}
+    tokenizer, resized = vision_on(device, vision), {"original_size": original_size}
     _summarise(detokenize(inputs, out, tokenizer, overwrite=overwrite, **resized), out)
 
 
@@ -108,7 +108,7 @@ def convert(
     say(f"wrote {out}")
 
 
-def _vision_on(device: Device, path: Path) -> VisionTokenizer:
+def vision_on(device: Device, path: Path) -> VisionTokenizer:
     """One GPU per rank of torchrun."""
     where = usable(device)
     if device is Device.cuda:

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from emu3.cli.common import DECODER, Device, Dtype, OwnVision, app, beside, kind, say, usable
+from emu3.cli.common import (
+    DECODER,
+    Base,
+    Device,
+    Dtype,
+    OwnVision,
+    QuantizedWeights,
+    app,
+    beside,
+    kind,
+    say,
+    usable,
+)
 from emu3.data.media import open_video, read_image
 from emu3.settings import parse
 from emu3.templates import grid_of
@@ -85,6 +97,12 @@ def generate(
     vision: OwnVision = None,
     device: Annotated[Device | None, _setting("device", "device to run on")] = None,
     dtype: Annotated[Dtype | None, _setting("dtype", "of the decoder")] = None,
+    weights: QuantizedWeights = None,
+    base: Base = None,
+    window: Annotated[
+        int | None,
+        _setting("window", "tokens of a forward, up to 64; the image is the same"),
+    ] = None,
 ) -> None:
     """Generate an image or a clip from each prompt.
 
@@ -99,6 +117,8 @@ def generate(
     types = {
         "device": usable(Device(asked.device)),
         "dtype": kind(asked.dtype and Dtype(asked.dtype)),
+        "weights": asked.weights,
+        "base": asked.base,
     }
     loaded = load(asked.model, vision=asked.vision, **types)
     made = plan(asked, loaded)
@@ -127,7 +147,7 @@ def _asked(given: Mapping[str, Any], source: Path | None, start: Start | None) -
         if value is not None and value is not False
     }
     if "model" in said:
-        tree |= {"vision": None, "dtype": None}
+        tree |= {"vision": None, "dtype": None, "weights": None, "base": None}
     if "seconds" in said:
         tree["frames"] = None
     if start is not None:

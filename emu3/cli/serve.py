@@ -4,7 +4,19 @@ from typing import Annotated
 
 import typer
 
-from emu3.cli.common import DECODER, Device, Dtype, Model, OwnVision, app, beside, kind, usable
+from emu3.cli.common import (
+    DECODER,
+    Base,
+    Device,
+    Dtype,
+    Model,
+    OwnVision,
+    QuantizedWeights,
+    app,
+    beside,
+    kind,
+    usable,
+)
 from emu3.weights import load
 
 
@@ -31,6 +43,8 @@ def serve(
     page: Annotated[bool, typer.Option(help="a web page at / beside the routes")] = True,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
+    weights: QuantizedWeights = None,
+    base: Base = None,
 ) -> None:
     """Serve images and answers over HTTP, in OpenAI's form, and on a web page.
 
@@ -43,7 +57,8 @@ def serve(
 
     check_host(host, token)
     vision = beside(model) if vision is None else vision
-    loaded = load(model, vision=vision, device=usable(device), dtype=kind(dtype))
+    stored = {"weights": weights and weights.value, "base": base}
+    loaded = load(model, vision=vision, device=usable(device), dtype=kind(dtype), **stored)
     limits = Limits(batch=max_batch, queue=max_queue, context=context)
     name = model.resolve().name if model.is_dir() else model.stem
     service = Service(loaded, name, limits)

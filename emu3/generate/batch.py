@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 from emu3.cache import KeyValueCache
 from emu3.config import Vocabulary
 from emu3.cuda_graph import CapturedStep
-from emu3.generate.decoder import check_prompts, new_cache, pad_right, to_device_of
+from emu3.generate.decoder import NOT_FINITE, check_prompts, new_cache, pad_right, to_device_of
 from emu3.model import Emu3
 from emu3_kernels import sample_guided
 
@@ -32,10 +32,6 @@ SPARE = 2
 """Slots of a row for dead tokens, in a batch whose rows end apart."""
 _ENDLESS = 1 << 62
 _TOKEN, _PLACES, _SEEDS = range(3)
-_NOT_FINITE = (
-    "generate: logits must be finite, got NaN or infinity: check the weights, and that the model's "
-    "dtype has their range"
-)
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,11 @@ class Sampling:
     temperature: float = 1.0
     negative: str = ""
     """The negative prompt: the caption of the unconditional branch."""
+
+    @property
+    def settings(self) -> dict[str, float | int | None]:
+        """Keywords of :func:`emu3_kernels.sample_guided`."""
+        return {name: value for name, value in vars(self).items() if name != "negative"}
 
 
 USUAL = Sampling()
@@ -144,15 +145,14 @@ class Batch:
 
     @torch.no_grad()
     def join(self, generations: Sequence[Generation]) -> list[Generation]:
-        """Feed the prompts and generate the first codes; return what ended by that."""
-        prompts = [ids for one in generations for ids in one.prompts]
+        """Feed the prompts and generate the first codes; return what ended by that.
+
+        Equal prompts, such as the negative ones of images of one grid, are fed once.
+        """
+        prompts = [tuple(ids) for one in generations for ids in one.prompts]
         check_prompts(self.model, prompts)
         start, stop = len(self._owners), len(self._owners) + len(prompts)
-        part = self.cache.rows(start, stop)
-        part.longest, part.ragged = 0, False
-        part.lengths.zero_()
-        tokens, prompt_lengths = to_device_of(self.model, *pad_right(prompts, self.ids.pad))
-        hidden = self.model(tokens, part, prompt_lengths=prompt_lengths)
+        hidden = self._feed_prompts(start, prompts)
         for one in generations:
             one.rows = [len(self._owners) + i for i in range(len(one.prompts))]
             self._owners += [one] * len(one.prompts)
@@ -161,10 +161,25 @@ class Batch:
         rows = [[0, 0, signed(one.seed), *one.sizes] for one in self._owners[start:]]
         self._state[:, start:stop] = torch.tensor(rows, device=self._state.device).T
         self._largest[start:stop] = 0
-        last = hidden[torch.arange(len(hidden), device=hidden.device), prompt_lengths - 1]
-        self._choose(_Plan(generations, self.cache), last, start)
+        self._choose(_Plan(generations, self.cache), hidden, start)
         self._plan = None
         return self._after_step(generations)
+
+    def _feed_prompts(self, start: int, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Fill the rows from ``start`` on; return the hidden states after the prompts."""
+        distinct = list(dict.fromkeys(prompts))
+        sources = [distinct.index(ids) for ids in prompts]
+        part = self.cache.rows(start, start + len(distinct))
+        part.longest, part.ragged = 0, False
+        part.lengths.zero_()
+        tokens, prompt_lengths = to_device_of(self.model, *pad_right(distinct, self.ids.pad))
+        hidden = self.model(tokens, part, prompt_lengths=prompt_lengths)
+        # From the last one on, as no source lies behind its copy.
+        for row, source in reversed([*enumerate(sources)]):
+            if row != source:
+                self.cache.move_row(start + source, start + row, len(prompts[row]))
+        index = torch.tensor(sources, device=hidden.device)
+        return hidden[index, prompt_lengths[index] - 1]
 
     @torch.no_grad()
     def step(self) -> list[Generation]:
@@ -276,7 +291,7 @@ class Batch:
         pair = logits.chunk(2) if group.guided else (logits, None)
         first = rows[: len(pair[0])]
         places, seeds = self._state[_PLACES][first], self._state[_SEEDS][first]
-        code = sample_guided(*pair, seeds, places, **group.settings)[:, 0]
+        code = sample_guided(*pair, seeds, places, **dict(group.settings))[:, 0]
         code = code.clamp(min=0)  # NaN gives -1, and is found at the end of the row of codes
         if group.is_text:
             code = fed = code.masked_fill(code == self.ids.num_text, self.ids.eos)
@@ -298,7 +313,7 @@ class Batch:
             finite = self._largest[: len(self._owners)].isfinite().tolist()
             for one in self.generations:
                 if not all(finite[row] for row in one.rows):
-                    one.error = ValueError(_NOT_FINITE)
+                    one.error = ValueError(NOT_FINITE)
                     ended += [] if one in ended else [one]
         for one in ended:
             if one.grid:
@@ -327,15 +342,7 @@ class _Group(NamedTuple):
 
     is_text: bool
     guided: bool
-    guidance: float
-    top_k: int | None
-    top_p: float | None
-    temperature: float
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        names = "guidance", "top_k", "top_p", "temperature"
-        return {name: getattr(self, name) for name in names}
+    settings: tuple[tuple[str, float | int | None], ...]
 
 
 class _Plan:
@@ -348,10 +355,9 @@ class _Plan:
     def __init__(self, generations: Sequence[Generation], cache: KeyValueCache) -> None:
         found: dict[_Group, list[Generation]] = {}
         for one in generations:
-            how, guided = one.how, len(one.prompts) == 2
-            guidance = how.guidance if guided else 1.0
-            settings = how.top_k, how.top_p, how.temperature
-            group = _Group(one.grid is None, guided, guidance, *settings)
+            guided = len(one.prompts) == 2
+            settings = one.how.settings | ({} if guided else {"guidance": 1.0})
+            group = _Group(one.grid is None, guided, tuple(settings.items()))
             found.setdefault(group, []).append(one)
         self.groups = sorted(found, key=repr)  # which begins with is_text
         self.num_visual = sum(not group.is_text for group in self.groups)

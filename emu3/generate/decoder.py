@@ -8,6 +8,17 @@ from torch import Tensor
 from emu3.cache import KeyValueCache
 from emu3.model import Emu3
 
+NOT_FINITE = (
+    "generate: logits must be finite, got NaN or infinity: check the weights, and that the model's "
+    "dtype has their range"
+)
+
+
+def check_finite(largest: Tensor) -> None:
+    """Raise unless the largest logits of all rows are finite; the host waits for the device."""
+    if not largest.isfinite().all():
+        raise ValueError(NOT_FINITE)
+
 
 def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Pad prompts on the right: ids ``[B, T]`` and the prompt lengths ``[B]``."""
@@ -17,7 +28,7 @@ def pad_right(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tenso
 
 
 def uses_graph(model: Emu3, asked: bool | None) -> bool:
-    device = model.head.weight.device
+    device = model.embedding.weight.device
     casts = torch.is_autocast_enabled(device.type)
     if asked is None:
         return device.type == "cuda" and not casts
@@ -30,7 +41,7 @@ def uses_graph(model: Emu3, asked: bool | None) -> bool:
 
 
 def new_cache(model: Emu3, batch: int, capacity: int) -> KeyValueCache:
-    like = model.head(model.head.weight[:0])  # dtype of keys and values, under autocast too
+    like = model.head(model.embedding.weight[:0])  # dtype of keys and values, under autocast too
     return KeyValueCache(model.settings, batch, capacity, dtype=like.dtype, device=like.device)
 
 
@@ -42,4 +53,4 @@ def check_prompts(model: Emu3, rows: Sequence) -> None:
 
 
 def to_device_of(model: Emu3, *tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(model.head.weight.device) for tensor in tensors]
+    return [tensor.to(model.embedding.weight.device) for tensor in tensors]

@@ -58,7 +58,7 @@ def generate_text(
             f"{max_new_tokens} new ones, got {max(map(len, prompts))}"
         )
     graph = uses_graph(model, cuda_graph)
-    read_every = 8 if model.head.weight.is_cuda else 1
+    read_every = 8 if model.embedding.weight.is_cuda else 1
     batch = Batch(model, vocabulary, len(prompts), capacity, graph=graph, read_every=read_every)
     pieces = [Pieces(text) for _ in prompts]
 

@@ -3,17 +3,29 @@
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from emu3.generate.batch import SPARE, USUAL, Batch, Generation, Sampling, all_seeds
 from emu3.generate.decoder import check_prompts, uses_graph
+from emu3.generate.path import Forwards, PathDecoder
+from emu3.generate.window import PLAIN, Window
 from emu3.model import Emu3
 from emu3.prompt import clip_prompt, frame_ids, image_prompt
 from emu3.text import TextTokenizer
 
 Watch = Callable[[Sequence[Tensor]], None]
+
+
+class _Loop(NamedTuple):
+    """How codes are drawn, which does not change them."""
+
+    window: Window
+    spent: Forwards
+    cuda_graph: bool | None
+    watch: Watch | None
 
 
 def generate_images(
@@ -24,6 +36,8 @@ def generate_images(
     how: Sampling = USUAL,
     seeds: int | Sequence[int] = 0,
     *,
+    window: Window = PLAIN,
+    spent: Forwards | None = None,
     cuda_graph: bool | None = None,
     watch: Watch | None = None,
 ) -> Tensor | list[Tensor]:
@@ -40,6 +54,8 @@ def generate_images(
         how: guidance and sampling.
         seeds: one for each image, of 64 bits: the same image comes alone and in any batch, up to
             near-ties of logits. An int is the seed of the first, and counts up.
+        window: tokens of an image that a forward feeds; any gives the same image, up to near-ties.
+        spent: is filled with the forwards of each image.
         cuda_graph: replay a decode step as a CUDA graph; None does so on a GPU, but under
             ``torch.autocast``, which casts weights anew in each step.
         watch: called where a row of codes ends, with the codes ``[n]`` of each image so far.
@@ -52,8 +68,8 @@ def generate_images(
     if len(grids) != len(captions):
         raise ValueError(f"generate: grids must be one or {len(captions)}, got {len(grids)}")
     tails, shapes = [image_prompt(one, text) for one in grids], [(1, *one) for one in grids]
-    rest = how, seeds, cuda_graph, watch
-    codes = [one[0] for one in _draw(model, text, captions, tails, shapes, *rest)]
+    loop = _Loop(window, spent or Forwards(), cuda_graph, watch)
+    codes = [one[0] for one in _draw(model, text, captions, tails, shapes, how, seeds, loop)]
     return torch.stack(codes) if alike else codes
 
 
@@ -68,6 +84,8 @@ def generate_clips(
     *,
     given: Tensor | None = None,
     span: int = 4,
+    window: Window = PLAIN,
+    spent: Forwards | None = None,
     cuda_graph: bool | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
@@ -84,6 +102,8 @@ def generate_clips(
         given: ``[B, s, h, w]`` codes of the first s < t frames, which begin the result: of an image
             to animate, or of a clip to continue.
         span: frames of pixels of a frame of codes.
+        window: as in :func:`generate_images`.
+        spent: as in :func:`generate_images`.
         cuda_graph: as in :func:`generate_images`.
         watch: as there; of the frames that are not given.
     """
@@ -102,8 +122,8 @@ def generate_clips(
         [*opening, *(frame_ids(one.cpu(), text.vocabulary) if len(one) else [])] for one in known
     ]
     shapes = [(left, *grid)] * len(captions)
-    rest = how, seeds, cuda_graph, watch
-    codes = torch.stack(_draw(model, text, captions, tails, shapes, *rest))
+    loop = _Loop(window, spent or Forwards(), cuda_graph, watch)
+    codes = torch.stack(_draw(model, text, captions, tails, shapes, how, seeds, loop))
     return torch.cat((known.to(codes), codes), dim=1)
 
 
@@ -115,11 +135,11 @@ def _draw(
     shapes: Sequence[tuple[int, int, int]],
     how: Sampling,
     seeds: int | Sequence[int],
-    cuda_graph: bool | None,
-    watch: Watch | None,
+    loop: _Loop,
 ) -> list[Tensor]:
     """Draw frames ``[t, h, w]`` each after ``BOS caption tail``; the negative has the same tail."""
     check_prompts(model, captions)
+    loop.window.check(max((shape[0] for shape in shapes), default=1))
     bos, keys = text.vocabulary.bos, all_seeds(seeds, len(captions))
     negatives = [] if how.guidance == 1 else [how.negative]
     generations = [
@@ -136,7 +156,11 @@ def _draw(
     _check_room(model, captions, generations, spare, how, text)
     capacity = max(one.capacity for one in generations) + spare
     num_rows = len(captions) * (1 + len(negatives))
-    graph = uses_graph(model, cuda_graph)
+    graph, watch = uses_graph(model, loop.cuda_graph), loop.watch
+    if loop.window.size > 1:
+        paths = PathDecoder(model, text.vocabulary, generations, shapes, loop.window, graph)
+        return paths.run(loop.spent, watch)
+    loop.spent.codes = loop.spent.forwards = [one.length - 1 for one in generations]
     batch = Batch(model, text.vocabulary, num_rows, capacity, graph=graph)
 
     def tell() -> None:

@@ -45,6 +45,12 @@ def app(service: Service, token: str | None = None) -> FastAPI:
     web.add_exception_handler(HTTPException, _tell_http)
     web.add_exception_handler(Exception, _teller(500))
 
+    _add_generation(web, service)
+    _add_state(web, service, metrics)
+    return web
+
+
+def _add_generation(web: FastAPI, service: Service) -> None:
     @web.post("/v1/images/generations", response_model=None)
     async def images(request: Request) -> Response:
         asked = parse(ImageRequest, await _json(request))
@@ -61,10 +67,18 @@ def app(service: Service, token: str | None = None) -> FastAPI:
             return _Stream(job, wire.chat_stream(job, service.name, asked))
         return await _answer(request, job, wire.chat_response(job, service.name))
 
+
+def _add_state(web: FastAPI, service: Service, metrics: Metrics) -> None:
+    model = {"id": service.name, "object": "model", "created": 0, "owned_by": "emu3"}
+
     @web.get("/v1/models")
     async def models() -> dict[str, Any]:
-        one = {"id": service.name, "object": "model", "created": 0, "owned_by": "emu3"}
-        return {"object": "list", "data": [one]}
+        return {"object": "list", "data": [model]}
+
+    @web.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return model
 
     @web.get("/health")
     async def health() -> JSONResponse:
@@ -74,8 +88,6 @@ def app(service: Service, token: str | None = None) -> FastAPI:
     @web.get("/metrics")
     async def show_metrics() -> Response:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
-
-    return web
 
 
 class _Stream(StreamingResponse):

@@ -109,18 +109,22 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job.
+    def check_open(self) -> None:
+        """Raise unless a job is taken now.
 
         Raises:
             BusyError: ``max_queue`` jobs wait.
             DrainingError: the engine is to stop.
         """
+        if self.stopping:
+            raise DrainingError("the server is about to stop")
+        if len(self._waiting) >= self.max_queue:
+            raise BusyError(f"the queue is full: {self.max_queue} requests wait")
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; the errors are those of :meth:`check_open`."""
         with self._work:
-            if self._stopping:
-                raise DrainingError("the server is about to stop")
-            if len(self._waiting) >= self.max_queue:
-                raise BusyError(f"the queue is full: {self.max_queue} requests wait")
+            self.check_open()
             self._waiting.append(job)
             self._work.notify()
 

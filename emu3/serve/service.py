@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from emu3.generate import Batch, Generation, Sampling
-from emu3.generate.batch import SPARE
+from emu3.generate.batch import GREEDY, SPARE
 from emu3.generate.decoder import uses_graph
 from emu3.prompt import Clip, generation_prompt
 from emu3.serve.engine import Engine
@@ -91,19 +91,19 @@ class Service:
             NotFoundError: another model is asked for.
             BusyError, DrainingError: of :meth:`Engine.submit`.
         """
-        self._check_model(request.model)
-        self._check(len(request.prompt), self.limits.prompt, "prompt", "characters")
-        self._check(request.n, self.limits.images, "n", "images")
+        self.check_model(request.model)
+        _check(len(request.prompt), self.limits.prompt, "prompt", "characters")
+        _check(request.n, self.limits.images, "n", "images")
         if not request.prompt.strip():
             raise ValueError("prompt: must not be empty")
         grid, text = self.grid(request), self.loaded.text
-        negative, positive = request.negative, request.positive
-        negative = negative if negative is not None else NEGATIVE if self.is_published else ""
-        positive = positive if positive is not None else POSITIVE if self.is_published else ""
+        negative, positive = (NEGATIVE, POSITIVE) if self.is_published else ("", "")
+        negative = negative if request.negative is None else request.negative
+        positive = positive if request.positive is None else request.positive
         how = Sampling(request.guidance, request.top_k, request.top_p, request.temperature)
         words = [request.prompt + positive, *[negative] * (request.guidance != 1)]
         prompts = [generation_prompt(one, grid, text) for one in words]
-        seed = secrets.randbits(32) if request.seed is None else request.seed
+        seed = _random_seed() if request.seed is None else request.seed
         generations = [
             Generation(prompts, prod(grid), grid, how, (seed + i) % 2**64) for i in range(request.n)
         ]
@@ -114,14 +114,37 @@ class Service:
 
     async def chat(self, request: ChatRequest) -> ChatJob:
         """An asynchronous iterator over :class:`TextEvent`; the errors are those of ``images``."""
-        self._check_model(request.model)
+        self.check_model(request.model)
+        self.engine.check_open()
+        vision, messages = self.loaded.vision, request.messages
+        pixels = await self._media(request)
+        # How many codes there will be is known already.
+        empty = [torch.zeros(one.shape(vision), dtype=torch.int64) for one in pixels]
+        num_tokens = len(self._chat_prompt(messages, pixels, empty))
+        fits = self.context - SPARE + 1 - num_tokens
+        asked = request.max_completion_tokens or request.max_tokens
+        length = asked or max(1, min(1024, fits))
+        self._check_room(num_tokens + length - 1, "messages and answer")
+        how = GREEDY
+        if request.temperature > 0:
+            how = Sampling(1, request.top_k, request.top_p, request.temperature)
+        seed = _random_seed() if request.seed is None else request.seed
+
+        def begin(codes: Sequence[Tensor]) -> Generation:
+            return Generation([self._chat_prompt(messages, pixels, codes)], length, None, how, seed)
+
+        job = ChatJob(pixels, vision, self.loaded.text, begin, num_tokens)
+        self.engine.submit(job)
+        return job
+
+    async def _media(self, request: ChatRequest) -> list[Pixels]:
         parts = [part for message in request.messages for part in message.content]
         words = sum(len(part.text) for part in parts if isinstance(part, TextPart))
-        self._check(words, self.limits.prompt, "messages", "characters")
+        _check(words, self.limits.prompt, "messages", "characters")
         media = [part for part in parts if not isinstance(part, TextPart)]
-        self._check(len(media), self.limits.images, "messages", "images and videos")
+        _check(len(media), self.limits.images, "messages", "images and videos")
         vision = self.loaded.vision
-        pixels = await asyncio.to_thread(
+        return await asyncio.to_thread(
             read_media,
             media,
             vision,
@@ -130,26 +153,6 @@ class Service:
             max_pixels=self.limits.pixels,
             max_frames=self.limits.frames,
         )
-        # Codes are known later, how many of them already.
-        empty = [torch.zeros(one.shape(vision), dtype=torch.int64) for one in pixels]
-        num_tokens = len(self._chat_prompt(request.messages, pixels, empty))
-        room = self.context - SPARE + 1 - num_tokens
-        asked = request.max_completion_tokens or request.max_tokens
-        length = asked or max(1, min(1024, room))
-        self._check_room(num_tokens + length - 1, "messages and answer")
-        greedy = request.temperature == 0
-        how = Sampling(
-            1, 1 if greedy else request.top_k, request.top_p, 1 if greedy else request.temperature
-        )
-        seed = secrets.randbits(32) if request.seed is None else request.seed
-
-        def begin(codes: Sequence[Tensor]) -> Generation:
-            prompt = self._chat_prompt(request.messages, pixels, codes)
-            return Generation([prompt], length, None, how, seed)
-
-        job = ChatJob(pixels, vision, self.loaded.text, begin, num_tokens)
-        self.engine.submit(job)
-        return job
 
     def grid(self, request: ImageRequest) -> tuple[int, int]:
         """Rows and columns of codes of the images that are asked for."""
@@ -188,19 +191,26 @@ class Service:
             raise ValueError(f"messages: the last must be the user's, got {messages[-1].role}")
         return chat_prompt([*turns, Turn(said)], self.loaded.text, system or SYSTEM)
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Raise :class:`NotFoundError` for another model than this one."""
         if name not in (None, self.name):
             raise NotFoundError(f"model: {name!r} is not served here, {self.name!r} is")
-
-    def _check(self, got: int, most: int, name: str, unit: str) -> None:
-        if got > most:
-            raise ValueError(f"{name}: may have {most} {unit}, got {got}")
 
     def _check_room(self, needed: int, what: str) -> None:
         if needed > self.context - SPARE:
             raise ValueError(
                 f"{what} may have {self.context - SPARE} tokens together, got {needed}"
             )
+
+
+def _check(got: int, most: int, name: str, unit: str) -> None:
+    if got > most:
+        raise ValueError(f"{name}: may have {most} {unit}, got {got}")
+
+
+def _random_seed() -> int:
+    """Of 32 bits, which every client's numbers can hold."""
+    return secrets.randbits(32)
 
 
 def _grid_of_size(size: str, factor: int) -> tuple[int, int]:

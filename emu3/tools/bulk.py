@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 
 _READERS = 4
 # Ranks finish at different times; the first may wait long for the last.
@@ -148,7 +148,7 @@ def each(
     errors = []
     with _progress(visible=rank == 0) as progress:
         task = progress.add_task("", total=len(todo))
-        for item, reading in _ahead(read, todo):
+        for item, reading in ahead(read, todo):
             report = partial(_report, progress, task, item)
             report("")
             if error := _try(item, reading, work, report):
@@ -192,9 +192,10 @@ def _try(
     return None
 
 
-def _ahead(read: Callable[[Item], T], items: Sequence[Item]) -> Iterator[tuple[Item, Future[T]]]:
+def ahead(read: Callable[[S], T], items: Iterable[S]) -> Iterator[tuple[S, Future[T]]]:
+    """Yield ``items`` and what ``read`` makes of them, in threads and a few items early."""
     with ThreadPoolExecutor(_READERS) as pool:
-        waiting: deque[tuple[Item, Future[T]]] = deque()
+        waiting: deque[tuple[S, Future[T]]] = deque()
         for item in items:
             waiting.append((item, pool.submit(read, item)))
             if len(waiting) > 2 * _READERS:

@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from emu3.data.media import write_image, write_video
-from emu3.generate import Sampling, generate_clips, generate_images
+from emu3.generate import Sampling, Window, generate_clips, generate_images
 from emu3.generate.visual import Watch
 from emu3.prompt import Clip
 from emu3.templates import NEGATIVE, POSITIVE, grid_of
@@ -66,7 +66,7 @@ def plan(asked: Origin, loaded: Pretrained) -> Plan:
         "negative": (NEGATIVE if words else "") if asked.negative is None else asked.negative,
         "area": area,
         "grid": tuple(begun.shape[1:]),
-        "dtype": str(loaded.model.head.weight.dtype).removeprefix("torch."),
+        "dtype": str(loaded.model.embedding.weight.dtype).removeprefix("torch."),
         "version": program_version(),
     }
     if not asked.video:
@@ -156,12 +156,13 @@ def _generate(
     captions = [origin.prompt + origin.positive for _, origin in files]
     asked = loaded.model, loaded.text, captions
     seeds = [origin.seed for _, origin in files]
+    loop = {"window": Window(common.window), "watch": watch}
     if not common.video:
-        return generate_images(*asked, common.grid, how, seeds, watch=watch)
+        return generate_images(*asked, common.grid, how, seeds, **loop)
     shape = len(begun) + made.num_frames, *common.grid
     given = begun.expand(len(files), -1, -1, -1)
     span = loaded.vision.settings.temporal_factor
-    rest = {"given": given, "span": span, "watch": watch}
+    rest = {"given": given, "span": span, **loop}
     return generate_clips(*asked, shape, made.fps, how, seeds, **rest)[:, len(begun) :]
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from emu3.data.media import IMAGES, VIDEOS, open_video, read_image
 from emu3.prompt import Clip
 from emu3.text import QwenTokenizer
-from emu3.tools.tokenize import in_clips
-from emu3.vision import encode_pieces, preprocess
+from emu3.tools.tokenize import encode_video
+from emu3.vision import preprocess
 from emu3.vision.images import MAX_PIXELS, MIN_PIXELS
 from emu3.weights import Pretrained
 
@@ -65,10 +65,9 @@ def look(
     video = open_video(path, fps)
     num_frames = 0 if whole else sum(1 for _ in video)
     first = num_frames % span if num_frames > span else 0
-    frames = (resized(frame, side, area) for frame in islice(video, first, None))
-    clips = (clip.to(vision.codebook.device) for clip in in_clips(frames, span))
-    codes = torch.cat([part[0] for part in encode_pieces(vision, clips)])
-    return Clip(codes, video.fps, span)
+    device = vision.codebook.device
+    frames = (resized(frame, side, area).to(device) for frame in islice(video, first, None))
+    return Clip(encode_video(vision, frames, "pieces"), video.fps, span)
 
 
 def is_published(loaded: Pretrained) -> bool:

@@ -80,6 +80,12 @@ class Origin(Settings):
     vision: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    weights: Literal["int8", "int4", "fp8"] | None = None
+    """How linear layers are stored."""
+    base: str | None = None
+    """The model of a LoRA adapter."""
+    window: PositiveInt = 1
+    """Tokens of an image that a forward feeds; another gives the same image, up to near-ties."""
     version: str = ""
     """Of the program."""
 

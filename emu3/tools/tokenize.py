@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -151,8 +152,7 @@ class _Tokenize:
                 report(f"frame {num_frames}")
                 yield self._pixels(frame)
 
-        clips = map(self._on_device, in_clips(frames(), self.tokenizer.settings.temporal_factor))
-        codes = torch.cat([part[0] for part in _ENCODE[making.clips](self.tokenizer, clips)])
+        codes = encode_video(self.tokenizer, map(self._on_device, frames()), making.clips)
         size = video.height, video.width
         header = self._header(
             item, size, codes, making=making, frames=num_frames, fps=str(video.fps)
@@ -232,11 +232,19 @@ class _Detokenize:
         return self.out / item.name.with_suffix("")
 
 
+def encode_video(
+    tokenizer: VisionTokenizer, frames: Iterator[Tensor], clips: Literal["pieces", "stream"]
+) -> Tensor:
+    """Codes ``[t, h, w]`` of frames ``[3, H, W]`` in [-1, 1]; the last clip repeats its last."""
+    parts = _ENCODE[clips](tokenizer, _in_clips(frames, tokenizer.settings.temporal_factor))
+    return torch.cat([part[0] for part in parts])
+
+
 def _is_video(item: Item) -> bool:
     return item.source.suffix.lower() in VIDEOS
 
 
-def in_clips(frames: Iterator[Tensor], length: int) -> Iterator[Tensor]:
+def _in_clips(frames: Iterator[Tensor], length: int) -> Iterator[Tensor]:
     """Frames ``[3, H, W]`` as ``[1, length, 3, H, W]``; the last is padded with its last frame."""
     while clip := list(islice(frames, length)):
         yield torch.stack(clip + [clip[-1]] * (length - len(clip)))[None]

@@ -9,10 +9,10 @@ from emu3.vision import VisionTokenizer
 
 
 def next_token(
-    model: Emu3, tokens: Tensor, weights: Tensor
+    model: Emu3, tokens: Tensor, weights: Tensor, document_ids: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Weighted next-token loss of ``tokens [B, T]``."""
-    return model.loss(tokens, weights), {"tokens": tokens.numel()}
+    """Weighted next-token loss of ``tokens [B, T]``, of packed rows within each document."""
+    return model.loss(tokens, weights, document_ids), {"tokens": tokens.numel()}
 
 
 def next_token_of_all(

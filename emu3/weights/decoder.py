@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emu3.config import ModelSettings
 from emu3.model import Emu3
+from emu3.weights.adapter import Adapter
 from emu3.weights.files import (
     Stored,
+    check_place,
     copy,
     nothing_missing,
     parts_of,
@@ -25,6 +27,7 @@ from emu3.weights.files import (
     stored_in,
 )
 from emu3.weights.hub import decoder_settings
+from emu3.weights.quantized import Weights, check_weights, quantize_linears
 from emu3_kernels.modules import RotaryEmbedding, speed_up_bfloat16
 
 # Prefixes of the Hugging Face files (as converted, and as their runtime saves) -> official.
@@ -38,29 +41,38 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 def official_views(model: Emu3) -> dict[str, Tensor]:
     """Every weight under its official name, as a view into the parameters of ``model``."""
-    s = model.settings
-    keys = s.num_kv_heads * s.head_dim
+    views = _outer_views(model)
+    for number in range(len(model.blocks)):
+        views |= _block_views(model, number)
+    return views
+
+
+def _outer_views(model: Emu3) -> dict[str, Tensor]:
     views = {
         _EMBEDDING: model.embedding.weight,
         "model.norm.weight": model.norm,
         "lm_head.weight": model.head.weight,
     }
-    for number, block in enumerate(model.blocks):
-        q, k, v = block.attention.qkv.weight.split((s.num_heads * s.head_dim, keys, keys))
-        gate, up = block.mlp.gate_up.weight.chunk(2)
-        parts = {
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attention.out.weight,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": block.mlp.down.weight,
-            "input_layernorm": block.attention_norm,
-            "post_attention_layernorm": block.mlp_norm,
-        }
-        views |= {f"model.layers.{number}.{name}.weight": view for name, view in parts.items()}
     return {name: view.detach() for name, view in views.items()}
+
+
+def _block_views(model: Emu3, number: int) -> dict[str, Tensor]:
+    s, block = model.settings, model.blocks[number]
+    keys = s.num_kv_heads * s.head_dim
+    q, k, v = block.attention.qkv.weight.split((s.num_heads * s.head_dim, keys, keys))
+    gate, up = block.mlp.gate_up.weight.chunk(2)
+    parts = {
+        "self_attn.q_proj": q,
+        "self_attn.k_proj": k,
+        "self_attn.v_proj": v,
+        "self_attn.o_proj": block.attention.out.weight,
+        "mlp.gate_proj": gate,
+        "mlp.up_proj": up,
+        "mlp.down_proj": block.mlp.down.weight,
+        "input_layernorm": block.attention_norm,
+        "post_attention_layernorm": block.mlp_norm,
+    }
+    return {f"model.layers.{number}.{name}.weight": view.detach() for name, view in parts.items()}
 
 
 def save_decoder(path: Path, model: Emu3) -> None:
@@ -70,7 +82,12 @@ def save_decoder(path: Path, model: Emu3) -> None:
 
 
 def load_decoder(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
+    adapter: Adapter | None = None,
 ) -> Emu3:
     """Build the decoder of a file, or of a folder of shards, in any known layout.
 
@@ -83,6 +100,8 @@ def load_decoder(
             passed over.
         device: of the model.
         dtype: of the model; None keeps that of the embedding.
+        weights: quantizes the linear layers, each as soon as it is read, as :func:`quantize` does.
+        adapter: is merged into the weights.
 
     Raises:
         ValueError: one line that names what is missing, unexpected, of another shape or not finite.
@@ -91,20 +110,27 @@ def load_decoder(
     settings = read_settings(shards[0], "decoder", ModelSettings) or decoder_settings(path)
     if settings is None:
         raise ValueError(f"weights: {path} holds no decoder; it holds {parts_of(shards[0])}")
+    if weights is not None:
+        check_weights(weights, device)
     found = _stored(shards)
+    if adapter is not None:
+        found = adapter.merged(found, _official)
     if dtype is None:
         stored = found[_EMBEDDING].dtype if _EMBEDDING in found else torch.float32
         dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     with torch.device("meta"):
         model = Emu3(settings)
-    model.to(dtype).to_empty(device=device)
+    model.to(dtype)
+    if weights is None:
+        _fill(model.to_empty(device=device), found, path)
+    else:
+        _fill_quantized(model, found, path, torch.device(device), weights)
     model.rotate = RotaryEmbedding(
         settings.max_position_embeddings,
         settings.head_dim,
         theta=settings.rope_theta,
         device=device,
     )
-    _fill(model, found, path)
     return speed_up_bfloat16(model.eval())
 
 
@@ -124,6 +150,35 @@ def _fill(model: Emu3, found: Mapping[str, Stored], path: Path) -> None:
     for name, value in found.items():
         copy(missing.pop(name, None), value, name, path)
     nothing_missing(missing, path)
+
+
+def _fill_quantized(
+    model: Emu3,
+    found: Mapping[str, Stored],
+    path: Path,
+    device: torch.device,
+    weights: Weights,
+) -> None:
+    """Give a ``model`` on ``meta`` memory layer by layer; each is quantized before the next."""
+    expected = official_views(model)
+    for name, value in found.items():
+        check_place(expected.get(name), value, name, path)
+    nothing_missing({name: view for name, view in expected.items() if name not in found}, path)
+
+    def fill(views: Mapping[str, Tensor]) -> None:
+        for name, view in views.items():
+            copy(view, found[name], name, path)
+
+    for part in (model.embedding, model.head):
+        part.to_empty(device=device)
+    model.norm = nn.Parameter(torch.empty_like(model.norm, device=device))
+    fill(_outer_views(model))
+    quantize_linears(model, weights, names=("head",))
+    for number, block in enumerate(model.blocks):
+        block.to_empty(device=device)
+        fill(_block_views(model, number))
+        quantize_linears(block, weights)
+    model.requires_grad_(False)
 
 
 def _official(name: str) -> str:

@@ -97,7 +97,11 @@ class Stored:
         for start in range(0, self.shape[0], max(1, _PIECE // row)):
             piece = slice(start, start + max(1, _PIECE // row))
             with opened(self.path) as file:
-                view[piece].copy_(file.get_slice(self.name)[piece])
+                view[piece].copy_(self.changed(file.get_slice(self.name)[piece], piece))
+
+    def changed(self, values: Tensor, piece: slice) -> Tensor:
+        """What is copied for the rows ``piece``, whose stored values are given."""
+        return values
 
 
 def stored_in(shards: Iterable[Path]) -> dict[str, Stored]:
@@ -190,8 +194,13 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     nothing_missing(missing, path)
 
 
-@torch.no_grad()
 def copy(view: Tensor | None, value: Tensor | Stored, name: str, path: Path) -> None:
+    check_place(view, value, name, path)
+    write(view, value, name, path)
+
+
+def check_place(view: Tensor | None, value: Tensor | Stored, name: str, path: Path) -> None:
+    """Raise unless ``value`` fits the ``view`` of its name."""
     if view is None:
         raise ValueError(f"weights: {path} is of another configuration: {name} has no place here")
     if view.shape != value.shape:
@@ -199,7 +208,6 @@ def copy(view: Tensor | None, value: Tensor | Stored, name: str, path: Path) -> 
             f"weights: {path} is of another configuration: {name} is {tuple(value.shape)}, "
             f"expected {tuple(view.shape)}"
         )
-    write(view, value, name, path)
 
 
 @torch.no_grad()

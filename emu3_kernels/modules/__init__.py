@@ -12,6 +12,7 @@ from emu3_kernels.modules.language import (
     RotaryEmbedding,
     SwiGLU,
 )
+from emu3_kernels.modules.quantized import QuantizedLinear
 from emu3_kernels.modules.slow_bfloat16 import speed_up_bfloat16
 from emu3_kernels.modules.vision import (
     CausalConv3d,
@@ -31,6 +32,7 @@ __all__ = [
     "GroupNormSiLU",
     "LinearCrossEntropy",
     "Memory",
+    "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "SpatialNormSiLU",

@@ -17,5 +17,6 @@ OPS = {
     "temporal_residual": "conv3d",
     "conv3x3": "conv2d",
     "sample_guided": "sampling",
+    "quantized_linear": "quantized",
 }
 """The family, a folder beside this file, of every op with a generic test."""

@@ -3,8 +3,11 @@
 Philox 4x32-10, from "Parallel random numbers: as easy as 1, 2, 3" (Salmon et al., SC'11). Key: the
 64 bits of the seed. Counter: ``(column // 4, row, head, 0)``; the element uses word ``column % 4``
 and is kept iff that word is at least ``p * 2**32``. Every backend computes the same words, and so
-does a shard from its offsets. This file is the definition, in plain PyTorch.
+does a rank that knows which rows and heads of the whole it holds. This file is the definition, in
+plain PyTorch.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +17,33 @@ from emu3_kernels.runtime.checks import describe
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85
 LOWER = 0xFFFFFFFF
+
+
+class HeadShard(NamedTuple):
+    """The attention heads of a rank: ``first … `` of the ``num_heads`` of each sequence.
+
+    Its sequences are ``first_sequence …`` of the batch of all ranks.
+    """
+
+    num_heads: int
+    first: int = 0
+    first_sequence: int = 0
+
+    @property
+    def first_index(self) -> int:
+        """The index of the rank's first head among the heads of all sequences."""
+        return self.first_sequence * self.num_heads + self.first
+
+
+def site_seeds(seed: int, step: int, num: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the seeds ``[num]`` int64 of the sites of dropout in a step, the same on every rank.
+
+    They are words of Philox: key ``seed``, counter ``(site, step, 0, 0)``. A step that is repeated,
+    by a checkpoint of activations or by a run that continues, drops the same elements.
+    """
+    key, site = torch.tensor(seed), torch.arange(num)
+    high, low, *_ = philox(key, site, torch.full_like(site, step), *[torch.zeros_like(site)] * 2)
+    return (high << 32 | low).to(device)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -41,7 +71,7 @@ def keep(
         p: probability that an element is dropped, in ``[0, 1)``.
         row: int64 tensor or number; its lower 32 bits are used, as are those of the next two.
         column: channel, or key of an attention.
-        head: ``batch * H + head`` of an attention; 0 elsewhere.
+        head: ``batch * H + head`` of an attention, counted over all ranks; 0 elsewhere.
     """
     indices = row, column, head
     row, column, head = (torch.as_tensor(index, device=seed.device) for index in indices)
@@ -59,6 +89,26 @@ def philox(key: Tensor, *counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
         a, c = (y >> 32) ^ b ^ (key + i * WEYL[0]), (x >> 32) ^ d ^ ((key >> 32) + i * WEYL[1])
         b, d = y, x
     return a & LOWER, b & LOWER, c & LOWER, d & LOWER
+
+
+def check_dropout_rows(op: str, x: Tensor, rows: Tensor) -> None:
+    """Raise unless ``rows`` is int64 on the device of ``x``, one for each of its rows."""
+    alike = rows.dtype == torch.int64 and rows.shape == x.shape[:-1] and rows.device == x.device
+    if not alike:
+        raise ValueError(
+            f"{op}: dropout_rows must be {tuple(x.shape[:-1])} torch.int64 {x.device}, "
+            f"got {describe(rows)}"
+        )
+
+
+def check_dropout_heads(op: str, num_heads: int, shard: HeadShard) -> None:
+    """Raise unless the ``num_heads`` of a rank are among those of ``shard``."""
+    first, last = shard.first, shard.first + num_heads
+    if first < 0 or last > shard.num_heads or shard.first_sequence < 0:
+        raise ValueError(
+            f"{op}: dropout_heads must hold the {num_heads} heads of q, got {first} … {last - 1} "
+            f"of {shard.num_heads}, first_sequence {shard.first_sequence}"
+        )
 
 
 def check_dropout(op: str, p: float, seed: Tensor | None, device: torch.device) -> None:

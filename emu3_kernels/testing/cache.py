@@ -1,7 +1,7 @@
 """Results that outlive a test run, on disk: ``EMU3_TEST_CACHE``, else ``~/.cache/emu3_kernels``."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -18,20 +18,39 @@ def cached(key: str, make: Callable[[], bytes]) -> bytes:
     the same key at the same time: each writes a file of its own and renames it. Where the folder
     cannot be written to, nothing is kept.
     """
+    return cached_all([key], lambda _: [make()])[0]
+
+
+def cached_all(keys: Sequence[str], make: Callable[[list[int]], Sequence[bytes]]) -> list[bytes]:
+    """As :func:`cached`, several at once: ``make`` gets the indices to compute, if any."""
+    found = [_read(_path(key)) for key in keys]
+    if wanted := [i for i, content in enumerate(found) if content is None]:
+        for i, content in zip(wanted, make(wanted), strict=True):
+            found[i] = content
+            _keep(_path(keys[i]), content)
+    return found
+
+
+def _path(key: str) -> Path:
     name = sha256(key.encode()).hexdigest()
-    path = folder() / name[:2] / name
+    return folder() / name[:2] / name
+
+
+def _read(path: Path) -> bytes | None:
     with suppress(OSError):
         stored = path.read_bytes()
         digest, content = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
         if sha256(content).digest() == digest:
             return content
-    content = make()
+    return None
+
+
+def _keep(path: Path, content: bytes) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(sha256(content).digest() + content)
         os.replace(file.name, path)
-    return content
 
 
 def folder() -> Path:

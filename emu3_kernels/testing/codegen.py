@@ -28,7 +28,7 @@ from emu3_kernels.ops import OPS
 from emu3_kernels.runtime.contracts import Config
 from emu3_kernels.runtime.launch import INTERPRETED, assume_gpu
 from emu3_kernels.testing import loops, machine_code
-from emu3_kernels.testing.cache import cached
+from emu3_kernels.testing.cache import cached_all
 from emu3_kernels.testing.chips import CHIPS
 from emu3_kernels.testing.loops import Block
 from emu3_kernels.testing.machine_code import Facts, amd_facts, nvidia_facts
@@ -93,7 +93,7 @@ def by_config(of_targets: Iterable[list[list[Row]]]) -> Iterator[Row]:
 
 def rows_of_op(op: str, target: str) -> list[list[Row]]:
     """Return the rows of each config of ``op``; an op without Triton has none."""
-    return [list(rows_of(op, config, target)) for config in configs_of(op)]
+    return rows_of(op, configs_of(op), target)
 
 
 def configs_of(op: str) -> Sequence[Config]:
@@ -102,17 +102,20 @@ def configs_of(op: str) -> Sequence[Config]:
     return import_module(contracts).CONFIGS.get(op, ()) if find_spec(contracts) else ()
 
 
-def rows_of(op: str, config: Config, target: str) -> Iterator[Row]:
-    """Compile what ``config`` launches for ``target`` and compare it with its contracts."""
+def rows_of(op: str, configs: Sequence[Config], target: str) -> list[list[Row]]:
+    """Compile what each of ``configs`` launches for ``target``; compare it with its contracts."""
     with assume_gpu(CHIPS[target].gpu):
-        launches = launches_of(config)
-    for launch in launches:
-        yield row_of(op, config, launch, target)
+        launches = [launches_of(config) for config in configs]
+    facts = iter(facts_of(list(chain.from_iterable(launches)), target))
+    return [
+        [row_of(op, config, launch, next(facts), target) for launch in of_config]
+        for config, of_config in zip(configs, launches, strict=True)
+    ]
 
 
-def row_of(op: str, config: Config, launch: Launch, target: str) -> Row:
-    """Compile one launch; the kernels of peers have no contract and break none."""
-    kernel, facts, programs = launch.kernel.__name__, facts_of(launch, target), prod(launch.grid)
+def row_of(op: str, config: Config, launch: Launch, facts: Facts, target: str) -> Row:
+    """Judge one launch; the kernels of peers have no contract and break none."""
+    kernel, programs = launch.kernel.__name__, prod(launch.grid)
     num_warps, contract = launch.options.get("num_warps", 4), config.contracts.get(kernel)
     broken, excused = (), ()
     if contract is not None:
@@ -170,33 +173,44 @@ def compiler_target(target: str) -> GPUTarget:
     return GPUTarget("cuda", int(target[3:]), CHIPS[target].gpu.warp_size)
 
 
-def facts_of(launch: Launch, target: str) -> Facts:
-    """Compile ``launch``, specialised as Triton's launcher would, and count in its machine code.
+def facts_of(launches: Sequence[Launch], target: str) -> list[Facts]:
+    """Compile ``launches``, specialised as by Triton's launcher, and count in their machine code.
 
     The key of the cache is the source with all that it calls, the specialisation, the options, the
     target, Triton's version and how the facts are counted.
     """
     compiler = compiler_target(target)
-    backend = make_backend(compiler)
-    kernel = launch.kernel
+    specialised = [_specialised(launch, compiler) for launch in launches]
+    keys = [
+        "\n".join(("machine code", source.hash(), options.hash(), target, *_counter()))
+        for source, options in specialised
+    ]
+
+    def count(wanted: list[int]) -> list[bytes]:
+        binaries = [_compiled(*specialised[i], compiler) for i in wanted]
+        if compiler.backend == "hip":
+            facts = [amd_facts(b.asm["amdgcn"], b.metadata.shared) for b in binaries]
+        else:
+            facts = nvidia_facts([(b.asm["cubin"], b.metadata.shared) for b in binaries], target)
+        return [json.dumps(asdict(of_one)).encode() for of_one in facts]
+
+    return [_facts(stored) for stored in cached_all(keys, count)]
+
+
+def _specialised(launch: Launch, compiler: GPUTarget) -> tuple[ASTSource, object]:
+    """Return what Triton compiles for ``launch``, and the options of its compiler."""
+    backend, kernel = make_backend(compiler), launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound = bind(*launch.args, **launch.options)
     options, *specialised = kernel._pack_args(backend, launch.options, *bound)
-    source = ASTSource(kernel, *specialised)
+    return ASTSource(kernel, *specialised), options
 
-    def compiled() -> bytes:
-        # Triton's own cache is not used: the facts are those of this compiler.
-        with triton.knobs.compilation.scope():
-            triton.knobs.compilation.always_compile = True
-            binary = triton.compile(source, target=compiler, options=vars(options))
-        if compiler.backend == "hip":
-            facts = amd_facts(binary.asm["amdgcn"], binary.metadata.shared)
-        else:
-            facts = nvidia_facts(binary.asm["cubin"], binary.metadata.shared)
-        return json.dumps(asdict(facts)).encode()
 
-    key = ("machine code", source.hash(), options.hash(), target, *_counter())
-    return _facts(cached("\n".join(key), compiled))
+def _compiled(source: ASTSource, options: object, compiler: GPUTarget) -> object:
+    # Triton's own cache is not used: the facts are those of this compiler.
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        return triton.compile(source, target=compiler, options=vars(options))
 
 
 @cache

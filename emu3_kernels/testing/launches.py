@@ -14,8 +14,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from emu3_kernels.runtime import launch as launching
+from emu3_kernels.testing.chips import CHIPS
 
-H100 = launching.Gpu(warp_size=32, num_sms=132, capability=90)
+H100 = CHIPS["sm_90"].gpu
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 VIEWS = {"_unsafe_view", "_reshape_alias", "detach"}
 """Besides those whose schema says so."""
@@ -37,18 +38,28 @@ def recorded_launches() -> Iterator[list[str]]:
         get_active_torch_device=lambda: torch.device("cpu"),
     )
 
-    def record(kernel, *args, **options) -> None:
-        names.append(kernel.__name__)
-
     with (
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(InterpretedFunction, "run", record),
+        launches_into(names),
         mock.patch.object(launching, "DEVICES", {"cpu", "cuda"}),
         mock.patch("torch.utils._triton.has_triton", return_value=True),
         mock.patch.object(type(triton.runtime.driver), "active", driver),
         launching.assume_gpu(H100),
     ):
         yield names
+
+
+@contextmanager
+def launches_into(names: list[str]) -> Iterator[None]:
+    """Append the name of every Triton launch inside the block to ``names`` and make none."""
+
+    def record(kernel, *args, **options) -> None:
+        names.append(kernel.__name__)
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(InterpretedFunction, "run", record),
+    ):
+        yield
 
 
 class PyTorchLaunches(TorchDispatchMode):

@@ -1,10 +1,13 @@
 """Count registers, spills, accesses, loops and opcodes in the machine code of a compiled kernel."""
 
 import re
+import struct
 import subprocess
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +17,10 @@ import triton
 from emu3_kernels.testing.loops import Block, Instruction, blocks
 
 SASS_LINE = re.compile(
-    r"^\.(L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)([^;]*)", re.MULTILINE
+    r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)([^;]*)", re.MULTILINE
 )
-SASS_LABEL = re.compile(r"\.(L_x_\d+)")
+SASS_TARGET = re.compile(r"\b0x([0-9a-f]+)")
+SASS_SUFFIX = {"sm_80": "", "sm_90": "a", "sm_100": "a"}
 SASS_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 SASS_MATRIX = re.compile(r"(?:HMMA|IMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)$")
 SASS_LOADS, SASS_STORES = {"LDG", "LD", "LDGSTS"}, {"STG", "ST"}
@@ -53,15 +57,53 @@ class Facts:
     """What is in no loop, then each loop."""
 
 
-def nvidia_facts(cubin: bytes, shared: int) -> Facts:
-    """Count in a cubin, with the CUDA tools in the wheel of Triton."""
+def nvidia_facts(kernels: Sequence[tuple[bytes, int]], target: str) -> list[Facts]:
+    """Count in cubins of ``target`` with a kernel each, by the CUDA tools in the wheel of Triton.
+
+    Args:
+        kernels: cubins, each with the bytes of shared memory of its kernel. They are disassembled
+            together, since nvdisasm takes half a second to start.
+        target: such as ``sm_90``.
+    """
+    codes = [_code_of(cubin) for cubin, _ in kernels]
     with TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage = _tool("cuobjdump", "-res-usage", path)
-        sass = _tool("nvdisasm", "-c", path)
+        path = Path(folder, "kernels")
+        usages = []
+        for cubin, _ in kernels:
+            path.write_bytes(cubin)
+            usages.append(_tool("cuobjdump", "-res-usage", path))
+        path.write_bytes(b"".join(codes))
+        architecture = target.replace("sm_", "SM") + SASS_SUFFIX[target]
+        sass = SASS_LINE.findall(_tool("nvdisasm", "--binary", architecture, path))
+    lines = [(int(address, 16), mnemonic, operands) for address, mnemonic, operands in sass]
+    ends = list(accumulate(map(len, codes)))
+    parts = [bisect_left(lines, (end,)) for end in [0, *ends]]
+    return [
+        _sass_facts(lines[start:stop], usage, shared)
+        for (start, stop), usage, (_, shared) in zip(pairwise(parts), usages, kernels, strict=True)
+    ]
+
+
+def _code_of(cubin: bytes) -> bytes:
+    """Return the instructions of the kernel in a cubin, an ELF file of 64 bits."""
+    (sections_at,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, sections_at + i * size) for i in range(count)]
+    # Of a section: offset of its name, type, flags, address, offset and size.
+    names_at = sections[names][4]
+    codes = [
+        cubin[offset : offset + length]
+        for name, *_, offset, length in sections
+        if cubin.startswith(b".text.", names_at + name)
+    ]
+    assert len(codes) == 1, f"a cubin must hold one kernel, got {len(codes)}"
+    return codes[0]
+
+
+def _sass_facts(sass: Sequence[tuple[int, str, str]], usage: str, shared: int) -> Facts:
+    """Count in the addresses, mnemonics and operands of a kernel."""
     resources = {name: int(n) for name, n in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    opcodes = [mnemonic.split(".") for _, mnemonic, _ in SASS_LINE.findall(sass) if mnemonic]
+    opcodes = [mnemonic.split(".") for _, mnemonic, _ in sass]
     names = Counter(opcode[0] for opcode in opcodes)
     assert names["EXIT"], "no machine code was read: nvdisasm prints another format"
     return Facts(
@@ -78,15 +120,14 @@ def nvidia_facts(cubin: bytes, shared: int) -> Facts:
     )
 
 
-def _sass_code(sass: str) -> Iterator[str | Instruction]:
-    for label, mnemonic, operands in SASS_LINE.findall(sass):
-        if label:
-            yield label
-            continue
+def _sass_code(sass: Sequence[tuple[int, str, str]]) -> Iterator[str | Instruction]:
+    """The address of an instruction is its label."""
+    for address, mnemonic, operands in sass:
         name, *suffixes = mnemonic.split(".")
         if name == "NOP":
             continue
-        target = SASS_LABEL.search(operands) if name == "BRA" else None
+        yield f"{address:x}"
+        target = SASS_TARGET.search(operands) if name == "BRA" else None
         width = _sass_width(suffixes)
         yield Instruction(
             target=target and target[1],

@@ -320,7 +320,10 @@ def main(
         runners.put(first)
         with ThreadPoolExecutor(jobs) as pool:
             results = track(pool.map(judge, chosen), f"mutants of {family}", len(chosen))
-            verdicts = list(zip(chosen, results, strict=True))
+            verdicts = []
+            for mutant, how in zip(chosen, results, strict=True):
+                verdicts.append((mutant, how))
+                console.print(f"{how}: {mutant}", markup=False, highlight=False)
     report(family, listed, verdicts)
 
 
@@ -337,9 +340,6 @@ def report(
         numbers = len(all_), len(ended), len(ended) - survived, survived
         table.add_row(kind, *map(str, numbers), share)
     console.print(table)
-    for mutant, how in verdicts:
-        if how == "survived":
-            console.print(f"survived: {mutant}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

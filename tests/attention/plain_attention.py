@@ -73,7 +73,9 @@ def _factor(p: Tensor, dropout: Dropout | None) -> Tensor | float:
     if dropout is None:
         return 1.0
     batch, num_heads = p.shape[:2]
-    head = torch.arange(batch * num_heads).view(batch, num_heads, 1, 1)
+    first, all_heads = dropout.numbering(p.transpose(1, 2))
+    head = first + all_heads * torch.arange(batch)[:, None] + torch.arange(num_heads)
+    head = head[..., None, None]
     row, column = dropout.q_positions.long()[:, None], dropout.k_positions.long()
     kept = keep(dropout.seed, dropout.p, row, column, head)
     return kept * keep_scale(dropout.p)

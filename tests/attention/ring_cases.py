@@ -200,6 +200,25 @@ def is_attention_bit_for_bit(group, size: dict, backend: str) -> None:
         assert torch.equal(x, y), name
 
 
+def compiles_around_the_ring(group, size: dict) -> int:
+    """Compare with the eager function, twice; return the number of graphs."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # seconds
+
+    cut = {name: shard_sequence(x, group) for name, x in make(**size).items()}
+    leaves = [cut[name].requires_grad_() for name in ("q", "k", "v")]
+
+    def layer(q, k, v):
+        return 3 * ring_attention(q.sin(), k, v, group=group, document_ids=cut["document_ids"])
+
+    graphs = CompileCounterWithBackend("aot_eager")
+    for function in (torch.compile(layer, backend=graphs),) * 2:
+        actual, expected = function(*leaves), layer(*leaves)
+        assert torch.equal(actual, expected)
+        grads = (torch.autograd.grad(out, leaves, cut["dout"]) for out in (actual, expected))
+        assert all(torch.equal(a, e) for a, e in zip(*grads, strict=True))
+    return graphs.frame_count
+
+
 def raises(group, differs: dict) -> str:
     """Call with ``differs`` on rank 1; return the exception."""
     whole = make(tokens=24)

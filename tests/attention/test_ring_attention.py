@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from emu3_kernels import ring_attention
+from emu3_kernels import HeadShard, ring_attention
 from emu3_kernels.ops.attention.ring.schedule import ring_schedule
 from emu3_kernels.runtime import dispatch
 from tests.attention import ring_cases as cases
@@ -49,6 +49,20 @@ def sizes(world):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_values_and_gradients_are_those_of_one_process(ranks, world, kernels, settings):
     ranks(world).run(cases.all_equal_one_process, sizes(world), kernels, settings)
+
+
+@pytest.mark.parametrize("kernels", [*KERNELS, "reference"])
+def test_heads_of_a_rank_drop_what_they_drop_in_the_whole(ranks, kernels):
+    size = {"tokens": 37, "starts": [[3, 20], [9]], "heads": 4, "groups": 2}
+    heads = HeadShard(num_heads=12, first=8, first_sequence=5)
+    settings = {"dropout_p": 0.4, "dropout_heads": heads}
+    ranks(2).run(cases.all_equal_one_process, [size], kernels, settings)
+
+
+def test_a_compiled_function_breaks_its_graph_at_the_ring(ranks):
+    """Dynamo crashed in the schedule, whose sizes it took for symbols."""
+    size = {"tokens": 48, "starts": [[7, 30], [9]]}
+    assert ranks(2).run(cases.compiles_around_the_ring, size) == [2, 2]
 
 
 @pytest.mark.parametrize("kernels", [*KERNELS, "reference"])
@@ -130,6 +144,7 @@ def test_the_gradient_of_a_shard_is_that_of_all_ranks(ranks):
         ({"causal": False}, r"all ranks must pass the same causal, got \[1.0, 0.0\]"),
         ({"backend": "reference"}, "all ranks must pass the same backend"),
         ({"dropout_p": 0.5}, "all ranks must pass the same dropout_p"),
+        ({"dropout_heads": HeadShard(2)}, "all ranks must pass the same num_heads_of_dropout"),
         ({"q": torch.zeros(1, 12, 4, 8)}, r"the same num_heads, got \[2.0, 4.0\]"),
         ({"q": torch.zeros(1, 12, 2, 8).requires_grad_()}, "the same needs_gradient"),
         ({"document_ids": torch.zeros(1, 12, dtype=torch.int32)}, "the same document_ids"),

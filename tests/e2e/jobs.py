@@ -16,12 +16,14 @@ import sklearn.datasets  # noqa: F401
 import torch
 import torch._dynamo
 
-from emu3.config import Recipe
+from emu3.config import BYTE_VOCABULARY, Recipe
 from emu3.data.codes import Making
 from emu3.data.media import write_image
 from emu3.demo import run as demo
 from emu3.tasks import train
+from emu3.text import ByteTokenizer
 from emu3.tools import compare  # noqa: F401
+from emu3.tools.prepare.run import prepare as prepare_store
 from emu3.tools.tokenize import detokenize, tokenize
 from emu3.train import checkpoint
 from emu3.train.metrics import Metrics
@@ -67,6 +69,7 @@ def prepare(folder: Path) -> dict[str, Run]:
     _tokenize(inputs, weights, folder / "made")
     runs["tokenize"] = partial(_tokenize, inputs, weights)
     runs["detokenize"] = partial(_detokenize, folder / "made" / "codes", weights)
+    runs["prepare"] = partial(_prepare, inputs, weights)
     runs["demo"] = _demo
     return runs
 
@@ -82,6 +85,14 @@ def _tokenize(inputs: Path, weights: Path, out: Path) -> None:
 
 def _detokenize(codes: Path, weights: Path, out: Path) -> None:
     detokenize([codes], out, load_vision(weights))
+
+
+def _prepare(inputs: Path, weights: Path, out: Path) -> None:
+    tokenizer = load_vision(weights)
+    codes = {"num_visual": tokenizer.settings.num_codes}
+    text = ByteTokenizer(BYTE_VOCABULARY.model_copy(update=codes))
+    making = Making(min_pixels=64, max_pixels=4096)
+    prepare_store([inputs], out / "store", text, tokenizer, making, size=2)
 
 
 def _demo(out: Path) -> None:

@@ -29,8 +29,16 @@ from emu3.weights import read_tensors
 from tests import children
 from tests.e2e.jobs import Event, Run, content, live, prepare
 
-SHARE = {"vision": 4, "tokenizer": 4, "decoder": 4, "tokenize": 4, "detokenize": 3, "demo": 1}
-"""Of 20 runs."""
+SHARE = {
+    "vision": 4,
+    "tokenizer": 4,
+    "decoder": 4,
+    "tokenize": 4,
+    "detokenize": 3,
+    "prepare": 3,
+    "demo": 1,
+}
+"""Of 23 runs."""
 MOST_KILLS = 3
 """Of one run, before it is left alone."""
 SAVE_EVERY = 2

@@ -7,11 +7,10 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
 from emu3_kernels.ops.loss import chunking, triton
 from emu3_kernels.runtime import launch
+from emu3_kernels.testing.launches import H100, launches_into
 
 aten = torch.ops.aten
 VIEWS = {"view", "_unsafe_view", "slice", "select", "t", "transpose", "expand", "unsqueeze"}
@@ -105,28 +104,21 @@ class Recorded(TorchDispatchMode):
 def taken_for_a_gpu():
     """Let every tensor pass for one of a GPU."""
     patch = mock.patch.object
-    h200 = launch.Gpu(warp_size=32, num_sms=132)
     with ExitStack() as stack:
         stack.enter_context(patch(torch.cuda, "current_device", lambda: -1))
         stack.enter_context(patch(torch, "is_autocast_enabled", lambda kind: False))
         for name, value in (("is_cuda", True), ("is_cpu", False)):
             stack.enter_context(patch(torch.Tensor, name, property(lambda _, v=value: v)))
-        stack.enter_context(mock.patch.dict(launch._gpus, {-1: h200}))
+        stack.enter_context(mock.patch.dict(launch._gpus, {-1: H100}))
         yield
 
 
 @contextmanager
 def on_fake_gpu(total_memory: int = 141 << 30):
     """Let tensors of device "meta", which have no numbers, pass for those of a GPU."""
-    recorded = Recorded()
-
-    def run(kernel, *args, **options):
-        recorded.launches.append(kernel.__name__)
-
-    patch = mock.patch.object
+    recorded, patch = Recorded(), mock.patch.object
     with ExitStack() as stack:
-        for kind in (JITFunction, InterpretedFunction):
-            stack.enter_context(patch(kind, "run", run))
+        stack.enter_context(launches_into(recorded.launches))
         stack.enter_context(patch(launch, "INTERPRETED", False))
         stack.enter_context(patch(chunking, "_total_memory", lambda device: total_memory))
         stack.enter_context(taken_for_a_gpu())

@@ -183,6 +183,21 @@ def test_texts_are_sampled_by_their_seeds():
     assert both == [other, first]
 
 
+def test_equal_prompts_are_fed_once(monkeypatch):
+    """The negative ones of a grid, and those of several images of one caption."""
+    model, seen = tiny_model(), []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda x, *a, **k: (seen.append(len(x)), forward(x, *a, **k))[1]
+    )
+    captions, grids = ["b", "a", "a", "b", "a"], [(2, 3), (2, 3), (3, 2), (2, 3), (2, 3)]
+    together = generate_images(model, TEXT, captions, grids, Sampling(), seeds=0)
+    assert seen[0] == 5  # "b", the negative of its grid, "a", and both of the other grid
+    assert set(seen[1:]) == {10}
+    for seed, (words, grid, codes) in enumerate(zip(captions, grids, together, strict=True)):
+        assert codes.flatten().equal(drawn_alone(model, words, grid, Sampling(), seed))
+
+
 def test_a_batch_of_many_ratios_takes_as_many_forwards_as_its_longest(monkeypatch):
     model, seen = tiny_model(), []
     forward = model.forward

@@ -12,9 +12,9 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 from emu3.cache import KeyValueCache
 from emu3.config import PRESETS
 from emu3.demo.stages import seed_visual_rows
-from emu3.model import Emu3
+from emu3.model import Emu3, StepDropout
 from emu3.weights import load_decoder_into
-from emu3_kernels import use_backend
+from emu3_kernels import Documents, site_seeds, use_backend
 from emu3_kernels.testing.budget import assert_as_accurate
 from tests.model.tiny import TINY, tiny_model
 
@@ -101,6 +101,46 @@ def test_the_loss_weighs_every_target():
     with torch.no_grad():
         actual, low = model.loss(tokens, weights), plain(model)
         assert_as_accurate("loss", actual, low, plain(model.double()))
+
+
+def test_the_objective_of_packed_documents_is_that_of_each_alone():
+    """With positions that restart, bit for bit the same angles; targets and weights are given."""
+    model, tokens, weights = tiny_model().double(), some_tokens(1, 22), torch.rand(1, 22).double()
+    bounds, total = ((0, 6), (6, 21)), 0.0
+    for first, end in bounds:  # the last target of the first document is the second's first token
+        own = slice(first, end + 1) if end == 21 else slice(first, end)
+        total += model.loss(tokens[:, own], weights[:, own]) * weights[:, own][:, 1:].sum()
+    ids = torch.tensor([[0] * 6 + [1] * 15], dtype=torch.int32)
+    positions = torch.cat([torch.arange(6), torch.arange(15)])[None]
+    packed = weights[:, 1:].clone()
+    packed[0, 5] = 0
+    given = tokens[:, :-1], tokens[:, 1:], packed, positions, Documents(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(model.objective(*given, 3.0), total / 3, rtol=1e-12, atol=0)
+        mean = model.objective(*given)
+    torch.testing.assert_close(mean, total / packed.sum(), rtol=1e-12, atol=0)
+
+
+def test_given_seeds_drop_alike_and_draw_nothing():
+    model, tokens = tiny_model(dropout=0.5).train(), some_tokens(2, 9)
+    given = tokens[:, :-1], tokens[:, 1:], torch.ones(2, 8)
+    before = torch.get_rng_state()
+    first, again, other = (
+        model.objective(*given, dropout=StepDropout(site_seeds(seed, 3, 7))) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("site", range(7))
+def test_every_site_of_dropout_has_a_seed_of_its_own(site):
+    model, tokens = tiny_model(dropout=0.5).train(), some_tokens(2, 9)
+    given = tokens[:, :-1], tokens[:, 1:], torch.ones(2, 8)
+    seeds = site_seeds(1, 3, 7)
+    others = seeds.clone()
+    others[site] += 1
+    losses = [model.objective(*given, dropout=StepDropout(s)) for s in (seeds, others)]
+    assert losses[0] != losses[1]
 
 
 def test_under_autocast_it_trains_as_exactly_as_plain_pytorch():

@@ -9,6 +9,7 @@ from emu3.cache import KeyValueCache
 from emu3.tools.profile.cost import Cost, Machine
 from emu3.tools.profile.report import write_report
 from emu3.tools.profile.run import contexts_up_to, count, decode_call, prefill_call, run_profile
+from emu3_kernels import use_backend
 from tests.model.tiny import TINY, tiny_model
 
 
@@ -51,6 +52,41 @@ def test_a_decode_counts_the_weights_and_the_keys_it_reads():
     inputs_and_results = sum(sum(p.shape) for p in weights) + TINY.vocabulary.num_visual
     inputs_and_results += TINY.hidden_size
     assert costs["aten::mm"].num_bytes == costs["aten::mm"].flops * 2 + 4 * inputs_and_results
+
+
+def test_a_launch_of_triton_counts_what_it_moves():
+    """On a GPU, its kernels are no ops of PyTorch: the table had no bytes for them."""
+    context, rows = 50, 2
+    cache = KeyValueCache(TINY, rows, 64, dtype=torch.float32)
+    with torch.no_grad(), use_backend("triton"):
+        counted = count(decode_call(tiny_model(), cache, context))
+    token = 4 * TINY.num_kv_heads * TINY.head_dim
+    q = 4 * TINY.num_heads * TINY.head_dim
+    attended = counted.costs["decode_attention_kernel"]
+    assert attended.num_bytes == TINY.num_layers * rows * (2 * q + 2 * context * token)
+    appended = counted.costs["rope_append_kernel"]
+    assert appended.num_bytes == TINY.num_layers * rows * 2 * (q + 2 * token)
+    assert counted.launches["swiglu_fwd_kernel"] == TINY.num_layers
+    assert counted.launches["decode_attention_kernel"] == TINY.num_layers
+
+
+def test_a_layer_launches_nine_kernels_on_a_gpu(found):
+    profile, out = found
+    assert profile.launches["in a layer"] == 9
+    assert f"{profile.launches['in all']} in all, 9 in a layer" in (out / "profile.md").read_text()
+
+
+def test_a_forward_of_many_tokens_is_timed_beside_a_plain_one(found):
+    profile, out = found
+    assert list(profile.windows) == [1, 8, 16, 32, 64]
+    bounds = [bound for _, bound in profile.windows.values()]
+    assert bounds == sorted(bounds)
+    assert "| 16 | " in (out / "profile.md").read_text()
+
+
+def test_rows_without_a_partner_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="profile: rows must be 1, or pairs with guidance, got 3"):
+        run_profile(TINY, context=8, prefill=8, rows=3, out=tmp_path)
 
 
 def test_a_prompt_counts_the_keys_that_its_tokens_see():

@@ -60,7 +60,17 @@ def test_writing_in_place_compiles_as_one_graph(backend):
         add_rms_norm(x, residual, weight, out=(x, residual), backend=backend)
 
     add(x, residual)
-    arguments = x.clone(), residual.clone(), weight, 1e-5, 0.0, None, x.clone(), residual.clone()
+    arguments = (
+        x.clone(),
+        residual.clone(),
+        weight,
+        1e-5,
+        0.0,
+        None,
+        None,
+        x.clone(),
+        residual.clone(),
+    )
     torch.library.opcheck(torch.ops.emu3_kernels.add_rms_norm_out.default, arguments)
     assert torch.equal(x, expected[0])
     assert torch.equal(residual, expected[1])

@@ -149,6 +149,57 @@ def test_the_gradient_has_the_mask_of_the_forward_pass(backend):
     assert dresidual.all()
 
 
+def value_and_gradients_of(x, residual, weight, backend, rows=None):
+    """Of ``summed``, whose mask is that of ``y`` too."""
+    name, level = at_level(backend)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, residual)]
+    drops = {"dropout_p": 0.5, "seed": SEEDS[2], "dropout_rows": rows}
+    with level:
+        _, summed = add_rms_norm(*leaves, weight, **drops, backend=name)
+        return summed.detach(), *torch.autograd.grad(summed.square().sum(), leaves)
+
+
+@pytest.mark.parametrize("width", [41, 16425])
+@pytest.mark.parametrize("backend", [*backends("add_rms_norm"), "reference"])
+def test_rows_of_a_rank_drop_what_they_drop_in_the_whole(backend, width):
+    """Tokens 0 and 2 of both sequences of three, as a rank of a ring holds them."""
+    random = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(2, 3, width, generator=random) for _ in range(2))
+    weight, own = torch.ones(width), [0, 2]
+    whole = value_and_gradients_of(x, residual, weight, backend)
+    rows = torch.arange(6).view(2, 3)[:, own]
+    part = value_and_gradients_of(x[:, own], residual[:, own], weight, backend, rows)
+    assert all(torch.equal(p, w[:, own]) for p, w in zip(part, whole, strict=True))
+
+
+def test_rows_beyond_31_bits_count_by_their_lower_32():
+    ones = torch.ones(1, 64)
+    drops = {"dropout_p": 0.5, "seed": SEEDS[2]}
+    for row in (2**31 + 5, 2**32 - 1, 2**32 + 7):
+        given = torch.tensor([row])
+        masks = [
+            add_rms_norm(ones, ones - 1, ones[0], **drops, dropout_rows=given, backend=name)[1]
+            for name in ("cpu", "triton", "reference")
+        ]
+        expected = dropout.keep(SEEDS[2], 0.5, given[:, None], torch.arange(64))
+        assert all(torch.equal(mask != 0, expected) for mask in masks)
+
+
+def test_rows_of_another_shape_or_dtype_raise():
+    x = torch.ones(2, 8)
+    for rows in (torch.arange(3), torch.arange(2).int(), torch.arange(2)[:, None]):
+        with pytest.raises(ValueError, match=r"add_rms_norm: dropout_rows must be \(2,\) torch.in"):
+            add_rms_norm(x, x, x[0], dropout_p=0.5, dropout_rows=rows)
+
+
+def test_the_seeds_of_the_sites_of_a_step_are_its_own():
+    """Of 1,000 steps of two runs, all differ; a step that is repeated has the same."""
+    seeds = torch.stack([dropout.site_seeds(s, i, 7) for s in (0, -5) for i in range(500)])
+    assert (seeds.dtype, seeds.unique().numel()) == (torch.int64, seeds.numel())
+    assert torch.equal(dropout.site_seeds(-5, 3, 7), seeds[503])
+    assert torch.equal(dropout.site_seeds(-5, 3, 4), seeds[503, :4])
+
+
 @pytest.mark.parametrize("backend", [*backends("add_rms_norm"), "reference"])
 def test_without_a_seed_one_is_drawn(backend):
     x, weight = torch.randn(4, 256), torch.ones(256)
@@ -199,10 +250,11 @@ def test_the_ops_of_the_library_are_registered_right():
     inputs = dropped_inputs()
     x, residual, weight, p, seed = inputs.values()
     ops = torch.ops.emu3_kernels
-    forward = x, residual, weight, 1e-5, p, seed
+    rows = torch.arange(len(x)) + 5
+    forward = x, residual, weight, 1e-5, p, seed, rows
     torch.library.opcheck(ops.add_rms_norm_forward, forward)
     _, summed, rstd = ops.add_rms_norm_forward(*forward)
-    backward = x, residual, summed, weight, rstd, p, seed
+    backward = x, residual, summed, weight, rstd, p, seed, rows
     torch.library.opcheck(ops.add_rms_norm_backward_dropped, backward)
 
 

@@ -8,6 +8,7 @@ from base64 import b64decode
 
 import httpx
 import numpy as np
+import pytest
 from PIL import Image
 
 from emu3.generate import Sampling, generate_images, generate_text
@@ -60,6 +61,7 @@ async def all_at_once(url):
     return work, answers
 
 
+@pytest.mark.e2e
 def test_200_requests_of_16_clients_are_answered_each_as_alone():
     with serving(batch=12, queue=CLIENTS) as served:
         work, answers = asyncio.run(all_at_once(served.url))

@@ -186,6 +186,9 @@ def test_an_answer_ends_at_eos():
 
 def test_models_health_and_metrics_are_told(served):
     assert [one.id for one in served.client().models.list()] == [NAME]
+    assert served.client().models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="model: 'x/y' is not served here, 'tiny' is"):
+        served.client().models.retrieve("x/y")
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
     before = served.service.engine.forwards
     draw(served, prompt="x", size="8x8", n=3, guidance=3)

@@ -59,6 +59,21 @@ def test_an_option_overrides_what_a_repeated_image_tells(tmp_path, files):
     assert again["grid"] == [4, 4]
 
 
+def test_windows_and_narrow_weights_are_told_and_repeated(tmp_path, files):
+    """A window draws the same image; weights in 8 bits draw another, which repeats itself."""
+    plain, wide, narrow, again = (tmp_path / f"{i}.png" for i in range(4))
+    succeed("generate", "a seven", *files, *SETTINGS, "--out", plain)
+    succeed("generate", "--from", plain, "--window", 8, "--preview", "--out", wide)
+    assert read_image(wide).equal(read_image(plain))
+    assert read_origin(wide)["window"] == 8
+    succeed("generate", "--from", plain, "--weights", "int8", "--out", narrow)
+    succeed("generate", "--from", narrow, "--out", again)
+    assert again.read_bytes() == narrow.read_bytes()
+    assert read_origin(again)["weights"] == "int8"
+    done = emu3("generate", "--from", plain, "--window", 65, "--out", again)
+    assert done.stderr == "emu3: generate: a window must be 1 or 2 to 64 tokens, got 65\n"
+
+
 def test_a_clip_is_repeated_continued_and_begun_with_an_image(tmp_path, files):
     clip, again, longer, moving = (tmp_path / f"{i}.mp4" for i in range(4))
     video = ["--video", "--fps", 8, "--seconds", 1]

@@ -33,7 +33,7 @@ def train_until_killed(stage: str, folder: Path, where: str, count: int) -> None
     There the new file is written and the old one still in place. SIGKILL cannot be caught, so
     nothing is cleaned up.
     """
-    module, name = (Metrics, "log") if where == "step" else (files, "_flush")
+    module, name = (Metrics, "log") if where == "step" else (files, "flush")
     real, calls = getattr(module, name), 0
 
     def count_down(*args, **named):

@@ -31,6 +31,8 @@ struct AttentionCall {
   int64_t range_stride;        // from one batch entry to the next
   Dropout dropout;
   const int32_t *rows, *columns;  // positions of queries [T] and keys [S], with dropout only
+  // With dropout, head h of batch entry b is head first_head + b * all_heads + h of its mask.
+  int64_t first_head, all_heads;
   TokenHeads out;                 // forward
   float* lse;                     // [B, H, T], contiguous
   TokenHeads dout, dq, dk, dv;    // backward

@@ -207,7 +207,7 @@ struct QueryInfo {
       first[r] = call.first[offset], end[r] = call.end[offset];
       if (!call.dropout.drop_below) continue;
       position[r] = call.rows[token];
-      head[r] = rows.batch * call.heads + rows.head_of(row);
+      head[r] = call.first_head + rows.batch * call.all_heads + rows.head_of(row);
     }
   }
 };

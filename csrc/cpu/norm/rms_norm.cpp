@@ -54,11 +54,12 @@ void forward_rows(const T* x, const T* residual, const T* weight, T* y, T* summe
     const T* const next_x = x + next * x_stride;
     float squares;
     if (residual) {
+      const int64_t dropout_row = kDrop ? dropout->row_of(first_row + r) : 0;
       const bool fits = width <= kScratch;
       T* copy = fits ? scratch : summed;
       squares = add_rows(x, residual, residual + next * residual_stride, summed, copy, width,
                          fits && past_caches, [&](Pair value, int64_t c) {
-                           return kDrop ? drop<T>(value, *dropout, 0, first_row + r, c) : value;
+                           return kDrop ? drop<T>(value, *dropout, 0, dropout_row, c) : value;
                          });
       row = copy, residual += residual_stride, summed += width;
     } else {
@@ -91,6 +92,7 @@ void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, c
       sum = fma(g * load_pair(weight + c, count), value, sum);
       store_pair(dweight + c, fma(g, value * scale, load_pair(dweight + c)), false);
     });
+    const int64_t dropout_row = kDrop ? dropout->row_of(first_row + r) : 0;
     const float dx_scale = -reduce_add(sum) / width * scale * scale * scale;
     over_pairs(width, [&](int64_t c, int64_t count) {
       const Pair direct = load_pair(dy + c, count) * load_pair(weight + c, count) * scale;
@@ -101,7 +103,7 @@ void backward_rows(const T* dy, const T* dsummed, const T* x, const T* weight, c
       }
       if constexpr (kDrop) {
         store_pair(dresidual + r * width + c, d, count, past_caches);
-        d = drop<T>(d, *dropout, 0, first_row + r, c);
+        d = drop<T>(d, *dropout, 0, dropout_row, c);
       }
       store_pair(dx + c, d, count, past_caches);
     });

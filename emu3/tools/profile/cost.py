@@ -1,8 +1,12 @@
 """COUNTED: the bytes and FLOPs of every op of a call. BOUND: the least time on this machine."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from statistics import median
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +51,37 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
 
 
 class CostCounter(TorchDispatchMode):
-    """Counts every op inside the block, under its name in the profiler."""
+    """Counts every op and every Triton launch inside the block, by its name in the profiler."""
 
     def __init__(self) -> None:
         super().__init__()
         self.costs: defaultdict[str, Cost] = defaultdict(Cost)
+        self.launches: Counter[str] = Counter()
+        """How often each Triton kernel was launched."""
+        self._outer = ExitStack()
+
+    def __enter__(self) -> "CostCounter":
+        if find_spec("triton"):
+            from triton.runtime.interpreter import InterpretedFunction
+            from triton.runtime.jit import JITFunction
+
+            for kind in (JITFunction, InterpretedFunction):
+                self._outer.enter_context(mock.patch.object(kind, "run", self._counted(kind.run)))
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._outer.close()
+
+    def _counted(self, run: Callable) -> Callable:
+        def count_and_run(kernel, *args, **options):
+            name = kernel.__name__
+            given = dict(zip(kernel.arg_names, args, strict=False)) | options
+            self.launches[name] += 1
+            self.costs[name].num_bytes += _KERNEL_BYTES.get(name, _kernel_bytes)(given)
+            return run(kernel, *args, **options)
+
+        return count_and_run
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -103,6 +133,20 @@ def _decode_bytes(result, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: 
     return 2 * _size(q) + 2 * token * int(lengths.sum())
 
 
+def _kernel_bytes(given: dict[str, object]) -> int:
+    """Every tensor of a launch once; a kernel that reads a part has a formula."""
+    tensors = {t.data_ptr(): t for t in given.values() if _is_tensor(t)}
+    return sum(map(_size, tensors.values()))
+
+
+def _rope_append_kernel_bytes(given: dict[str, object]) -> int:
+    return 2 * sum(_size(given[name]) for name in ("q_ptr", "k_ptr", "v_ptr"))
+
+
+def _decode_kernel_bytes(given: dict[str, object]) -> int:
+    return _decode_bytes(*(given[f"{name}_ptr"] for name in ("out", "q", "k", "v", "lengths")))
+
+
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, *_) -> int:
     pairs = int((end - first).clamp_min(0).sum()) * (q.shape[0] // first.shape[0])
     return 4 * q.shape[2] * q.shape[3] * pairs
@@ -116,6 +160,10 @@ _BYTES = {
     "aten::embedding": lambda result, *_, **__: 2 * _size(result),
     "emu3_kernels::rope_append": _rope_append_bytes,
     "emu3_kernels::decode_attention": _decode_bytes,
+}
+_KERNEL_BYTES = {
+    "rope_append_kernel": _rope_append_kernel_bytes,
+    "decode_attention_kernel": _decode_kernel_bytes,
 }
 _FLOPS = {
     "emu3_kernels::matmul": lambda a, b, *_: 2 * a.shape[0] * b.numel(),

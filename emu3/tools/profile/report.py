@@ -31,13 +31,18 @@ def markdown(found: Profile) -> str:
         "# Profile",
         "",
         f"{s.num_layers} layers of size {s.hidden_size}, {s.num_heads}/{s.num_kv_heads} heads, "
-        f"{str(found.dtype).removeprefix('torch.')}, random weights, one row. "
+        f"{str(found.dtype).removeprefix('torch.')}, random weights, {batch_of(found)}. "
         f"Peak memory {found.peak_bytes / 2**30:.2f} GiB (MEASURED). Bounds are BOUND by "
         f"{machine.bytes_per_second / 1e9:.1f} GB/s and "
         f"{machine.flops_per_second / 1e12:.2f} TFLOP/s (MEASURED).",
     ]
     tables = [table(breakdown, found) for breakdown in found.breakdowns]
-    return "\n".join([*head, "", by_context(found), *tables])
+    return "\n".join([*head, "", by_context(found), by_window(found), launches(found), *tables])
+
+
+def batch_of(found: Profile) -> str:
+    pairs = found.rows // 2
+    return f"{found.rows} rows, {pairs} with guidance" if pairs else "one row, no guidance"
 
 
 def by_context(found: Profile) -> str:
@@ -52,6 +57,30 @@ def by_context(found: Profile) -> str:
         shown = " | ".join("" if c is None else f"{1e3 * c:,.2f} ms" for c in cells)
         lines.append(f"| {context:,} | {shown} |")
     return "\n".join(lines) + "\n"
+
+
+def by_window(found: Profile) -> str:
+    """Milliseconds of a forward by its tokens, for parallel decoding."""
+    plain = found.windows[1][0]
+    lines = [
+        "A forward of T tokens a row at the longest context. Parallel decoding gains where it "
+        "accepts more codes a forward than the last column.",
+        "",
+        "| T | forward (MEASURED) | forward (BOUND) | of a plain one |",
+        "|---:|---:|---:|---:|",
+    ]
+    for num_new, (seconds, bound) in found.windows.items():
+        cells = f"{1e3 * seconds:,.2f} ms", f"{1e3 * bound:,.2f} ms", f"{seconds / plain:.2f}"
+        lines.append(f"| {num_new} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def launches(found: Profile) -> str:
+    """What a GPU launches for a decoded token."""
+    if not found.launches:
+        return "Launches on a GPU are counted where Triton is installed.\n"
+    parts = ", ".join(f"{count:,} {where}" for where, count in found.launches.items())
+    return f"Launches of a decoded token on a GPU (COUNTED): {parts}.\n"
 
 
 def table(breakdown: Breakdown, found: Profile) -> str:
@@ -100,6 +129,10 @@ def as_json(found: Profile) -> dict:
         "decode_seconds": found.decode,
         "prefill_seconds": found.prefill,
         "decode_bound_seconds": found.bounds,
+        "rows": found.rows,
+        "window_seconds": {n: seconds for n, (seconds, _) in found.windows.items()},
+        "window_bound_seconds": {n: bound for n, (_, bound) in found.windows.items()},
+        "launches": found.launches,
         "ops": {
             breakdown.title: [
                 {

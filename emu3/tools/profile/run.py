@@ -1,14 +1,16 @@
-"""Times prefill and decode of a model with random weights, and profiles one call of each."""
+"""Times prefill and guided decode of a model with random weights; profiles a call of each."""
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import torch
 from rich.progress import track
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from emu3.cache import KeyValueCache
@@ -17,7 +19,7 @@ from emu3.files import replacing
 from emu3.model import Emu3
 from emu3.timing import seconds_of, synchronize
 from emu3.tools.profile.cost import Cost, CostCounter, Machine, measure_machine
-from emu3_kernels import attention, decode_attention, use_backend
+from emu3_kernels import attention, decode_attention, sample_guided, use_backend
 from emu3_kernels.modules import speed_up_bfloat16
 
 SHORTEST = 1024
@@ -50,6 +52,7 @@ class Profile:
     settings: ModelSettings
     dtype: torch.dtype
     machine: Machine
+    rows: int
     decode: dict[str, dict[int, float]] = field(default_factory=dict)
     """Seconds of one decoded token by backend of the attention ops, then by context."""
     prefill: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -57,7 +60,16 @@ class Profile:
     bounds: dict[int, float] = field(default_factory=dict)
     """Lower bound of the seconds of a decoded token, by context."""
     breakdowns: list[Breakdown] = field(default_factory=list)
+    windows: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Seconds of a forward of so many tokens a row at the longest context, and their bound."""
+    launches: dict[str, int] = field(default_factory=dict)
+    """What a GPU launches for a decoded token, in all and in a layer; empty without Triton."""
     peak_bytes: int = 0
+
+
+def windows_up_to(context: int) -> list[int]:
+    """Tokens a row of the forwards that parallel decoding makes, and of a plain one."""
+    return [n for n in (1, 8, 16, 32, 64) if n <= context]
 
 
 def contexts_up_to(longest: int) -> list[int]:
@@ -75,18 +87,20 @@ def run_profile(
     context: int,
     prefill: int,
     out: Path,
+    rows: int = 2,
     against: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     repeats: int = 5,
 ) -> Profile:
-    """Profile one row of tokens and write the trace of a decode to ``out/trace.json``.
+    """Profile a decode with its sampling, and write its trace to ``out/trace.json``.
 
     Args:
         settings: the model; its weights are random.
         context: tokens in the cache of the longest decode.
         prefill: tokens of the longest prompt, at most ``context``.
         out: folder for the trace.
+        rows: of the batch; 2 are one image with guidance, 2n are n, and 1 is one without.
         against: another backend of attention and decode_attention to time against the default.
         repeats: timed calls, the median is reported.
     """
@@ -95,12 +109,14 @@ def run_profile(
             "profile: context must be at most max_position_embeddings "
             f"{settings.max_position_embeddings}, got {context}"
         )
+    if rows != 1 and (rows < 1 or rows % 2):
+        raise ValueError(f"profile: rows must be 1, or pairs with guidance, got {rows}")
     prefill = min(prefill, context)
     try_attention(settings, dtype, device, against)
     model = random_model(settings, dtype, device)
     machine = measure_machine(dtype, torch.device(device))
-    found = Profile(settings, dtype, machine)
-    cache = KeyValueCache(settings, 1, context, dtype=dtype, device=device)
+    found = Profile(settings, dtype, machine, rows)
+    cache = KeyValueCache(settings, rows, context, dtype=dtype, device=device)
     cache.keys.normal_()
     cache.values.normal_()
     for backend, forced in backends(against):
@@ -120,6 +136,11 @@ def run_profile(
         break_down(f"one token after {context - 1:,}", decode, device, out / "trace.json"),
         break_down(f"a prompt of {prefill:,}", prompt, device),
     ]
+    for n in windows_up_to(context):
+        window = decode_call(model, cache, context, n)
+        seconds = median_seconds(window, repeats, device)
+        found.windows[n] = seconds, machine.bound(count(window).total)
+    found.launches = launches_of(model, decode)
     found.peak_bytes = peak_bytes(device)
     return found
 
@@ -153,23 +174,29 @@ def try_attention(
             decode_attention(q, keys, keys, lengths)
 
 
-def decode_call(model: Emu3, cache: KeyValueCache, context: int) -> Callable[[], None]:
-    """One token that fills the context, and the logits of the next visual code."""
-    ids = model.settings.vocabulary
-    token = torch.full((1, 1), ids.visual_start, device=cache.keys.device)
+def decode_call(
+    model: Emu3, cache: KeyValueCache, context: int, num_new: int = 1
+) -> Callable[[], None]:
+    """The last ``num_new`` tokens of the context, and a draw of the next visual code of each."""
+    ids, rows, device = model.settings.vocabulary, len(cache.lengths), cache.keys.device
+    tokens = torch.full((rows, num_new), ids.visual_start, device=device)
     visual_rows = slice(ids.visual_start, ids.size)
+    seeds, guidance = torch.arange((rows + 1) // 2, device=device), 1.0 if rows == 1 else 3.0
+    places = torch.arange(num_new, device=device).expand(len(seeds), -1)
 
     def call() -> None:
-        rewind(cache, context - 1)
-        model.logits(model(token, cache)[:, -1], visual_rows)
+        rewind(cache, context - num_new)
+        logits = model.logits(model(tokens, cache), visual_rows)
+        cond, uncond = (logits, None) if rows == 1 else logits.chunk(2)
+        sample_guided(cond, uncond, seeds, places, guidance=guidance, top_k=2048)
 
     return call
 
 
 def prefill_call(model: Emu3, cache: KeyValueCache, num_tokens: int) -> Callable[[], None]:
-    """A prompt into the empty cache."""
-    tokens = torch.arange(num_tokens, device=cache.keys.device)[None]
-    tokens %= model.settings.vocabulary.num_text
+    """A prompt in every row of the empty cache."""
+    tokens = torch.arange(num_tokens, device=cache.keys.device)
+    tokens = (tokens % model.settings.vocabulary.num_text).expand(len(cache.lengths), -1)
 
     def call() -> None:
         rewind(cache, 0)
@@ -181,6 +208,29 @@ def prefill_call(model: Emu3, cache: KeyValueCache, num_tokens: int) -> Callable
 def rewind(cache: KeyValueCache, length: int) -> None:
     cache.lengths.fill_(length)
     cache.longest = length
+
+
+def launches_of(model: Emu3, call: Callable[[], None]) -> dict[str, int]:
+    """COUNTED without a GPU: kernels of Triton and ops of PyTorch of a call, and of one layer."""
+    if not find_spec("triton"):
+        return {}
+    # Imported here: it needs Triton, and nothing else of this command does.
+    from emu3_kernels.testing.launches import all_launches
+
+    marks: list[int] = []
+    layer = model.blocks[-1]
+    with use_backend("triton"), all_launches() as names:
+        before = layer.register_forward_pre_hook(lambda *_: marks.append(len(names)))
+        after = layer.register_forward_hook(lambda *_: marks.append(len(names)))
+        try:
+            call()  # which may allocate what stays
+            marks.clear()
+            names.clear()
+            call()
+        finally:
+            before.remove()
+            after.remove()
+    return {"in all": len(names), "in a layer": marks[1] - marks[0]}
 
 
 def median_seconds(call: Callable[[], None], repeats: int, device: str) -> float:
@@ -208,12 +258,18 @@ def break_down(
     rows = [
         Row(event.key, event.count, own_seconds(event, device), costs.get(event.key))
         for event in profiled.key_averages()
+        if is_own(event, costs)
     ]
     outside = Row("outside ops", 1, seconds - sum(row.seconds for row in rows), None)
     if trace is not None:
         with replacing(trace) as draft:
             profiled.export_chrome_trace(str(draft))
     return Breakdown(title, seconds, sorted([*rows, outside], key=lambda row: -row.seconds))
+
+
+def is_own(event, costs: Mapping[str, Cost]) -> bool:
+    """Whether no other row has its time: on a GPU, an op has that of the kernels it launches."""
+    return event.device_type == DeviceType.CPU or event.key in costs
 
 
 def own_seconds(event, device: str) -> float:

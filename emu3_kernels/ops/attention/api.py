@@ -20,7 +20,12 @@ from emu3_kernels.ops.attention.key_ranges import (
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_grouped_heads, describe
 from emu3_kernels.runtime.dispatch import Backends
-from emu3_kernels.runtime.dropout import check_dropout, draw_seed
+from emu3_kernels.runtime.dropout import (
+    HeadShard,
+    check_dropout,
+    check_dropout_heads,
+    draw_seed,
+)
 
 ATTENTION = Backends(
     "attention",
@@ -52,6 +57,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    dropout_heads: HeadShard | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -82,6 +88,8 @@ def attention(
         dropout_p: probability in ``[0, 1)`` of dropping a probability after the softmax. Seed, head
             and positions alone decide which are dropped.
         seed: scalar int64 tensor on the device of ``q``; None draws one.
+        dropout_heads: which heads of which sequences ``q`` holds of those of all ranks, so that a
+            rank drops what the whole would; None is all.
         return_lse: whether to return the logarithm of the softmax's denominator too,
             differentiable.
         backend: a key of ``ATTENTION``, or None for the first that fits.
@@ -97,6 +105,8 @@ def attention(
         documents = document_ids if isinstance(document_ids, Documents) else None
         document_ids = _check_documents(q, k, causal, document_ids)
     check_dropout("attention", dropout_p, seed, q.device)
+    if dropout_heads is not None:
+        check_dropout_heads("attention", q.shape[2], dropout_heads)
     chosen = ATTENTION.choose(backend, q, k, v, causal, document_ids, dropout_p, return_lse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if dropout_p > 0 and seed is None:
@@ -109,6 +119,7 @@ def attention(
             scale=scale,
             dropout_p=dropout_p,
             seed=seed,
+            dropout_heads=dropout_heads,
             return_lse=return_lse,
         )
     if documents is not None:
@@ -121,9 +132,10 @@ def attention(
         first, end, offset, queries = key_ranges
         queries = (None, None) if queries is None else queries[:2]
         ranges = first, end, *queries, offset
-        out, lse = _Attention.apply(q, k, v, *ranges, scale, dropout_p, seed, chosen)
+        dropout = dropout_p, seed, dropout_heads
+        out, lse = _Attention.apply(q, k, v, *ranges, scale, *dropout, chosen)
     else:
-        dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
+        dropout = _dropout(dropout_p, seed, dropout_heads)
         out, lse = chosen.forward(q, k, v, key_ranges, scale, dropout)
     return (out, lse) if return_lse else out
 
@@ -131,12 +143,13 @@ def attention(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q, k, v, first, end, first_query, end_query, offset, scale, dropout_p, seed, backend
-    ):
-        dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
+        ctx, q, k, v, first, end, first_query, end_query, offset, scale, dropout_p, seed, heads,
+        backend,
+    ):  # fmt: skip
+        dropout = _dropout(dropout_p, seed, heads)
         out, lse = backend.forward(q, k, v, KeyRanges(first, end, offset), scale, dropout)
         ctx.save_for_backward(q, k, v, first, end, first_query, end_query, seed, out, lse)
-        ctx.settings = offset, scale, dropout_p, backend
+        ctx.settings = offset, scale, dropout_p, heads, backend
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -144,13 +157,17 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, first, end, first_query, end_query, seed, out, lse = ctx.saved_tensors
-        offset, scale, dropout_p, backend = ctx.settings
-        dropout = Dropout(dropout_p, seed) if dropout_p > 0 else None
+        offset, scale, dropout_p, heads, backend = ctx.settings
+        dropout = _dropout(dropout_p, seed, heads)
         queries = None if first_query is None else QueryRanges(first_query, end_query)
         key_ranges = KeyRanges(first, end, offset, queries)
         dout = torch.zeros_like(out) if dout is None else dout
         gradients = backend.backward(dout, q, k, v, out, lse, dlse, key_ranges, scale, dropout)
-        return *gradients, *[None] * 9
+        return *gradients, *[None] * 10
+
+
+def _dropout(p: float, seed: Tensor | None, heads: HeadShard | None) -> Dropout | None:
+    return Dropout(p, seed, heads=heads) if p > 0 else None
 
 
 def _check_documents(

@@ -91,8 +91,9 @@ def _settings(
 ) -> tuple:
     first, end = (x.contiguous() for x in key_ranges.tensors(q, k))
     if dropout is None:
-        return first, end, scale, 0.0, None, None, None
-    return first, end, scale, dropout.p, dropout.seed, *dropout.positions(q, k)
+        return first, end, scale, 0.0, None, None, None, 0, 0
+    masked = dropout.p, dropout.seed, *dropout.positions(q, k), *dropout.numbering(q)
+    return first, end, scale, *masked
 
 
 def why_not_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> str | None:
@@ -125,15 +126,19 @@ def decode_forward(
 if not library.MISSING:
 
     @torch.library.register_fake("emu3_kernels::attention")
-    def _(q, k, v, first, end, scale, dropout_p, seed, rows, columns, float32_out):
+    def _(
+        q, k, v, first, end, scale, dropout_p, seed, rows, columns,
+        first_head, all_heads, float32_out,
+    ):  # fmt: skip
         batch, num_queries, num_heads, _ = q.shape
         out = q.new_empty(q.shape, dtype=torch.float32 if float32_out else q.dtype)
         return out, q.new_empty((batch, num_heads, num_queries), dtype=torch.float32)
 
     @torch.library.register_fake("emu3_kernels::attention_backward")
     def _(
-        dout, q, k, v, lse, delta, first, end, scale, dropout_p, seed, rows, columns, float32_out
-    ):
+        dout, q, k, v, lse, delta, first, end, scale, dropout_p, seed, rows, columns,
+        first_head, all_heads, float32_out,
+    ):  # fmt: skip
         dtype = torch.float32 if float32_out else q.dtype
         return tuple(x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
 

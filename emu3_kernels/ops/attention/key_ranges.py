@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emu3_kernels.runtime.checks import check_values, describe
+from emu3_kernels.runtime.dropout import HeadShard
 
 
 class QueryRanges(NamedTuple):
@@ -58,14 +59,20 @@ class Dropout(NamedTuple):
     """Probabilities are dropped with chance ``p``: see ``runtime/dropout.py``.
 
     ``q_positions [T]`` and ``k_positions [S]``, int32, are rows and columns of the whole sequence,
-    and heads are numbered over the whole batch, so a shard drops what the whole would. None is the
-    whole sequence, whose last query has the position of the last key.
+    and ``heads`` are numbered over the whole batch, so a shard drops what the whole would. None is
+    the whole sequence, whose last query has the position of the last key, with all its heads.
     """
 
     p: float
     seed: Tensor
     q_positions: Tensor | None = None
     k_positions: Tensor | None = None
+    heads: HeadShard | None = None
+
+    def numbering(self, q: Tensor) -> tuple[int, int]:
+        """Return the number of head 0 of sequence 0, and that of head 0 of each next one more."""
+        heads = self.heads or HeadShard(q.shape[2])
+        return heads.first_index, heads.num_heads
 
     def positions(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the positions as tensors, for kernels that count none."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels.runtime.dropout import keep, keep_scale
+from emu3_kernels.runtime.dropout import HeadShard, keep, keep_scale
 
 
 def attention(
@@ -16,6 +16,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    dropout_heads: HeadShard | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     (batch, num_queries, num_heads, head_dim), (num_keys, num_kv_heads) = q.shape, k.shape[1:3]
@@ -36,7 +37,14 @@ def attention(
     # A query that attends to no key has an lse of -inf, and no probability.
     p = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     if dropout_p > 0:
-        head = torch.arange(batch * num_heads, device=q.device).view(scores.shape[:3])
+        shard = dropout_heads or HeadShard(num_heads)
+        sequence = torch.arange(batch, device=q.device)[:, None]
+        head = (
+            torch.arange(num_heads, device=q.device)
+            + shard.first_index
+            + sequence * shard.num_heads
+        )
+        head = head.view(scores.shape[:3])
         kept = keep(seed, dropout_p, row + num_keys - num_queries, column, head[..., None, None])
         p = p * kept * keep_scale(dropout_p)
     out = torch.einsum("bgrts,bsgk->btgrk", p, v.to(compute)).flatten(2, 3).to(q.dtype)

@@ -97,7 +97,7 @@ def forward(
     grid = (cdiv(num_queries, chosen["BLOCK_M"]) * batch * num_heads,)
     launch(
         attention_fwd_kernel, grid, q, k, v, out, lse,
-        *range_arguments(key_ranges), *dropout_arguments(dropout), max(scale, 1e-30),
+        *range_arguments(key_ranges), *dropout_arguments(dropout, q), max(scale, 1e-30),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         num_queries, num_keys, num_heads, num_kv_heads,
         HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), **chosen,
@@ -108,7 +108,8 @@ def forward(
 @triton.jit
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, end_ptr, range_stride, offset,
-    seed_ptr, q_positions_ptr, k_positions_ptr, drop_below, keep_scale, scale,
+    seed_ptr, q_positions_ptr, k_positions_ptr, first_head, all_heads, drop_below, keep_scale,
+    scale,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
     num_queries, num_keys, num_heads, num_kv_heads,
@@ -136,6 +137,7 @@ def attention_fwd_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         q_position = load_position(q_positions_ptr, row, num_keys - num_queries)
+        dropout_head = first_head + batch * all_heads + head
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -154,7 +156,7 @@ def attention_fwd_kernel(
         l_i = l_i * alpha + tl.sum(p, 1)
         if seed_ptr is not None:
             k_position = load_position(k_positions_ptr, key, 0)
-            kept = keep(seed, drop_below, q_position[:, None], k_position[None, :], nth_head)
+            kept = keep(seed, drop_below, q_position[:, None], k_position[None, :], dropout_head)
             p = tl.where(kept, p, 0)
         v = load_rows(v_ptr, key, v_token_stride, HEAD_DIM, BLOCK_D)
         acc = dot_acc(p.to(v.dtype), v, acc * alpha[:, None])

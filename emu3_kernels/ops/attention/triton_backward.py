@@ -128,7 +128,7 @@ def _launch(
     dk, dv = k.new_empty(kv_shape, dtype=dtype), k.new_empty(kv_shape, dtype=dtype)
     tensors = q, k, v, dout, lse, delta
     settings = (
-        *dropout_arguments(dropout), scale,
+        *dropout_arguments(dropout, q), scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
         num_queries, num_keys, num_heads, num_kv_heads,
     )  # fmt: skip
@@ -155,7 +155,8 @@ def _launch(
 def attention_bwd_dq_kernel(
     dq_ptr, out_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     first_ptr, end_ptr, range_stride, offset,
-    seed_ptr, q_positions_ptr, k_positions_ptr, drop_below, keep_scale, scale,
+    seed_ptr, q_positions_ptr, k_positions_ptr, first_head, all_heads, drop_below, keep_scale,
+    scale,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
     dout_batch_stride, dout_token_stride, dout_head_stride,
@@ -200,6 +201,7 @@ def attention_bwd_dq_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         q_position = load_position(q_positions_ptr, row, num_keys - num_queries)
+        dropout_head = first_head + batch * all_heads + head
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     log2_scale = scale * LOG2E
@@ -215,7 +217,7 @@ def attention_bwd_dq_kernel(
             p = tl.where(is_visible(j[None, :], first[:, None], length[:, None]), p, 0)
         if seed_ptr is not None:
             k_position = load_position(k_positions_ptr, key, 0)
-            kept = keep(seed, drop_below, q_position[:, None], k_position[None, :], nth_head)
+            kept = keep(seed, drop_below, q_position[:, None], k_position[None, :], dropout_head)
             dp = tl.where(kept, dp * keep_scale, 0)
         dq = dot_acc((p * (dp - delta[:, None])).to(k.dtype), k, dq)
     store_rows(
@@ -257,7 +259,8 @@ def queries_of_block(
 def attention_bwd_dkdv_kernel(
     dk_ptr, dv_ptr, q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     first_ptr, end_ptr, range_stride, offset,
-    seed_ptr, q_positions_ptr, k_positions_ptr, drop_below, keep_scale, scale,
+    seed_ptr, q_positions_ptr, k_positions_ptr, first_head, all_heads, drop_below, keep_scale,
+    scale,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
     dout_batch_stride, dout_token_stride, dout_head_stride,
@@ -313,7 +316,8 @@ def attention_bwd_dkdv_kernel(
         dropped_p = p
         if seed_ptr is not None:
             q_position = load_position(q_positions_ptr, row, num_keys - num_queries)
-            kept = keep(seed, drop_below, q_position[None, :], k_position[:, None], nth_head)
+            dropout_head = first_head + batch * all_heads + head
+            kept = keep(seed, drop_below, q_position[None, :], k_position[:, None], dropout_head)
             dropped_p = tl.where(kept, p, 0)
             dp = tl.where(kept, dp * keep_scale, 0)
         dv = dot_acc(dropped_p.to(dout.dtype), dout, dv)

@@ -33,12 +33,15 @@ def range_arguments(
     return first, end, first.stride(0), offset
 
 
-def dropout_arguments(dropout: Dropout | None) -> tuple[Tensor | int | float | None, ...]:
-    """Return the seed, both positions, the smallest word that is kept, and the factor."""
+def dropout_arguments(
+    dropout: Dropout | None, q: Tensor
+) -> tuple[Tensor | int | float | None, ...]:
+    """Return the seed, positions, numbering of heads, smallest kept word and factor."""
     if dropout is None:
-        return None, None, None, 0, 1.0
-    p, seed, q_positions, k_positions = dropout
-    return seed, q_positions, k_positions, drop_below(p), keep_scale(p)
+        return None, None, None, None, None, 0, 1.0
+    p, seed, q_positions, k_positions, _ = dropout
+    numbering = dropout.numbering(q)
+    return seed, q_positions, k_positions, *numbering, drop_below(p), keep_scale(p)
 
 
 @triton.jit

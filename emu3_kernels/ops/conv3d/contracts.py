@@ -148,8 +148,19 @@ def _conv(dtype: str, channels: int, width: int, rows: int, contract: Contract) 
 # weights, norms and biases. Scalar stores: the same rows of y, an element at a time. Accesses of 8
 # bytes: a thread has four columns in either dtype, four of two bytes here. Registers: four blocks
 # of 64 threads a multiprocessor, as many as Emu3's latents of 32 frames give it.
-FEW = Contract(
-    max_registers=255, scalar_loads=160, scalar_stores=16,
-    exceptions={"sm_100: stores": "the rows of single elements are unrolled"},
-)  # fmt: skip
-CUDA = (_conv("float", 4, 3, 8, FEW), _conv("bfloat16", 4, 3, 8, replace(FEW, access_bytes=8)))
+UNROLLED = {"sm_100: stores": "the rows of single elements are unrolled"}
+FEW = Contract(max_registers=255, scalar_loads=160, scalar_stores=16, exceptions=UNROLLED)
+# Flat tiles, where tall ones would leave multiprocessors idle.
+FLAT_SPILLS = {f"{target}: spills": "2 accesses, 8 bytes of stack" for target in ("sm_80", "sm_90")}
+EIGHT = replace(FEW, scalar_stores=32)
+SIXTEEN = replace(
+    FEW, scalar_stores=64, exceptions=UNROLLED | {"sm_100: loads": "they are unrolled too"}
+)
+CUDA = (
+    _conv("float", 4, 3, 8, FEW),
+    _conv("bfloat16", 4, 3, 8, replace(FEW, access_bytes=8)),
+    _conv("float", 4, 3, 2, replace(FEW, exceptions=FLAT_SPILLS)),
+    _conv("float", 8, 3, 8, EIGHT),
+    _conv("float", 16, 3, 8, SIXTEEN),
+    _conv("bfloat16", 16, 3, 8, replace(SIXTEEN, access_bytes=8)),
+)

@@ -2,8 +2,10 @@
 
 The kernels of a backend serve both ops, on rows ``[R, D]`` with unit stride in D:
 
-    forward(x, residual, weight, eps, dropout_p, seed, out=None) -> y, summed, rstd [R]
-    backward(dy, dsummed, summed, weight, rstd, dropout_p, seed) -> dx, dresidual, dweight
+    forward(x, residual, weight, eps, dropout_p, seed, dropout_rows, out=None)
+        -> y, summed, rstd [R]
+    backward(dy, dsummed, summed, weight, rstd, dropout_p, seed, dropout_rows)
+        -> dx, dresidual, dweight
 
 ``residual``, ``dsummed`` and ``dresidual`` are None in rms_norm, whose ``summed`` is ``x`` itself.
 """
@@ -22,7 +24,7 @@ from emu3_kernels.runtime.checks import (
     unrows,
 )
 from emu3_kernels.runtime.dispatch import Backends
-from emu3_kernels.runtime.dropout import check_dropout, draw_seed
+from emu3_kernels.runtime.dropout import check_dropout, check_dropout_rows, draw_seed
 
 RMS_NORM = Backends("rms_norm", __package__, reference.rms_norm, cpu=("cpu",), cuda=("triton",))
 ADD_RMS_NORM = Backends(
@@ -53,7 +55,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | Non
     chosen = RMS_NORM.choose(backend, x, weight)
     if chosen.function is not None:
         return chosen.function(x, weight, eps)
-    inputs = rows(x), None, weight.contiguous(), eps, 0.0, None
+    inputs = rows(x), None, weight.contiguous(), eps, 0.0, None, None
     if needs_gradient(x, weight):
         y = _RMSNorm.apply(*inputs, chosen)
     else:
@@ -69,6 +71,7 @@ def add_rms_norm(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    dropout_rows: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -95,6 +98,9 @@ def add_rms_norm(
         dropout_p: probability that an element of ``x`` is dropped, in ``[0, 1)``.
         seed: 0-d int64 on the device of ``x``; None draws one from torch's default generator
             if there is dropout.
+        dropout_rows: ``[...]`` int64, the row of the mask of each row of ``x``, of which the lower
+            32 bits are used; None counts them from 0. A rank that passes the rows that it holds
+            of the whole drops what the whole would.
         out: tensors for y and the sum, for a call without a gradient: contiguous, like ``x``;
             they may be ``x`` and ``residual`` themselves.
         backend: ``"cpu"``, ``"triton"``, ``"reference"``, or None for the first that fits.
@@ -112,14 +118,20 @@ def add_rms_norm(
     if out is not None:
         _check_out(x, residual, weight, out)
     if dropout_p == 0:
-        seed = None
+        seed = dropout_rows = None
     elif seed is None:
         seed = draw_seed(x.device)
+    if dropout_rows is not None:
+        check_dropout_rows("add_rms_norm", x, dropout_rows)
     chosen = ADD_RMS_NORM.choose(backend, x, weight)
     if chosen.function is not None:
-        results = chosen.function(x, residual, weight, eps, dropout_p=dropout_p, seed=seed)
+        dropout = {"dropout_p": dropout_p, "seed": seed, "dropout_rows": dropout_rows}
+        results = chosen.function(x, residual, weight, eps, **dropout)
         return results if out is None else copied(results, out)
-    inputs = rows(x), rows(residual), weight.contiguous(), eps, dropout_p, seed
+    if dropout_rows is not None:
+        dropout_rows = dropout_rows.flatten()
+    dropout = dropout_p, seed, dropout_rows
+    inputs = rows(x), rows(residual), weight.contiguous(), eps, *dropout
     if out is not None:
         chosen.forward(*inputs, (rows(out[0]), rows(out[1])))
         mark_written(*out)
@@ -135,19 +147,21 @@ class _RMSNorm(torch.autograd.Function):
     """Returns y, and summed if there is a residual."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, dropout_p, seed, backend):
-        y, summed, rstd = backend.forward(x, residual, weight, eps, dropout_p, seed)
-        ctx.save_for_backward(summed, weight, rstd, seed)
+    def forward(ctx, x, residual, weight, eps, dropout_p, seed, dropout_rows, backend):
+        dropout = dropout_p, seed, dropout_rows
+        y, summed, rstd = backend.forward(x, residual, weight, eps, *dropout)
+        ctx.save_for_backward(summed, weight, rstd, seed, dropout_rows)
         ctx.dropout_p, ctx.backend = dropout_p, backend
         return y if residual is None else (y, summed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dsummed=None):
-        *saved, seed = ctx.saved_tensors
+        *saved, seed, dropout_rows = ctx.saved_tensors
         dsummed = None if dsummed is None else rows(dsummed)
-        grads = ctx.backend.backward(rows(dy), dsummed, *saved, ctx.dropout_p, seed)
-        return *grads, None, None, None, None
+        dropout = ctx.dropout_p, seed, dropout_rows
+        grads = ctx.backend.backward(rows(dy), dsummed, *saved, *dropout)
+        return *grads, *[None] * 5
 
 
 def _check_out(x: Tensor, residual: Tensor, weight: Tensor, out: tuple[Tensor, Tensor]) -> None:

@@ -35,18 +35,28 @@ BACKWARD_TWO_PASS = {
 }
 
 
-def run_forward(num_rows: int, width: int, *, residual: bool, dropout: bool = False) -> None:
+def run_forward(
+    num_rows: int, width: int, *, residual: bool, dropout: bool = False, of_rank: bool = False
+) -> None:
     x = meta(num_rows, width)
-    forward(x, x if residual else None, meta(width), 1e-5, *_random(dropout))
+    forward(x, x if residual else None, meta(width), 1e-5, *_random(num_rows, dropout, of_rank))
 
 
-def run_backward(num_rows: int, width: int, *, residual: bool, dropout: bool = False) -> None:
+def run_backward(
+    num_rows: int, width: int, *, residual: bool, dropout: bool = False, of_rank: bool = False
+) -> None:
     x, rstd = meta(num_rows, width), meta(num_rows, dtype=torch.float32)
-    backward(x, x if residual else None, x, meta(width), rstd, *_random(dropout))
+    random = _random(num_rows, dropout, of_rank)
+    backward(x, x if residual else None, x, meta(width), rstd, *random)
 
 
-def _random(dropout: bool) -> tuple[float, Tensor | None]:
-    return (0.1, meta(dtype=torch.int64)) if dropout else (0.0, None)
+def _random(
+    num_rows: int, dropout: bool, of_rank: bool
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """Return p, the seed and, of a rank, the rows of the mask."""
+    if not dropout:
+        return 0.0, None, None
+    return 0.1, meta(dtype=torch.int64), meta(num_rows, dtype=torch.int64) if of_rank else None
 
 
 # Emu3's width, the widest rows in registers, and wider ones.
@@ -74,21 +84,26 @@ PHILOX = {
 }
 
 
-def _with_dropout(config: Config) -> Config:
-    """The seed is one more scalar."""
+def _with_dropout(config: Config, *, of_rank: bool = False) -> Config:
+    """The seed is one more scalar, and so is the row of the mask of each row ahead."""
     contracts = {
         name: replace(
             contract,
-            scalar_loads=contract.scalar_loads + 1,
+            scalar_loads=contract.scalar_loads + (4 if of_rank else 1),
             exceptions={**contract.exceptions, **PHILOX.get((config.name, name), {})},
         )
         for name, contract in config.contracts.items()
     }
-    return Config(f"{config.name}, dropout", partial(config.call, dropout=True), contracts)
+    name = f"{config.name}, dropout{' of a rank' if of_rank else ''}"
+    return Config(name, partial(config.call, dropout=True, of_rank=of_rank), contracts)
 
 
 _ADD = tuple(_config(*shape, residual=True) for shape in SHAPES)
 CONFIGS = {
     "rms_norm": tuple(_config(*shape, residual=False) for shape in SHAPES),
-    "add_rms_norm": (*_ADD, *map(_with_dropout, _ADD)),
+    "add_rms_norm": (
+        *_ADD,
+        *map(_with_dropout, _ADD),
+        *(_with_dropout(config, of_rank=True) for config in (_ADD[0], _ADD[3])),
+    ),
 }

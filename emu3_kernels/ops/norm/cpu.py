@@ -22,14 +22,15 @@ def forward(
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
+    dropout_rows: Tensor | None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if residual is None:
         y, rstd = OPS.rms_norm_forward(x, weight, eps)
         return y, x, rstd
     if out is None:
-        return OPS.add_rms_norm_forward(x, residual, weight, eps, dropout_p, seed)
-    OPS.add_rms_norm_out(x, residual, weight, eps, dropout_p, seed, *out)
+        return OPS.add_rms_norm_forward(x, residual, weight, eps, dropout_p, seed, dropout_rows)
+    OPS.add_rms_norm_out(x, residual, weight, eps, dropout_p, seed, dropout_rows, *out)
     return *out, None
 
 
@@ -41,12 +42,14 @@ def backward(
     rstd: Tensor,
     dropout_p: float,
     seed: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     if dsummed is None:
         dx, dweight = OPS.rms_norm_backward(dy, summed, weight, rstd)
         return dx, None, dweight
     if seed is not None:
-        return OPS.add_rms_norm_backward_dropped(dy, dsummed, summed, weight, rstd, dropout_p, seed)
+        dropout = dropout_p, seed, dropout_rows
+        return OPS.add_rms_norm_backward_dropped(dy, dsummed, summed, weight, rstd, *dropout)
     dx, dweight = OPS.add_rms_norm_backward(dy, dsummed, summed, weight, rstd)
     return dx, dx, dweight
 
@@ -71,6 +74,7 @@ if not library.MISSING:
         eps: float,
         dropout_p: float,
         seed: Tensor | None,
+        dropout_rows: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rstd = x.new_empty(x.shape[0], dtype=torch.float32)
         return x.new_empty(x.shape), x.new_empty(x.shape), rstd
@@ -83,6 +87,7 @@ if not library.MISSING:
         eps: float,
         dropout_p: float,
         seed: Tensor | None,
+        dropout_rows: Tensor | None,
         y: Tensor,
         summed: Tensor,
     ) -> None: ...
@@ -102,6 +107,7 @@ if not library.MISSING:
         rstd: Tensor,
         dropout_p: float,
         seed: Tensor,
+        dropout_rows: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dx, dresidual = summed.new_empty(summed.shape), summed.new_empty(summed.shape)
         return dx, dresidual, weight.new_empty(weight.shape)

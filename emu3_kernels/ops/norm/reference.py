@@ -23,14 +23,16 @@ def add_rms_norm(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    dropout_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
-    branch = x if seed is None else _dropout(x.to(compute), dropout_p, seed)
+    branch = x if seed is None else _dropout(x.to(compute), dropout_p, seed, dropout_rows)
     summed = (branch + residual).to(x.dtype)
     return rms_norm(summed, weight, eps), summed
 
 
-def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    row = torch.arange(prod(x.shape[:-1]), device=x.device).view(*x.shape[:-1], 1)
-    kept = keep(seed, p, row, torch.arange(x.shape[-1], device=x.device))
+def _dropout(x: Tensor, p: float, seed: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        rows = torch.arange(prod(x.shape[:-1]), device=x.device).view(x.shape[:-1])
+    kept = keep(seed, p, rows[..., None], torch.arange(x.shape[-1], device=x.device))
     return torch.where(kept, x * keep_scale(p), 0)

@@ -57,6 +57,7 @@ def forward(
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
+    dropout_rows: Tensor | None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A block is read before it is written: ``out`` may be ``x`` and ``residual``."""
@@ -75,7 +76,8 @@ def forward(
         residual_stride = 0 if residual is None else residual.stride(0)
         launch(
             kernel, (num_rows,), x, residual, weight, y, summed, rstd, x.stride(0),
-            residual_stride, width, eps, *triton_dropout.arguments(dropout_p, seed), **options,
+            residual_stride, width, eps, *triton_dropout.arguments(dropout_p, seed), dropout_rows,
+            **options,
         )  # fmt: skip
     return y, x if residual is None else summed, rstd
 
@@ -88,6 +90,7 @@ def backward(
     rstd: Tensor,
     dropout_p: float,
     seed: Tensor | None,
+    dropout_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Sum dweight in an order fixed by P and R alone.
 
@@ -109,7 +112,7 @@ def backward(
     num_programs = min(num_rows, gpu_of(dy).num_sms * max(16 // options["num_warps"], 1))
     partials = summed.new_empty((num_programs, width), dtype=torch.float32)
     strides = (dy.stride(0), 0 if dsummed is None else dsummed.stride(0), summed.stride(0))
-    dropout = triton_dropout.arguments(dropout_p, seed)
+    dropout = *triton_dropout.arguments(dropout_p, seed), dropout_rows
     if width <= MAX_BACKWARD:
         launch(
             rms_norm_bwd_kernel, (num_programs,), dy, dsummed, summed, weight, rstd, dx, dropped,
@@ -143,6 +146,14 @@ def _store(ptr, c, value, inside):
 
 
 @triton.jit
+def _dropout_row(rows_ptr, row):
+    if rows_ptr is None:
+        return row
+    else:  # noqa: RET505 (Triton compiles what follows a branch that returns)
+        return tl.load(rows_ptr + row)
+
+
+@triton.jit
 def _drop(x, row, c, seed, drop_below, scale):
     return tl.where(triton_dropout.keep(seed, drop_below, row, c, 0), x * scale, 0.0)
 
@@ -161,7 +172,8 @@ def _load_sum(x_ptr, residual_ptr, c, inside, row, seed, drop_below, scale):
 @triton.jit
 def rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, summed_ptr, rstd_ptr, x_stride, residual_stride,
-    width, eps, seed_ptr, drop_below, scale, BLOCK: tl.constexpr,
+    width, eps, seed_ptr, drop_below, scale, dropout_rows_ptr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y = x * rstd * weight;  rstd = rsqrt(mean(x**2) + eps)."""
     row = tl.program_id(0).to(tl.int64)
@@ -171,7 +183,8 @@ def rms_norm_fwd_kernel(
         residual_ptr += row * residual_stride
     x_ptr += row * x_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
-    x = _load_sum(x_ptr, residual_ptr, c, inside, row, seed, drop_below, scale)
+    dropout_row = _dropout_row(dropout_rows_ptr, row)
+    x = _load_sum(x_ptr, residual_ptr, c, inside, dropout_row, seed, drop_below, scale)
     weight = _load(weight_ptr, c, inside)
     rstd = tl.rsqrt(tl.sum(x * x) / width + eps)
     tl.store(rstd_ptr + row, rstd)
@@ -183,7 +196,8 @@ def rms_norm_fwd_kernel(
 @triton.jit
 def rms_norm_fwd_two_pass_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, summed_ptr, rstd_ptr, x_stride, residual_stride,
-    width, eps, seed_ptr, drop_below, scale, BLOCK: tl.constexpr,
+    width, eps, seed_ptr, drop_below, scale, dropout_rows_ptr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Forward of a row too wide for registers: one pass for rstd, one for y."""
     row = tl.program_id(0).to(tl.int64)
@@ -191,17 +205,18 @@ def rms_norm_fwd_two_pass_kernel(
     if residual_ptr is not None:
         residual_ptr += row * residual_stride
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
+    dropout_row = _dropout_row(dropout_rows_ptr, row)
     squares = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        x = _load_sum(x_ptr, residual_ptr, c, c < width, row, seed, drop_below, scale)
+        x = _load_sum(x_ptr, residual_ptr, c, c < width, dropout_row, seed, drop_below, scale)
         squares += x * x
     rstd = tl.rsqrt(tl.sum(squares) / width + eps)
     tl.store(rstd_ptr + row, rstd)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
         inside = c < width
-        x = _load_sum(x_ptr, residual_ptr, c, inside, row, seed, drop_below, scale)
+        x = _load_sum(x_ptr, residual_ptr, c, inside, dropout_row, seed, drop_below, scale)
         _store(y_ptr + row * width, c, x * rstd * _load(weight_ptr, c, inside), inside)
         if summed_ptr is not None:
             _store(summed_ptr + row * width, c, x, inside)
@@ -211,7 +226,7 @@ def rms_norm_fwd_two_pass_kernel(
 def rms_norm_bwd_kernel(
     dy_ptr, dsummed_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr, partials_ptr,
     dy_stride, dsummed_stride, x_stride, num_rows, width, seed_ptr, drop_below, scale,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    dropout_rows_ptr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (dnormed - normed * mean(dnormed * normed));  dnormed = dy * weight.
 
@@ -234,7 +249,8 @@ def rms_norm_bwd_kernel(
             dx += _load(dsummed_ptr + row * dsummed_stride, c, inside)
         if seed is not None:
             _store(dresidual_ptr + row * width, c, dx, inside)
-            dx = _drop(dx, row, c, seed, drop_below, scale)
+            dropout_row = _dropout_row(dropout_rows_ptr, row)
+            dx = _drop(dx, dropout_row, c, seed, drop_below, scale)
         _store(dx_ptr + row * width, c, dx, inside)
     _store(partials_ptr + program * width, c, dweight, inside)
 
@@ -242,7 +258,8 @@ def rms_norm_bwd_kernel(
 @triton.jit
 def rms_norm_bwd_dx_kernel(
     dy_ptr, dsummed_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dresidual_ptr,
-    dy_stride, dsummed_stride, x_stride, width, seed_ptr, drop_below, scale, BLOCK: tl.constexpr,
+    dy_stride, dsummed_stride, x_stride, width, seed_ptr, drop_below, scale, dropout_rows_ptr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx of a row too wide for registers: one pass for the mean, one for dx."""
     row = tl.program_id(0).to(tl.int64)
@@ -252,6 +269,7 @@ def rms_norm_bwd_dx_kernel(
         dsummed_ptr += row * dsummed_stride
     rstd = tl.load(rstd_ptr + row)
     seed = tl.load(seed_ptr) if seed_ptr is not None else None
+    dropout_row = _dropout_row(dropout_rows_ptr, row)
     dots = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
@@ -268,7 +286,7 @@ def rms_norm_bwd_dx_kernel(
             dx += _load(dsummed_ptr, c, inside)
         if seed is not None:
             _store(dresidual_ptr + row * width, c, dx, inside)
-            dx = _drop(dx, row, c, seed, drop_below, scale)
+            dx = _drop(dx, dropout_row, c, seed, drop_below, scale)
         _store(dx_ptr + row * width, c, dx, inside)
 
 

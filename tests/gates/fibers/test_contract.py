@@ -62,9 +62,8 @@ def facts_of(source: str, target: str) -> Facts:
             command = [NVCC, *FLAGS, f"-I{CSRC}", f"-arch={target}", path, "-o", cubin]
             log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             shared = re.search(r"(\d+) bytes smem", log)
-            return repr(
-                asdict(nvidia_facts(cubin.read_bytes(), int(shared[1]) if shared else 0))
-            ).encode()
+            kernel = cubin.read_bytes(), int(shared[1]) if shared else 0
+            return repr(asdict(nvidia_facts([kernel], target)[0])).encode()
 
     counting = (getsource(machine_code), getsource(loops), triton.__version__)
     key = [*FLAGS, target, version_of(NVCC), *counting, with_includes(source)]

@@ -27,6 +27,8 @@ class Facts(NamedTuple):
     scale: float = 0
     dropout_p: float = 0
     seed: float = 0
+    num_heads_of_dropout: float = 0
+    first_head_of_dropout: float = 0
     backend: float = 0
 
 

@@ -3,6 +3,9 @@
 B batch, T tokens, H query heads, KV key/value heads, K head_dim, P ranks.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +18,12 @@ from emu3_kernels.ops.attention.ring.shards import Zigzag, gather
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.checks import check_grouped_heads, describe
 from emu3_kernels.runtime.dispatch import Backend, Backends
-from emu3_kernels.runtime.dropout import check_dropout, draw_seed
+from emu3_kernels.runtime.dropout import (
+    HeadShard,
+    check_dropout,
+    check_dropout_heads,
+    draw_seed,
+)
 
 RING_ATTENTION = Backends(
     "ring_attention",
@@ -37,6 +45,7 @@ def ring_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    dropout_heads: HeadShard | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Return this rank's shard of :func:`attention` over a sequence that a group shares.
@@ -72,25 +81,51 @@ def ring_attention(
         dropout_p: probability in ``[0, 1)`` of dropping a probability; :func:`attention` of the
             whole sequence drops the same.
         seed: scalar int64 tensor on the device of ``q``, the same on all ranks; None draws one.
+        dropout_heads: as in :func:`attention`, the same on all ranks.
         backend: a key of ``RING_ATTENTION``, or None for the first that fits.
 
     Returns:
         ``[B, T/P, H, K]`` in the dtype of ``q``.
     """
+    run = _outside_graphs() if torch.compiler.is_compiling() else _ring_attention
+    settings = document_ids, scale, dropout_p, seed, dropout_heads, backend
+    return run(q, k, v, group, causal, *settings)
+
+
+@cache
+def _outside_graphs() -> Callable[..., Tensor]:
+    """The messages depend on the values of tensors, which a graph does not know."""
+    return torch.compiler.disable(_ring_attention)
+
+
+def _ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: dist.ProcessGroup,
+    causal: bool,
+    document_ids: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    dropout_heads: HeadShard | None,
+    backend: str | None,
+) -> Tensor:
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"ring_attention: group must be a process group of this rank, got {group}")
     chosen, facts, invalid = RING_ATTENTION["reference"], Facts(), None
     try:
-        _check(q, k, v, document_ids, dropout_p, seed)
+        _check(q, k, v, document_ids, dropout_p, seed, dropout_heads)
         chosen = RING_ATTENTION.choose(backend, q, k, v)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        facts = _facts(q, k, v, causal, document_ids, scale, dropout_p, seed, chosen)
+        facts = _facts(q, k, v, causal, document_ids, scale, dropout_p, seed, dropout_heads, chosen)
     except (TypeError, ValueError, NotImplementedError) as error:
         invalid = error
     size = 0 if invalid else q.shape[1]
     zigzag, seed = agree(invalid, size, _seed_or_draw(seed, dropout_p, q.device), facts, group)
     schedule, document_ids = _plan(zigzag, causal, document_ids, group)
     settings = {"document_ids": document_ids, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+    settings["dropout_heads"] = dropout_heads
     if chosen.function is not None:
         return chosen.function(q, k, v, group=group, causal=causal, **settings)
     call = ring.Call(group, schedule, **settings, backend=chosen)
@@ -120,10 +155,13 @@ def _check(
     document_ids: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    dropout_heads: HeadShard | None,
 ) -> None:
     layout = "q must be [B, T/P, H, K], k and v [B, T/P, KV, K]"
     check_grouped_heads("ring_attention", layout, q, k, v)
     check_dropout("ring_attention", dropout_p, seed, q.device)
+    if dropout_heads is not None:
+        check_dropout_heads("ring_attention", q.shape[2], dropout_heads)
     if document_ids is None:
         return
     if document_ids.dtype != torch.int32:
@@ -144,6 +182,7 @@ def _facts(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    dropout_heads: HeadShard | None,
     chosen: Backend,
 ) -> Facts:
     return Facts(
@@ -158,6 +197,8 @@ def _facts(
         scale=scale,
         dropout_p=dropout_p,
         seed=seed is not None,
+        num_heads_of_dropout=dropout_heads.num_heads if dropout_heads else 0,
+        first_head_of_dropout=dropout_heads.first_index if dropout_heads else 0,
         backend=[*RING_ATTENTION.values()].index(chosen),
     )
 

@@ -11,6 +11,7 @@ from emu3_kernels.ops.attention.key_ranges import Dropout, KeyRanges, key_ranges
 from emu3_kernels.ops.attention.ring.exchange import Posted
 from emu3_kernels.ops.attention.ring.schedule import Schedule, Transfer
 from emu3_kernels.runtime.dispatch import Backend
+from emu3_kernels.runtime.dropout import HeadShard
 
 FORWARD_PIECES, BACKWARD_PIECES = 4, 8
 """Pieces in which a long shard is sent. Keys of two pieces are in memory at a time, backward
@@ -29,6 +30,7 @@ class Call(NamedTuple):
     scale: float
     dropout_p: float
     seed: Tensor | None
+    dropout_heads: HeadShard | None
     backend: Backend
 
 
@@ -119,7 +121,9 @@ class _Hops:
         ids = call.document_ids
         documents = () if ids is None else (ids[:, x] for x in positions)
         key_ranges = key_ranges_of(*positions, *documents, causal=call.schedule.causal)
-        dropout = Dropout(call.dropout_p, call.seed, *positions) if call.dropout_p > 0 else None
+        dropout = None
+        if call.dropout_p > 0:
+            dropout = Dropout(call.dropout_p, call.seed, *positions, call.dropout_heads)
         return key_ranges, call.scale, dropout
 
     def k_positions(self, step: Step) -> Tensor:

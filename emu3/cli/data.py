@@ -1,0 +1,112 @@
+"""``emu3 prepare | store``."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emu3.cli.common import Device, app, say
+from emu3.cli.files import Clips, Overwrite, vision_on
+from emu3.config import EMU3_VOCABULARY, load_model, parse
+from emu3.text import ByteTokenizer, QwenTokenizer, TextTokenizer
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(help="folders, .jsonl, .json, .tar and .parquet files"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the token store")],
+    vision: Annotated[
+        Path | None, typer.Option(help="vision.safetensors of a run, or a published folder")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="file or folder of Qwen's merges, if not in dashscope")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="whose vocabulary: 8b or mini")] = "8b",
+    device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
+    min_pixels: Annotated[
+        int, typer.Option(help="smaller images are upscaled to about this area")
+    ] = 512 * 512,
+    max_pixels: Annotated[
+        int, typer.Option(help="larger images are downscaled to about this area")
+    ] = 1024 * 1024,
+    fps: Annotated[
+        str | None, typer.Option(help="frames per second of videos: 12, 29.97, 30000/1001; or all")
+    ] = None,
+    clips: Annotated[
+        Clips, typer.Option(help="encode every 4 frames independently, or as one stream")
+    ] = Clips.pieces,
+    documents: Annotated[int, typer.Option(help="samples of a shard, about", min=1)] = 16384,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn images, videos, texts and conversations into a token store for training.
+
+    A shard is three files that appear when it is whole; those that are there are skipped, so a
+    stopped run continues and a store grows. A sample that fails is told in one line and left out;
+    the exit code is then 1. Under torchrun each process makes its share of the shards.
+    """
+    # Imported here: PyAV is slow to import.
+    from emu3.data.codes import Making
+    from emu3.data.store import Store
+    from emu3.tools.prepare.run import prepare
+
+    how = {"min_pixels": min_pixels, "max_pixels": max_pixels, "fps": fps, "clips": clips.value}
+    making, words = parse(Making, how), _text_of(preset, text)
+    tokenizer = None if vision is None else vision_on(device, vision)
+    made, left_out = prepare(
+        inputs, out, words, tokenizer, making, size=documents, overwrite=overwrite
+    )
+    failed = f", {len(made.errors)} failed" if made.errors else ""
+    lacking = f"; {len(left_out)} samples left out" if left_out else ""
+    say(f"{made.done} shards written, {made.skipped} skipped{failed}{lacking}, in {out}")
+    if int(os.environ.get("RANK", 0)) == 0 and (made.done or made.skipped):
+        say(_totals(Store(out)))
+    if failed or lacking:
+        raise typer.Exit(1)
+
+
+@app.command()
+def store(
+    folder: Annotated[Path, typer.Argument(help="folder of a token store")],
+    verify: Annotated[bool, typer.Option(help="read every byte and compare its hashes")] = False,
+    tars: Annotated[
+        Path | None, typer.Option(help="folder to fill with WebDataset tars, one for each shard")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="state how full rows of this context become", min=256)
+    ] = None,
+    window: Annotated[int, typer.Option(help="documents that are packed together", min=1)] = 4096,
+) -> None:
+    """State what a token store holds; check it, export it, or try how its documents pack."""
+    from emu3.data.store import Store
+    from emu3.tools.prepare.export import export_tars
+    from emu3.tools.prepare.fill import fill_of
+
+    found = Store(folder)
+    say(_totals(found))
+    if verify:
+        for shard in found.shards:
+            shard.verify()
+        say(f"{len(found.shards)} shards are as they were written")
+    if context is not None:
+        say(fill_of(found, context, window))
+    if tars is not None:
+        say(f"wrote {len(export_tars(found, tars))} tars to {tars}")
+
+
+def _text_of(preset: str, text: Path | None) -> TextTokenizer:
+    vocabulary = load_model(preset).vocabulary
+    return QwenTokenizer(text) if vocabulary == EMU3_VOCABULARY else ByteTokenizer(vocabulary)
+
+
+def _totals(found) -> str:
+    left_out = sum(shard.header.left_out for shard in found.shards)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.kinds().items() if count)
+    lacking = f"; {left_out:,} samples were left out" if left_out else ""
+    return (
+        f"{len(found):,} documents ({kinds}), {found.tokens:,} tokens, "
+        f"{len(found.shards)} shards in {found.folder}{lacking}"
+    )

@@ -1,0 +1,378 @@
+"""A decoder over replicate x shard x context x tensor ranks, from outside the model.
+
+FSDP2 shards weights over shard x context ranks along the hidden size, tensor parallelism the other
+dimension, so that no dimension is cut twice. Tensor parallelism works on local tensors and hooks
+(DTensor's cuts packed matrices wrong); residual stream, norms and dropout hold T/tensor tokens.
+
+B rows of a data rank, T tokens of a row, C context ranks, P tensor ranks, D hidden size.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from emu3.config import ModelSettings, ParallelSettings
+from emu3.model import Emu3, StepDropout
+from emu3.train.exchange import gather_tokens, scatter_tokens, swap, ulysses
+from emu3_kernels import (
+    Documents,
+    HeadShard,
+    linear_cross_entropy,
+    ring_attention,
+    shard_sequence,
+    site_seeds,
+)
+
+
+class Batch(NamedTuple):
+    """Packed rows of a data rank, each ``[B, T]``; targets are the next tokens."""
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+    """Of the targets, float32; 0 for the first token of a document."""
+    positions: Tensor
+    """int64, of each token in its document."""
+    documents: Tensor
+    """int32, non-decreasing along T."""
+
+    @classmethod
+    def of(cls, ids: Tensor, weights: Tensor, documents: Tensor) -> "Batch":
+        """Shift rows ``[B, T + 1]`` of ids, their weights and the numbers of their documents."""
+        documents = documents[:, :-1]
+        starts = torch.ones_like(documents, dtype=torch.bool)
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        index = torch.arange(documents.shape[1], device=ids.device).expand_as(documents)
+        positions = index - torch.where(starts, index, 0).cummax(1).values
+        return cls(ids[:, :-1], ids[:, 1:], weights[:, 1:], positions, documents)
+
+
+class Cut(NamedTuple):
+    """How a weight is sharded: the dims of tensor and of FSDP ranks, rows of its packed parts."""
+
+    tensor: int | None
+    fsdp: int
+    parts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ranks, in the order (replicate, shard, context, tensor): two views of one world."""
+
+    settings: ParallelSettings
+    groups: DeviceMesh
+    """replicate, shard, context, tensor."""
+    storage: DeviceMesh
+    """replicate, fsdp = shard x context, tensor: where weights are stored."""
+
+    @classmethod
+    def of(cls, settings: ParallelSettings, device: str) -> "Layout":
+        """Lay the world out; its process group must exist.
+
+        Args:
+            settings: sizes whose product is the number of ranks.
+            device: type of the devices, ``"cpu"`` or ``"cuda"``.
+        """
+        s, world = settings, dist.get_world_size()
+        if s.num_ranks != world:
+            raise ValueError(
+                f"parallel: replicate x shard x context x tensor must be the {world} ranks, got "
+                f"{s.replicate} x {s.shard} x {s.context} x {s.tensor} = {s.num_ranks}"
+            )
+        groups = (s.replicate, s.shard, s.context, s.tensor)
+        storage = (s.replicate, s.shard * s.context, s.tensor)
+        return cls(
+            settings,
+            init_device_mesh(
+                device, groups, mesh_dim_names=("replicate", "shard", "context", "tensor")
+            ),
+            init_device_mesh(device, storage, mesh_dim_names=("replicate", "fsdp", "tensor")),
+        )
+
+    def rank(self, name: str) -> int:
+        return self.groups.get_local_rank(name)
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        return self.groups.get_group(name)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the ``data_ranks`` readers of rows this rank is."""
+        return self.rank("replicate") * self.settings.shard + self.rank("shard")
+
+    @property
+    def data_ranks(self) -> int:
+        return self.settings.replicate * self.settings.shard
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Return this rank's tokens of ``x [B, T, ...]``, T/C of them."""
+        s, rank = self.settings, self.rank("context")
+        if s.context == 1:
+            return x
+        if s.context_style == "ring":
+            return shard_sequence(x, (rank, s.context))
+        return x.chunk(s.context, 1)[rank]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add up over data and context ranks what all tensor ranks hold: a part of the loss."""
+        total = x.detach().clone()
+        dist.all_reduce(total)
+        return total / self.settings.tensor
+
+    def total_weight(self, batches: Sequence[Batch]) -> Tensor:
+        """Return the weight of a step: of all micro-batches, here and on all other data ranks."""
+        counts = self.rank("context") == self.rank("tensor") == 0
+        total = torch.stack([batch.weights.double().sum() for batch in batches]).sum() * counts
+        dist.all_reduce(total)
+        return total.float()
+
+
+def check_fits(settings: ParallelSettings, model: ModelSettings, tokens: int) -> None:
+    """Raise unless rows of ``tokens`` of a model can be laid out so."""
+    s = settings
+    heads = s.tensor * (s.context if s.context_style == "ulysses" else 1)
+    parts = "tensor x context ranks" if s.context_style == "ulysses" else "tensor ranks"
+    divides = (
+        ("num_kv_heads", model.num_kv_heads, parts, heads),
+        ("intermediate_size", model.intermediate_size, "tensor ranks", s.tensor),
+        ("hidden_size", model.hidden_size, "shard x context ranks", s.shard * s.context),
+        ("hidden_size", model.hidden_size, "tensor ranks", s.tensor),
+        ("tokens of a row", tokens, "context x tensor ranks", s.context * s.tensor),
+    )
+    for name, value, ranks, size in divides:
+        if value % size:
+            raise ValueError(
+                f"parallel: {name} must be a multiple of the {size} {ranks}, got {value}"
+            )
+    if s.context_style == "ring" and s.context > 1 and tokens % (2 * s.context):
+        raise ValueError(
+            f"parallel: tokens of a row must be a multiple of {2 * s.context}, twice the context "
+            f"ranks of a ring, got {tokens}"
+        )
+
+
+def cuts(s: ModelSettings) -> dict[str, Cut]:
+    """Return how every weight of the model is sharded."""
+    keys = s.num_kv_heads * s.head_dim
+    table = {"embedding.weight": Cut(1, 0), "head.weight": Cut(0, 1), "norm": Cut(None, 0)}
+    for number in range(s.num_layers):
+        of_block = {
+            "attention_norm": Cut(None, 0),
+            "attention.qkv.weight": Cut(0, 1, (s.num_heads * s.head_dim, keys, keys)),
+            "attention.out.weight": Cut(1, 0),
+            "mlp_norm": Cut(None, 0),
+            "mlp.gate_up.weight": Cut(0, 1, (s.intermediate_size, s.intermediate_size)),
+            "mlp.down.weight": Cut(1, 0),
+        }
+        table |= {f"blocks.{number}.{name}": cut for name, cut in of_block.items()}
+    return table
+
+
+def parallelize(model: Emu3, layout: Layout) -> None:
+    """Shard a whole model, the same on every rank, in place; ``objective`` is then its forward.
+
+    Weights stay in their dtype; with ``bfloat16`` they are gathered, and computed with, in
+    bfloat16, and gradients are reduced in float32.
+    """
+    # Blocks return views; no op of the model is in place, of which FSDP warns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    s = layout.settings
+    if s.tensor > 1:
+        _tensor_parallel(model, layout)
+    if s.context > 1:
+        run = {"ring": ring_attention, "ulysses": ulysses}[s.context_style]
+        for block in model.blocks:
+            block.attention.attend = partial(run, group=layout.group("context"))
+    table = cuts(model.settings)
+    dims = {parameter: table[name].fsdp for name, parameter in model.named_parameters()}
+    mesh = layout.storage["replicate", "fsdp"] if s.replicate > 1 else layout.storage["fsdp"]
+    options = {
+        "mesh": mesh,
+        "mp_policy": _precision(s),
+        "shard_placement_fn": lambda parameter: Shard(dims[parameter]),
+    }
+    for block in model.blocks:
+        _recompute(block, s.recompute)
+        if s.compile:
+            block.compile()  # with its hooks, before FSDP adds its own
+        fully_shard(block, **options)
+    fully_shard(model.embedding, **options)
+    fully_shard(model, **options)  # norm and head, whose weights the loss reads
+    register_fsdp_forward_method(model, "objective")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Gradients are summed: the loss is divided by the weight of all ranks. Gloo has no
+            # multiplied sum, which any factor is by default.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def accumulate_gradients(
+    model: Emu3,
+    layout: Layout,
+    batches: Sequence[Batch],
+    *,
+    seeds: Tensor | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Add up the gradients of a step's micro-batches, and return the loss of all ranks.
+
+    Row b of micro-batch m of data rank i is row ``(m * data_ranks + i) * B + b`` of the step, by
+    which dropout counts. The loss is divided by the weight of the whole step. Gradients are reduced
+    over shards in each micro-batch, so that no rank holds whole ones, and over replicas in the
+    last.
+
+    Args:
+        model: that was passed to :func:`parallelize`.
+        layout: of its ranks.
+        batches: of this data rank, B rows each, the same on its context and tensor ranks; as many
+            on every rank.
+        seeds: :func:`step_seeds`; None only without dropout: ranks would draw others.
+        z_loss: factor of the squared log-sum-exp.
+    """
+    if seeds is None and model.training and model.settings.dropout > 0:
+        raise ValueError("parallel: a model with dropout must be given seeds, got none")
+    normalizer, total = layout.total_weight(batches), 0.0
+    for number, batch in enumerate(batches):
+        model.set_requires_all_reduce(number + 1 == len(batches))
+        first = (number * layout.data_ranks + layout.data_rank) * len(batch.tokens)
+        dropout = None if seeds is None else _dropout(model.settings, layout, batch, seeds, first)
+        tokens, targets, weights, positions = (layout.cut(x) for x in batch[:4])
+        given = tokens, targets, weights, positions, _documents(layout, batch.documents)
+        loss = model.objective(*given, normalizer, z_loss=z_loss, dropout=dropout)
+        loss.backward()
+        total = total + loss.detach()
+    return layout.sum(total)
+
+
+def step_seeds(settings: ModelSettings, seed: int, step: int, device: torch.device) -> Tensor:
+    """Return the seeds of :class:`StepDropout` for a step of a run: the same on every rank."""
+    return site_seeds(seed, step, 3 * settings.num_layers + 1, device)
+
+
+@torch.no_grad()
+def clip_gradients(model: Emu3, layout: Layout, most: float) -> Tensor:
+    """Clip by the norm over all meshes and return it, the same bits on every rank.
+
+    Call it once a step, also without a limit (``most=inf``): gradients of norms, of which each
+    tensor rank has its tokens' part, are added up here.
+    """
+    s, table = layout.settings, cuts(model.settings)
+    own, shared = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients = shared if table[name].tensor is None else own
+            gradients.append(parameter.grad.to_local())
+    if s.tensor > 1 and shared:
+        flat = torch.cat([gradient.flatten() for gradient in shared])
+        dist.all_reduce(flat, group=layout.group("tensor"))
+        for gradient, whole in zip(shared, flat.split([g.numel() for g in shared]), strict=True):
+            gradient.copy_(whole.view_as(gradient))
+    square = _square(own) + _square(shared) / s.tensor
+    dist.all_reduce(square)
+    norm = (square / s.replicate).sqrt().float()
+    torch._foreach_mul_(own + shared, (most / (norm + 1e-6)).clamp(max=1))
+    return norm
+
+
+def _square(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square().sum()
+
+
+def _tensor_parallel(model: Emu3, layout: Layout) -> None:
+    s, size, group = model.settings, layout.settings.tensor, layout.group("tensor")
+    for name, cut in cuts(s).items():
+        if cut.tensor is not None:
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            part = _part(getattr(module, leaf).detach(), cut, layout.rank("tensor"), size)
+            setattr(module, leaf, nn.Parameter(part))
+    heads = {"num_heads": s.num_heads // size, "num_kv_heads": s.num_kv_heads // size}
+    for block in model.blocks:
+        block.attention.settings = s.model_copy(update=heads)
+        for module in (block.attention.qkv, block.mlp.gate_up):
+            module.register_forward_pre_hook(
+                lambda _, inputs: (gather_tokens(inputs[0], group), *inputs[1:])
+            )
+        for module in (block.attention.out, block.mlp.down):
+            module.register_forward_hook(lambda _module, _inputs, y: scatter_tokens(y, group))
+    model.embedding.register_forward_hook(lambda _module, _inputs, y: swap(y, 2, 1, group))
+    model.linear_cross_entropy = partial(_vocabulary_parallel_loss, group)
+
+
+def _vocabulary_parallel_loss(
+    group: dist.ProcessGroup, hidden: Tensor, *args: Tensor, **settings: object
+) -> Tensor:
+    hidden = gather_tokens(hidden, group, whole_gradient=True)
+    return linear_cross_entropy(hidden, *args, **settings, group=group)
+
+
+def _part(weight: Tensor, cut: Cut, rank: int, size: int) -> Tensor:
+    """Return what a tensor rank holds of a whole weight."""
+    parts = weight.split(cut.parts, cut.tensor) if cut.parts else (weight,)
+    return torch.cat([part.chunk(size, cut.tensor)[rank] for part in parts], cut.tensor)
+
+
+def _documents(layout: Layout, ids: Tensor) -> Documents | Tensor:
+    """Return what the attention of the layout takes: a ring its shard, others those of all."""
+    s = layout.settings
+    return layout.cut(ids) if s.context > 1 and s.context_style == "ring" else Documents(ids)
+
+
+def _dropout(
+    model: ModelSettings, layout: Layout, batch: Batch, seeds: Tensor, first_sequence: int
+) -> StepDropout:
+    """Number what this rank holds of a batch as one process would."""
+    s, rank, device = layout.settings, layout.rank("tensor"), batch.tokens.device
+    num_rows, num_tokens = batch.tokens.shape
+    own = layout.cut(torch.arange(num_tokens, device=device)[None]).chunk(s.tensor, 1)[rank]
+    first = first_sequence + torch.arange(num_rows, device=device)[:, None]
+    heads = HeadShard(model.num_heads, rank * model.num_heads // s.tensor, first_sequence)
+    return StepDropout(seeds, first * num_tokens + own, heads)
+
+
+def _precision(s: ParallelSettings) -> MixedPrecisionPolicy:
+    # Inputs are not cast: weights of tokens and the normalizer would be rounded to bfloat16.
+    if s.dtype == "float32":
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+
+def _recompute(block: nn.Module, what: str) -> None:
+    """Compute activations of a block again in backward: none, all but attention, or all.
+
+    Random numbers are not restored: the seeds of dropout are arguments.
+    """
+    if what == "none":
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if what == "all_but_attention":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_ops())
+    block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _attention_ops() -> list:
+    """List the ops of attention that torch knows; launches of Triton are computed again."""
+    ops = torch.ops
+    known = [
+        ops.aten._scaled_dot_product_flash_attention.default,
+        ops.aten._scaled_dot_product_cudnn_attention.default,
+    ]
+    if hasattr(ops.emu3_kernels, "attention"):
+        known.append(ops.emu3_kernels.attention.default)
+    return known
