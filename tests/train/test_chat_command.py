@@ -1,6 +1,7 @@
 """``emu3 chat``: questions line by line, answers as they come, and a chat that goes on."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -169,6 +170,7 @@ def until(terminal, mark, least=0):
     """What a terminal shows up to ``mark``, and ``least`` bytes after it."""
     shown = b""
     while mark not in shown or len(shown.partition(mark)[2]) < least:
+        assert select.select([terminal], [], [], 60)[0], shown
         shown += os.read(terminal, 4096)
     return shown
 
