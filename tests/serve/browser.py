@@ -69,7 +69,7 @@ def main(url: str, out: Path) -> None:
     both = Image.new("RGB", (sum(one.width for one in images), images[0].height))
     both.paste(images[0])
     both.paste(images[1], (images[0].width, 0))
-    both.quantize(128).save(out, optimize=True)
+    both.save(out, optimize=True)
     for path in (*shots, shown):
         path.unlink()
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -141,6 +141,7 @@ def test_words_come_in_pieces_that_make_up_the_answer():
     assert any(answers)
 
 
+@settings(max_examples=40)
 @given(st.one_of(st.binary(max_size=9), st.text(max_size=4).map(str.encode)))
 def test_pieces_are_whole_characters(data):
     pieces, ids = Pieces(TEXT), list(data)
