@@ -30,8 +30,11 @@ _FONTS = {
 }
 """Of the reader's system: nothing is fetched from elsewhere."""
 
-_CSS = "#growing img { width: 100%; height: 100%; object-fit: contain }"
-"""Small images are shown large."""
+_CSS = """
+#growing img { width: 100%; height: 100%; object-fit: contain }
+[aria-label=Share], [title=Share] { display: none }
+"""
+"""Small images are shown large, and nothing offers to be uploaded elsewhere."""
 
 
 def mount(web: FastAPI, service: Service) -> FastAPI:
