@@ -27,8 +27,12 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales) {
   Tensor y = empty(x, {M, w.N});
   const Dtype dtype = dtype_of(x);
   const std::unique_ptr<float, Free> packed = uninitialised(std::max<int64_t>(1, M * width));
-  for (int64_t m = 0; m < M; ++m)
-    quantized_linear().pack(w, dtype, at(x, m * x.stride(0)), packed.get() + m * width);
+  for (int64_t m = 0, rows; m < M; m += rows) {
+    rows = rows_at_once(M - m);
+    for (int64_t r = 0; r < rows; ++r)
+      quantized_linear().pack(w, dtype, at(x, (m + r) * x.stride(0)), r, rows,
+                              packed.get() + m * width);
+  }
   constexpr int64_t kMinMultiplyAdds = 1 << 18;  // of a thread
   const int64_t grain = 1 + kMinMultiplyAdds / (1 + M * w.K);
   const int64_t blocks = (w.N + kColumnBlock - 1) / kColumnBlock;

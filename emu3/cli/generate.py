@@ -103,6 +103,9 @@ def generate(
         int | None,
         _setting("window", "tokens of a forward, up to 64; the image is the same"),
     ] = None,
+    fork: Annotated[
+        int | None, _setting("fork", "drafts of the next code in a window, by default a quarter")
+    ] = None,
 ) -> None:
     """Generate an image or a clip from each prompt.
 
@@ -128,8 +131,8 @@ def generate(
             zip(paths, (one for one in told for _ in range(count)), strict=True)
         )
     ]
-    for path in draw(loaded, made, files, batch=batch, preview=preview):
-        say(f"wrote {path}")
+    for path, codes in draw(loaded, made, files, batch=batch, preview=preview):
+        say(f"wrote {path}" + f", {codes:.2f} codes a forward" * (asked.window > 1))
 
 
 def _check_counts(**counts: int) -> None:

@@ -20,6 +20,7 @@ from emu3.generate.window import Layout, Paths, Window
 from emu3.model import Emu3
 from emu3_kernels import sample_guided
 
+Watch = Callable[[Sequence[Tensor]], None]
 _ASK_EVERY = 8
 """Forwards after which a GPU is asked whether all images are done."""
 
@@ -80,38 +81,34 @@ class PathDecoder:
         self.step = CapturedStep(self._feed, self.tokens.device) if graph else self._feed
 
     @torch.no_grad()
-    def run(
-        self, spent: Forwards, watch: Callable[[Sequence[Tensor]], None] | None = None
-    ) -> list[Tensor]:
+    def run(self, spent: Forwards, watch: Watch | None = None) -> list[Tensor]:
         """Draw all images: the codes of each, ``[t, h, w]``.
 
         Args:
             spent: is filled.
-            watch: called now and then with the codes ``[n]`` of each image so far.
+            watch: is given the codes ``[n]`` of each image so far, now and then.
         """
         self.start()
-        for index in range(max(self.num_codes) - 1):  # each forward gives a code at least
-            self.step()
-            if self.largest.is_cuda and index % _ASK_EVERY < _ASK_EVERY - 1:
-                continue
-            if watch is not None:
-                known = self.paths.known[:, 0].tolist()
-                watch([codes[:num] for codes, num in zip(self.paths.codes, known, strict=True)])
-            if self.is_done:
+        ask_every = _ASK_EVERY if self.largest.is_cuda else 1
+        drawn = self._drawn(watch)
+        for index in range(1, max(self.num_codes)):  # each forward gives a code at least
+            if [len(codes) for codes in drawn] == self.num_codes:
                 break
-        check_finite(self.largest)
+            self.step()
+            if index % ask_every == 0 or index == max(self.num_codes) - 1:
+                drawn = self._drawn(watch)
         spent.codes = [num - 1 for num in self.num_codes]
         spent.forwards = self.forwards.tolist()
-        return [
-            codes[: prod(shape)].view(shape)
-            for codes, shape in zip(self.paths.codes, self.shapes, strict=True)
-        ]
+        return [codes.view(shape) for codes, shape in zip(drawn, self.shapes, strict=True)]
 
-    @property
-    def is_done(self) -> bool:
-        """Whether all codes are final, or some are not finite; the host waits for the device."""
-        left = self.paths.known < self.paths.layout.num_codes
-        return not bool(left.any() & self.largest.isfinite().all())
+    def _drawn(self, watch: Watch | None) -> list[Tensor]:
+        """The codes so far; the host waits for the device here alone."""
+        check_finite(self.largest)
+        known = self.paths.known[:, 0].tolist()
+        drawn = [codes[:num] for codes, num in zip(self.paths.codes, known, strict=True)]
+        if watch is not None:
+            watch(drawn)
+        return drawn
 
     def start(self) -> None:
         """Feed the prompts and draw the first codes."""

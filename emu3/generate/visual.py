@@ -1,6 +1,6 @@
 """Images and clips from captions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from math import prod
 from typing import NamedTuple
@@ -10,13 +10,11 @@ from torch import Tensor
 
 from emu3.generate.batch import SPARE, USUAL, Batch, Generation, Sampling, all_seeds
 from emu3.generate.decoder import check_prompts, uses_graph
-from emu3.generate.path import Forwards, PathDecoder
+from emu3.generate.path import Forwards, PathDecoder, Watch
 from emu3.generate.window import PLAIN, Window
 from emu3.model import Emu3
 from emu3.prompt import clip_prompt, frame_ids, image_prompt
 from emu3.text import TextTokenizer
-
-Watch = Callable[[Sequence[Tensor]], None]
 
 
 class _Loop(NamedTuple):

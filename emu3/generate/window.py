@@ -158,10 +158,12 @@ class Paths:
         follows, forces = codes[:, 1:], (eol | eof)[:, 1:]
         drafts = self.codes.gather(1, codes[:, :-1])
         above = self.codes.gather(1, (codes[:, :-1] - layout.width).clamp(min=0))
-        drafts = drafts.where(drafts >= 0, above).clamp(min=0)
+        # A code that no node has predicted yet is drafted as the one above it, or as the root.
+        drafts = drafts.where(drafts >= 0, above)
+        drafts = drafts.where(drafts >= 0, drafts[:, :1]).clamp(min=0)
         chain = (drafts + ids.visual_start).masked_fill(eol[:, :-1], ids.eol)
         chain = chain.masked_fill(eof[:, :-1], ids.eof)
-        # After the last code of a clip even EOF is forced, where a chain may be too short for it.
+        # After the last code of all come EOL and EOF, for which a chain may be too short.
         fork = (layout.slot(self.known) - root - 1).clamp(max=num_chain - 1)
         siblings = self.siblings.clamp(min=0) + ids.visual_start
         depths = self._index[:num_chain].expand_as(chain), (fork + 1).expand_as(siblings)
@@ -189,6 +191,7 @@ class Paths:
         known, num_chain, unused = self.known, self.num_chain, self.codes.shape[1] - 1
         predicts, first = nodes.places >= 0, picks[..., 0]
         drawn = first[:, :num_chain]
+        # Whether the slot after each one of the chain holds what is final; up to the last such one.
         right = nodes.forces | ((drawn == nodes.drafts.roll(-1, 1)) & predicts[:, :num_chain])
         last = right[:, :-1].long().cumprod(1).sum(1, keepdim=True)
         # A sibling is right only if the chain's draft is not: they differ.

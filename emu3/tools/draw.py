@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from emu3.data.media import write_image, write_video
-from emu3.generate import Sampling, Window, generate_clips, generate_images
+from emu3.generate import Forwards, Sampling, Window, generate_clips, generate_images
 from emu3.generate.visual import Watch
 from emu3.prompt import Clip
 from emu3.templates import NEGATIVE, POSITIVE, grid_of
@@ -102,8 +102,8 @@ def draw(
     *,
     batch: int = 4,
     preview: bool = False,
-) -> Iterator[Path]:
-    """Draw each file's prompt with its seed, and yield its path once it is written.
+) -> Iterator[tuple[Path, float]]:
+    """Draw each prompt with its seed; yield its path once it is written, and the codes a forward.
 
     Args:
         loaded: the model.
@@ -117,9 +117,10 @@ def draw(
         for first in range(0, len(files), batch):
             part, before = files[first : first + batch], first * made.num_codes
             watch = _watcher(loaded.vision, made, part, partial(advance_to, before), preview)
-            for file, codes in zip(part, _generate(loaded, made, part, watch), strict=True):
+            drawn, spent = _generate(loaded, made, part, watch)
+            for file, codes in zip(part, drawn, strict=True):
                 _write(loaded.vision, made, *file, codes.flatten())
-                yield file[0]
+                yield file[0], spent.codes_per_forward
 
 
 def _watcher(
@@ -149,21 +150,23 @@ def _generate(
     made: Plan,
     files: Sequence[tuple[Path, Origin]],
     watch: Watch,
-) -> Tensor:
-    """The codes of each file, without those that were given."""
+) -> tuple[Tensor, Forwards]:
+    """The codes of each file, without those that were given, and what they took."""
     common, begun = made.origin, made.begun
     how = Sampling(common.guidance, common.top_k, common.top_p, common.temperature, common.negative)
     captions = [origin.prompt + origin.positive for _, origin in files]
     asked = loaded.model, loaded.text, captions
     seeds = [origin.seed for _, origin in files]
-    loop = {"window": Window(common.window), "watch": watch}
+    spent, window = Forwards(), Window(common.window, common.fork)
+    loop = {"window": window, "spent": spent, "watch": watch}
     if not common.video:
-        return generate_images(*asked, common.grid, how, seeds, **loop)
+        return generate_images(*asked, common.grid, how, seeds, **loop), spent
     shape = len(begun) + made.num_frames, *common.grid
     given = begun.expand(len(files), -1, -1, -1)
     span = loaded.vision.settings.temporal_factor
     rest = {"given": given, "span": span, **loop}
-    return generate_clips(*asked, shape, made.fps, how, seeds, **rest)[:, len(begun) :]
+    clips = generate_clips(*asked, shape, made.fps, how, seeds, **rest)
+    return clips[:, len(begun) :], spent
 
 
 def _write(vision: VisionTokenizer, made: Plan, path: Path, origin: Origin, codes: Tensor) -> None:

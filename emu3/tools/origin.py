@@ -86,6 +86,8 @@ class Origin(Settings):
     """The model of a LoRA adapter."""
     window: PositiveInt = 1
     """Tokens of an image that a forward feeds; another gives the same image, up to near-ties."""
+    fork: PositiveInt | None = None
+    """Drafts of the next code in it."""
     version: str = ""
     """Of the program."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emu3.cache import KeyValueCache
+from emu3.cache import KeyValueCache, Tree
 from emu3_kernels import use_backend
 from emu3_kernels.testing.launches import all_launches
 from tests.model.tiny import TINY, tiny_model
@@ -12,22 +12,25 @@ GEMMS = 4  # qkv, out, gate_up, down
 
 
 @torch.no_grad()
-def launches_of_a_step(num_layers: int, num_new: int) -> list[str]:
+def launches_of_a_step(num_layers: int, num_new: int, tree: Tree | None = None) -> list[str]:
     model = tiny_model(num_layers=num_layers)
     cache = KeyValueCache(model.settings, 2, 40, dtype=torch.float32)
     tokens = torch.ones(2, 5, dtype=torch.int64)
     with use_backend("triton"), all_launches() as launches:
         model(tokens, cache)
-        model(tokens[:, :num_new], cache)  # which allocates what stays
+        model(tokens[:, :num_new], cache, tree=tree)  # which allocates what stays
         launches.clear()
-        model(tokens[:, :num_new], cache)
+        model(tokens[:, :num_new], cache, tree=tree)
     return launches
 
 
-@pytest.mark.parametrize("num_new", [1, 2])
-def test_a_layer_of_a_decode_step_takes_eight_launches_and_its_attention(num_new):
+DRAFTS = torch.tensor([[0, 1, 1], [0, 1, 2]]), torch.tensor([[1, 3, 5], [1, 3, 7]])
+
+
+@pytest.mark.parametrize(("num_new", "tree"), [(1, None), (2, None), (3, Tree(*DRAFTS))])
+def test_a_layer_of_a_decode_step_takes_eight_launches_and_its_attention(num_new, tree):
     """It took fifteen: each layer checked its slots and added the lengths up."""
-    one, three = (launches_of_a_step(layers, num_new) for layers in (1, 3))
+    one, three = (launches_of_a_step(layers, num_new, tree) for layers in (1, 3))
     layer = list(three)
     for name in one:
         layer.remove(name)

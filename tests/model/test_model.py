@@ -37,18 +37,18 @@ def test_logits_equal_hugging_face_through_a_file(tmp_path):
 
 
 def test_a_cache_gives_the_same_hidden_states_in_any_pieces():
-    model, tokens = tiny_model().double(), some_tokens(2, 47)
-    cache = KeyValueCache(TINY, 2, 47, dtype=torch.float64)
+    model, tokens = tiny_model().double(), some_tokens(2, 112)
+    cache = KeyValueCache(TINY, 2, 112, dtype=torch.float64)
     with torch.no_grad():
-        pieces = [model(piece, cache) for piece in tokens.split((5, 1, 1, 16, 22, 2), dim=1)]
+        pieces = [model(piece, cache) for piece in tokens.split((5, 1, 1, 38, 65, 2), dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), rtol=1e-9, atol=1e-9)
-    assert cache.lengths.tolist() == [47, 47]
+    assert cache.lengths.tolist() == [112, 112]
 
 
 def test_rows_of_different_lengths_share_a_cache():
     """Padding on the right leaves its keys behind a row's length, where the next tokens go."""
     model, tokens = tiny_model().double(), some_tokens(2, 24)
-    cache = KeyValueCache(TINY, 2, 41, dtype=torch.float64)
+    cache = KeyValueCache(TINY, 2, 89, dtype=torch.float64)
     with torch.no_grad():
         prompts = model(tokens[:, :20], cache, prompt_lengths=torch.tensor([20, 7]))
         new = model(torch.stack([tokens[0, 20:], tokens[1, 7:11]]), cache)
@@ -56,8 +56,8 @@ def test_rows_of_different_lengths_share_a_cache():
         torch.testing.assert_close(prompts[1, :7], short[0, :7], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(new[0], whole[0, 20:], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(new[1], short[0, 7:], rtol=1e-9, atol=1e-9)
-        with pytest.raises(ValueError, match="at most 16 tokens a call, got 17"):
-            model(some_tokens(2, 17), cache)
+        with pytest.raises(ValueError, match="at most 64 tokens a call, got 65"):
+            model(some_tokens(2, 65), cache)
 
 
 def test_packed_documents_equal_documents_alone():

@@ -1,5 +1,6 @@
 """``emu3 generate``: files that tell what they are and can be repeated, clips, and bad options."""
 
+import re
 from fractions import Fraction
 
 import pytest
@@ -63,13 +64,16 @@ def test_windows_and_narrow_weights_are_told_and_repeated(tmp_path, files):
     """A window draws the same image; weights in 8 bits draw another, which repeats itself."""
     plain, wide, narrow, again = (tmp_path / f"{i}.png" for i in range(4))
     succeed("generate", "a seven", *files, *SETTINGS, "--out", plain)
-    succeed("generate", "--from", plain, "--window", 8, "--preview", "--out", wide)
+    done = succeed("generate", "--from", plain, "--window", 8, "--preview", "--out", wide)
+    assert re.search(r"1\.png, \d\.\d\d codes a forward\n$", done.output)
     assert read_image(wide).equal(read_image(plain))
     assert read_origin(wide)["window"] == 8
     succeed("generate", "--from", plain, "--weights", "int8", "--out", narrow)
     succeed("generate", "--from", narrow, "--out", again)
     assert again.read_bytes() == narrow.read_bytes()
     assert read_origin(again)["weights"] == "int8"
+    done = emu3("generate", "--from", wide, "--window", 4, "--fork", 4, "--out", again)
+    assert done.stderr.startswith("emu3: generate: a window of 4 tokens must have a fork of 1 to 3")
     done = emu3("generate", "--from", plain, "--window", 65, "--out", again)
     assert done.stderr == "emu3: generate: a window must be 1 or 2 to 64 tokens, got 65\n"
 

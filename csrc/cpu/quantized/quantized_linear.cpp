@@ -60,19 +60,19 @@ Vec scales_of(const bfloat16* scales, int64_t vector) {
 
 struct Int8 {
   static constexpr int kInputs = kLanes, kFloats = kLanes;  // of a step: in a row, and packed
+  static constexpr int kSums = 8;  // sums that are independent, to hide the latency of fma
   const QuantizedWeight& w;
 
   const int8_t* row(int64_t n) const { return (const int8_t*)w.codes + n * w.K; }
 
   // sum += x . codes for steps [from, to), of which the last may be ragged.
   template <int kRows, int kColumns>
-  void dot(const float* x, int64_t stride, int64_t n, int64_t from, int64_t to,
-           Vec (&sum)[kRows][kColumns]) const {
+  void dot(const float* x, int64_t n, int64_t from, int64_t to, Vec (&sum)[kRows][kColumns]) const {
     const int64_t whole = min(to, w.K / kLanes);
     for (int64_t s = from; s < whole; ++s)
-      step(x, stride, s, sum, [&](int c) { return load_int8(row(n + c) + s * kLanes); });
+      step(x, s, sum, [&](int c) { return load_int8(row(n + c) + s * kLanes); });
     if (whole < to)
-      step(x, stride, whole, sum, [&](int c) {
+      step(x, whole, sum, [&](int c) {
         int8_t rest[kLanes] = {};
         __builtin_memcpy(rest, row(n + c) + whole * kLanes, w.K - whole * kLanes);
         return load_int8(rest);
@@ -80,15 +80,14 @@ struct Int8 {
   }
 
   template <int kRows, int kColumns, typename Codes>
-  static void step(const float* x, int64_t stride, int64_t s, Vec (&sum)[kRows][kColumns],
-                   Codes codes) {
+  static void step(const float* x, int64_t s, Vec (&sum)[kRows][kColumns], Codes codes) {
     Vec weight[kColumns];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) weight[c] = codes(c);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vec input = load(x + r * stride + s * kFloats);
-#pragma GCC unroll 4
+      const Vec input = load(x + (s * kRows + r) * kLanes);
+#pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) sum[r][c] = fma(input, weight[c], sum[r][c]);
     }
   }
@@ -96,14 +95,17 @@ struct Int8 {
   float scale(int64_t n) const { return ((const float*)w.scales)[n]; }
 
   template <typename T>
-  void pack(const T* x, float* to) const {
-    row_to_float(x, w.K, to);
+  void pack(const T* x, int64_t row, int64_t rows, float* to) const {
+    to += row * kLanes;
+    for (int64_t k = 0; k < w.K; k += kLanes, to += rows * kLanes)
+      row_to_float(x + k, min(kLanes, w.K - k), to);
   }
 };
 
 template <int kGroup>
 struct Int4 {
   static constexpr int kInputs = kNibbles, kFloats = kPackedNibbles;
+  static constexpr int kSums = 8;  // the eight codes of a word add to one, and start anew
   const QuantizedWeight& w;
 
   const uint32_t* row(int64_t n) const {
@@ -112,23 +114,21 @@ struct Int4 {
   const bfloat16* scales(int64_t n) const { return (const bfloat16*)w.scales + n * (w.K / kGroup); }
 
   template <int kRows, int kColumns>
-  void dot(const float* x, int64_t stride, int64_t n, int64_t from, int64_t to,
-           Vec (&sum)[kRows][kColumns]) const {
+  void dot(const float* x, int64_t n, int64_t from, int64_t to, Vec (&sum)[kRows][kColumns]) const {
     const int64_t whole = min(to, w.K / kNibbles);
     for (int64_t s = from; s < whole; ++s) {
       step(
-          x, stride, s, sum, [&](int c) { return load_words(row(n + c) + s * kLanes); },
+          x, s, sum, [&](int c) { return load_words(row(n + c) + s * kLanes); },
           [&](int c) { return scales_of<kGroup>(scales(n + c), s); });
     }
-    if (whole < to) ragged(x, stride, n, whole, sum);
+    if (whole < to) ragged(x, n, whole, sum);
   }
 
   template <int kRows, int kColumns>
-  void ragged(const float* x, int64_t stride, int64_t n, int64_t s,
-              Vec (&sum)[kRows][kColumns]) const {
+  void ragged(const float* x, int64_t n, int64_t s, Vec (&sum)[kRows][kColumns]) const {
     constexpr int64_t kScales = kNibbles / kGroup + 1;
     step(
-        x, stride, s, sum,
+        x, s, sum,
         [&](int c) {
           uint32_t rest[kLanes] = {};
           __builtin_memcpy(rest, row(n + c) + s * kLanes, (w.K - s * kNibbles) / 2);
@@ -143,26 +143,26 @@ struct Int4 {
   }
 
   template <int kRows, int kColumns, typename Words, typename Scales>
-  static void step(const float* x, int64_t stride, int64_t s, Vec (&sum)[kRows][kColumns],
-                   Words words, Scales scales) {
-    x += s * kFloats;
+  static void step(const float* x, int64_t s, Vec (&sum)[kRows][kColumns], Words words,
+                   Scales scales) {
+    x += s * kFloats * kRows;
     Vec group[kRows][kColumns];
     BitVec codes[kColumns];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) codes[c] = words(c);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < kColumns; ++c) group[r][c] = load(x + r * stride + kNibbles);
-    code<0>(x, stride, codes, group);
-    code<1>(x, stride, codes, group);
-    code<2>(x, stride, codes, group);
-    code<3>(x, stride, codes, group);
-    code<4>(x, stride, codes, group);
-    code<5>(x, stride, codes, group);
-    code<6>(x, stride, codes, group);
-    code<7>(x, stride, codes, group);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) group[r][c] = load(x + (8 * kRows + r) * kLanes);
+    code<0>(x, codes, group);
+    code<1>(x, codes, group);
+    code<2>(x, codes, group);
+    code<3>(x, codes, group);
+    code<4>(x, codes, group);
+    code<5>(x, codes, group);
+    code<6>(x, codes, group);
+    code<7>(x, codes, group);
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
       const Vec scale = scales(c);
 #pragma GCC unroll 8
@@ -171,15 +171,14 @@ struct Int4 {
   }
 
   template <int kCode, int kRows, int kColumns>
-  static void code(const float* x, int64_t stride, const BitVec (&codes)[kColumns],
-                   Vec (&group)[kRows][kColumns]) {
+  static void code(const float* x, const BitVec (&codes)[kColumns], Vec (&group)[kRows][kColumns]) {
     Vec weight[kColumns];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) weight[c] = code_of<kCode>(codes[c]);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vec input = load(x + r * stride + kCode * kLanes);
-#pragma GCC unroll 4
+      const Vec input = load(x + (kCode * kRows + r) * kLanes);
+#pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) group[r][c] = fma(input, weight[c], group[r][c]);
     }
   }
@@ -187,17 +186,19 @@ struct Int4 {
   float scale(int64_t) const { return 1; }
 
   template <typename T>
-  void pack(const T* x, float* to) const {
-    for (int64_t first = 0; first < w.K; first += kNibbles, to += kPackedNibbles)
+  void pack(const T* x, int64_t row, int64_t rows, float* to) const {
+    const int64_t stride = rows * kLanes;
+    to += row * kLanes;
+    for (int64_t first = 0; first < w.K; first += kNibbles, to += 9 * stride)
       for (int64_t word = 0; word < kLanes; ++word) {
         float sum = 0;
         for (int64_t code = 0; code < 8; ++code) {
           const int64_t k = first + input_of(word, code);
           const float input = k < w.K ? to_float(x[k]) : 0;
-          to[code * kLanes + word] = input * kUnit[code];
+          to[code * stride + word] = input * kUnit[code];
           sum += input;
         }
-        to[kNibbles + word] = -8 * sum;
+        to[8 * stride + word] = -8 * sum;
       }
   }
 };
@@ -218,9 +219,9 @@ int64_t steps_of(const Format& format) {
 // kRows rows of y and columns [begin, begin + count), at most kColumnBlock.
 template <int kRows, typename Format, typename T>
 void block(const Format& format, const float* x, int64_t begin, int64_t count, T* y) {
-  constexpr int kColumns = kRows == 1 ? 4 : kRows <= 4 ? 2 : 1;
+  constexpr int kColumns = Format::kSums > kRows ? Format::kSums / kRows : 1;
   constexpr int64_t kSteps = kChunk / kRows / Format::kInputs;
-  const int64_t steps = steps_of(format), stride = steps * Format::kFloats;
+  const int64_t steps = steps_of(format);
   Vec sums[kColumnBlock][kRows] = {};
   for (int64_t from = 0; from < steps; from += kSteps) {
     const int64_t to = min(steps, from + kSteps);
@@ -229,12 +230,12 @@ void block(const Format& format, const float* x, int64_t begin, int64_t count, T
       Vec sum[kRows][kCount];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < kCount; ++c) sum[r][c] = sums[n + c][r];
-      format.template dot<kRows, kCount>(x, stride, begin + n, from, to, sum);
+      format.template dot<kRows, kCount>(x, begin + n, from, to, sum);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < kCount; ++c) sums[n + c][r] = sum[r][c];
     };
     int64_t n = 0;
@@ -253,9 +254,10 @@ int64_t packed_width(const QuantizedWeight& w) {
   return width;
 }
 
-void pack(const QuantizedWeight& w, Dtype dtype, const void* x, float* packed) {
+void pack(const QuantizedWeight& w, Dtype dtype, const void* x, int64_t row, int64_t rows,
+          float* packed) {
   with_format(w, [&](auto format) {
-    with_type(dtype, [&](auto type) { format.pack((const decltype(type)*)x, packed); });
+    with_type(dtype, [&](auto type) { format.pack((const decltype(type)*)x, row, rows, packed); });
   });
 }
 
@@ -273,7 +275,7 @@ void columns(const QuantizedWeight& w, Dtype dtype, const float* packed, int64_t
           for (; r + kRows <= rows; r += kRows)
             block<kRows>(format, packed + r * stride, n, count, (T*)y + r * w.N);
         };
-        next(Size<kMostRows>{});
+        next(Size<8>{});
         next(Size<4>{});
         next(Size<2>{});
         next(Size<1>{});
