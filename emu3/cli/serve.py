@@ -40,12 +40,13 @@ def serve(
     context: Annotated[int, typer.Option(help="tokens of a row, all of them allocated", min=1)] = (
         16384
     ),
+    page: Annotated[bool, typer.Option(help="a web page at / beside the routes")] = True,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
     dtype: Annotated[Dtype | None, typer.Option(help="of the decoder")] = None,
     weights: QuantizedWeights = None,
     base: Base = None,
 ) -> None:
-    """Serve images and answers over HTTP, in OpenAI's form.
+    """Serve images and answers over HTTP, in OpenAI's form, and on a web page.
 
     Requests that arrive together share forwards. SIGTERM ends the server when they are done.
     """
@@ -61,4 +62,10 @@ def serve(
     limits = Limits(batch=max_batch, queue=max_queue, context=context)
     name = model.resolve().name if model.is_dir() else model.stem
     service = Service(loaded, name, limits)
-    run(routes(service, token), service, host, port)
+    web = routes(service, token)
+    if page:
+        # Imported here: gradio takes seconds.
+        from emu3.serve.page import mount
+
+        mount(web, service)
+    run(web, service, host, port)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from emu3.data.media import write_image, write_video
 from emu3.generate import Forwards, Sampling, Window, generate_clips, generate_images
+from emu3.generate.visual import Watch
 from emu3.prompt import Clip
 from emu3.templates import NEGATIVE, POSITIVE, grid_of
 from emu3.tools.look import is_published, is_video, look
@@ -38,6 +40,8 @@ class Plan:
     """``[s, h, w]`` codes that a clip begins with; s is 0 if it begins with none."""
     num_frames: int
     """Of codes, those that are drawn."""
+    fps: Fraction | None = None
+    """Of a clip."""
 
     @property
     def num_codes(self) -> int:
@@ -73,9 +77,12 @@ def plan(asked: Origin, loaded: Pretrained) -> Plan:
     frames = asked.frames or span * max(1, round(seconds * fps / span))
     if frames % span:
         raise ValueError(f"generate: frames must be a multiple of {span}, got {frames}")
-    told |= {"fps": str(fps), "frames": frames, "seconds": None}
-    is_animated = asked.start is not None and not is_video(Path(asked.start.path))
-    return Plan(asked.model_copy(update=told), begun, frames // span - is_animated)
+    told |= {"frames": frames, "seconds": None}
+    continues = asked.start is not None and is_video(Path(asked.start.path))
+    if not continues:  # all frames of the given one are taken unless a rate is asked for
+        told["fps"] = str(fps)
+    num_frames = frames // span - (len(begun) if not continues else 0)
+    return Plan(asked.model_copy(update=told), begun, num_frames, fps)
 
 
 def _begin(asked: Origin, loaded: Pretrained, area: int) -> tuple[Tensor, Fraction | None]:
@@ -106,31 +113,43 @@ def draw(
         preview: whether a file is written as it grows too: an image where a row of codes ends, a
             clip where a frame of codes does.
     """
-    size = prod(made.origin.grid) if made.origin.video else made.origin.grid[1]
     with _progress(len(files) * made.num_codes) as advance_to:
         for first in range(0, len(files), batch):
-            part = files[first : first + batch]
-            written = [0] * len(part)
-
-            def watch(codes: Sequence[Tensor], part=part, written=written, first=first) -> None:
-                advance_to(first * made.num_codes + sum(map(len, codes)))
-                for number, (file, drawn) in enumerate(zip(part, codes, strict=True)):
-                    whole = len(drawn) // size * size
-                    if preview and written[number] < whole < made.num_codes:
-                        written[number] = whole
-                        _write(loaded.vision, made, *file, drawn[:whole])
-
+            part, before = files[first : first + batch], first * made.num_codes
+            watch = _watcher(loaded.vision, made, part, partial(advance_to, before), preview)
             drawn, spent = _generate(loaded, made, part, watch)
             for file, codes in zip(part, drawn, strict=True):
                 _write(loaded.vision, made, *file, codes.flatten())
                 yield file[0], spent.codes_per_forward
 
 
+def _watcher(
+    vision: VisionTokenizer,
+    made: Plan,
+    files: Sequence[tuple[Path, Origin]],
+    advance: Callable[[int], None],
+    preview: bool,
+) -> Watch:
+    """What moves the progress bar and writes previews, each once."""
+    size = prod(made.origin.grid) if made.origin.video else made.origin.grid[1]
+    written = [0] * len(files)
+
+    def watch(codes: Sequence[Tensor]) -> None:
+        advance(sum(map(len, codes)))
+        for number, drawn in enumerate(codes if preview else ()):
+            whole = len(drawn) // size * size
+            if written[number] < whole < made.num_codes:
+                written[number] = whole
+                _write(vision, made, *files[number], drawn[:whole])
+
+    return watch
+
+
 def _generate(
     loaded: Pretrained,
     made: Plan,
     files: Sequence[tuple[Path, Origin]],
-    watch: Callable[[Sequence[Tensor]], None],
+    watch: Watch,
 ) -> tuple[Tensor, Forwards]:
     """The codes of each file, without those that were given, and what they took."""
     common, begun = made.origin, made.begun
@@ -146,7 +165,7 @@ def _generate(
     given = begun.expand(len(files), -1, -1, -1)
     span = loaded.vision.settings.temporal_factor
     rest = {"given": given, "span": span, **loop}
-    clips = generate_clips(*asked, shape, Fraction(common.fps), how, seeds, **rest)
+    clips = generate_clips(*asked, shape, made.fps, how, seeds, **rest)
     return clips[:, len(begun) :], spent
 
 
@@ -158,7 +177,7 @@ def _write(vision: VisionTokenizer, made: Plan, path: Path, origin: Origin, code
     frames = torch.cat((made.begun.to(codes), codes.view(-1, *origin.grid)))
     clips = decode_pieces(vision, frames[None].split(1, dim=1))
     images = (to_levels(image).cpu() for clip in clips for image in clip[0])
-    write_video(path, images, Fraction(origin.fps), origin.about())
+    write_video(path, images, made.fps, origin.about())
 
 
 def picture(vision: VisionTokenizer, codes: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -177,14 +196,14 @@ def picture(vision: VisionTokenizer, codes: Tensor, grid: tuple[int, int]) -> Te
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
+def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
     """A bar over all codes on stderr, if that is a terminal; yield how it is moved."""
     console = Console(stderr=True)
     share = TextColumn("{task.percentage:>3.0f} %")
     columns = BarColumn(), share, _Speed(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
-        yield lambda done: progress.update(task, completed=done)
+        yield lambda before, done: progress.update(task, completed=before + done)
 
 
 class _Speed(ProgressColumn):

@@ -1,10 +1,7 @@
 """``emu3 serve`` as a process: where it listens, and how it ends."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from base64 import b64decode
 
 import httpx
@@ -13,8 +10,6 @@ from typer.testing import CliRunner
 
 from emu3.cli import app
 from emu3.serve.run import check_host
-from emu3.weights import save_decoder, save_vision
-from tests.serve.tiny_server import tiny_loaded
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
@@ -35,22 +30,6 @@ def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path):
     assert done.exit_code == 1
     assert done.stderr.startswith("emu3: weights: no file")
     assert done.stderr.count("\n") == 1
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A process and its address."""
-    loaded = tiny_loaded(num_positions=4096)
-    save_decoder(tmp_path / "decoder.safetensors", loaded.model)
-    save_vision(tmp_path / "vision.safetensors", loaded.vision)
-    model = str(tmp_path / "decoder.safetensors")
-    command = [sys.executable, "-m", "emu3", "serve", "--model", model, "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
-    for line in process.stderr:
-        if address := re.search(r"running on (http://\S+)", line):
-            break
-    yield process, address[1]
-    process.kill()
 
 
 @pytest.mark.e2e

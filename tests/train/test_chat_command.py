@@ -1,8 +1,14 @@
 """``emu3 chat``: questions line by line, answers as they come, and a chat that goes on."""
 
+import os
+import select
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -135,11 +141,39 @@ def test_words_come_in_pieces_that_make_up_the_answer():
     assert any(answers)
 
 
+@settings(max_examples=40)
 @given(st.one_of(st.binary(max_size=9), st.text(max_size=4).map(str.encode)))
 def test_pieces_are_whole_characters(data):
     pieces, ids = Pieces(TEXT), list(data)
     told = [pieces.next(ids[:n]) for n in range(len(ids))] + [pieces.next(ids, is_last=True)]
     assert "".join(told) == data.decode(errors="replace")
+
+
+@pytest.mark.e2e
+def test_in_a_terminal_an_interrupt_stops_an_answer_of_many_tokens(tmp_path):
+    files = tiny_files(tmp_path, max_position_embeddings=8192)
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "emu3", "chat", *files, "--max-tokens", "8000"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    until(ours, b"> ")
+    os.write(ours, b"hello\n")
+    answer = until(ours, b"hello\r\n", least=100)
+    process.send_signal(signal.SIGINT)
+    answer += until(ours, b"> ")
+    os.write(ours, b"/quit\n")
+    assert process.wait(timeout=30) == 0
+    os.close(ours)
+    assert len(answer) < 7000
+
+
+def until(terminal, mark, least=0):
+    """What a terminal shows up to ``mark``, and ``least`` bytes after it."""
+    shown = b""
+    while mark not in shown or len(shown.partition(mark)[2]) < least:
+        assert select.select([terminal], [], [], 60)[0], shown
+        shown += os.read(terminal, 4096)
+    return shown
 
 
 @pytest.mark.parametrize(
