@@ -41,6 +41,7 @@ def recorded_launches() -> Iterator[list[str]]:
     with (
         launches_into(names),
         mock.patch.object(launching, "DEVICES", {"cpu", "cuda"}),
+        mock.patch.object(launching, "INTERPRETED", False),
         mock.patch("torch.utils._triton.has_triton", return_value=True),
         mock.patch.object(type(triton.runtime.driver), "active", driver),
         launching.assume_gpu(H100),
