@@ -165,41 +165,6 @@ class OptimSettings(Settings):
         return self
 
 
-class ParallelSettings(Settings):
-    """How the decoder is trained on ``replicate x shard x context x tensor`` ranks."""
-
-    replicate: PositiveInt = 1
-    """Copies of the weights; each is sharded over shard x context ranks, and read by them."""
-    shard: PositiveInt = 1
-    context: PositiveInt = 1
-    """Ranks that share the tokens of a row."""
-    tensor: PositiveInt = 1
-    """Ranks that share heads, the MLP and the vocabulary."""
-    context_style: Literal["ulysses", "ring"] = "ulysses"
-    """``ulysses`` exchanges heads for tokens: context x tensor must divide the KV heads. ``ring``
-    sends keys and values around."""
-    recompute: Literal["none", "all_but_attention", "all"] = "none"
-    """Activations of a block that backward computes again."""
-    compile: bool = False
-    """``torch.compile`` of each block, with dropout once for each micro-batch of a step. A ring
-    breaks its graph."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of computation; weights, their gradients and optimizer state are float32."""
-
-    @property
-    def num_ranks(self) -> int:
-        return self.replicate * self.shard * self.context * self.tensor
-
-    @model_validator(mode="after")
-    def _ring_recomputes_all(self) -> Self:
-        ring = self.context > 1 and self.context_style == "ring"
-        if ring and self.recompute == "all_but_attention":
-            raise ValueError(
-                "recompute must be none or all with a ring, whose messages are sent again"
-            )
-        return self
-
-
 class MediaSettings(Settings):
     """Images and clips, and the crops of them that are a batch of the tokenizer's stage."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from emu3.cache import KeyValueCache
 from emu3.config import Vocabulary
 from emu3.cuda_graph import CapturedStep
-from emu3.generate.decoder import NOT_FINITE, check_prompts, new_cache, pad_right, to_device_of
+from emu3.generate.common import NOT_FINITE, check_prompts, new_cache, pad_right, to_device_of
 from emu3.model import Emu3
 from emu3_kernels import sample_guided
 

@@ -15,7 +15,7 @@ from emu3.cache import Tree
 from emu3.config import Vocabulary
 from emu3.cuda_graph import CapturedStep
 from emu3.generate.batch import Generation, signed
-from emu3.generate.decoder import check_finite, new_cache, pad_right, to_device_of
+from emu3.generate.common import check_finite, new_cache, pad_right, to_device_of
 from emu3.generate.window import Layout, Paths, Window
 from emu3.model import Emu3
 from emu3_kernels import sample_guided

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from emu3.generate.batch import GREEDY, Batch, Generation, Sampling, all_seeds
-from emu3.generate.decoder import check_prompts, uses_graph
+from emu3.generate.common import check_prompts, uses_graph
 from emu3.model import Emu3
 from emu3.prompt import understanding_prompt
 from emu3.text import TextTokenizer

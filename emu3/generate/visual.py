@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emu3.generate.batch import SPARE, USUAL, Batch, Generation, Sampling, all_seeds
-from emu3.generate.decoder import check_prompts, uses_graph
+from emu3.generate.common import check_prompts, uses_graph
 from emu3.generate.path import Forwards, PathDecoder, Watch
 from emu3.generate.window import PLAIN, Window
 from emu3.model import Emu3
@@ -150,7 +150,7 @@ def _draw(
         )
         for caption, tail, shape, seed in zip(captions, tails, shapes, keys, strict=True)
     ]
-    spare = SPARE if len(set(shapes)) > 1 else 0
+    spare = SPARE if len(set(shapes)) > 1 and loop.window.size == 1 else 0
     _check_room(model, captions, generations, spare, how, text)
     capacity = max(one.capacity for one in generations) + spare
     num_rows = len(captions) * (1 + len(negatives))

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from emu3.generate import Batch, Generation, Sampling
 from emu3.generate.batch import GREEDY, SPARE
-from emu3.generate.decoder import uses_graph
+from emu3.generate.common import uses_graph
 from emu3.prompt import Clip, generation_prompt
 from emu3.serve.engine import Engine
 from emu3.serve.jobs import ChatJob, ImageJob

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from emu3.files import flush
 from emu3.model import Emu3
-from emu3.train.parallel import Cut, Layout, cuts
+from emu3.train.layout import Layout
+from emu3.train.parallel import Cut, cuts
 from emu3.weights import save_tensors
 from emu3_kernels.modules import RotaryEmbedding
 

@@ -9,7 +9,7 @@ import torch
 from emu3.cuda_graph import CapturedStep
 from emu3.generate import Sampling, generate_captions, generate_images, text, visual
 from emu3.generate.batch import GREEDY, Batch, Generation
-from emu3.generate.decoder import new_cache
+from emu3.generate.common import new_cache
 from emu3.text import ByteTokenizer
 from emu3_kernels import use_backend
 from emu3_kernels.testing.launches import recorded_launches

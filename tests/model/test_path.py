@@ -9,7 +9,7 @@ import torch
 from emu3.cache import KeyValueCache
 from emu3.generate import Forwards, Sampling, Window, generate_clips, generate_images, path, visual
 from emu3.generate.batch import Generation
-from emu3.generate.decoder import new_cache
+from emu3.generate.common import new_cache
 from emu3.generate.path import PathDecoder
 from emu3.prompt import generation_prompt
 from emu3.text import ByteTokenizer

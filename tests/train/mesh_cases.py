@@ -10,13 +10,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from emu3.config import BYTE_VOCABULARY, ModelSettings, ParallelSettings
+from emu3.config import BYTE_VOCABULARY, ModelSettings
 from emu3.model import Emu3, StepDropout
+from emu3.train.layout import Batch, Layout, ParallelSettings, check_fits
 from emu3.train.parallel import (
-    Batch,
-    Layout,
     accumulate_gradients,
-    check_fits,
     clip_gradients,
     parallelize,
     step_seeds,

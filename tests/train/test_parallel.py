@@ -6,10 +6,10 @@ from functools import cache
 import pytest
 import torch
 
-from emu3.config import ParallelSettings
 from emu3.model import Emu3
 from emu3.settings import SettingsError, parse
-from emu3.train.parallel import Batch, accumulate_gradients, check_fits
+from emu3.train.layout import Batch, ParallelSettings, check_fits
+from emu3.train.parallel import accumulate_gradients
 from emu3.train.sharded import checkpoints
 from emu3.weights import load_decoder, official_views
 from emu3_kernels.testing.budget import assert_as_accurate
