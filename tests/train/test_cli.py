@@ -66,7 +66,7 @@ def test_the_same_seed_draws_the_same_image(tmp_path, files):
     ("words", "line"),
     [
         (["train", "digits", "optim.lrr=1"], "emu3: optim.lrr: unknown setting; optim has betas"),
-        (["train", "digitz"], "emu3: recipe: no file 'digitz'; those that ship are clips, clips-vision, digits"),
+        (["train", "digitz"], "emu3: recipe: no file 'digitz'; those that ship are clips"),
         (["train", "digits"], "emu3: train: data.tokenizer must name a trained vision tokenizer"),
         (["train", "digits", "data.tokenizer=none.safetensors"], "emu3: weights: no file none"),
         (["generate", "x", "--decoder", "none"], "emu3: weights: no file none"),
@@ -107,7 +107,7 @@ def test_a_process_ends_as_the_command_does():
     command = [sys.executable, "-m", "emu3", "train", "digitz"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("emu3: recipe: no file 'digitz'; those that ship are clips, clips-vision, digits")
+    assert done.stderr.startswith("emu3: recipe: no file 'digitz'; those that ship are clips")
 
 
 def test_a_terminal_that_lacks_a_character_does_not_end_the_command(tmp_path, files):
