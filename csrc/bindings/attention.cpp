@@ -59,8 +59,7 @@ struct Memory {
 AttentionCall call_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& first,
                       const Tensor& end, double scale, double dropout_p,
                       const std::optional<Tensor>& seed, const std::optional<Tensor>& rows,
-                      const std::optional<Tensor>& columns, int64_t first_head,
-                      int64_t all_heads) {
+                      const std::optional<Tensor>& columns, int64_t first_head, int64_t all_heads) {
   AttentionCall call{};
   call.batch = q.size(0), call.queries = q.size(1), call.heads = q.size(2),
   call.head_dim = q.size(3);
@@ -87,8 +86,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                                          const Tensor& first, const Tensor& end, double scale,
                                          double dropout_p, const std::optional<Tensor>& seed,
                                          const std::optional<Tensor>& rows,
-                                         const std::optional<Tensor>& columns,
-                                         int64_t first_head, int64_t all_heads, bool float32_out) {
+                                         const std::optional<Tensor>& columns, int64_t first_head,
+                                         int64_t all_heads, bool float32_out) {
   AttentionCall call =
       call_of(q, k, v, first, end, scale, dropout_p, seed, rows, columns, first_head, all_heads);
   const auto dtype = float32_out ? ScalarType::Float : q.scalar_type();

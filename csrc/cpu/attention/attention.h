@@ -33,10 +33,10 @@ struct AttentionCall {
   const int32_t *rows, *columns;  // positions of queries [T] and keys [S], with dropout only
   // With dropout, head h of batch entry b is head first_head + b * all_heads + h of its mask.
   int64_t first_head, all_heads;
-  TokenHeads out;                 // forward
-  float* lse;                     // [B, H, T], contiguous
-  TokenHeads dout, dq, dk, dv;    // backward
-  const float* delta;             // as lse
+  TokenHeads out;               // forward
+  float* lse;                   // [B, H, T], contiguous
+  TokenHeads dout, dq, dk, dv;  // backward
+  const float* delta;           // as lse
 
   // Block sizes: queries, each with all heads of a KV head, and keys.
   int64_t query_block, key_block;
