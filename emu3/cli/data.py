@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from emu3.cli.common import Device, app, say
-from emu3.cli.files import Clips, Overwrite, vision_on
+from emu3.cli.files import (
+    Clips,
+    Fps,
+    HowClips,
+    MaxPixels,
+    MinPixels,
+    Overwrite,
+    vision_on,
+)
 from emu3.config import EMU3_VOCABULARY, load_model, parse
 from emu3.text import ByteTokenizer, QwenTokenizer, TextTokenizer
 
@@ -27,18 +35,10 @@ def prepare(
     ] = None,
     preset: Annotated[str, typer.Option(help="whose vocabulary: 8b or mini")] = "8b",
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
-    min_pixels: Annotated[
-        int, typer.Option(help="smaller images are upscaled to about this area")
-    ] = 512 * 512,
-    max_pixels: Annotated[
-        int, typer.Option(help="larger images are downscaled to about this area")
-    ] = 1024 * 1024,
-    fps: Annotated[
-        str | None, typer.Option(help="frames per second of videos: 12, 29.97, 30000/1001; or all")
-    ] = None,
-    clips: Annotated[
-        Clips, typer.Option(help="encode every 4 frames independently, or as one stream")
-    ] = Clips.pieces,
+    min_pixels: MinPixels = 512 * 512,
+    max_pixels: MaxPixels = 1024 * 1024,
+    fps: Fps = None,
+    clips: HowClips = Clips.pieces,
     documents: Annotated[int, typer.Option(help="samples of a shard, about", min=1)] = 16384,
     overwrite: Overwrite = False,
 ) -> None:

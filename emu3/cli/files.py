@@ -22,6 +22,16 @@ class Clips(str, Enum):
     stream = "stream"
 
 
+MinPixels = Annotated[int, typer.Option(help="smaller images are upscaled to about this area")]
+MaxPixels = Annotated[int, typer.Option(help="larger images are downscaled to about this area")]
+Fps = Annotated[
+    str | None, typer.Option(help="frames per second of videos: 12, 29.97, 30000/1001; or all")
+]
+HowClips = Annotated[
+    Clips, typer.Option(help="encode every 4 frames independently, or as one stream")
+]
+
+
 class LayoutName(str, Enum):
     official = "official"
     hub = "hub"
@@ -34,18 +44,10 @@ def tokenize(
     out: Annotated[Path, typer.Option(help="folder of the codes")],
     vision: Vision = VISION,
     device: Annotated[Device, typer.Option(help="device to run on")] = Device.cpu,
-    min_pixels: Annotated[
-        int, typer.Option(help="smaller images are upscaled to about this area")
-    ] = 512 * 512,
-    max_pixels: Annotated[
-        int, typer.Option(help="larger images are downscaled to about this area")
-    ] = 1024 * 1024,
-    fps: Annotated[
-        str | None, typer.Option(help="frames per second of videos: 12, 29.97, 30000/1001; or all")
-    ] = None,
-    clips: Annotated[
-        Clips, typer.Option(help="encode every 4 frames independently, or as one stream")
-    ] = Clips.pieces,
+    min_pixels: MinPixels = 512 * 512,
+    max_pixels: MaxPixels = 1024 * 1024,
+    fps: Fps = None,
+    clips: HowClips = Clips.pieces,
     compare: Annotated[
         Path | None,
         typer.Option(help="folder of originals beside reconstructions, with PSNR and SSIM"),
