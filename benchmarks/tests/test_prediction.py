@@ -12,26 +12,23 @@ from benchmarks.harness.prediction import CARDS, MODEL, Work
 from benchmarks.report import pages
 from emu3_kernels.testing.chips import CHIPS
 from emu3_kernels.testing.loops import Block, Instruction, blocks
-from emu3_kernels.testing.machine_code import Facts, _sass_code
+from emu3_kernels.testing.machine_code import Facts, sass_code, sass_lines
 
 SASS = """
         /*0000*/                   LDG.E.128 R4, [R2] ;
-.L_x_2:
         /*0010*/                   LDG.E.U16 R4, [R2] ;
-.L_x_1:
         /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
-        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0030*/              @!P0 BRA 0x20 ;
         /*0040*/                   STG.E.64 [R2], R4 ;
-        /*0050*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/               @P1 BRA 0x10 ;
         /*0060*/                   EXIT ;
-.L_x_3:
-        /*0070*/                   BRA `(.L_x_3) ;
+        /*0070*/                   BRA 0x70;
         /*0080*/                   NOP ;
 """
 
 
 def test_loops_are_found_in_the_machine_code():
-    assert blocks(_sass_code(SASS)) == (
+    assert blocks(sass_code(sass_lines(SASS))) == (
         Block(depth=0, instructions=3, loads=16, stores=0, flops=0),
         Block(depth=1, instructions=3, loads=2, stores=8, flops=0),
         Block(depth=2, instructions=2, loads=0, stores=0, flops=2 * 64 * 128 * 16 // 4),

@@ -74,14 +74,19 @@ def nvidia_facts(kernels: Sequence[tuple[bytes, int]], target: str) -> list[Fact
             usages.append(_tool("cuobjdump", "-res-usage", path))
         path.write_bytes(b"".join(codes))
         architecture = target.replace("sm_", "SM") + SASS_SUFFIX[target]
-        sass = SASS_LINE.findall(_tool("nvdisasm", "--binary", architecture, path))
-    lines = [(int(address, 16), mnemonic, operands) for address, mnemonic, operands in sass]
+        lines = sass_lines(_tool("nvdisasm", "--binary", architecture, path))
     ends = list(accumulate(map(len, codes)))
     parts = [bisect_left(lines, (end,)) for end in [0, *ends]]
     return [
         _sass_facts(lines[start:stop], usage, shared)
         for (start, stop), usage, (_, shared) in zip(pairwise(parts), usages, kernels, strict=True)
     ]
+
+
+def sass_lines(listing: str) -> list[tuple[int, str, str]]:
+    """Return the address, mnemonic and operands of each instruction that nvdisasm lists."""
+    found = SASS_LINE.findall(listing)
+    return [(int(address, 16), mnemonic, operands) for address, mnemonic, operands in found]
 
 
 def _code_of(cubin: bytes) -> bytes:
@@ -116,11 +121,11 @@ def _sass_facts(sass: Sequence[tuple[int, str, str]], usage: str, shared: int) -
         matrix_ops={name: n for name, n in names.items() if SASS_MATRIX.match(name)},
         async_copies=sum(names[name] for name in SASS_COPY),
         matrix_waits=sum(opcode[:2] == ["WARPGROUP", "DEPBAR"] for opcode in opcodes),
-        blocks=blocks(_sass_code(sass)),
+        blocks=blocks(sass_code(sass)),
     )
 
 
-def _sass_code(sass: Sequence[tuple[int, str, str]]) -> Iterator[str | Instruction]:
+def sass_code(sass: Sequence[tuple[int, str, str]]) -> Iterator[str | Instruction]:
     """The address of an instruction is its label."""
     for address, mnemonic, operands in sass:
         name, *suffixes = mnemonic.split(".")

@@ -68,7 +68,7 @@ def test_a_wrong_setting_gives_one_line_that_helps(word, line):
 
 
 def test_a_missing_recipe_names_those_that_ship():
-    with pytest.raises(SettingsError, match="no file 'digit'; those that ship are digits"):
+    with pytest.raises(SettingsError, match="no file 'digit'; those that ship are clips"):
         load_recipe("digit")
 
 
