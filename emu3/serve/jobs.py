@@ -12,9 +12,8 @@ from emu3.serve.engine import Job
 from emu3.serve.media import Pixels
 from emu3.serve.requests import ImageEvent, TextEvent
 from emu3.text import TextTokenizer
-from emu3.vision import VisionTokenizer, postprocess
-
-_GREY = (128, 128, 128)
+from emu3.tools.draw import picture
+from emu3.vision import VisionTokenizer
 
 
 class ImageJob(Job):
@@ -45,13 +44,8 @@ class ImageJob(Job):
         self._show(generation, generation.codes, None)
 
     def _show(self, generation: Generation, codes: Tensor, preview: int | None) -> None:
-        height, width = generation.grid
-        image = postprocess(self.vision.decode(codes.view(1, -1, width)))[0]
-        if preview is not None:
-            factor = self.vision.settings.spatial_factor
-            whole = Image.new("RGB", (width * factor, height * factor), _GREY)
-            whole.paste(image)
-            image = whole
+        levels = picture(self.vision, codes, generation.grid)
+        image = Image.fromarray(levels.permute(1, 2, 0).numpy())
         index = self.generations.index(generation)
         self.tell(ImageEvent(index, generation.seed, image, preview))
 
