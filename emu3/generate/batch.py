@@ -23,6 +23,7 @@ from emu3.cache import KeyValueCache
 from emu3.config import Vocabulary
 from emu3.cuda_graph import CapturedStep
 from emu3.generate.common import NOT_FINITE, check_prompts, new_cache, pad_right, to_device_of
+from emu3.generate.past import Past
 from emu3.model import Emu3
 from emu3_kernels import sample_guided
 
@@ -112,6 +113,7 @@ class Batch:
         capacity: slots of a row.
         graph: whether to replay steps as CUDA graphs.
         read_every: steps after which the tokens of texts are read.
+        past: of a batch of one row, what its prompt may go on from.
     """
 
     def __init__(
@@ -123,8 +125,10 @@ class Batch:
         *,
         graph: bool = False,
         read_every: int = 1,
+        past: Past | None = None,
     ) -> None:
         self.model, self.ids, self.graph, self.read_every = model, ids, graph, read_every
+        self.past = past
         self.cache = new_cache(model, num_rows, capacity)
         device = self.cache.lengths.device
         self._state = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
@@ -172,7 +176,9 @@ class Batch:
         part = self.cache.rows(start, start + len(distinct))
         part.longest, part.ragged = 0, False
         part.lengths.zero_()
-        tokens, prompt_lengths = to_device_of(self.model, *pad_right(distinct, self.ids.pad))
+        shared = 0 if self.past is None else self.past.fill(part, distinct[0])
+        new = [ids[shared:] for ids in distinct]
+        tokens, prompt_lengths = to_device_of(self.model, *pad_right(new, self.ids.pad))
         hidden = self.model(tokens, part, prompt_lengths=prompt_lengths)
         # From the last one on, as no source lies behind its copy.
         for row, source in reversed([*enumerate(sources)]):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from emu3.generate.batch import GREEDY, Batch, Generation, Sampling, all_seeds
 from emu3.generate.common import check_prompts, uses_graph
+from emu3.generate.past import Past
 from emu3.model import Emu3
 from emu3.prompt import understanding_prompt
 from emu3.text import TextTokenizer
@@ -34,15 +35,19 @@ def generate_text(
     seeds: int | Sequence[int] = 0,
     cuda_graph: bool | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    past: Past | None = None,
 ) -> list[str]:
     """Continue ``prompts``, such as those of :func:`emu3.templates.chat_prompt`.
 
     Only text ids and EOS, which ends a text, are generated: greedily, or as ``how`` says without
     its guidance. ``seeds``, ``cuda_graph`` and the error are those of :func:`generate_images`.
     ``on_text`` takes the number of a prompt and the next piece of its text, of whole characters, as
-    soon as there is one; together they are what is returned.
+    soon as there is one; together they are what is returned. With the ``past`` of a conversation,
+    one prompt is fed from where it differs from the last one and its text, and is then kept there.
     """
     check_prompts(model, prompts)
+    if past is not None and len(prompts) != 1:
+        raise ValueError(f"generate: a past must go with one prompt, got {len(prompts)}")
     if max_new_tokens < 1:
         return [""] * len(prompts)
     vocabulary = text.vocabulary
@@ -59,7 +64,8 @@ def generate_text(
         )
     graph = uses_graph(model, cuda_graph)
     read_every = 8 if model.embedding.weight.is_cuda else 1
-    batch = Batch(model, vocabulary, len(prompts), capacity, graph=graph, read_every=read_every)
+    options = {"graph": graph, "read_every": read_every, "past": past}
+    batch = Batch(model, vocabulary, len(prompts), capacity, **options)
     pieces = [Pieces(text) for _ in prompts]
 
     def tell() -> None:
@@ -67,7 +73,11 @@ def generate_text(
             if piece := of.next(one.ids, is_last=not one.rows):
                 on_text(number, piece)
 
-    batch.run(written, None if on_text is None else tell)
+    try:
+        batch.run(written, None if on_text is None else tell)
+    finally:
+        if past is not None:  # the last token may not have been fed
+            past.keep([*prompts[0], *written[0].ids[:-1]], batch.cache)
     return [text.decode(one.ids) for one in written]
 
 

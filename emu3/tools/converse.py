@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from emu3.data.media import IMAGES, VIDEOS
-from emu3.generate import generate_text
+from emu3.generate import Past, generate_text
 from emu3.prompt import Clip
 from emu3.templates import Turn, chat_prompt
 from emu3.tools.look import look
@@ -23,7 +23,7 @@ _AFTER_A_PATH = "?!.,;:)"
 
 
 class Conversation:
-    """Turns with a model, which sees all of them again with every question.
+    """Turns with a model, which sees all of them with every question; old ones are fed once.
 
     Args:
         loaded: the model.
@@ -36,6 +36,7 @@ class Conversation:
     ) -> None:
         self.loaded, self.max_tokens, self.fps = loaded, max_tokens, fps
         self.turns: list[Turn] = []
+        self.past = Past()
         self.shown: list[Tensor | Clip] = []
         """What the next question is about, beside earlier turns."""
 
@@ -62,8 +63,9 @@ class Conversation:
             on_text(piece)
 
         most = answer_room(self.loaded, [prompt], self.max_tokens)
+        model, text = self.loaded.model, self.loaded.text
         try:
-            generate_text(self.loaded.model, self.loaded.text, [prompt], most, on_text=tell)
+            generate_text(model, text, [prompt], most, on_text=tell, past=self.past)
         finally:
             if answer:
                 self.turns.append(Turn(said, answer))
@@ -71,7 +73,7 @@ class Conversation:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.turns, self.shown = [], []
+        self.turns, self.shown, self.past = [], [], Past()
 
 
 def answer_room(

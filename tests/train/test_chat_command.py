@@ -38,7 +38,7 @@ def prompts(monkeypatch):
     """The prompts that are asked, each answered by " yes"."""
     asked = []
 
-    def answer(model, text, prompts, max_new_tokens, on_text=None):
+    def answer(model, text, prompts, max_new_tokens, on_text=None, past=None):
         asked.extend(prompts)
         on_text(0, " y")
         on_text(0, "es")
@@ -123,7 +123,7 @@ def test_an_interrupt_stops_an_answer_and_not_the_chat(files, prompts, monkeypat
 
 def test_an_answer_cannot_command_the_terminal(files, monkeypatch):
     monkeypatch.setattr(
-        "emu3.tools.converse.generate_text", lambda *_, on_text: on_text(0, "a\x1b[2Jb\r\tc")
+        "emu3.tools.converse.generate_text", lambda *_, on_text, past: on_text(0, "a\x1b[2Jb\r\tc")
     )
     assert chat(files, ["x"]).stdout == "a�[2Jb�\tc\n"
 
