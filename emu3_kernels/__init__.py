@@ -10,6 +10,7 @@ from emu3_kernels.ops.conv3d.cache import FrameCache
 from emu3_kernels.ops.group_norm.api import group_norm_silu, spatial_norm_silu
 from emu3_kernels.ops.loss.api import cross_entropy, linear_cross_entropy
 from emu3_kernels.ops.norm.api import add_rms_norm, rms_norm
+from emu3_kernels.ops.preference.api import preference_loss
 from emu3_kernels.ops.quantized.api import quantize_weight, quantized_linear
 from emu3_kernels.ops.rope.api import rope, rope_append, rope_tables
 from emu3_kernels.ops.sampling.api import sample_guided
@@ -32,6 +33,7 @@ __all__ = [
     "group_norm_silu",
     "linear_cross_entropy",
     "nearest_code",
+    "preference_loss",
     "quantize_weight",
     "quantized_linear",
     "record_backends",
