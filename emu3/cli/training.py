@@ -12,16 +12,30 @@ from emu3.tasks import train as train_recipe
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="folder to fill; demo, or demo/stages with --stages")
+    ] = None,
     video: Annotated[
         bool, typer.Option("--video", help="moving digits too: generate and continue clips, answer")
     ] = False,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="pre-training in two stages, from token stores")
+    ] = False,
+    processes: Annotated[int, typer.Option(help="of each stage, with --stages", min=1)] = 1,
 ) -> None:
     """Train the miniature on handwritten digits, generate, caption, and report."""
     # Imported here: matplotlib is slow to import and no other command needs it.
     from emu3.demo.run import run_demo
+    from emu3.demo.run_stages import run_stages
 
-    run_demo(out, video=video)
+    if stages and video:
+        raise ValueError("demo: --stages trains on clips too, and takes no --video")
+    if processes > 1 and not stages:
+        raise ValueError(f"demo: only --stages takes --processes, got {processes}")
+    if stages:
+        run_stages(out or Path("demo/stages"), processes=processes)
+    else:
+        run_demo(out or Path("demo"), video=video)
 
 
 @app.command()

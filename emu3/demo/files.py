@@ -35,10 +35,14 @@ def write_clips(folder: Path, recipe: ClipRecipe, count: int) -> Path:
 
 
 def write_texts(folder: Path) -> Path:
-    """Write ``texts.jsonl``: scikit-learn's descriptions of its data sets, one text each."""
+    """Write ``texts.jsonl`` with :func:`descriptions`, and return it."""
+    return _write_lines(folder / "texts.jsonl", ({"text": words} for words in descriptions()))
+
+
+def descriptions() -> list[str]:
+    """scikit-learn's descriptions of its data sets."""
     found = [path for path in files("sklearn.datasets.descr").iterdir() if path.suffix == ".rst"]
-    texts = ({"text": path.read_text("utf-8")} for path in sorted(found))
-    return _write_lines(folder / "texts.jsonl", texts)
+    return [path.read_text("utf-8") for path in sorted(found)]
 
 
 def _images(folder: Path, recipe: ClipRecipe, count: int) -> Iterator[dict[str, str]]:
