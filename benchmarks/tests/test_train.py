@@ -15,6 +15,7 @@ from emu3.train.store_recipe import StoreRecipe
 WORDS = [
     "data.context=256",
     "data.batch_size=3",
+    "train.micro_batch_size=1",
     "model.num_layers=2",
     "model.init_std=0.3",  # a loss that depends on what is attended to
 ]
