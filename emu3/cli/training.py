@@ -1,5 +1,6 @@
 """``emu3 demo | redraw | train``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,10 @@ def train(
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/new"),
     resume: Annotated[bool, typer.Option(help="continue from the last checkpoint")] = False,
 ) -> None:
-    """Train from a recipe."""
+    """Train from a recipe.
+
+    A recipe of the stage "pretrain" also runs on many processes: torchrun -m emu3 train RECIPE.
+    """
     weights = train_recipe(load_recipe(recipe, overrides or ()), out, resume=resume)
-    say(f"wrote {weights}")
+    if os.environ.get("RANK", "0") == "0":
+        say(f"wrote {weights}")
