@@ -1,5 +1,6 @@
 """``emu3 demo | redraw | train``."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -57,11 +58,15 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="settings as key=value")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/new"),
     resume: Annotated[bool, typer.Option(help="continue from the last checkpoint")] = False,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="weights to start from: train.start")
+    ] = None,
 ) -> None:
     """Train from a recipe.
 
     A recipe of the stage "pretrain" also runs on many processes: torchrun -m emu3 train RECIPE.
     """
-    weights = train_recipe(load_recipe(recipe, overrides or ()), out, resume=resume)
+    words = [*(overrides or ()), *([f"train.start={json.dumps(str(start))}"] if start else ())]
+    weights = train_recipe(load_recipe(recipe, words), out, resume=resume)
     if os.environ.get("RANK", "0") == "0":
         say(f"wrote {weights}")

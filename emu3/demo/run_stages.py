@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from emu3.config import load_recipe, recipe_tree
@@ -24,11 +25,14 @@ from emu3.demo.measure import measure_captions, measure_generation, paint_valida
 from emu3.demo.miniature import Clock, Miniature
 from emu3.demo.run import machine, show
 from emu3.demo.run_moving import film, run_clips
+from emu3.demo.stages import seed_visual_rows
 from emu3.files import replacing
+from emu3.model import Emu3
 from emu3.text import ByteTokenizer
 from emu3.train.lock import locked
 from emu3.train.metrics import read_metrics
-from emu3.weights import load_decoder, load_vision
+from emu3.train.store_recipe import StoreRecipe
+from emu3.weights import load_decoder, load_vision, save_decoder
 
 Run = Callable[[Sequence[str], int], None]
 """Runs ``emu3`` with these words in so many processes."""
@@ -124,16 +128,24 @@ class _Demo:
 
     def train(self, overrides: Sequence[Sequence[str]]) -> list[Path]:
         """The decoder's weights after each stage."""
-        start: list[str] = []
-        written = []
+        start, written = self._write_start(overrides[0]), []
         for stage, words in zip(STAGES, overrides, strict=True):
             out = self.runs / stage
             given = [f"data.sources={self._sources(stage)}", *self._layout(stage), *words]
-            where = [*start, "--out", str(out)]
+            where = ["--from", str(start), "--out", str(out)]
             self.emu3(stage, ["train", stage, *given, *where], self.processes)
-            written.append(out / "decoder.safetensors")
-            start = ["--from", str(written[-1])]
+            start = out / "pretrain.safetensors"
+            written.append(start)
         return written
+
+    def _write_start(self, words: Sequence[str]) -> Path:
+        """Random weights, except that embeddings of similar codes are similar."""
+        recipe = load_recipe(STAGES[0], words, StoreRecipe)
+        torch.manual_seed(recipe.train.seed)
+        model, path = Emu3(recipe.model), self.runs / "start.safetensors"
+        seed_visual_rows(model, load_vision(self.vision).codebook)
+        save_decoder(path, model)
+        return path
 
     def _sources(self, stage: str) -> str:
         """Those of the recipe, in this folder; TOML."""
