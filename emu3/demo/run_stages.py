@@ -89,6 +89,17 @@ def run_command(words: Sequence[str], processes: int) -> None:
         raise ValueError(f"demo: emu3 {words[0]} ended with exit code {code}")
 
 
+def layout(stage: str, processes: int) -> list[str]:
+    """Words that lay the rows of a step out; with fewer rows than ranks, several share each row."""
+    if processes == 1:
+        return []
+    rows = recipe_tree(stage)["data"]["batch_size"]
+    context = max(1, processes // rows)
+    shard = processes // context
+    at_once = f"train.micro_batch_size={max(1, rows // shard)}"
+    return [f"parallel.shard={shard}", f"parallel.context={context}", at_once]
+
+
 class _Demo:
     """The commands, and the files between them."""
 
@@ -131,7 +142,7 @@ class _Demo:
         start, written = self._write_start(overrides[0]), []
         for stage, words in zip(STAGES, overrides, strict=True):
             out = self.runs / stage
-            given = [f"data.sources={self._sources(stage)}", *self._layout(stage), *words]
+            given = [f"data.sources={self._sources(stage)}", *layout(stage, self.processes), *words]
             where = ["--from", str(start), "--out", str(out)]
             self.emu3(stage, ["train", stage, *given, *where], self.processes)
             start = out / "pretrain.safetensors"
@@ -154,16 +165,6 @@ class _Demo:
             store = json.dumps(str(self.stores / Path(source["store"]).name))
             tables.append(f"{{store={store}, weight={source['weight']}}}")
         return f"[{', '.join(tables)}]"
-
-    def _layout(self, stage: str) -> list[str]:
-        """The rows of a step on all ranks; with fewer rows than ranks, several share each row."""
-        if self.processes == 1:
-            return []
-        rows = recipe_tree(stage)["data"]["batch_size"]
-        context = max(1, self.processes // rows)
-        shard = self.processes // context
-        at_once = f"train.micro_batch_size={max(1, rows // shard)}"
-        return [f"parallel.shard={shard}", f"parallel.context={context}", at_once]
 
     def measure(self, *decoders: Path) -> dict:
         first, second = map(self._miniature, decoders)

@@ -18,6 +18,8 @@ from emu3.demo.moving_stream import sample_clips
 from emu3.demo.stream import DigitStream, training_digits
 from emu3.prompt import parse_document
 from emu3.text import ByteTokenizer
+from emu3.train.layout import check_fits
+from emu3.train.store_recipe import StoreRecipe
 from emu3.vision import VisionTokenizer, encode_pieces, preprocess
 from emu3.weights import save_vision
 from tests.train.recipes import VISION_WORDS
@@ -111,12 +113,12 @@ def test_the_demo_runs_the_commands_of_both_stages_and_measures_them(tmp_path, m
 
     few = "data.validation=0.02"
     words = [*VISION_WORDS, few, "clips.batch_size=4"], STAGE_WORDS, STAGE_WORDS
-    report = run_stages.run_stages(tmp_path, words, images=40, clips=20, processes=4, run=run)
+    report = run_stages.run_stages(tmp_path, words, images=40, clips=20, run=run)
     assert [(count, words[:2]) for count, words in commands] == [
         (1, ["train", "clips-vision"]),
-        *[(4, ["prepare", f"{tmp_path}/data/{n}.jsonl"]) for n in ("images", "clips", "texts")],
-        (4, ["train", "stage1-mini"]),
-        (4, ["train", "stage2-mini"]),
+        *[(1, ["prepare", f"{tmp_path}/data/{n}.jsonl"]) for n in ("images", "clips", "texts")],
+        (1, ["train", "stage1-mini"]),
+        (1, ["train", "stage2-mini"]),
     ]
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert (report["images_documents"], report["clips_documents"]) == (40, 20)
@@ -125,6 +127,16 @@ def test_the_demo_runs_the_commands_of_both_stages_and_measures_them(tmp_path, m
     assert report["stage2-mini_tokens"] == 3 * 2 * 2048
     for name in ("stage1", "stage2", "loss", "clips", "continued"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("stage", "shard", "context"), [(1, 4, 1), (2, 2, 2)])
+def test_four_processes_share_the_rows_of_a_step(stage, shard, context):
+    name = f"stage{stage}-mini"
+    recipe = load_recipe(name, run_stages.layout(name, 4), StoreRecipe)
+    assert (recipe.parallel.shard, recipe.parallel.context) == (shard, context)
+    assert recipe.parallel.num_ranks == 4
+    check_fits(recipe.parallel, recipe.model, recipe.data.context)
+    assert recipe.num_micro_batches == 1
 
 
 def test_a_command_that_fails_ends_the_demo_in_a_line(tmp_path):
