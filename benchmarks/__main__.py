@@ -98,6 +98,28 @@ def model_runs(
 
 
 @app.command()
+def train(
+    threads: OneThreads = None,
+    seconds: Seconds = 60.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="One small step of each entry: print, write nothing.")
+    ] = False,
+    allow_load: Load = False,
+) -> None:
+    """Time steps of the miniature's recipes, packed and padded, beside Hugging Face's Emu3."""
+    need_transformers()
+    if dry_run:
+        run.console.print(import_module("benchmarks.suites.train").dry_run())
+        return
+    run.refuse(time_all(train_runs(threads, seconds), allow_load))
+
+
+def train_runs(threads: list[int] | None, seconds: float) -> list[run.Run]:
+    counts = threads or [min(2, machine.cores())]
+    return run.runs(["train"], counts, seconds, scale=False)
+
+
+@app.command()
 def vision(threads: OneThreads = None, seconds: Seconds = 60.0, allow_load: Load = False) -> None:
     """Time an image encoded and decoded beside Hugging Face's tokenizer and store the rows."""
     need_transformers()
@@ -149,6 +171,7 @@ def everything(allow_load: Load = False) -> None:
     listed = run.runs(list(OPS), None, SECONDS)
     if find_spec("transformers"):
         listed += model_runs(None, SECONDS, steps=50, step_tokens=TOKENS)
+        listed += train_runs(None, 30.0)
         listed += generate_runs(None)
         listed += vision_runs(None, 30.0)
     failures = time_all(listed, allow_load)

@@ -248,7 +248,8 @@ class Emu3(nn.Module):
         *,
         z_loss: float = 0.0,
         dropout: StepDropout | None = None,
-    ) -> Tensor:
+        return_losses: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Sum the loss of given targets over packed rows, or the part of them that a rank holds.
 
         Args:
@@ -261,9 +262,13 @@ class Emu3(nn.Module):
                 None is the sum of ``weights``.
             z_loss: factor of the squared log-sum-exp.
             dropout: what is dropped in training; None draws it.
+            return_losses: also return the loss of each target before its weight, ``[B, T]``: 0 at
+                weight 0, without a gradient.
         """
         rows, heads = (dropout.rows, dropout.heads) if dropout else (None, None)
         context = Context(self.rotate, documents, positions=positions, rows=rows, heads=heads)
         hidden = self._hidden(tokens, context, dropout.seeds if dropout else None)
         settings = {"weights": weights, "normalizer": normalizer, "z_loss": z_loss}
+        if return_losses:
+            settings["return_losses"] = True
         return self.linear_cross_entropy(hidden, self.head.weight, targets, **settings)

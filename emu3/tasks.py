@@ -10,6 +10,7 @@ from emu3.demo.config import ClipRecipe, DigitRecipe
 from emu3.demo.stages import decoder_stage, vision_stage
 from emu3.train import loop
 from emu3.train.stage import Stage
+from emu3.train.store_recipe import StoreRecipe
 from emu3.train.tokenizer import tokenizer_stage
 
 
@@ -30,6 +31,8 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     tree = config.recipe_tree(name, overrides)
     train = tree.get("train")
     stage = train.get("stage") if isinstance(train, dict) else None
+    if stage == "pretrain":
+        return config.parse(StoreRecipe, tree)
     kind = TASKS[stage].recipe if isinstance(stage, str) and stage in TASKS else DigitRecipe
     if kind is DigitRecipe and "clips" in tree:
         kind = ClipRecipe
@@ -38,4 +41,9 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> Path:
     """Run ``recipe`` in ``folder``; return the file of the trained weights."""
+    if isinstance(recipe, StoreRecipe):
+        # Imported here: FSDP is slow to import and no other stage needs it.
+        from emu3.train.pretrain_loop import pretrain
+
+        return pretrain(recipe, folder, resume=resume)
     return loop.train(recipe, folder, TASKS[recipe.train.stage].build, resume=resume)

@@ -26,7 +26,7 @@ PYTEST = (
     *("-W", "ignore::DeprecationWarning", "-q", "-rs", "--tb=short", "--no-header"),
 )
 
-WHOLE = ("model", "generate", "vision")
+WHOLE = ("model", "train", "generate", "vision")
 """Suites of their own; every other name is an op."""
 
 PRELOADED = ["benchmarks.harness.entries", "torch._inductor.compile_fx"]

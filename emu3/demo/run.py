@@ -66,7 +66,7 @@ def run_demo(
     recipes = _recipes(folder / "runs", vision, decoder, video=video)
     with locked(folder):
         report = _run(folder, *recipes)
-    _show(folder, report)
+    show(folder, report)
     return report
 
 
@@ -231,7 +231,7 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [i * count // wanted for i in range(wanted)]
 
 
-def _show(folder: Path, report: dict) -> None:
+def show(folder: Path, report: dict) -> None:
     table = Table("metric", "value", title=f"{folder}/report.json")
     for name, value in report.items():
         if isinstance(value, int | float):

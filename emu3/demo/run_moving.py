@@ -1,8 +1,10 @@
-"""What ``--video`` adds to the demo: three measurements of clips and questions, and their plots."""
+"""What ``--video`` adds to the demo: measurements of clips and questions, and their plots."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from emu3.demo.digits import DIGITS, ZOOM
 from emu3.demo.judge import DigitJudge
@@ -27,27 +29,47 @@ _SHOWN, _CONTINUED = 12, 6
 """Clips in the plots."""
 
 
+class Filmed(NamedTuple):
+    """A clip of each validation digit: pixels, codes and contents."""
+
+    pixels: Tensor
+    codes: Tensor
+    shown: Shown
+
+
 def run_moving(folder: Path, mini: Miniature, clock: Clock) -> dict:
     """Generate, continue and ask; write clips.png, clips.gif and continued.png; the metrics."""
+    filmed = film(mini)
+    metrics = run_clips(folder, mini, filmed, clock)
+    with clock.stage("ask"):
+        answers = _ask(mini, filmed.codes, filmed.shown)
+    return {**metrics, **answers}
+
+
+def film(mini: Miniature) -> Filmed:
+    """Film and encode the validation digits."""
+    size = mini.tokenizer.settings.image_size
+    real, shown = film_validation(mini.validation_set, mini.recipe, size)
+    return Filmed(real, encode_clips(mini.tokenizer, mini.recipe, real), shown)
+
+
+def run_clips(folder: Path, mini: Miniature, filmed: Filmed, clock: Clock) -> dict:
+    """Generate and continue clips; write clips.png, clips.gif and continued.png; the metrics."""
     recipe, size = mini.recipe, mini.tokenizer.settings.image_size
+    real, codes, shown = filmed
     with clock.stage("judge_clips"):
         judge = DigitJudge(mini.train_set, recipe.data, size, zoom=recipe.clips.side / ZOOM)
-        real, shown = film_validation(mini.validation_set, recipe, size)
-        codes = encode_clips(mini.tokenizer, recipe, real)
         validation = judged(real, shown, judge)
         again = judged(decode_clips(mini.tokenizer, codes), shown, judge)
     with clock.stage("generate_clips"):
         generated = measure_clips(mini, judge)
     with clock.stage("continue_clips"):
         continued = measure_continued(mini, judge, codes, shown)
-    with clock.stage("ask"):
-        answers = _ask(mini, codes, shown)
     with clock.stage("plots_of_clips"):
         _write(folder, mini, generated, continued)
     return {
         **generated.accuracies("clip"),
         **continued.accuracies("continued"),
-        **answers,
         **validation.accuracies("judge_clip"),
         **again.accuracies("reconstructed_clip"),
         "generated_clips": len(generated.pixels),
@@ -55,7 +77,7 @@ def run_moving(folder: Path, mini: Miniature, clock: Clock) -> dict:
     }
 
 
-def _ask(mini: Miniature, codes: torch.Tensor, shown: Shown) -> dict[str, float]:
+def _ask(mini: Miniature, codes: Tensor, shown: Shown) -> dict[str, float]:
     """The shares of right answers about validation images, and about validation clips."""
     images, colors = paint_validation(mini.validation_set, mini.tokenizer.settings.image_size)
     about = Shown(mini.validation_set.labels, colors)

@@ -1,6 +1,7 @@
 """The whole state of a run in one file: weights, optimizers, data order, random numbers, step."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -108,10 +109,19 @@ def _difference(metadata: dict[str, str], recipe: Recipe) -> str | None:
         return "it holds no recipe"
     tables = json.loads(metadata["recipe"]).items()
     known = {k: renamed(tree, k) for k, tree in tables if k in type(recipe).model_fields}
-    saved = parse(type(recipe), known)
+    return difference(parse(type(recipe), known), recipe)
+
+
+def difference(saved: Recipe, recipe: Recipe, may_change: Collection[str] = ()) -> str | None:
+    """Name the first setting that differs, but for those in ``may_change``, or None.
+
+    Args:
+        may_change: tables, and settings as ``table.key``.
+    """
     for table in type(recipe).model_fields:
         was, now = getattr(saved, table), getattr(recipe, table)
         for key in type(now).model_fields:
-            if getattr(was, key) != getattr(now, key):
+            may = {table, f"{table}.{key}"} & set(may_change)
+            if not may and getattr(was, key) != getattr(now, key):
                 return f"{table}.{key} was {getattr(was, key)}, is {getattr(now, key)}"
     return None

@@ -76,6 +76,13 @@ class Batch(NamedTuple):
         positions = index - torch.where(starts, index, 0).cummax(1).values
         return cls(ids[:, :-1], ids[:, 1:], weights[:, 1:], positions, documents)
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(x.to(device) for x in self))
+
+    def split(self, rows: int) -> list["Batch"]:
+        """Return its micro-batches of ``rows`` rows."""
+        return [Batch(*parts) for parts in zip(*(x.split(rows) for x in self), strict=True)]
+
 
 @dataclass(frozen=True)
 class Layout:

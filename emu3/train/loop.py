@@ -62,7 +62,7 @@ def _check(saved: Path, resume: bool) -> None:
 
 def _run(recipe: Recipe, saved: Path, stage: Stage, done: int) -> None:
     settings, steps = recipe.train, recipe.train.steps
-    with closing(Metrics(saved.parent, done)) as log, _progress() as progress:
+    with closing(Metrics(saved.parent, done)) as log, progress_bar() as progress:
         state = "already finished" if done == steps else ""
         task = progress.add_task(settings.stage, total=steps, completed=done, state=state)
         unread, started = [], time.perf_counter()
@@ -97,11 +97,12 @@ def _finite(step: int, metrics: Sequence[StepMetrics]) -> dict[str, float]:
     return of_steps[-1]
 
 
-def _progress() -> Progress:
+def progress_bar(*, visible: bool = True) -> Progress:
     return Progress(
         TextColumn("{task.description:>8}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
+        disable=not visible,
     )

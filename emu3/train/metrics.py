@@ -1,7 +1,7 @@
 """Metrics of every logged step: one JSON line, and TensorBoard.
 
-The JSON lines contain no times, so that two runs of one recipe write the same bytes; seconds go to
-TensorBoard alone.
+The JSON lines contain no times, so that two runs of one recipe write the same bytes; what depends
+on the machine goes to TensorBoard alone.
 """
 
 import json
@@ -28,11 +28,11 @@ class Metrics:
         self._lines = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-    def log(self, step: int, values: Mapping[str, Tensor | float], *, seconds: float) -> None:
-        """Record the metrics of one step, and its time."""
+    def log(self, step: int, values: Mapping[str, Tensor | float], **measured: float) -> None:
+        """Record the metrics of one step, and what was measured on this machine: its seconds."""
         numbers = {name: float(value) for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **numbers}) + "\n")
-        for name, value in {**numbers, "seconds": seconds}.items():
+        for name, value in {**numbers, **measured}.items():
             self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:

@@ -101,6 +101,26 @@ def parallelize(model: Emu3, layout: Layout) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+class StepLoss(NamedTuple):
+    """The loss of a step, and what it is made of, each of all ranks."""
+
+    loss: Tensor
+    """float32, divided by the weight of the step."""
+    sums: Tensor
+    """``[2]`` float64, of the losses of text and of visual targets, before their weights."""
+    counts: Tensor
+    """``[2]`` float64, text and visual targets of a weight above 0."""
+    tokens: Tensor
+    """float64, without padding."""
+    pairs: Tensor
+    """float64, of tokens and those that they attend to."""
+
+    def by_modality(self) -> dict[str, Tensor]:
+        """Return the mean loss of text and of visual targets: NaN of none."""
+        text, vision = (self.sums / self.counts).unbind()
+        return {"text_loss": text, "vision_loss": vision}
+
+
 def accumulate_gradients(
     model: Emu3,
     layout: Layout,
@@ -108,7 +128,7 @@ def accumulate_gradients(
     *,
     seeds: Tensor | None = None,
     z_loss: float = 0.0,
-) -> Tensor:
+) -> StepLoss:
     """Add up the gradients of a step's micro-batches, and return the loss of all ranks.
 
     Row b of micro-batch m of data rank i is row ``(m * data_ranks + i) * B + b`` of the step, by
@@ -126,22 +146,55 @@ def accumulate_gradients(
     """
     if seeds is None and model.training and model.settings.dropout > 0:
         raise ValueError("parallel: a model with dropout must be given seeds, got none")
-    normalizer, total = layout.total_weight(batches), 0.0
+    normalizer, parts = layout.total_weight(batches), []
     for number, batch in enumerate(batches):
         model.set_requires_all_reduce(number + 1 == len(batches))
         first = (number * layout.data_ranks + layout.data_rank) * len(batch.tokens)
         dropout = None if seeds is None else _dropout(model.settings, layout, batch, seeds, first)
-        tokens, targets, weights, positions = (layout.cut(x) for x in batch[:4])
-        given = tokens, targets, weights, positions, _documents(layout, batch.documents)
-        loss = model.objective(*given, normalizer, z_loss=z_loss, dropout=dropout)
+        settings = {"z_loss": z_loss, "dropout": dropout}
+        loss, part = _objective(model, layout, batch, normalizer, **settings)
         loss.backward()
-        total = total + loss.detach()
-    return layout.sum(total)
+        parts.append(part)
+    return _of_all_ranks(layout, parts)
+
+
+@torch.no_grad()
+def evaluate(model: Emu3, layout: Layout, batches: Sequence[Batch]) -> StepLoss:
+    """Return the loss of all ranks without dropout, as of one step; the arguments are those of
+    :func:`accumulate_gradients`."""
+    normalizer = layout.total_weight(batches)
+    model.eval()
+    parts = [_objective(model, layout, batch, normalizer)[1] for batch in batches]
+    model.reshard()  # norm and head, which wait for a backward pass
+    model.train()
+    return _of_all_ranks(layout, parts)
+
+
+def _objective(
+    model: Emu3, layout: Layout, batch: Batch, normalizer: Tensor, **settings: object
+) -> tuple[Tensor, Tensor]:
+    """Return this rank's part of the loss, and that with sums and counts of both modalities."""
+    tokens, targets, weights, positions = (layout.cut(x) for x in batch[:4])
+    given = tokens, targets, weights, positions, _documents(layout, batch.documents)
+    loss, losses = model.objective(*given, normalizer, return_losses=True, **settings)
+    valid, is_visual = weights != 0, targets >= model.settings.vocabulary.visual_start
+    masks = [(valid & ~is_visual).double(), (valid & is_visual).double()]
+    sums, counts = [(losses * mask).sum() for mask in masks], [mask.sum() for mask in masks]
+    real = (tokens != model.settings.vocabulary.pad).double()
+    work = real.sum(), (real * (positions + 1)).sum()
+    return loss, torch.stack([loss.detach().double(), *sums, *counts, *work])
+
+
+def _of_all_ranks(layout: Layout, parts: Sequence[Tensor]) -> StepLoss:
+    total = layout.sum(torch.stack(parts).sum(0))
+    return StepLoss(total[0].float(), total[1:3], total[3:5], *total[5:].unbind())
 
 
 def step_seeds(settings: ModelSettings, seed: int, step: int, device: torch.device) -> Tensor:
     """Return the seeds of :class:`StepDropout` for a step of a run: the same on every rank."""
-    return site_seeds(seed, step, 3 * settings.num_layers + 1, device)
+    # Seeds are unsigned, torch's integers signed.
+    signed = seed - (seed >> 63 << 64)
+    return site_seeds(signed, step, 3 * settings.num_layers + 1, device)
 
 
 @torch.no_grad()

@@ -4,26 +4,38 @@ A view has the name and the shape of the official files, whatever the mesh: what
 mesh is loaded on another. q, k, v, gate and up are apart.
 """
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
+from emu3.data.order import key_of
 from emu3.files import flush
 from emu3.model import Emu3
 from emu3.train.layout import Layout
 from emu3.train.parallel import Cut, cuts
+from emu3.train.ranks import is_first, together
 from emu3.weights import save_tensors
+from emu3.weights.files import check_place, nothing_missing, shards_of, stored_in
 from emu3_kernels.modules import RotaryEmbedding
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW, saved beside the weights."""
+_UPDATES = "updates"
+"""Steps of AdamW: those that were skipped do not count."""
+_NOTES = "notes.json"
+_DRAFT, _REMOVED = ".draft", ".removed"
 _OFFICIAL = {
     "attention_norm": ("input_layernorm",),
     "attention.qkv.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -85,48 +97,127 @@ def _official(name: str, nth: int) -> str:
     return f"model.layers.{number}.{_OFFICIAL[rest][nth]}.weight"
 
 
-def save_sharded(
-    folder: Path, model: Emu3, optimizer: Optimizer, layout: Layout, step: int, *, keep: int = 2
-) -> None:
-    """Write the state after ``step`` steps to ``folder/step-N``; every rank must call.
+class Saver:
+    """Writes checkpoints of a run to ``folder/step-N`` in a thread, while training goes on.
 
     A checkpoint is whole if its folder has this name: it is written under another one, flushed and
-    renamed. An earlier one of the same step is replaced, and the oldest beyond ``keep`` removed.
+    renamed. None is ever overwritten. Every rank must call, in the same order.
+
+    Args:
+        keep: checkpoints that are kept, the last ones.
     """
-    draft = folder / f"step-{step}.draft"
-    if dist.get_rank() == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-    dist.barrier()
-    dcp.save(_state(model, optimizer, layout) | {"step": torch.tensor(step)}, checkpoint_id=draft)
-    dist.barrier()
-    if dist.get_rank() == 0:
+
+    def __init__(
+        self, folder: Path, model: Emu3, optimizer: Optimizer, layout: Layout, *, keep: int = 2
+    ) -> None:
+        self.folder, self.keep = folder, keep
+        self._state = lambda: _state(model, optimizer, layout)
+        # Of its own: the thread exchanges messages while training does.
+        self._group = dist.new_group(backend="gloo")
+        names = layout.storage.mesh_dim_names
+        self._mesh = init_device_mesh("cpu", layout.storage.shape, mesh_dim_names=names)
+        self._thread, self._pending = ThreadPoolExecutor(1), None
+
+    def save(self, step: int, notes: Mapping[str, Any] | None = None) -> None:
+        """Copy the state after ``step`` steps to the host, and start to write it.
+
+        Args:
+            notes: what else :func:`load_sharded` returns, as JSON.
+
+        Raises:
+            ValueError: one line, if this or the last checkpoint cannot be written.
+        """
+        self.wait()
+        state = {name: self._copied(value) for name, value in self._state().items()}
+        self._pending = self._thread.submit(self._write, state, step, dict(notes or {}))
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is whole."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def shutdown(self) -> None:
+        """End the thread, after what it still writes."""
+        self._thread.shutdown()
+
+    def _copied(self, value: Tensor) -> Tensor:
+        if not isinstance(value, DTensor):
+            return value.to("cpu", copy=True)
+        local = value.to_local().to("cpu", copy=True)
+        options = {"run_check": False, "shape": value.shape, "stride": value.stride()}
+        return DTensor.from_local(local, self._mesh, value.placements, **options)
+
+    def _write(self, state: dict[str, Tensor], step: int, notes: dict[str, Any]) -> None:
+        draft, group = self.folder / f"step-{step}{_DRAFT}", self._group
+        steps = (
+            lambda: shutil.rmtree(draft, ignore_errors=True) if is_first() else None,
+            lambda: dcp.save(state, checkpoint_id=draft, process_group=group),
+            lambda: self._finish(draft, step, notes) if is_first() else None,
+        )
+        try:
+            for do in steps:
+                together(do, group)
+        except ValueError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise ValueError(f"train: cannot save step {step} to {self.folder}: {error}") from None
+
+    def _finish(self, draft: Path, step: int, notes: dict[str, Any]) -> None:
+        (draft / _NOTES).write_text(json.dumps({"step": step, **notes}))
         for path in (*draft.iterdir(), draft):
             flush(path)
-        final = folder / f"step-{step}"
-        shutil.rmtree(final, ignore_errors=True)
+        final = self.folder / f"step-{step}"
+        _remove(final)
         draft.rename(final)
-        flush(folder)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+        flush(self.folder)
+        for old in checkpoints(self.folder)[: -self.keep]:
+            _remove(old)
 
 
-def load_sharded(folder: Path, model: Emu3, optimizer: Optimizer, layout: Layout) -> int:
-    """Restore the last whole checkpoint of ``folder``, of any mesh; return the number of its steps.
+def load_sharded(folder: Path, model: Emu3, optimizer: Optimizer, layout: Layout) -> dict[str, Any]:
+    """Restore a checkpoint of any mesh, and return its notes, ``step`` among them.
 
-    Every rank must call.
+    Every rank must call. Its index is read by ``pickle``: load no checkpoint of strangers.
+
+    Args:
+        folder: ``step-N`` of a run.
 
     Raises:
-        ValueError: if ``folder`` holds no whole checkpoint.
+        ValueError: one line, if a file is missing or damaged.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise ValueError(f"resume: {folder} must hold a checkpoint step-N, got none")
-    state, step = _state(model, optimizer, layout), torch.tensor(0)
-    dcp.load(state | {"step": step}, checkpoint_id=found[-1])
+    state = _state(model, optimizer, layout)
+    notes = together(lambda: read_notes(folder))
+    try:
+        together(lambda: dcp.load(state, checkpoint_id=folder))
+    except ValueError as error:
+        raise ValueError(f"resume: {folder} is damaged: {error}") from None
     for of_parameter in optimizer.state.values():
-        of_parameter["step"].fill_(step.item())
-    return int(step)
+        of_parameter["step"].copy_(state[_UPDATES])
+    return notes
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """Return what was saved beside the tensors of a checkpoint."""
+    try:
+        return json.loads((folder / _NOTES).read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"resume: {folder} is damaged: it has no {_NOTES} of ours") from None
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left."""
+    for ending in (_DRAFT, _REMOVED):
+        for left in folder.glob(f"step-*{ending}"):
+            shutil.rmtree(left)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove it, if it exists; it loses its name first, so that no part of it looks whole."""
+    if checkpoint.exists():
+        removed = checkpoint.with_suffix(_REMOVED)
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
+        shutil.rmtree(removed)
 
 
 def save_whole(path: Path, model: Emu3, layout: Layout) -> None:
@@ -144,19 +235,52 @@ def save_whole(path: Path, model: Emu3, layout: Layout) -> None:
     dist.barrier()
 
 
-def load_whole(folder: Path, model: Emu3, layout: Layout) -> None:
-    """Fill the weights from the safetensors of ``folder`` in the official layout.
+def load_whole(path: Path, model: Emu3, layout: Layout) -> None:
+    """Fill the weights from a safetensors file, or a folder of shards, in the official layout.
 
-    Every rank reads what it holds, rounded to the dtype of its weights; all must call. A model on
-    the meta device is allocated first, on the devices of ``layout``.
+    Every rank reads what it holds, rounded to the dtype of its weights; all must call.
+
+    Raises:
+        ValueError: one line, if a weight is missing or has another shape.
     """
-    if model.norm.is_meta:
-        s, device = model.settings, layout.groups.device_type
-        model.to_empty(device=device)
-        tables = s.max_position_embeddings, s.head_dim
-        model.rotate = RotaryEmbedding(*tables, theta=s.rope_theta, device=device)
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    dcp.load(sharded_views(model, layout), storage_reader=reader)
+    shards = shards_of(path)
+    found, views = stored_in(shards), sharded_views(model, layout)
+    nothing_missing({name: view for name, view in views.items() if name not in found}, path)
+    for name, view in views.items():
+        check_place(view, found[name], name, path)
+    with TemporaryDirectory() as folder:  # the reader takes every file of one
+        for shard in shards:
+            (Path(folder) / shard.name).symlink_to(shard.absolute())
+        dcp.load(views, storage_reader=dcp.HuggingFaceStorageReader(folder))
+
+
+def allocate(model: Emu3, layout: Layout) -> None:
+    """Give a model on the meta device, cut already, its memory on the devices of ``layout``."""
+    s, device = model.settings, layout.groups.device_type
+    model.to_empty(device=device)
+    tables = s.max_position_embeddings, s.head_dim
+    model.rotate = RotaryEmbedding(*tables, theta=s.rope_theta, device=device)
+
+
+@torch.no_grad()
+def initialise(model: Emu3, layout: Layout, seed: int) -> None:
+    """Draw the weights: those of a seed are the same on every mesh.
+
+    A rank draws one whole tensor after the other, on its device, and keeps its part.
+    """
+    s = model.settings
+    for name, view in sharded_views(model, layout).items():
+        local = view.to_local()
+        if view.ndim == 1:
+            local.fill_(1)
+            continue
+        random = torch.Generator(local.device).manual_seed(key_of(seed, name))
+        whole = torch.empty(view.shape, dtype=local.dtype, device=local.device)
+        whole.normal_(std=s.init_std, generator=random)
+        if name == "model.embed_tokens.weight":
+            whole[s.vocabulary.pad] = 0
+        placed = distribute_tensor(whole, view.device_mesh, view.placements, src_data_rank=None)
+        local.copy_(placed.to_local())
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -169,8 +293,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def _state(model: Emu3, optimizer: Optimizer, layout: Layout) -> dict[str, DTensor]:
-    """View the weights and both moments of AdamW, which it makes in its first step."""
+def _state(model: Emu3, optimizer: Optimizer, layout: Layout) -> dict[str, Tensor]:
+    """View the weights, both moments of AdamW, which it makes in its first step, and its count."""
     for group in optimizer.param_groups:
         counts_on_device = group["fused"] or group["capturable"]
         for parameter in group["params"]:
@@ -184,4 +308,5 @@ def _state(model: Emu3, optimizer: Optimizer, layout: Layout) -> dict[str, DTens
     for moment in MOMENTS:
         of_moment = sharded_views(model, layout, lambda p, m=moment: optimizer.state[p][m])
         views |= {f"{moment}.{name}": view for name, view in of_moment.items()}
-    return views
+    count = next(iter(optimizer.state.values()))["step"]
+    return views | {_UPDATES: count.detach().to("cpu", copy=True)}

@@ -147,8 +147,9 @@ def linear_cross_entropy(
     memory: int | None = None,
     keep: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    return_losses: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Average the cross entropy of ``hidden @ head.T`` without keeping the logits.
 
     The loss is that of :func:`cross_entropy` on ``logits = hidden @ head.T``, with the same
@@ -197,10 +198,12 @@ def linear_cross_entropy(
             dimension. All valid tokens must be among them, each once. With it, a GPU is never
             waited for, and a call can be captured in a CUDA graph. None finds the valid tokens.
         group: the ranks that share the vocabulary, each with its rows of the head.
+        return_losses: also return the loss of each token before its weight.
         backend: a key of ``BACKENDS``, ``"reference"``, or None for the first that fits.
 
     Returns:
-        A scalar, or ``[...]`` for ``"none"``; float32 (float64 for float64 inputs).
+        A scalar, or ``[...]`` for ``"none"``; float32 (float64 for float64 inputs). With
+        ``return_losses`` also ``[...]``: 0 at weight 0, without a gradient.
     """
     hidden, head = autocast(hidden), autocast(head)
     _check_operands(hidden, head)
@@ -224,20 +227,24 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             reduction=reduction,
             shard=shard,
+            return_losses=return_losses,
         )
     weights = token_weights(targets, weights, ignore_index, torch.float32)
     tokens = (rows(hidden), rows(head), targets.flatten(), keep)
     settings = Settings(z_loss, label_smoothing, memory, *shard)
     if reduction == "none" or not needs_gradient(hidden, head):
         losses = _LinearCrossEntropy.apply(*tokens, weights.flatten(), chosen, *settings)
-        return reduce(losses.view(targets.shape), weights, normalizer, reduction)
-    shares = torch.where(weights != 0, weights / divisor(weights, normalizer, reduction), 0)
-    wanted = (hidden.requires_grad, head.requires_grad)
-    return _TotalLinearCrossEntropy.apply(*tokens, shares.flatten(), chosen, *wanted, *settings)
+        loss = reduce(losses.view(targets.shape), weights, normalizer, reduction)
+    else:
+        shares = torch.where(weights != 0, weights / divisor(weights, normalizer, reduction), 0)
+        wanted = (hidden.requires_grad, head.requires_grad)
+        given = *tokens, shares.flatten(), chosen, *wanted, *settings
+        loss, losses = _TotalLinearCrossEntropy.apply(*given)
+    return (loss, losses.detach().view(targets.shape)) if return_losses else loss
 
 
 class _TotalLinearCrossEntropy(torch.autograd.Function):
-    """The sum of ``shares * losses``, whose gradients the forward pass computes.
+    """The sum of ``shares * losses``, whose gradients the forward pass computes, and ``losses``.
 
     The backward pass scales them in place and returns them; a second one, through a retained
     graph, computes them again.
@@ -249,11 +256,12 @@ class _TotalLinearCrossEntropy(torch.autograd.Function):
         losses, *ctx.gradients = backend.backward(*operands, *settings)
         ctx.save_for_backward(*operands)
         ctx.settings, ctx.backend = settings, backend
-        return (shares * losses).sum()
+        ctx.mark_non_differentiable(losses)
+        return (shares * losses).sum(), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dtotal):
+    def backward(ctx, dtotal, _):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, *gradients = ctx.backend.backward(*ctx.saved_tensors, *ctx.settings)

@@ -40,7 +40,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     shard: VocabShard | None = None,
-) -> Tensor:
+    return_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     compute = torch.promote_types(hidden.dtype, torch.float32)
     weights = token_weights(targets, weights, ignore_index, compute)
     hidden = hidden.masked_fill((weights == 0)[..., None], 0)
@@ -50,7 +51,8 @@ def linear_cross_entropy(
     else:
         logits = F.linear(_CopyToGroup.apply(hidden, shard), head)
         losses = _vocab_parallel_token_losses(logits, targets, *settings, shard)
-    return reduce(losses, weights, normalizer, reduction)
+    loss = reduce(losses, weights, normalizer, reduction)
+    return (loss, losses.detach()) if return_losses else loss
 
 
 def token_losses(

@@ -1,0 +1,120 @@
+"""The parts of a decoder's training from token stores: model, optimizer, rows, and one step.
+
+The same on one process and on many: a process alone is a mesh of one rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emu3.data.stream import StoreStream, StreamSettings
+from emu3.model import Emu3
+from emu3.train.guard import Guard
+from emu3.train.layout import Batch, Layout, check_fits
+from emu3.train.optim import build_optimizer, learning_rate
+from emu3.train.parallel import (
+    accumulate_gradients,
+    clip_gradients,
+    evaluate,
+    parallelize,
+    step_seeds,
+)
+from emu3.train.sharded import allocate, initialise, load_whole
+from emu3.train.stage import StepMetrics
+from emu3.train.store_recipe import StoreRecipe
+from emu3_kernels.modules import speed_up_bfloat16
+
+
+class Pretraining:
+    """What is trained, on this rank, and what it reads.
+
+    Every rank must call every method, in the same order.
+    """
+
+    def __init__(self, recipe: StoreRecipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        check_fits(recipe.parallel, recipe.model, recipe.data.context)
+        self.layout = Layout.of(recipe.parallel, device.type)
+        self.stream = self._stream(recipe.data)
+        self.validation = self._validation()
+        with torch.device("meta"):
+            self.model = Emu3(recipe.model).train()
+        if recipe.parallel.dtype == "bfloat16":
+            speed_up_bfloat16(self.model)
+        parallelize(self.model, self.layout)
+        allocate(self.model, self.layout)
+        self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.guard = Guard(recipe.guard, device)
+
+    def begin(self) -> None:
+        """Set the weights that the run starts from."""
+        start, seed = self.recipe.train.start, self.recipe.train.seed
+        if start is None:
+            initialise(self.model, self.layout, seed)
+        else:
+            load_whole(start, self.model, self.layout)
+
+    def on_device(self, rows: tuple[Tensor, Tensor, Tensor]) -> list[Batch]:
+        """Return the micro-batches of rows of :attr:`stream`; the host waits for no GPU."""
+        if self.device.type == "cuda":
+            rows = tuple(x.pin_memory().to(self.device, non_blocking=True) for x in rows)
+        return Batch.of(*rows).split(self.recipe.train.micro_batch_size)
+
+    def step(self, step: int, batches: Sequence[Batch]) -> StepMetrics:
+        """Train on the micro-batches of a step; the host waits for no GPU."""
+        train, optim = self.recipe.train, self.recipe.optim
+        has_dropout = self.recipe.model.dropout > 0
+        settings = self.recipe.model, train.seed, step, self.device
+        seeds = step_seeds(*settings) if has_dropout else None
+        found = accumulate_gradients(
+            self.model, self.layout, batches, seeds=seeds, z_loss=train.z_loss
+        )
+        norm = clip_gradients(self.model, self.layout, optim.clip)
+        lr = learning_rate(step, train.steps, optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # A fused optimizer takes it from a gradient scaler, and changes nothing where it is 1.
+        self.optimizer.found_inf = self.guard.skips(found.loss, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {"loss": found.loss, **found.by_modality(), "lr": lr, "grad_norm": norm}
+        work = {"tokens": found.tokens, "pairs": found.pairs}
+        return metrics | work | self.guard.metrics()
+
+    def evaluate(self) -> StepMetrics:
+        """Return the loss of the validation rows."""
+        batches = [batch.to(self.device) for batch in self.validation]
+        found = evaluate(self.model, self.layout, batches)
+        metrics = {"loss": found.loss, **found.by_modality()}
+        return {f"validation_{name}": value for name, value in metrics.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside weights and optimizer."""
+        stream = {name: value.item() for name, value in self.stream.state().items()}
+        return {"stream": stream, "guard": self.guard.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        stream = {name: torch.tensor(value) for name, value in state["stream"].items()}
+        self.stream.restore(stream)
+        self.guard.restore(state["guard"])
+
+    def _stream(self, settings: StreamSettings) -> StoreStream:
+        return StoreStream(
+            settings,
+            self.recipe.model.vocabulary,
+            self.recipe.train.seed,
+            rank=self.layout.data_rank,
+            ranks=self.layout.data_ranks,
+            micro_batch_size=self.recipe.train.micro_batch_size,
+        )
+
+    def _validation(self) -> list[Batch]:
+        """Read this data rank's rows of the validation stores, on the host."""
+        of = self.recipe.evaluation
+        if not of.sources:
+            return []
+        changed = {"sources": of.sources, "batch_size": of.rows, "workers": 0}
+        rows = self._stream(self.recipe.data.model_copy(update=changed)).next_batch()
+        return Batch.of(*rows).split(self.recipe.train.micro_batch_size)

@@ -1,0 +1,109 @@
+"""Settings of a decoder's training from token stores, on one process or many."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from typing_extensions import Self
+
+from emu3.config import Recipe, TrainSettings
+from emu3.data.stream import SourceSettings, StreamSettings
+from emu3.settings import Settings
+from emu3.train.layout import ParallelSettings
+
+
+class PretrainSettings(TrainSettings):
+    """Length of the run, its start, devices, logging and checkpoints."""
+
+    micro_batch_size: PositiveInt = 1
+    """Rows of a data rank in one forward and backward pass; gradients are accumulated over those
+    of a step."""
+    z_loss: NonNegativeFloat = 0.0
+    """Factor of the squared log-sum-exp of the logits."""
+    start: Path | None = None
+    """Weights to start from: a file, or a folder of shards, in the official layout or ours; None
+    starts from random ones. ``max_position_embeddings`` may differ."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` is a GPU for each process of this machine, if there are any."""
+    tf32: bool = True
+    """Run float32 GEMMs of a GPU in TF32."""
+    keep: PositiveInt = 2
+    """Checkpoints that are kept, the last ones."""
+    profile: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    """First and last step of a trace by ``torch.profiler``, of the first rank."""
+
+    @model_validator(mode="after")
+    def _settings_apply(self) -> Self:
+        if "vision_weight" in self.model_fields_set:
+            raise ValueError("vision_weight of a stage that reads stores is data.vision_weight")
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile must be a first and a last step, got {self.profile}")
+        return self
+
+
+class EvaluationSettings(Settings):
+    """The validation loss, of rows that are the same each time."""
+
+    sources: tuple[SourceSettings, ...] = ()
+    """Stores that training does not read; none is no evaluation."""
+    every: PositiveInt = 500
+    """Steps; the last step is always evaluated."""
+    rows: PositiveInt = 64
+
+
+class GuardSettings(Settings):
+    """Steps that are skipped: weights and optimizer stay as they were."""
+
+    spike: PositiveFloat | None = 10.0
+    """Skip a step whose gradient norm is above this multiple of the running mean; None skips only
+    those whose loss or norm is not finite."""
+    decay: float = Field(0.99, gt=0, lt=1)
+    """Of the running mean of the norms of steps that were not skipped."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps before the first that may be a spike."""
+    limit: PositiveInt = 5
+    """Skipped steps in a row that end the run."""
+
+
+class StoreRecipe(Recipe):
+    """A training run of the decoder on token stores."""
+
+    model_config = ConfigDict(title="recipe")
+
+    train: PretrainSettings
+    data: StreamSettings
+    parallel: ParallelSettings = ParallelSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    guard: GuardSettings = GuardSettings()
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Self:
+        longest, context = self.model.max_position_embeddings, self.data.context
+        if context > longest:
+            raise ValueError(
+                f"data.context ({context}) must be at most model.max_position_embeddings "
+                f"({longest})"
+            )
+        ranks, at_once = self.parallel.replicate * self.parallel.shard, self.train.micro_batch_size
+        rows = ("data.batch_size", self.data.batch_size), ("evaluation.rows", self.evaluation.rows)
+        for name, size in rows if self.evaluation.sources else rows[:1]:
+            if size % (ranks * at_once):
+                raise ValueError(
+                    f"{name} ({size}) must be a multiple of {ranks} data ranks x "
+                    f"{at_once} train.micro_batch_size"
+                )
+        return self
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a data rank in a step."""
+        ranks = self.parallel.replicate * self.parallel.shard
+        return self.data.batch_size // (ranks * self.train.micro_batch_size)
