@@ -90,6 +90,7 @@ def test_the_files_are_of_training_digits_and_colours_of_both_kinds(recipe, tmp_
     assert len(list((tmp_path / "images").iterdir())) == 200
 
 
+STORES = "images", "clips", "texts"
 STAGE_WORDS = [
     "train.steps=3",
     "train.save_every=3",
@@ -116,7 +117,7 @@ def test_the_demo_runs_the_commands_of_both_stages_and_measures_them(tmp_path, m
     report = run_stages.run_stages(tmp_path, words, images=40, clips=20, run=run)
     assert [(count, words[:2]) for count, words in commands] == [
         (1, ["train", "clips-vision"]),
-        *[(1, ["prepare", f"{tmp_path}/data/{n}.jsonl"]) for n in ("images", "clips", "texts")],
+        *[(run_stages.WORKERS, ["prepare", f"{tmp_path}/data/{n}.jsonl"]) for n in STORES],
         (1, ["train", "stage1-mini"]),
         (1, ["train", "stage2-mini"]),
     ]
