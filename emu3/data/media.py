@@ -205,17 +205,10 @@ def write_video(
     first = next(frames, None)
     if first is None:
         raise ValueError(f"video: no frame to write to {path}")
-    with replacing(path) as draft:
-        encode_video(draft, chain((first,), frames), fps, about)
-
-
-def encode_video(
-    path: Path, frames: Iterable[Tensor], fps: Fraction, about: Mapping[str, str] | None = None
-) -> None:
-    """:func:`write_video` of a frame at least, not atomically: many files need no flush each."""
-    frames = iter(frames)
-    first = next(frames)
-    with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as container:
+    with (
+        replacing(path) as draft,
+        av.open(draft, "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
         container.metadata.update(about or {})
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
         stream.height, stream.width = (side + side % 2 for side in first.shape[1:])

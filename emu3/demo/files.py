@@ -6,10 +6,13 @@ once for each file.
 
 import json
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
 
-from emu3.data.media import encode_video
+import av
+from torch import Tensor
+
 from emu3.demo.config import ClipRecipe
 from emu3.demo.digits import caption, render
 from emu3.demo.moving_stream import sample_clips
@@ -64,8 +67,23 @@ def _clips(folder: Path, recipe: ClipRecipe, count: int) -> Iterator[dict[str, s
         clips, shown = sample_clips(stream, recipe, len(numbers))
         for at, (number, clip) in enumerate(zip(numbers, to_levels(clips), strict=True)):
             name = f"clips/{number:06}.mp4"
-            encode_video(folder / name, clip, recipe.clips.rate)
+            _write_clip(folder / name, clip, recipe.clips.rate)
             yield {"video": name, "caption": shown.caption(at)}
+
+
+def _write_clip(path: Path, frames: Tensor, fps: Fraction) -> None:
+    """Write ``[T, 3, H, W]`` uint8 without loss: 4:2:0 would change 15 % of a small clip's codes.
+
+    Nothing is flushed, which would take longer than all else.
+    """
+    with av.open(path, "w") as container:
+        how = {"qp": "0", "preset": "ultrafast"}
+        stream = container.add_stream("libx264rgb", rate=fps, options=how)
+        stream.height, stream.width = frames.shape[2:]
+        stream.pix_fmt = "rgb24"
+        for rows in frames.permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rows, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def _stream(recipe: ClipRecipe) -> DigitStream:

@@ -4,6 +4,7 @@ Stage 1 reads images with captions, both orders, and texts; stage 2 clips too, i
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -39,8 +40,10 @@ Run = Callable[[Sequence[str], int], None]
 
 IMAGES, CLIPS = 10776, 5388
 """Samples of a store: 8 images and 4 clips of each of the 1,347 training digits."""
-_DOCUMENTS = 1024
+_DOCUMENTS = 512
 """Samples of a shard."""
+WORKERS = min(4, os.cpu_count() or 1)
+"""Processes of ``emu3 prepare``: it encodes a sample at a time, which takes one core."""
 _ROUNDS = 4
 STAGES = "stage1-mini", "stage2-mini"
 
@@ -60,7 +63,7 @@ def run_stages(
         overrides: ``key=value`` words for the vision tokenizer and for each stage.
         images: images in the store.
         clips: clips in the store.
-        processes: of ``emu3 prepare`` and of each stage.
+        processes: of each stage.
         run: runs a command; None starts processes, by torchrun if there is more than one.
 
     Returns:
@@ -135,7 +138,7 @@ class _Demo:
         how += ["--min-pixels", area, "--max-pixels", area]
         for name, path in inputs.items():
             out = ["--out", str(self.stores / name)]
-            self.emu3(f"prepare_{name}", ["prepare", str(path), *out, *how], self.processes)
+            self.emu3(f"prepare_{name}", ["prepare", str(path), *out, *how], WORKERS)
 
     def train(self, overrides: Sequence[Sequence[str]]) -> list[Path]:
         """The decoder's weights after each stage."""
