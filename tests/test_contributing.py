@@ -1,6 +1,5 @@
 """The example of CONTRIBUTING.md runs: a backend in one file, checked by one command."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import torch
 
 from emu3_kernels import record_backends, swiglu
 from emu3_kernels.runtime import dispatch
+from tests import fresh
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -19,9 +19,8 @@ EXAMPLE, REGISTRATION = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 def checked(example: str, folder: Path) -> subprocess.CompletedProcess:
     (folder / "my_backend.py").write_text(example)
     (command,) = re.findall(r"```sh\npython (-m emu3_kernels\.testing .*)\n```", TEXT)
-    command = [sys.executable, *command.split()]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    _, module, *options = command.split()
+    return fresh.run_module(module, *options, cwd=folder)
 
 
 def test_the_example_is_accurate(tmp_path):

@@ -1,6 +1,5 @@
 """Installation without a compiler, import without the library, import time."""
 
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,26 +11,20 @@ import torch
 import emu3_kernels
 from emu3_kernels.runtime import library, versions
 from emu3_kernels.testing.compilers import OLDEST
+from tests import fresh
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "always", "-c", code]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_without_a_compiler_the_installation_says_so_in_one_line():
-    command = [sys.executable, "setup.py", "--quiet", "build_ext"]
-    environment = {**os.environ, "CXX": "/no/such/compiler"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    build = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    done = fresh.run(build, "--quiet", "build_ext", CXX="/no/such/compiler")
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler here, the native library is not built" in done.stdout
 
 
 def test_without_the_library_the_reference_runs_and_says_so_once():
-    done = run(
+    done = fresh.run(
         "import sys; sys.modules['emu3_kernels._C'] = None\n"
         "import torch, emu3_kernels as ek\n"
         "gate = torch.tensor([1.0]); print([ek.swiglu(gate, gate).item() for _ in range(3)])\n"
@@ -42,10 +35,11 @@ def test_without_the_library_the_reference_runs_and_says_so_once():
 
 
 def with_version(package: str, version: str) -> subprocess.CompletedProcess:
-    return run(
+    return fresh.run(
         f"import {package}; {package}.__version__ = {version!r}\n"
         "import emu3_kernels as ek\n"
-        "from emu3_kernels.runtime import dispatch; print(dispatch.backends('rms_norm')['triton'])"
+        "from emu3_kernels.runtime import dispatch; print(dispatch.backends('rms_norm')['triton'])",
+        TRITON_INTERPRET="0",
     )
 
 
@@ -71,7 +65,7 @@ def test_the_oldest_versions_are_those_of_the_project_file():
 
 
 def test_the_level_can_be_lowered_from_outside():
-    done = run(
+    done = fresh.run(
         "from emu3_kernels.runtime import library; print(library.cpu_level())",
         EMU3_CPU_LEVEL="base",
     )

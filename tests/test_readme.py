@@ -16,6 +16,7 @@ from emu3.model import Emu3
 from emu3.text import QwenTokenizer
 from emu3.vision import VisionTokenizer
 from emu3.weights import Pretrained, save
+from tests import fresh
 from tests.model.published import SMALL, SMALL_8B
 from tests.serve.tiny_server import serving
 
@@ -42,7 +43,8 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.parametrize("block", [one for one in blocks("python") if ADDRESS not in one])
 def test_the_import_example_runs(block):
-    assert re.fullmatch(r"loss \d+\.\d\d, \d+ codes\n", run([sys.executable, "-c", block]))
+    done = fresh.run(block)
+    assert re.fullmatch(r"loss \d+\.\d\d, \d+ codes\n", done.stdout), done.stderr
 
 
 def run(command: list[str], folder: Path = ROOT) -> str:

@@ -1,7 +1,4 @@
-"""The benchmark of the ops: what it times, what it refuses, and its arithmetic.
-
-More than 400 lines, as all of it shares one set of cases, peers and rows.
-"""
+"""The benchmark of the ops: what it times, and its arithmetic."""
 
 import json
 from dataclasses import replace
@@ -10,30 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from benchmarks import __main__ as front
-from benchmarks.harness import bounds, calls, clock, entries, machine, results, run
-from benchmarks.harness.bounds import COPY, READ
+from benchmarks.harness import bounds, calls, clock, entries, machine
 from benchmarks.harness.entries import Case, Entries
 from benchmarks.harness.rows import row_of
 from benchmarks.peers import cpu as peers
-from benchmarks.peers import eager, gpu
+from benchmarks.peers import eager
 from benchmarks.suites.conftest import pytest_generate_tests as generate
 from benchmarks.suites.test_ops import test_op as time_op
+from benchmarks.tests.one_row import CASE, IN_BFLOAT16, row
 from emu3_kernels.ops import OPS
 from emu3_kernels.runtime.cases import Cases
 from emu3_kernels.testing import suite
-from emu3_kernels.testing.suite import cases, reference
-
-CASE = Case("swiglu", "cpu", {"num_rows": 3, "width": 40}, torch.bfloat16, "forward")
-
-
-def row() -> dict:
-    timed = Entries(peak_mib={"cpu": 1.5, "eager": 2.5, READ: 0.0, COPY: 0.0})
-    timed.missing["vLLM"] = "not installed"
-    taken = {"cpu": [2.0, 4.0], "eager": [6.0, 8.0], READ: [1.0, 3.0], COPY: [4.0, 4.0]}
-    return row_of(CASE, 1, [0.5, 1.0], timed, taken, bounds.bound(CASE, taken))
+from emu3_kernels.testing.suite import cases
 
 
 def test_a_row_holds_everything_that_was_measured():
@@ -113,13 +99,6 @@ def test_sizes_of_scale_are_timed_in_the_last_direction_when_asked_for():
     assert {case.direction for case in more} == {"forward+backward"}
 
 
-def test_nothing_is_compiled_for_a_size_of_scale(monkeypatch):
-    monkeypatch.setattr(entries, "is_scaling", lambda case: True)
-    found = entries.peers_of(replace(CASE, direction="backward"), {}, ())
-    with pytest.raises(peers.UnavailableError, match="only show how time and memory grow"):
-        found[peers.COMPILED]()
-
-
 def test_a_decoded_token_is_timed_forward_alone():
     stated = cases("rms_norm")
     ways = [(case.size, case.direction) for case in entries.cases_of("rms_norm")]
@@ -181,14 +160,6 @@ def test_a_long_call_warmed_by_a_part_is_first_made_in_the_rounds_and_watched_on
     assert timed.peak_mib["peer"] == 3.0
 
 
-def test_a_peer_that_the_compiler_leaves_as_it_is_is_not_timed_twice(monkeypatch):
-    monkeypatch.setitem(peers.PEERS, "swiglu", peers.Peers(eager.swiglu, uncompiled="same"))
-    monkeypatch.setattr(entries, "LARGE_RESULT", 0)
-    timed = entries.entries_of(CASE)
-    assert set(timed.calls) == {"cpu", "eager", READ, COPY, bounds.EMPTY}
-    assert timed.missing == {peers.COMPILED: "same"}
-
-
 def test_gemms_are_timed_in_float32_alone_where_bfloat16_takes_minutes(monkeypatch):
     entry = peers.Peers(dtypes=peers.WIDE_AND_NARROW, has_gemm=True)
     for slow, timed in ((True, (torch.float32,)), (False, (torch.float32, torch.bfloat16))):
@@ -215,12 +186,6 @@ def test_a_call_of_many_seconds_is_timed_on_the_most_threads_alone(monkeypatch):
         entries.entries_of(CASE, 0.0)
 
 
-def test_only_the_threads_that_were_timed_are_stored(folder, monkeypatch):
-    monkeypatch.setattr(machine, "cores", lambda: 2)
-    assert run_ops("--threads", "2").exit_code == 0
-    assert stored_threads(folder) == [1]
-
-
 def test_a_loss_is_computed_and_differentiated_in_every_call():
     case = replace(CASE, op="cross_entropy", direction="forward+backward")
     inputs = cases("cross_entropy").make(tokens=3, classes=8, **IN_BFLOAT16)
@@ -244,173 +209,5 @@ def test_a_tensor_is_differentiated_as_half_the_sum_of_its_squares():
     assert caller(case, lambda x, y: x * y, given)() == (15 * 5, 15 * 3)
 
 
-def session(*rows: dict) -> dict:
-    """What pytest-benchmark writes of a session."""
-    made = {"machine_info": machine.facts(), "commit_info": machine.commit()}
-    benchmarks = [{"extra_info": row} for row in rows]
-    return made | {"datetime": "2000-01-02T03:04:05", "benchmarks": benchmarks}
-
-
-def stored_threads(folder) -> list[int]:
-    """Thread counts of the stored rows."""
-    (path,) = folder.iterdir()
-    assert path.name == f"{machine.kind()}.jsonl"
-    return [row["threads"] for row in results.read(path)]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder for results, and a session that has timed one row."""
-
-    def run_pytest(asked, stored):
-        stored.write_text(json.dumps(session(row())))
-        return 0
-
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    monkeypatch.setattr(run, "run_pytest", run_pytest)
-    monkeypatch.setattr(machine, "load", lambda: 0.0)
-    return tmp_path
-
-
-def run_ops(*options: str):
-    return CliRunner().invoke(front.app, ["ops", "--op", "swiglu", "--threads", "1", *options])
-
-
-def test_a_run_on_a_quiet_machine_is_published(folder):
-    assert run_ops().exit_code == 0
-    assert stored_threads(folder) == [1]
-
-
-def test_a_run_on_more_numbers_of_threads_stores_a_row_for_each(folder, monkeypatch):
-    def run_pytest(asked, stored):
-        rows = [row() | {"threads": count} for count in asked.threads]
-        stored.write_text(json.dumps(session(*rows)))
-        return 0
-
-    monkeypatch.setattr(run, "run_pytest", run_pytest)
-    monkeypatch.setattr(machine, "cores", lambda: 2)
-    assert run_ops("--threads", "2").exit_code == 0
-    assert stored_threads(folder) == [1, 2]
-
-
-def test_a_busy_machine_times_nothing(folder, monkeypatch):
-    monkeypatch.setattr(machine, "load", lambda: 1.2 * machine.cores())
-    monkeypatch.setattr(run, "run_pytest", lambda *args: pytest.fail("timed under load"))
-    refused = run_ops()
-    assert refused.exit_code == 1
-    assert f"the load average must be at most {1.1 * machine.cores():.1f}" in refused.output
-    assert not list(folder.iterdir())
-
-
-def test_a_busy_machine_may_print_and_never_writes(folder, monkeypatch):
-    monkeypatch.setattr(machine, "load", lambda: 1.2 * machine.cores())
-    printed = run_ops("--allow-load")
-    assert printed.exit_code == 0
-    assert "eager" in printed.output
-    assert not list(folder.iterdir())
-
-
-def test_load_that_comes_while_timing_is_not_published(folder, monkeypatch):
-    monkeypatch.setattr(machine, "cores", lambda: 0)
-    monkeypatch.setattr(front, "OPS", ("swiglu",))
-    refused = CliRunner().invoke(front.app, ["ops", "--op", "swiglu", "--threads", "0"])
-    assert refused.exit_code == 1
-    assert "swiglu, 0 threads: the load average must be at most 0.0, 1.1 a core" in refused.output
-    assert not list(folder.iterdir())
-
-
-def test_an_op_whose_suite_failed_is_not_published(folder, monkeypatch):
-    monkeypatch.setattr(run, "run_pytest", lambda *args: 1)
-    refused = run_ops()
-    assert refused.exit_code == 1
-    assert "swiglu, 1 threads: no backend could be timed" in refused.output
-    assert not list(folder.iterdir())
-
-
-def test_a_backend_that_fails_its_check_is_not_timed(monkeypatch):
-    right = suite.public("swiglu")
-    wrong = lambda gate, up, backend: 1.1 * right(gate, up, backend=backend)  # noqa: E731
-    monkeypatch.setattr(suite, "public", lambda op: wrong)
-    entries.check.cache_clear()
-    with pytest.raises(AssertionError, match="exceeds its budget"):
-        entries.entries_of(CASE)
-    entries.check.cache_clear()
-
-
-def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch):
-    peers.vllm.cache_clear()
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    entry = peers.Peers(eager.swiglu, peers.PEERS["swiglu"].libraries)
-    monkeypatch.setattr(entries, "peers_of", lambda _, inputs, __: uncompiled(entry, inputs))
-    timed = entries.entries_of(CASE)
-    assert set(timed.calls) == {"cpu", "eager", READ, COPY, bounds.EMPTY}
-    assert timed.missing["vLLM"].endswith(peers.VLLM)
-    peers.vllm.cache_clear()
-
-
-def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
-    entry = peers.Peers(lambda gate, up: gate * up)
-    monkeypatch.setattr(entries, "peers_of", lambda _, inputs, __: uncompiled(entry, inputs))
-    timed = entries.entries_of(CASE)
-    assert "eager" not in timed.calls
-    assert "exceeds its budget" in timed.missing["eager"]
-
-
-@pytest.mark.parametrize("op", gpu.PEERS)
-def test_a_gpu_peer_that_is_not_installed_is_named_with_what_installs_it(op, monkeypatch):
-    def missing(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(gpu, "import_module", missing)
-    own = ("torch", "SDPA", "cuDNN")  # PyTorch's, which need no installation
-    for build in (build for name, build in gpu.PEERS[op].items() if not name.startswith(own)):
-        with pytest.raises(peers.UnavailableError, match="cannot be imported: pip install"):
-            build()
-
-
-@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "cross_entropy", "linear_cross_entropy"])
-def test_liger_takes_what_an_op_of_ours_takes(op, monkeypatch):
-    """Its own host code and our adapter run here; its kernels, interpreted or not, do not."""
-    pytest.importorskip("liger_kernel", reason="liger-kernel is in the extra bench")
-    inputs = cases(op).make(**cases(op).time[0] | SMALL[op], **IN_BFLOAT16)
-    launches = []
-    launched = lambda *args, **options: launches.append(args)  # noqa: E731
-    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", launched)
-    monkeypatch.setattr("triton.runtime.jit.JITFunction.run", launched)
-    results = calls.as_tuple(gpu.PEERS[op]["Liger"]()(**inputs))
-    assert launches
-    plain = calls.as_tuple(reference(op)(**inputs))
-    assert [r.shape for r in results] == [r.shape for r in plain]
-
-
-IN_BFLOAT16 = {"dtype": torch.bfloat16, "device": "cpu"}
-SMALL = {
-    "rms_norm": {"num_rows": 2},
-    "swiglu": {"num_rows": 2},
-    "cross_entropy": {"tokens": 2},
-    "linear_cross_entropy": {"tokens": 2, "width": 8, "classes": 33},
-}
-
-
-def test_every_peer_of_a_row_on_a_gpu_has_its_own_inputs(monkeypatch):
-    """Liger writes over its inputs: nobody else may see it."""
-
-    def greedy():
-        return lambda gate, up: gate.zero_()
-
-    monkeypatch.setattr(gpu, "PEERS", {"swiglu": {"greedy": greedy}})
-    inputs = cases("swiglu").make(**CASE.size, dtype=CASE.dtype, device="cpu")
-    before = inputs["gate"].clone()
-    found = entries.peers_of(replace(CASE, device="cuda"), inputs, inputs["gate"])
-    found["greedy"]()()
-    assert torch.equal(inputs["gate"], before)
-
-
 def caller(case: Case, function, inputs: dict):
     return calls.bind(function, inputs, case.direction, suite.differentiable(case.op, inputs))
-
-
-def uncompiled(entry: peers.Peers, inputs: dict) -> dict:
-    """The peers of ``entry`` without the compiler, which takes seconds."""
-    found = {"eager": lambda: lambda: entry.eager(**inputs)}
-    return found | {name: lambda b=build: b(**inputs) for name, build in entry.libraries.items()}

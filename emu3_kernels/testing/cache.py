@@ -22,13 +22,16 @@ def cached(key: str, make: Callable[[], bytes]) -> bytes:
 
 
 def cached_all(keys: Sequence[str], make: Callable[[list[int]], Sequence[bytes]]) -> list[bytes]:
-    """As :func:`cached`, several at once: ``make`` gets the indices to compute, if any."""
-    found = [_read(_path(key)) for key in keys]
-    if wanted := [i for i, content in enumerate(found) if content is None]:
+    """As :func:`cached`, several at once: ``make`` gets the indices to compute, if any.
+
+    Of equal keys it gets the first.
+    """
+    found = {key: _read(_path(key)) for key in keys}
+    if wanted := [keys.index(key) for key, content in found.items() if content is None]:
         for i, content in zip(wanted, make(wanted), strict=True):
-            found[i] = content
+            found[keys[i]] = content
             _keep(_path(keys[i]), content)
-    return found
+    return [found[key] for key in keys]
 
 
 def _path(key: str) -> Path:

@@ -8,7 +8,7 @@ import torch
 from emu3_kernels import rope, rope_tables
 from emu3_kernels.runtime.dispatch import Backends
 from emu3_kernels.testing import suite
-from emu3_kernels.testing.cache import cached
+from emu3_kernels.testing.cache import cached, cached_all
 from emu3_kernels.testing.copies import on_copies
 from emu3_kernels.testing.suite import cases, check_backend, check_call, truth
 
@@ -18,6 +18,13 @@ def test_a_result_is_made_once(tmp_path, monkeypatch):
     make = mock.Mock(return_value=b"made")
     assert [cached("key", make), cached("key", make), cached("other", make)] == [b"made"] * 3
     assert make.call_count == 2
+
+
+def test_of_equal_keys_one_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMU3_TEST_CACHE", str(tmp_path))
+    make = mock.Mock(return_value=[b"first", b"second"])
+    assert cached_all(["a", "b", "a"], make) == [b"first", b"second", b"first"]
+    make.assert_called_once_with([0, 1])
 
 
 @pytest.mark.parametrize("damaged", [b"", b"short", bytes(32) + b"made"])

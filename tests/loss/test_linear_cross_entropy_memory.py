@@ -1,7 +1,5 @@
 """The memory that linear_cross_entropy allocates beyond its gradients, measured."""
 
-import subprocess
-import sys
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from emu3_kernels.ops.loss.chunking import (
 from emu3_kernels.ops.loss.split_sum import SplitSum
 from emu3_kernels.runtime.gemm import mm_
 from emu3_kernels.testing.suite import cases
+from tests import fresh
 
 MIB = 1 << 20
 TOKENS, WIDTH, CLASSES = 900, 64, 5003
@@ -98,21 +97,13 @@ def test_a_split_sum_is_the_float32_sum_rounded_once():
 def test_the_process_grows_by_no_more_than_the_memory(dtype):
     """At Emu3's vocabulary; a GEMM that packs its operands shows here alone."""
     memory = 96 * MIB
-    arguments = [str(dtype).removeprefix("torch."), str(memory)]
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=200,
-        cwd=Path(__file__).parents[2],
-    )
-    assert int(done.stdout) <= memory
+    done = fresh.run(f"from {__name__} import *; print(growth({dtype}, {memory}))")
+    assert int(done.stdout) <= memory, done.stderr
 
 
 def growth(dtype, memory):
     """Return by how many bytes beyond its gradients a warm call raises the peak of a process."""
-    call, gradients = caller(dtype, 1024, 184_622, memory, ("hidden", "head"))
+    call, gradients = caller(dtype, 384, 184_622, memory, ("hidden", "head"))
     call()
     CLEAR_REFS.write_text("5")  # the peak begins anew
     before = status("VmRSS")
@@ -123,7 +114,3 @@ def growth(dtype, memory):
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-if __name__ == "__main__":
-    print(growth(getattr(torch, sys.argv[1]), int(sys.argv[2])))

@@ -3,8 +3,6 @@
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from emu3_kernels import record_backends
 from emu3_kernels.huggingface import apply
 from emu3_kernels.runtime import gemm
 from emu3_kernels.testing.budget import assert_as_accurate
+from tests import fresh
 from tests.model.test_model import hugging_face, some_tokens
 from tests.model.tiny import TINY
 
@@ -385,4 +384,4 @@ def test_a_forward_pass_that_another_patch_replaced_is_not_replaced_again():
 
 def test_transformers_is_imported_by_the_call_alone():
     code = "import sys, emu3_kernels.huggingface; sys.exit('transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert fresh.run(code).returncode == 0

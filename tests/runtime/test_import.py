@@ -1,8 +1,6 @@
 """``import emu3_kernels``: no GPU is touched, no optional library is imported, and it is quick."""
 
-import os
-import subprocess
-import sys
+from tests import fresh
 
 FAKED = """
 import sys, time
@@ -29,9 +27,7 @@ def test_an_import_touches_no_gpu_imports_no_optional_library_and_is_quick():
 
     Half as much again is allowed, for a processor whose clock is low.
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", FAKED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = fresh.run(FAKED, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     seconds, *optional = done.stdout.split()
     assert optional == []

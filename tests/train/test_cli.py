@@ -1,8 +1,6 @@
 """The command line: what it writes, and one line for every mistake."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from emu3.tasks import load_recipe
 from emu3.tools.look import resized
 from emu3.vision import VisionTokenizer
 from emu3.weights import save_decoder, save_vision
+from tests import fresh
 from tests.train.recipes import decoder_words, vision_words
 
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 PB"
@@ -104,8 +103,7 @@ def test_a_mistake_gives_one_line_an_exit_code_and_no_file(
 
 def test_a_process_ends_as_the_command_does():
     """The other tests call commands in their own process."""
-    command = [sys.executable, "-m", "emu3", "train", "digitz"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fresh.run_module("emu3", "train", "digitz")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("emu3: recipe: no file 'digitz'; those that ship are clips")
 

@@ -120,6 +120,21 @@ def test_multiplications_are_not_fused_into_sums(backend):
 
 
 @pytest.mark.parametrize("backend", CPU_LEVELS)
+def test_a_packet_that_visits_more_groups_than_its_list_holds(backend):
+    """Tight leaves far apart: the boxes of 32 groups overlap, so 16 latents make 496 visits.
+
+    The list holds 256. Few leaves of a group are near, so that the search does not give up.
+    """
+    leaves = torch.rand(512, 32, generator=torch.Generator().manual_seed(0))
+    codes = (leaves[:, None] + 1e-4 * normal(512, 16, 32)).flatten(0, 1)
+    z = (leaves[::2] + 0.15 * normal(256, 32, seed=1)).T[None]
+    name, level = at_level(backend)
+    with level:
+        actual = nearest_code(z, CodeIndex(codes), backend=name)
+    assert torch.equal(actual, reference.nearest_code(z, codes))
+
+
+@pytest.mark.parametrize("backend", CPU_LEVELS)
 def test_a_tie_on_the_border_of_a_far_box_is_found(backend):
     """Code 0 is as near as code 1024, in a half of space whose box begins at just that distance."""
     codes = normal(2048, 4)
