@@ -40,6 +40,8 @@ DECODE_CHECK = [
     {"batch": 2, "new": 16, "capacity": 96, "heads": 8, "groups": 1, "width": 64, "page": 32},
     {"batch": 2, "new": 2, "capacity": 112, "heads": 4, "groups": 1, "width": 128,
      "lengths": [112, 33], "page": 16},
+    # Channels that are no power of two.
+    {"batch": 2, "new": 3, "capacity": 70, "heads": 4, "groups": 2, "width": 40},
     # Trees: of all 64 bits, over two tiles of queries; across blocks of keys; a row without
     # other keys, and one whose first tokens have none at all.
     {"batch": 1, "new": 64, "capacity": 97, "heads": 6, "groups": 2, "width": 64, "tree": True},
