@@ -43,11 +43,30 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="settings as key=value")] = None,
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/new"),
     resume: Annotated[bool, typer.Option(help="continue from the last checkpoint")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="train nothing: say what memory and time it would take")
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="of the plan, if not the mesh's")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="GB of a GPU, if not the card's")
+    ] = None,
+    card: Annotated[str, typer.Option(help="a100, h100, h200 or b200, of the plan")] = "h100",
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="meshes that fit, with --plan")
+    ] = False,
 ) -> None:
-    """Train from a recipe.
+    """Train from a recipe, or plan the training.
 
-    A recipe of the stage "pretrain" also runs on many processes: torchrun -m emu3 train RECIPE.
+    A recipe of the stage "pretrain" also runs on many processes: torchrun -m emu3 train RECIPE. A
+    plan that does not fit is refused; it needs no GPU, and no store.
     """
+    if plan:
+        # Imported here: FSDP is slow to import and no other command needs it.
+        from emu3.train.plan import run_plan
+
+        given = {"gpus": gpus, "memory": memory, "card": card, "suggest": suggest}
+        run_plan(load_recipe(recipe, overrides or ()), **given)
+        return
     weights = train_recipe(load_recipe(recipe, overrides or ()), out, resume=resume)
     if os.environ.get("RANK", "0") == "0":
         say(f"wrote {weights}")
