@@ -61,12 +61,31 @@ def train(
     start: Annotated[
         Path | None, typer.Option("--from", help="weights to start from: train.start")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="train nothing: say what memory and time it would take")
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="of the plan, if not the mesh's")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="GB of a GPU, if not the card's")
+    ] = None,
+    card: Annotated[str, typer.Option(help="a100, h100, h200 or b200, of the plan")] = "h100",
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="meshes that fit, with --plan")
+    ] = False,
 ) -> None:
-    """Train from a recipe.
+    """Train from a recipe, or plan the training.
 
-    A recipe of the stage "pretrain" also runs on many processes: torchrun -m emu3 train RECIPE.
+    A recipe of the stage "pretrain" also runs on many processes: torchrun -m emu3 train RECIPE. A
+    plan that does not fit is refused; it needs no GPU, and no store.
     """
     words = [*(overrides or ()), *([f"train.start={json.dumps(str(start))}"] if start else ())]
-    weights = train_recipe(load_recipe(recipe, words), out, resume=resume)
+    settings = load_recipe(recipe, words)
+    if plan:
+        # Imported here: FSDP is slow to import and no other command needs it.
+        from emu3.train.plan import run_plan
+
+        run_plan(settings, gpus=gpus, memory=memory, card=card, suggest=suggest)
+        return
+    weights = train_recipe(settings, out, resume=resume)
     if os.environ.get("RANK", "0") == "0":
         say(f"wrote {weights}")
