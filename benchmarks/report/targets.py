@@ -143,6 +143,7 @@ TARGETS = (
     Target("model", HF, 4.0, HALF_STEP, BOTH),
     Target("model", HF, 4.0, STEP, BOTH, of=MEMORY),
     Target("model", HF, 0.005, STEP, BOTH, of=LOSS),
+    Target("train", f"{HF}, padded", 3.0, (), "training step"),
     Target("generate", HF, 6.0, (), "generate"),
     Target("vision", HF, 3.0, (), ROUND_TRIP, dtype="float32"),
     Target("vision", HF, 6.0, (), ROUND_TRIP, dtype="bfloat16"),

@@ -38,8 +38,8 @@ from emu3.weights import load_decoder, load_vision, save_decoder
 Run = Callable[[Sequence[str], int], None]
 """Runs ``emu3`` with these words in so many processes."""
 
-IMAGES, CLIPS = 10776, 5388
-"""Samples of a store: 8 images and 4 clips of each of the 1,347 training digits."""
+IMAGES, CLIPS = 10776, 2694
+"""Samples of a store: 8 images and 2 clips of each of the 1,347 training digits."""
 _DOCUMENTS = 512
 """Samples of a shard."""
 WORKERS = min(4, os.cpu_count() or 1)
