@@ -7,14 +7,7 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as front
 from benchmarks.harness import machine, results, run
-from benchmarks.tests.one_row import row
-
-
-def session(*rows: dict) -> dict:
-    """What pytest-benchmark writes of a session."""
-    made = {"machine_info": machine.facts(), "commit_info": machine.commit()}
-    benchmarks = [{"extra_info": row} for row in rows]
-    return made | {"datetime": "2000-01-02T03:04:05", "benchmarks": benchmarks}
+from benchmarks.tests.one_row import row, session
 
 
 def stored_threads(folder) -> list[int]:

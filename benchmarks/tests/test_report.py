@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from benchmarks import __main__ as front
 from benchmarks.harness import clock, entries, machine, results, run
 from benchmarks.report import charts, pages, tables, targets
-from benchmarks.tests.test_ops import row, session
+from benchmarks.tests.one_row import row, session
 
 
 def sized(tokens: int, direction: str = "forward", ours: float = 2.0) -> dict:

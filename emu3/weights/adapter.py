@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu3.weights.files import Stored, read_tensors, stored_in
+from emu3.weights.files import Stored, read_headers, read_tensors
 from emu3.weights.hub import read_config
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -69,7 +69,7 @@ class Adapter:
             ValueError: one line, if the adapter has a weight without a place or of another shape.
         """
         result, pairs = dict(found), {}
-        for key, stored in stored_in([self.folder / _WEIGHTS]).items():
+        for key, stored in read_headers(self.folder / _WEIGHTS).tensors.items():
             if match := _KEY.match(key):
                 pairs.setdefault(match[1], {})[match[2]] = key
                 continue

@@ -16,15 +16,14 @@ from emu3.config import ModelSettings
 from emu3.model import Emu3
 from emu3.weights.adapter import Adapter
 from emu3.weights.files import (
+    Headers,
     Stored,
     check_place,
     copy,
     nothing_missing,
-    parts_of,
-    read_settings,
+    read_headers,
     save_tensors,
-    shards_of,
-    stored_in,
+    without_memory,
 )
 from emu3.weights.hub import decoder_settings
 from emu3.weights.quantized import Weights, check_weights, quantize_linears
@@ -82,7 +81,7 @@ def save_decoder(path: Path, model: Emu3) -> None:
 
 
 def load_decoder(
-    path: Path,
+    path: Path | Headers,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -97,7 +96,7 @@ def load_decoder(
 
     Args:
         path: official and Hugging Face names are read; a vision tokenizer in the same files is
-            passed over.
+            passed over. Headers that were read need not be read again.
         device: of the model.
         dtype: of the model; None keeps that of the embedding.
         weights: quantizes the linear layers, each as soon as it is read, as :func:`quantize` does.
@@ -106,19 +105,20 @@ def load_decoder(
     Raises:
         ValueError: one line that names what is missing, unexpected, of another shape or not finite.
     """
-    shards = shards_of(path)
-    settings = read_settings(shards[0], "decoder", ModelSettings) or decoder_settings(path)
+    headers = path if isinstance(path, Headers) else read_headers(path)
+    path = headers.path
+    settings = headers.settings("decoder", ModelSettings) or decoder_settings(path)
     if settings is None:
-        raise ValueError(f"weights: {path} holds no decoder; it holds {parts_of(shards[0])}")
+        raise ValueError(f"weights: {path} holds no decoder; it holds {headers.parts}")
     if weights is not None:
         check_weights(weights, device)
-    found = _stored(shards)
+    found = _stored(headers)
     if adapter is not None:
         found = adapter.merged(found, _official)
     if dtype is None:
         stored = found[_EMBEDDING].dtype if _EMBEDDING in found else torch.float32
         dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    with torch.device("meta"):
+    with without_memory():
         model = Emu3(settings)
     model.to(dtype)
     if weights is None:
@@ -136,12 +136,12 @@ def load_decoder(
 
 def load_decoder_into(model: Emu3, path: Path) -> None:
     """Fill ``model`` as :func:`load_decoder` does; values are rounded to its dtype."""
-    _fill(model, _stored(shards_of(path)), path)
+    _fill(model, _stored(read_headers(path)), path)
 
 
-def _stored(shards: list[Path]) -> dict[str, Stored]:
+def _stored(headers: Headers) -> dict[str, Stored]:
     """The decoder's tensors under official names."""
-    found = stored_in(shards)
+    found = headers.tensors
     return {_official(name): found[name] for name in found if not _VISION.match(name)}
 
 

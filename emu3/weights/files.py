@@ -1,7 +1,8 @@
 """Safetensors files: written atomically, read with errors of one line."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from emu3.config import Settings, parse
 from emu3.files import replacing
@@ -68,11 +70,32 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, file.metadata() or {}
 
 
+class _Mapped:
+    """A safetensors file that is opened anew after ``_PIECE`` bytes.
+
+    What is mapped of it counts as memory of the process until it is closed, and to open it is to
+    parse the names of all its tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: safe_open | None = None
+        self._num_bytes = 0
+
+    def opened(self, num_bytes: int) -> safe_open:
+        """The file, of which ``num_bytes`` will be read."""
+        self._num_bytes += num_bytes
+        if self._file is None or self._num_bytes > _PIECE:
+            self._file = None  # closed before it is opened again
+            self._file, self._num_bytes = opened(self.path), num_bytes
+        return self._file
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor of a safetensors file, not read yet."""
 
-    path: Path
+    file: _Mapped
     name: str
     """In the file."""
     shape: tuple[int, ...]
@@ -84,37 +107,62 @@ class Stored:
         return len(self.shape)
 
     def copy_to(self, view: Tensor) -> None:
-        """Round to the dtype of ``view``, on its device.
-
-        The file is opened anew for every piece: what is mapped of it counts as memory of the
-        process until it is closed.
-        """
+        """Round to the dtype of ``view``, on its device."""
         if self.ndim == 0:
-            with opened(self.path) as file:
-                view.copy_(file.get_tensor(self.name))
+            view.copy_(self.file.opened(0).get_tensor(self.name))
             return
         row = max(1, view[:1].numel() * self.dtype.itemsize)
-        for start in range(0, self.shape[0], max(1, _PIECE // row)):
-            piece = slice(start, start + max(1, _PIECE // row))
-            with opened(self.path) as file:
-                view[piece].copy_(self.changed(file.get_slice(self.name)[piece], piece))
+        num_rows = max(1, _PIECE // row)
+        for start in range(0, self.shape[0], num_rows):
+            piece = slice(start, min(start + num_rows, self.shape[0]))
+            file = self.file.opened((piece.stop - start) * row)
+            view[piece].copy_(self.changed(file.get_slice(self.name)[piece], piece))
 
     def changed(self, values: Tensor, piece: slice) -> Tensor:
         """What is copied for the rows ``piece``, whose stored values are given."""
         return values
 
 
-def stored_in(shards: Iterable[Path]) -> dict[str, Stored]:
-    """The tensors of all files by name; nothing of them is read."""
-    found = {}
-    for path in shards:
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                part = file.get_slice(name)
+@dataclass(frozen=True)
+class Headers:
+    """What the headers of a model's safetensors files contain; no tensor is read."""
+
+    path: Path
+    """A file or a folder."""
+    first: Path
+    """The first of its files."""
+    metadata: Mapping[str, str]
+    """Of the first file."""
+    tensors: Mapping[str, Stored]
+    """Of all files, by name."""
+
+    def settings(self, part: str, kind: type[Settings]) -> Settings | None:
+        """The settings of ``part`` in the metadata, None if there are none."""
+        return _settings_in(self.metadata, self.first, part, kind)
+
+    @property
+    def parts(self) -> str:
+        """The parts that a file of ours names in its metadata."""
+        return ", ".join(self.metadata) or "?"
+
+
+def read_headers(path: Path) -> Headers:
+    """Open each file of ``path`` once.
+
+    Raises:
+        ValueError: one line, as :func:`shards_of`, or if a file is damaged.
+    """
+    tensors, metadata, files = {}, None, shards_of(path)
+    for file in files:
+        mapped = _Mapped(file)
+        with opened(file) as shard:
+            metadata = (shard.metadata() or {}) if metadata is None else metadata
+            for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+                part = shard.get_slice(name)
                 dtype = part.get_dtype()
                 shape = tuple(part.get_shape())
-                found[name] = Stored(path, name, shape, _DTYPES.get(dtype, dtype))
-    return found
+                tensors[name] = Stored(mapped, name, shape, _DTYPES.get(dtype, dtype))
+    return Headers(path, files[0], metadata, tensors)
 
 
 def opened(path: Path) -> safe_open:
@@ -170,7 +218,12 @@ def _indexed(index: Path) -> list[Path]:
 def read_settings(path: Path, part: str, kind: type[Settings]) -> Settings | None:
     """The settings in the metadata of a file of ours, None if there are none."""
     with opened(path) as file:
-        metadata = file.metadata() or {}
+        return _settings_in(file.metadata() or {}, path, part, kind)
+
+
+def _settings_in(
+    metadata: Mapping[str, str], path: Path, part: str, kind: type[Settings]
+) -> Settings | None:
     if part not in metadata:
         return None
     try:
@@ -179,10 +232,26 @@ def read_settings(path: Path, part: str, kind: type[Settings]) -> Settings | Non
         raise ValueError(f"weights: {path}: metadata {part}: {error}") from None
 
 
-def parts_of(path: Path) -> str:
-    """The parts that a file of ours names in its metadata."""
-    with opened(path) as file:
-        return ", ".join(file.metadata() or {}) or "?"
+class _WithoutValues(TorchFunctionMode):
+    """Draws and fills nothing: on ``meta`` there is nothing to fill, and it takes milliseconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in _FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+_FILLS = {
+    *(nn.init.constant_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_),
+    *(Tensor.fill_, Tensor.normal_, Tensor.uniform_, Tensor.zero_),
+}
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Inside the block, modules are made on ``meta``."""
+    with torch.device("meta"), _WithoutValues():
+        yield
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from emu3.text import ByteTokenizer, QwenTokenizer, TextTokenizer
 from emu3.vision import VisionTokenizer
 from emu3.weights.adapter import read_adapter
 from emu3.weights.decoder import load_decoder
-from emu3.weights.files import shards_of, stored_in
+from emu3.weights.files import Headers, read_headers
 from emu3.weights.hub import VISION_FOLDER
 from emu3.weights.quantized import Weights
 from emu3.weights.vision import holds_vision, load_vision
@@ -64,8 +64,9 @@ def load(
     elif base is not None:
         raise ValueError(f"load: base is of an adapter, but {path} has no adapter_config.json")
     how = {"device": device, "dtype": dtype, "weights": weights, "adapter": adapter}
-    model = load_decoder(path, **how)
-    tokenizer = load_vision(_vision_of(path) if vision is None else vision, device=device)
+    headers = read_headers(path)
+    model = load_decoder(headers, **how)
+    tokenizer = load_vision(_vision_of(headers) if vision is None else vision, device=device)
     num_codes, vocabulary = tokenizer.settings.num_codes, model.settings.vocabulary
     if num_codes != vocabulary.num_visual:
         raise ValueError(
@@ -78,9 +79,10 @@ def load(
     return Pretrained(model, tokenizer, QwenTokenizer(None if merges is None else Path(merges)))
 
 
-def _vision_of(path: Path) -> Path:
-    if holds_vision(stored_in(shards_of(path))):
-        return path
+def _vision_of(headers: Headers) -> Path | Headers:
+    if holds_vision(headers.tensors):
+        return headers
+    path = headers.path
     places = (path, path.parent)
     for place in (*(folder / VISION_FOLDER for folder in places), path.parent / _VISION_FILE):
         if place.exists():

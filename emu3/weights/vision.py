@@ -19,11 +19,11 @@ from emu3.vision import VisionTokenizer
 from emu3.vision.quantizer import RUNNING_MEANS
 from emu3.weights.files import (
     FLOATS,
+    Headers,
     Stored,
-    read_settings,
+    read_headers,
     save_tensors,
-    shards_of,
-    stored_in,
+    without_memory,
     write,
 )
 from emu3_kernels.modules import speed_up_bfloat16
@@ -83,7 +83,7 @@ def huggingface_tensors(tokenizer: VisionTokenizer) -> dict[str, Tensor]:
 
 
 def load_vision(
-    source: Path | str | Mapping[str, Tensor],
+    source: Path | str | Headers | Mapping[str, Tensor],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -95,7 +95,7 @@ def load_vision(
     32 groups.
 
     Args:
-        source: what to read.
+        source: what to read, or its headers that were read.
         device: of the tokenizer.
         dtype: of the tokenizer; None keeps that of the codebook.
 
@@ -106,9 +106,9 @@ def load_vision(
     if isinstance(source, Mapping):
         where, settings, found = "the state dict", None, source
     else:
-        where, shards = str(source), shards_of(Path(source))
-        settings = read_settings(shards[0], "vision", VisionSettings)
-        found = stored_in(shards)
+        headers = source if isinstance(source, Headers) else read_headers(Path(source))
+        where, found = str(headers.path), headers.tensors
+        settings = headers.settings("vision", VisionSettings)
     tensors = {_renamed(name, _TO_OFFICIAL): found[name] for name in _own(found)}
     codebook = tensors.get(_CODEBOOK, torch.empty(0, 0))
     if codebook.ndim != 2 or codebook.dtype not in FLOATS:
@@ -117,7 +117,7 @@ def load_vision(
             f"of 16 bits or more, [N, D], got {codebook.dtype} {tuple(codebook.shape)}"
         )
     settings = settings or _shape_of(tensors, where)
-    with torch.device("meta"):
+    with without_memory():
         tokenizer = VisionTokenizer(settings)
     tokenizer.to(dtype or codebook.dtype).to_empty(device=device)
     _fill(tokenizer, tensors, where)

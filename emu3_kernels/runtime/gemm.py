@@ -9,10 +9,9 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.runtime import library
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import rows
 
 _HAS_BFLOAT16 = (

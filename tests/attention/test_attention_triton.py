@@ -17,6 +17,7 @@ from emu3_kernels.ops.attention import reference
 from emu3_kernels.ops.attention.key_ranges import (
     Dropout,
     KeyRanges,
+    document_ranges,
     key_ranges_of,
     one_document,
 )
@@ -306,3 +307,15 @@ def test_query_ranges_are_the_key_ranges_from_the_side_of_the_keys(queries, keys
     first, end, _ = KeyRanges(first, end).query_ranges(keys)
     i = torch.arange(queries)[:, None]
     assert torch.equal((first[0] <= i) & (i < end[0]), by_query)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_query_ranges_of_documents_need_no_search(causal):
+    ids = torch.tensor([[0, 0, 0, 1, 1, 4], [2, 3, 3, 3, 3, 3]], dtype=torch.int32)
+    ranges = document_ranges(ids, causal=causal, with_queries=True)
+    searched = ranges._replace(queries=None).query_ranges(6)
+    for actual, expected in zip(ranges.queries[:2], searched[:2], strict=True):
+        assert torch.equal(actual, expected)
+    positions = torch.arange(6, dtype=torch.int32)
+    expected = key_ranges_of(positions, positions, ids, ids, causal=causal)
+    assert torch.equal(torch.stack(ranges[:2]), torch.stack(expected[:2]))

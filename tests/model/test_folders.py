@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +30,7 @@ from emu3.weights import (
 from emu3.weights import folders as published
 from emu3.weights import processor as processor_files
 from emu3_kernels.testing.budget import assert_as_accurate
+from tests import fresh
 from tests.model.published import SMALL, SMALL_8B
 from tests.model.test_weights import assert_same_state
 from tests.model.tiny import TINY_VISION, tiny_model
@@ -72,6 +71,21 @@ def test_a_folder_of_any_layout_comes_back_bit_for_bit(layout, folders, made):
     assert_same_state(made.vision, loaded.vision)
     assert loaded.text.encode("Zwölf 12") == made.text.encode("Zwölf 12")
     assert not loaded.model.training
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_headers_of_a_model_are_read_once(layout, folders, monkeypatch):
+    """In one of the layouts the decoder's files have the vision tokenizer's weights too."""
+    found, init = [], files.Stored.__init__
+
+    def noting(self, file, name, *rest):
+        found.append((file.path, name))
+        init(self, file, name, *rest)
+
+    monkeypatch.setattr(files.Stored, "__init__", noting)
+    load(folders / layout)
+    assert found
+    assert len(found) == len(set(found))
 
 
 def test_weights_are_rounded_once_to_the_dtype_asked_for(folders, made):
@@ -152,20 +166,17 @@ def test_prompts_equal_their_processor_s(made, processor):
 
 def test_loading_takes_no_second_copy_of_the_model(folders):
     """The peak of a process, with pieces of 1 MiB for weights of 24 MB."""
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, str(folders / "official")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
+    done = fresh.run(
+        f"from {__name__} import growth; print(*growth({str(folders / 'official')!r}))"
     )
+    assert done.returncode == 0, done.stderr
     size, peak = map(int, done.stdout.split())
     assert peak <= 1.1 * size + (4 << 20), f"{peak / size:.2f} times the model"
 
 
 def growth(folder):
     """Bytes of a decoder in bfloat16, and by how many loading it raises the peak of the process."""
-    files._PIECE = 1 << 20
+    files._PIECE, folder = 1 << 20, Path(folder)
     load_decoder(folder, dtype=torch.bfloat16)
     status = Path("/proc/self/status")
 
@@ -267,7 +278,3 @@ def test_a_folder_with_weights_is_not_written_over(folders, made):
         save(folders / "official", made, "official")
     with pytest.raises(ValueError, match=r"layout must be one of .*, got 'tar'"):
         save(folders / "new", made, "tar")
-
-
-if __name__ == "__main__":
-    print(*growth(Path(sys.argv[1])))

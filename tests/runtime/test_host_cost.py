@@ -21,7 +21,7 @@ MOST_CALLS = {
     "rope_append": (81, None),
     "cross_entropy": (82, 109),
     "linear_cross_entropy": (263, 421),
-    "attention": (71, 183),
+    "attention": (69, 166),
     "decode_attention": (77, None),
     "group_norm_silu": (119, 170),
     "spatial_norm_silu": (173, 262),

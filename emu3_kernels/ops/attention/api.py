@@ -5,7 +5,6 @@ B batch, T queries, S keys, H query heads, KV key/value heads, K head_dim.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.attention import reference
 from emu3_kernels.ops.attention.key_ranges import (
@@ -17,7 +16,7 @@ from emu3_kernels.ops.attention.key_ranges import (
     document_ranges,
     one_document,
 )
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import check_grouped_heads, describe
 from emu3_kernels.runtime.dispatch import Backends
 from emu3_kernels.runtime.dropout import (
@@ -122,13 +121,14 @@ def attention(
             dropout_heads=dropout_heads,
             return_lse=return_lse,
         )
+    recorded = needs_gradient(q, k, v)
     if documents is not None:
         key_ranges = documents.key_ranges
     elif document_ids is not None:
-        key_ranges = document_ranges(document_ids, causal=causal)
+        key_ranges = document_ranges(document_ids, causal=causal, with_queries=recorded)
     else:
         key_ranges = one_document(q.shape[1], k.shape[1], causal=causal)
-    if needs_gradient(q, k, v):
+    if recorded:
         first, end, offset, queries = key_ranges
         queries = (None, None) if queries is None else queries[:2]
         ranges = first, end, *queries, offset

@@ -135,10 +135,10 @@ class Documents:
                 f"attention: document_ids must be [B, T] int32, got {describe(document_ids)}"
             )
         check_ascending(document_ids)
-        key_ranges = document_ranges(document_ids, causal=causal)
-        if torch.is_grad_enabled():
-            key_ranges = key_ranges._replace(queries=key_ranges.query_ranges(document_ids.shape[1]))
-        self.ids, self.causal, self.key_ranges = document_ids, causal, key_ranges
+        self.ids, self.causal = document_ids, causal
+        self.key_ranges = document_ranges(
+            document_ids, causal=causal, with_queries=torch.is_grad_enabled()
+        )
 
 
 def check_ascending(document_ids: Tensor) -> None:
@@ -147,9 +147,16 @@ def check_ascending(document_ids: Tensor) -> None:
     check_values("attention", ascending, must, lambda: str(document_ids.tolist()))
 
 
-def document_ranges(document_ids: Tensor, *, causal: bool) -> KeyRanges:
-    positions = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device)
-    return key_ranges_of(positions, positions, document_ids, document_ids, causal=causal)
+def document_ranges(document_ids: Tensor, *, causal: bool, with_queries: bool = False) -> KeyRanges:
+    """Return the key ranges of whole sequences; ``with_queries`` for a backward pass, too."""
+    ids = document_ids.contiguous()
+    start = torch.searchsorted(ids, ids, out_int32=True)
+    stop = torch.searchsorted(ids, ids, right=True, out_int32=True)
+    if not causal:
+        return KeyRanges(start, stop, queries=QueryRanges(start, stop))
+    after = torch.arange(1, ids.shape[1] + 1, dtype=torch.int32, device=ids.device)
+    end = torch.minimum(stop, after)  # is ``after`` in every row
+    return KeyRanges(start, end, queries=QueryRanges(end - 1, stop) if with_queries else None)
 
 
 def document_starts(document_ids: Tensor) -> Tensor:

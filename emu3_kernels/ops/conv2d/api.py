@@ -5,11 +5,10 @@ B images, C input channels, O output channels, H rows and W columns.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.conv2d import reference
 from emu3_kernels.runtime import library
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import Backends
 from emu3_kernels.runtime.gemm import autocast

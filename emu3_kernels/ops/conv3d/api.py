@@ -11,7 +11,6 @@ hidden, needs, *tensors)``, which returns a gradient or None for each of the nin
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.conv3d import reference
 from emu3_kernels.ops.conv3d.cache import FrameCache, extend, remember
@@ -25,7 +24,7 @@ from emu3_kernels.ops.conv3d.plan import (
     check_x,
     out_shape,
 )
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient, once_differentiable
 from emu3_kernels.runtime.dispatch import Backends
 
 CAUSAL_CONV3D = Backends(

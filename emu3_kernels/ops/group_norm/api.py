@@ -12,10 +12,9 @@ tensors, both statistics, ``groups, silu``, and returns a gradient for each of t
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.group_norm import reference
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import check_floating, describe
 from emu3_kernels.runtime.dispatch import Backends
 from emu3_kernels.runtime.layout import from_channels_last, to_channels_last, with_frames

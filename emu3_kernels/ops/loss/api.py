@@ -6,7 +6,6 @@ V classes, D model width; ``[...]`` any leading dimensions of tokens.
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.loss import reference
 from emu3_kernels.ops.loss.chunks import Settings
@@ -20,7 +19,7 @@ from emu3_kernels.ops.loss.token_loss import (
     token_weights,
 )
 from emu3_kernels.ops.loss.vocab_shards import shard_of
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import check_floating, check_has_channels, describe, rows
 from emu3_kernels.runtime.dispatch import Backends
 from emu3_kernels.runtime.gemm import autocast

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.loss.chunks import Kernels, as_ops
 from emu3_kernels.ops.loss.gpu_chunks import GpuRun
@@ -14,7 +13,7 @@ from emu3_kernels.ops.loss.triton_rows import (
     linear_cross_entropy_add_kernel,
     linear_cross_entropy_bwd_kernel,
 )
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import rows
 from emu3_kernels.runtime.dispatch import Backend
 from emu3_kernels.runtime.launch import cdiv, launch, tile, why_not_triton

@@ -9,13 +9,12 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from emu3_kernels.ops.attention.ring import reference, ring
 from emu3_kernels.ops.attention.ring.agreement import Facts, agree, failing_together, waiting
 from emu3_kernels.ops.attention.ring.schedule import Schedule, ring_schedule
 from emu3_kernels.ops.attention.ring.shards import Zigzag, gather
-from emu3_kernels.runtime.autograd import needs_gradient
+from emu3_kernels.runtime.autograd import needs_gradient, once_differentiable
 from emu3_kernels.runtime.checks import check_grouped_heads, describe
 from emu3_kernels.runtime.dispatch import Backend, Backends
 from emu3_kernels.runtime.dropout import (
