@@ -1,5 +1,9 @@
-"""What ``train.stage`` in a recipe can be: the recipe's settings, and what builds the stage."""
+"""What ``train.stage`` in a recipe can be: the recipe's settings, and what builds the stage.
 
+The stage ``pretrain`` has a loop of its own, for many processes.
+"""
+
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,4 +50,9 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> Path:
         from emu3.train.pretrain_loop import pretrain
 
         return pretrain(recipe, folder, resume=resume)
-    return loop.train(recipe, folder, TASKS[recipe.train.stage].build, resume=resume)
+    stage, processes = recipe.train.stage, int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise ValueError(
+            f"train: the stage {stage} runs on one process, got {processes} of torchrun"
+        )
+    return loop.train(recipe, folder, TASKS[stage].build, resume=resume)

@@ -72,7 +72,7 @@ def together(function: Callable[[], Any], group: dist.ProcessGroup | None = None
     except (ValueError, OSError) as error:
         line = str(error)
     except CheckpointException as error:  # its text has the tracebacks of all ranks
-        line = str(next(iter(error.failures.values()))[0])
+        line = " ".join(str(next(iter(error.failures.values()))[0]).split())
     lines = [None] * dist.get_world_size(group)
     dist.all_gather_object(lines, line, group=group)
     failed = [rank for rank, line in enumerate(lines) if line is not None]

@@ -224,15 +224,17 @@ def save_whole(path: Path, model: Emu3, layout: Layout) -> None:
     """Write the weights as one file of the official layout; every rank must call.
 
     Rank 0 holds the whole model on its host.
+
+    Raises:
+        ValueError: one line, if the file cannot be written.
     """
     whole = {}
     for name, view in sharded_views(model, layout).items():
         tensor = view.full_tensor()
-        if dist.get_rank() == 0:
+        if is_first():
             whole[name] = tensor.cpu()
-    if dist.get_rank() == 0:
-        save_tensors(path, whole, {"decoder": model.settings.model_dump_json()})
-    dist.barrier()
+    metadata = {"decoder": model.settings.model_dump_json()}
+    together(lambda: save_tensors(path, whole, metadata) if is_first() else None)
 
 
 def load_whole(path: Path, model: Emu3, layout: Layout) -> None:

@@ -20,6 +20,7 @@ from emu3.train.sharded import checkpoints
 from tests.e2e.dying_rank import Death, write_plan
 from tests.train.pretraining import write_data
 
+ROOT = Path(__file__).parents[2]
 MESH = ["parallel.shard=2", "parallel.tensor=2"]
 RANKS, STEPS = 4, 12
 FILES = "metrics.jsonl", "pretrain.safetensors"
@@ -32,7 +33,7 @@ def torchrun(num_ranks: int, folder: Path, run: Path, deaths: list[Death], *word
     command = [sys.executable, "-m", "torch.distributed.run", *launch.split()]
     command += ["--monitor-interval", "0.1", "-m", "tests.e2e.dying_rank", folder / "plan.json"]
     command += ["train", folder / "recipe.toml", *words, "--out", run]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise AssertionError(f"torchrun ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """What is special about linear_cross_entropy: dropped tokens, chunks, saved gradients."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -106,6 +107,28 @@ def test_the_saved_gradient_is_scaled_in_every_backward_pass(backend):
         (once,) = torch.autograd.grad(loss, hidden, retain_graph=True)
         (thrice,) = torch.autograd.grad(3 * loss, hidden)
     assert torch.equal(thrice, 3 * once)
+
+
+@pytest.mark.parametrize("backend", [*FUSED, "reference"])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_losses_of_tokens_come_beside_the_loss_and_change_nothing(backend, with_gradients):
+    """A token's, before its weight, and 0 at weight 0; the gradient is that of the loss alone."""
+    given = make(tokens=70, width=24, classes=90, weighted=True)
+    hidden = given["hidden"].requires_grad_(with_gradients)
+    name, level = at_level(backend) if backend != "reference" else (backend, nullcontext())
+    others = given["head"], given["targets"]
+    settings = {"weights": given["weights"], "normalizer": 3.0, "backend": name}
+    with level:
+        loss, losses = linear_cross_entropy(hidden, *others, return_losses=True, **settings)
+        alone = linear_cross_entropy(hidden, *others, **settings)
+    each = F.cross_entropy(hidden.double() @ others[0].double().T, others[1], reduction="none")
+    expected = torch.where(given["weights"] != 0, each, 0)
+    assert not losses.requires_grad
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(loss, alone)
+    if with_gradients:
+        (found,), (same,) = (torch.autograd.grad(x, hidden) for x in (loss, alone))
+        assert torch.equal(found, same)
 
 
 @pytest.mark.parametrize("backend", FUSED)
