@@ -235,8 +235,17 @@ class Memory:
             "gathered weights": e * self.sizes.gathered["root"] + block,
             "activations kept": number * self.kept_by_block,
             "block in backward": again + e * grads,
-            "communication": self._buffers(block) + sent,
+            "communication": self._buffers(block) + sent + self._ring(),
         }
+
+    def _ring(self) -> int:
+        """What a ring holds at most in backward, beside what it saved: keys and values of two hops,
+        and half as much again as queries, keys, values, results and their gradients."""
+        s, p = self.settings, self.parallel
+        if p.context == 1 or p.context_style == "ulysses":
+            return 0
+        numbers = (4 * s.num_heads + 8 * s.num_kv_heads) * s.head_dim
+        return self.element * numbers * self.rank_tokens // p.tensor
 
     def _reduction(self) -> Moment:
         """Gradients of the last block are summed over ranks."""
