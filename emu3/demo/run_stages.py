@@ -99,8 +99,10 @@ def layout(stage: str, processes: int) -> list[str]:
     rows = recipe_tree(stage)["data"]["batch_size"]
     context = max(1, processes // rows)
     shard = processes // context
-    at_once = f"train.micro_batch_size={max(1, rows // shard)}"
-    return [f"parallel.shard={shard}", f"parallel.context={context}", at_once]
+    words = [f"parallel.shard={shard}", f"parallel.context={context}"]
+    words.append(f"train.micro_batch_size={max(1, rows // shard)}")
+    # Of two KV heads no more than two ranks take their share.
+    return [*words, "parallel.context_style=ring"] if context > 2 else words
 
 
 class _Demo:
