@@ -4,11 +4,10 @@ from pathlib import Path
 
 import torch
 
-from emu3.demo.digits import DIGITS, ZOOM
+from emu3.demo.digits import DIGITS
 from emu3.demo.judge import DigitJudge
 from emu3.demo.measure import paint_validation
 from emu3.demo.measure_moving import (
-    GIVEN,
     Clips,
     decode_clips,
     encode_clips,
@@ -31,7 +30,7 @@ def run_moving(folder: Path, mini: Miniature, clock: Clock) -> dict:
     """Generate, continue and ask; write clips.png, clips.gif and continued.png; the metrics."""
     recipe, size = mini.recipe, mini.tokenizer.settings.image_size
     with clock.stage("judge_clips"):
-        judge = DigitJudge(mini.train_set, recipe.data, size, zoom=recipe.clips.side / ZOOM)
+        judge = DigitJudge(mini.train_set, recipe.data, size, recipe.clips.side)
         real, shown = film_validation(mini.validation_set, recipe, size)
         codes = encode_clips(mini.tokenizer, recipe, real)
         validation = judged(real, shown, judge)
@@ -57,7 +56,8 @@ def run_moving(folder: Path, mini: Miniature, clock: Clock) -> dict:
 
 def _ask(mini: Miniature, codes: torch.Tensor, shown: Shown) -> dict[str, float]:
     """The shares of right answers about validation images, and about validation clips."""
-    images, colors = paint_validation(mini.validation_set, mini.tokenizer.settings.image_size)
+    size, side = mini.tokenizer.settings.image_size, mini.recipe.data.side
+    images, colors = paint_validation(mini.validation_set, size, side)
     about = Shown(mini.validation_set.labels, colors)
     of_images = measure_answers(mini, list(mini.tokenizer.encode(images)), about)
     span = mini.tokenizer.settings.temporal_factor
@@ -84,7 +84,7 @@ def _write(folder: Path, mini: Miniature, generated: Clips, continued: Clips) ->
     captions = [generated.shown.caption(number) for number in few]
     some = [number * len(continued.pixels) // _CONTINUED for number in range(_CONTINUED)]
     told = [continued.shown.caption(number) for number in some]
-    given = GIVEN * mini.tokenizer.settings.temporal_factor
+    given = mini.recipe.clips.frames - mini.tokenizer.settings.temporal_factor
     draw_frames(
         folder / "clips.png",
         generated.pixels[few],
