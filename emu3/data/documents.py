@@ -15,6 +15,8 @@ class Example:
 
     ids: list[int]
     start: int = 1
+    skipped: Sequence[range] = ()
+    """Positions after ``start`` without a loss: what the user says in later turns."""
 
 
 def collate(
@@ -24,7 +26,7 @@ def collate(
 
     Args:
         vision_weight: loss weight of visual tokens; text and grammar weigh 1, padding and
-            tokens before an example's start weigh 0.
+            tokens before an example's start or in its skipped parts weigh 0.
 
     Returns:
         ids ``[B, T]`` int64 and weights ``[B, T]`` float32.
@@ -38,5 +40,8 @@ def collate(
     stops = torch.tensor([len(example.ids) for example in examples])
     position = torch.arange(longest)
     valid = (position >= starts[:, None]) & (position < stops[:, None])
+    for row, example in zip(valid, examples, strict=True):
+        for part in example.skipped:
+            row[part.start : part.stop] = False
     weights = torch.where(tokens >= vocabulary.visual_start, vision_weight, 1.0)
     return tokens, weights.masked_fill(~valid, 0.0)

@@ -9,6 +9,9 @@ from typing_extensions import Self
 from emu3.config import Recipe
 from emu3.settings import Settings
 
+SIDE = 0.88
+"""Of a digit as a share of the image's: scans touch their border, and the motion needs a margin."""
+
 
 class DigitSettings(Settings):
     """The handwritten digits, and how far each sample is moved."""
@@ -20,6 +23,8 @@ class DigitSettings(Settings):
     """Share of the documents in which the caption follows the image."""
     null_caption: float = Field(0.1, ge=0, le=1)
     """Share of the images to generate that come without a caption, for guidance."""
+    side: float = Field(SIDE, gt=0, le=1)
+    """Side of a digit as a share of the image's."""
     shift: NonNegativeFloat = 0.02
     """Largest shift, as a share of the image."""
     rotate: NonNegativeFloat = 4.0
@@ -41,20 +46,22 @@ class DigitRecipe(Recipe):
 class ClipSettings(Settings):
     """Clips of moving digits, and questions."""
 
-    frames: PositiveInt = 8
+    frames: PositiveInt = 12
     """Frames of pixels of a clip."""
     fps: PositiveInt = 8
     """Frames of pixels a second."""
-    travel: float = Field(1 / 6, gt=0, lt=0.5)
+    travel: float = Field(3 / 16, gt=0, lt=0.5)
     """How far a digit moves in the time of a clip, as a share of the frame."""
     colors: int = Field(4, ge=1, le=8)
     """Colours of clips, spread over the palette."""
     batch_size: PositiveInt = 24
     """Clips in a step of the vision tokenizer, of one frame of codes each."""
-    encoded: PositiveInt = 5400
+    encoded: PositiveInt = 4800
     """Clips that are encoded before the decoder's first step; its documents hold these."""
     share: float = Field(0.5, ge=0, le=1)
     """Share of the decoder's steps on clips."""
+    null_caption: float = Field(0.25, ge=0, le=1)
+    """Share of the clips that come without a caption: for guidance, and to be continued."""
     questions: float = Field(0.2, ge=0, le=1)
     """Share of the decoder's steps on questions."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3.demo.config import DigitSettings
+from emu3.demo.config import SIDE, DigitSettings
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -28,9 +28,6 @@ PALETTE = {
 }
 BACKGROUND = (16, 18, 28)
 COLORS = tuple(PALETTE)
-
-# The 8x8 scans touch their border; the motion needs a margin of 6 %.
-ZOOM = 0.88
 
 
 @dataclass(frozen=True)
@@ -97,15 +94,15 @@ def sample_motion(count: int, settings: DigitSettings, generator: torch.Generato
     """``[count, 2, 3]`` affine maps: a rotation, a change of size and a shift, all small."""
     rotate, scale, x, y = 2 * torch.rand(4, count, generator=generator) - 1
     angle = rotate * math.radians(settings.rotate)
-    size = (1 + scale * settings.scale) / ZOOM
+    size = (1 + scale * settings.scale) / settings.side
     cos, sin = angle.cos() * size, angle.sin() * size
     x, y = 2 * settings.shift * x, 2 * settings.shift * y
     return torch.stack((torch.stack((cos, -sin, x), 1), torch.stack((sin, cos, y), 1)), 1)
 
 
-def at_rest(count: int) -> Tensor:
-    """``[count, 2, 3]`` affine maps of the margin alone."""
-    return torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).div(ZOOM).expand(count, 2, 3)
+def at_rest(count: int, side: float = SIDE) -> Tensor:
+    """``[count, 2, 3]`` affine maps to digits of ``side`` of the image in its middle."""
+    return torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).div(side).expand(count, 2, 3)
 
 
 def render(scans: Tensor, colors: Tensor | Sequence[int], motion: Tensor, size: int) -> Tensor:

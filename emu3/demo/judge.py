@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 from torch import Tensor
 
-from emu3.demo.config import DigitSettings
+from emu3.demo.config import SIDE, DigitSettings
 from emu3.demo.digits import (
     BACKGROUND,
     COLORS,
@@ -36,14 +36,16 @@ class DigitJudge:
     """A support-vector classifier fitted on real digits in random colours.
 
     Args:
-        zoom: size of the digits to judge, as a share of those that fill an image; each is looked at
-            where its ink is. None takes images as they are.
+        settings: of the motion of the real digits.
+        side: of the digits to judge, as a share of the image's. Small ones are looked at where
+            their ink is, as large as the real ones are.
     """
 
     def __init__(
-        self, digits: Digits, settings: DigitSettings, size: int, zoom: float | None = None
+        self, digits: Digits, settings: DigitSettings, size: int, side: float = SIDE
     ) -> None:
-        self._zoom = zoom
+        self._zoom = None if side == SIDE else side / SIDE
+        settings = settings.model_copy(update={"side": SIDE})
         generator = torch.Generator().manual_seed(0)
         count = len(digits)
         motions = [at_rest(count)]
@@ -52,7 +54,7 @@ class DigitJudge:
         for motion in motions:
             colors = torch.randint(len(COLORS), (count,), generator=generator)
             images = render(digits.scans, colors, motion, size)
-            features.append(_features(images if zoom is None else _centred(images, 1.0)))
+            features.append(_features(images if self._zoom is None else _centred(images, 1.0)))
         labels = np.tile(digits.labels.numpy(), len(motions))
         self._classifier = SVC(C=10.0).fit(np.concatenate(features), labels)
 

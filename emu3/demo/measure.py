@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import emu3_kernels
+from emu3.demo.config import SIDE
 from emu3.demo.digits import COLORS, DIGITS, Digits, at_rest, caption, read_caption, render
 from emu3.demo.judge import DigitJudge, judge_color
 from emu3.generate import Sampling, generate_captions, generate_images
@@ -59,11 +60,13 @@ def measure_generation(
     )
 
 
-def paint_validation(validation_set: Digits, size: int) -> tuple[Tensor, Tensor]:
+def paint_validation(
+    validation_set: Digits, size: int, side: float = SIDE
+) -> tuple[Tensor, Tensor]:
     """Each validation digit once, unmoved, in a random colour: the images and the colours."""
     generator = torch.Generator().manual_seed(1)
     colors = torch.randint(len(COLORS), (len(validation_set),), generator=generator)
-    return render(validation_set.scans, colors, at_rest(len(validation_set)), size), colors
+    return render(validation_set.scans, colors, at_rest(len(colors), side), size), colors
 
 
 def measure_captions(

@@ -9,7 +9,7 @@ from torch import Tensor
 from emu3.demo.config import ClipRecipe
 from emu3.demo.digits import DIGITS, Digits
 from emu3.demo.judge import DigitJudge, judge_color, judge_direction
-from emu3.demo.measure import SAMPLING, share
+from emu3.demo.measure import share
 from emu3.demo.miniature import Miniature
 from emu3.demo.moving import (
     DIRECTIONS,
@@ -26,9 +26,9 @@ from emu3.templates import Turn, chat_prompt
 from emu3.vision import VisionTokenizer
 from emu3.vision.streaming import decode_pieces
 
-GIVEN = 1
-"""Frames of codes of a clip that is continued."""
-_CONTINUE = Sampling(guidance=1.0, temperature=SAMPLING.temperature)
+_GENERATE = Sampling(guidance=3.0, temperature=0.5)
+"""A clip has three times an image's codes, each of which can be a mistake."""
+_CONTINUE = Sampling(guidance=1.0, temperature=0.5)
 """Without a caption there is nothing to guide."""
 _LONGEST_ANSWER = 12
 _ROUNDS = 2
@@ -88,18 +88,18 @@ def measure_clips(mini: Miniature, judge: DigitJudge) -> Clips:
     span = mini.tokenizer.settings.temporal_factor
     shape = settings.frames // span, *mini.tokenizer.settings.grid
     codes = generate_clips(
-        mini.model, mini.text, captions, shape, settings.rate, SAMPLING, span=span
+        mini.model, mini.text, captions, shape, settings.rate, _GENERATE, span=span
     )
     return judged(decode_clips(mini.tokenizer, codes), shown, judge)
 
 
 def measure_continued(mini: Miniature, judge: DigitJudge, codes: Tensor, shown: Shown) -> Clips:
-    """Continue the first frame of codes of each of ``codes [n, t, h, w]``, without a caption.
+    """Generate the last frame of codes of each of ``codes [n, t, h, w]`` without a caption.
 
     Digit and colour are those of the generated frames; the direction is that in which they leave
     the last given frame.
     """
-    span = mini.tokenizer.settings.temporal_factor
+    span, known = mini.tokenizer.settings.temporal_factor, codes.shape[1] - 1
     continued = generate_clips(
         mini.model,
         mini.text,
@@ -107,10 +107,10 @@ def measure_continued(mini: Miniature, judge: DigitJudge, codes: Tensor, shown: 
         tuple(codes.shape[1:]),
         mini.recipe.clips.rate,
         _CONTINUE,
-        given=codes[:, :GIVEN],
+        given=codes[:, :known],
         span=span,
     )
-    return judged(decode_clips(mini.tokenizer, continued), shown, judge, since=GIVEN * span)
+    return judged(decode_clips(mini.tokenizer, continued), shown, judge, since=known * span)
 
 
 def measure_answers(mini: Miniature, parts: Sequence[Part], shown: Shown) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Endless batches of images, clips and questions; a restored stream continues bit for bit."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from emu3.text import TextTokenizer
 from emu3.vision import VisionTokenizer
 from emu3.vision.streaming import encode_pieces
 
+ASKED = 2
+"""Most questions of a document, different ones in any order."""
 _AT_ONCE = 64
 """Clips in memory as pixels."""
 
@@ -47,8 +51,8 @@ class MovingDocumentStream(DocumentStream):
     """Documents for the decoder, one kind a step, so that all have about the same length.
 
     Images and captions, as in ``DocumentStream``; a caption and then its clip; and an image or a
-    clip with a question. Some clips come without their caption: for guidance, and to be continued.
-    Clips are encoded once, at the start: eight frames take longer than a document's training.
+    clip with one or two questions. Some clips come without their caption: for guidance, and to be
+    continued. Clips are encoded once, at the start: that takes longer than a document's training.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class MovingDocumentStream(DocumentStream):
 
     def _clip_examples(self) -> list[Example]:
         clips, shown = self._choose_clips()
-        silent = torch.rand(len(clips), generator=self.generator) < self.settings.null_caption
+        silent = torch.rand(len(clips), generator=self.generator) < self.recipe.clips.null_caption
         return [
             clip_example("" if silent[number] else shown.caption(number), clip, self.text)
             for number, clip in enumerate(clips)
@@ -81,12 +85,13 @@ class MovingDocumentStream(DocumentStream):
     def _question_examples(self) -> list[Example]:
         of_image = torch.rand((), generator=self.generator).item() < 0.5
         parts, shown = self._choose_images() if of_image else self._choose_clips()
-        asked = torch.randint(len(shown.questions), (len(parts),), generator=self.generator)
+        order = torch.rand(len(parts), len(shown.questions), generator=self.generator).argsort(1)
+        many = torch.randint(1, ASKED + 1, (len(parts),), generator=self.generator)
         examples = []
         for number, part in enumerate(parts):
-            question = shown.questions[asked[number]]
-            answer = shown.answer(number, question)
-            examples.append(question_example(part, question, answer, self.text))
+            asked = [shown.questions[i] for i in order[number, : many[number]].tolist()]
+            answers = [shown.answer(number, question) for question in asked]
+            examples.append(question_example(part, asked, answers, self.text))
         return examples
 
     def _choose_images(self) -> tuple[list[Tensor], Shown]:
@@ -128,7 +133,20 @@ def clip_example(caption: str, clip: Clip, text: TextTokenizer) -> Example:
     return Example(document([caption, clip], text), start)
 
 
-def question_example(part: Part, question: str, answer: str, text: TextTokenizer) -> Example:
-    """The prompt of ``emu3 chat --ask`` and the answer, on which it is trained."""
-    prompt = chat_prompt([Turn([part, question])], text)
-    return Example([*prompt, *text.encode(f" {answer}"), text.vocabulary.eos], len(prompt))
+def question_example(
+    part: Part, questions: Sequence[str], answers: Sequence[str], text: TextTokenizer
+) -> Example:
+    """The conversation of ``emu3 chat``, one question a turn; it is trained on the answers.
+
+    EOS follows the last answer. The template's space after the others is not learned: it would
+    teach the model not to end an answer.
+    """
+    said = [[part, questions[0]], *([question] for question in questions[1:])]
+    turns, ends, begins = [], [], []
+    for words, answer in zip(said, answers, strict=True):
+        begins.append(len(chat_prompt([*turns, Turn(words)], text)))
+        ends.append(begins[-1] + len(text.encode(f" {answer}")))
+        turns.append(Turn(words, answer))
+    prompt = chat_prompt([*turns[:-1], Turn(said[-1])], text)
+    ids = [*prompt, *text.encode(f" {answers[-1]}"), text.vocabulary.eos]
+    return Example(ids, begins[0], [range(*gap) for gap in zip(ends, begins[1:], strict=False)])

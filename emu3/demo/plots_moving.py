@@ -24,7 +24,7 @@ _COLUMNS = 6
 
 def draw_frames(path: Path, clips: Tensor, captions: Sequence[str], title: str, given: int) -> None:
     """One row per clip ``[n, T, 3, H, W]`` beside its caption; ``given`` frames are outlined."""
-    figure = new_page(12.0, 1.75 * len(clips) + 0.8, title)
+    figure = new_page(12.0, (12.0 / clips.shape[1] + 0.25) * len(clips) + 0.8, title)
     axes = figure.subplots(len(clips), 1, squeeze=False)[:, 0]
     for axis, clip, caption in zip(axes, clips, captions, strict=True):
         frames = [_framed(frame, outlined=n < given) for n, frame in enumerate(clip)]

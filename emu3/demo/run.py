@@ -91,8 +91,9 @@ def _run(folder: Path, first: DigitRecipe, second: DigitRecipe) -> dict:
     clock = Clock()
     mini = _train(folder / "runs", clock, first, second)
     with clock.stage("judge"):
-        judge = DigitJudge(mini.train_set, mini.recipe.data, mini.tokenizer.settings.image_size)
-        shown, colors = paint_validation(mini.validation_set, mini.tokenizer.settings.image_size)
+        size, data = mini.tokenizer.settings.image_size, mini.recipe.data
+        judge = DigitJudge(mini.train_set, data, size, data.side)
+        shown, colors = paint_validation(mini.validation_set, size, data.side)
     with clock.stage("generate"):
         generated = measure_generation(mini.model, mini.tokenizer, mini.text, judge, rounds=_ROUNDS)
     with clock.stage("caption"):

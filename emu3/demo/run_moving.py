@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emu3.demo.digits import DIGITS, ZOOM
+from emu3.demo.digits import DIGITS
 from emu3.demo.judge import DigitJudge
 from emu3.demo.measure import paint_validation
 from emu3.demo.measure_moving import (
-    GIVEN,
     Clips,
     decode_clips,
     encode_clips,
@@ -58,7 +57,7 @@ def run_clips(folder: Path, mini: Miniature, filmed: Filmed, clock: Clock) -> di
     recipe, size = mini.recipe, mini.tokenizer.settings.image_size
     real, codes, shown = filmed
     with clock.stage("judge_clips"):
-        judge = DigitJudge(mini.train_set, recipe.data, size, zoom=recipe.clips.side / ZOOM)
+        judge = DigitJudge(mini.train_set, recipe.data, size, recipe.clips.side)
         validation = judged(real, shown, judge)
         again = judged(decode_clips(mini.tokenizer, codes), shown, judge)
     with clock.stage("generate_clips"):
@@ -79,7 +78,8 @@ def run_clips(folder: Path, mini: Miniature, filmed: Filmed, clock: Clock) -> di
 
 def _ask(mini: Miniature, codes: Tensor, shown: Shown) -> dict[str, float]:
     """The shares of right answers about validation images, and about validation clips."""
-    images, colors = paint_validation(mini.validation_set, mini.tokenizer.settings.image_size)
+    size, side = mini.tokenizer.settings.image_size, mini.recipe.data.side
+    images, colors = paint_validation(mini.validation_set, size, side)
     about = Shown(mini.validation_set.labels, colors)
     of_images = measure_answers(mini, list(mini.tokenizer.encode(images)), about)
     span = mini.tokenizer.settings.temporal_factor
@@ -106,7 +106,7 @@ def _write(folder: Path, mini: Miniature, generated: Clips, continued: Clips) ->
     captions = [generated.shown.caption(number) for number in few]
     some = [number * len(continued.pixels) // _CONTINUED for number in range(_CONTINUED)]
     told = [continued.shown.caption(number) for number in some]
-    given = GIVEN * mini.tokenizer.settings.temporal_factor
+    given = mini.recipe.clips.frames - mini.tokenizer.settings.temporal_factor
     draw_frames(
         folder / "clips.png",
         generated.pixels[few],

@@ -1,13 +1,15 @@
 """The two stages that train on digits: the miniature's vision tokenizer and its decoder."""
 
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
 from emu3.config import ModelSettings
 from emu3.demo.config import ClipRecipe, DigitRecipe
 from emu3.demo.digits import COLORS, DIGITS, caption
-from emu3.demo.moving import WHICH_COLOR, WHICH_DIRECTION
-from emu3.demo.moving_stream import MovingDocumentStream, MovingStream, question_example
+from emu3.demo.moving import DIRECTIONS, WHICH_COLOR, WHICH_DIGIT, WHICH_DIRECTION
+from emu3.demo.moving_stream import ASKED, MovingDocumentStream, MovingStream, question_example
 from emu3.demo.stream import DocumentStream, ImageStream, training_digits
 from emu3.model import Emu3
 from emu3.prompt import Clip, generation_document
@@ -72,9 +74,14 @@ def _check_clips(recipe: ClipRecipe, tokenizer: VisionTokenizer, text: ByteToken
         )
     shape = recipe.clips.frames // settings.temporal_factor, *settings.grid
     clip = Clip(torch.zeros(shape, dtype=torch.int64), recipe.clips.rate, settings.temporal_factor)
+    answered = (
+        (WHICH_DIRECTION, max(DIRECTIONS, key=len)),
+        (WHICH_COLOR, max(COLORS, key=len)),
+        (WHICH_DIGIT, max(DIGITS, key=len)),
+    )
     longest = max(
-        len(question_example(clip, question, answer, text).ids)
-        for question, answer in ((WHICH_DIRECTION, "right"), (WHICH_COLOR, "yellow"))
+        len(question_example(clip, *zip(*some, strict=True), text).ids)
+        for some in combinations(answered, ASKED)
     )
     _check_positions(recipe.model, longest, "a question", shape)
 

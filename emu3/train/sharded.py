@@ -27,7 +27,7 @@ from emu3.train.layout import Layout
 from emu3.train.parallel import Cut, cuts
 from emu3.train.ranks import is_first, together
 from emu3.weights import save_tensors
-from emu3.weights.files import check_place, nothing_missing, shards_of, stored_in
+from emu3.weights.files import check_place, nothing_missing, read_headers, shards_of
 from emu3_kernels.modules import RotaryEmbedding
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -245,13 +245,12 @@ def load_whole(path: Path, model: Emu3, layout: Layout) -> None:
     Raises:
         ValueError: one line, if a weight is missing or has another shape.
     """
-    shards = shards_of(path)
-    found, views = stored_in(shards), sharded_views(model, layout)
+    found, views = read_headers(path).tensors, sharded_views(model, layout)
     nothing_missing({name: view for name, view in views.items() if name not in found}, path)
     for name, view in views.items():
         check_place(view, found[name], name, path)
     with TemporaryDirectory() as folder:  # the reader takes every file of one
-        for shard in shards:
+        for shard in shards_of(path):
             (Path(folder) / shard.name).symlink_to(shard.absolute())
         dcp.load(views, storage_reader=dcp.HuggingFaceStorageReader(folder))
 

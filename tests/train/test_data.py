@@ -73,6 +73,13 @@ def test_a_batch_weighs_text_one_vision_half_and_padding_nothing():
     assert weights.tolist() == [[0, 1, 0.5, 1, 1], [0, 0, 1, 0, 0]]
 
 
+def test_skipped_parts_of_a_document_are_not_learned():
+    ids = BYTE_VOCABULARY
+    document = [ids.bos, 65, 66, 67, 68, ids.eos]
+    _, weights = collate([Example(document, 2, [range(3, 5)]), Example(document)], ids, 0.5)
+    assert weights.tolist() == [[0, 0, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1]]
+
+
 def test_documents_come_in_both_directions_and_are_learned_from_what_comes_second(tmp_path):
     recipe = tiny_recipe("decoder", tmp_path)
     recipe = recipe.model_copy(update={"data": DigitSettings(batch_size=64, null_caption=0.2)})

@@ -2,19 +2,22 @@
 
 import json
 from fractions import Fraction
+from itertools import permutations
 
 import pytest
 import torch
 from PIL import Image
 
 from emu3.config import BYTE_VOCABULARY
+from emu3.data.documents import collate
 from emu3.data.media import write_image
 from emu3.demo import judge, run, run_moving
 from emu3.demo.config import ClipRecipe, ClipSettings, DigitSettings
-from emu3.demo.digits import BACKGROUND, COLORS, PALETTE, ZOOM, caption, load_split
+from emu3.demo.digits import BACKGROUND, COLORS, DIGITS, PALETTE, caption, load_split
 from emu3.demo.judge import NO_DIRECTION, DigitJudge, judge_direction
 from emu3.demo.moving import (
     DIRECTIONS,
+    WHICH_COLOR,
     WHICH_DIGIT,
     WHICH_DIRECTION,
     Shown,
@@ -33,6 +36,7 @@ from emu3.demo.stream import training_digits
 from emu3.prompt import Clip, parse_document
 from emu3.settings import SettingsError
 from emu3.tasks import load_recipe
+from emu3.templates import Turn, chat_prompt
 from emu3.text import ByteTokenizer
 from emu3.train import objective
 from emu3.vision import VisionTokenizer
@@ -82,7 +86,7 @@ def test_a_clip_that_is_still_or_moves_diagonally_has_no_direction():
 
 def test_the_judge_knows_validation_digits_wherever_they_move():
     clips, shown = film(100)
-    knows = DigitJudge(load_split(0.25)[0], DigitSettings(), 48, zoom=SETTINGS.side / ZOOM)
+    knows = DigitJudge(load_split(0.25)[0], DigitSettings(), 48, SETTINGS.side)
     assert (knows.of_clips(clips) == shown.digits).double().mean() > 0.96
 
 
@@ -140,32 +144,56 @@ def test_a_clip_document_is_that_of_the_clip_page_and_is_trained_after_its_openi
     assert example.start == len(opening)
 
 
-def test_a_question_is_asked_as_emu3_chat_asks_it():
+def test_questions_are_asked_as_emu3_chat_asks_them_and_only_the_answers_are_trained():
     ids, codes = BYTE_VOCABULARY, torch.zeros(1, 2, dtype=torch.int64)
-    example = question_example(codes, WHICH_DIGIT, "seven", TEXT)
-    parts = parse_document(example.ids, TEXT)
-    assert parts[0] == "You are a helpful assistant. USER: "
-    assert parts[2] == "which digit?. ASSISTANT: seven"
-    assert example.ids[example.start :] == [*TEXT.encode(" seven"), ids.eos]
+    asked, answers = (WHICH_DIGIT, WHICH_COLOR), ("seven", "red")
+    example = question_example(codes, asked, answers, TEXT)
+    turns = [Turn([codes, WHICH_DIGIT], "seven"), Turn([WHICH_COLOR])]
+    assert example.ids == [*chat_prompt(turns, TEXT), *TEXT.encode(" red"), ids.eos]
+    tokens, weights = collate([example], ids, 0.5)
+    learned = tokens[weights > 0].tolist()
+    assert learned == [*TEXT.encode(" seven"), *TEXT.encode(" red"), ids.eos]
+
+
+def test_the_streams_questions_are_one_or_two_different_ones_with_their_answers(recipe):
+    settings = ClipSettings(share=0.0, questions=1.0, encoded=30)
+    stream = MovingDocumentStream(
+        training_digits(recipe.data),
+        recipe.model_copy(update={"clips": settings}),
+        load_vision(recipe.data.tokenizer),
+        ByteTokenizer(recipe.model.vocabulary),
+    )
+    answers = {WHICH_DIGIT: DIGITS, WHICH_COLOR: COLORS, WHICH_DIRECTION: DIRECTIONS}
+    seen = set()
+    for _ in range(16):
+        for row in stream.next_batch()[0].tolist():
+            *_, words = parse_document(row, TEXT)
+            said = [turn.split(". ASSISTANT: ") for turn in words.split(" USER: ")]
+            assert all(answer in answers[question] for question, answer in said)
+            seen.add(tuple(question for question, _ in said))
+    assert seen == {(one,) for one in answers} | set(permutations(answers, 2))
 
 
 def test_the_streams_documents_hold_the_codes_and_words_of_its_clips(recipe):
     tokenizer = load_vision(recipe.data.tokenizer)
     text = ByteTokenizer(recipe.model.vocabulary)
-    settings = ClipSettings(share=1.0, questions=0.0, encoded=70)  # more than are encoded at once
-    recipe = recipe.model_copy(update={"clips": settings})
+    settings = ClipSettings(share=1.0, questions=0.0, encoded=70, null_caption=0.5)
+    recipe = recipe.model_copy(update={"clips": settings})  # more than are encoded at once
     digits = training_digits(recipe.data)
     stream = MovingDocumentStream(digits, recipe, tokenizer, text)
     tokens, weights = stream.next_batch()
     again = MovingDocumentStream(digits, recipe, tokenizer, text)
     torch.rand((), generator=again.generator)
     index = torch.randint(70, (len(tokens),), generator=again.generator)
+    silent = set()
     for number, which in enumerate(index.tolist()):
         *words, found = parse_document(tokens[number].tolist(), text)
+        silent.add(not words)
         assert words in ([stream.shown.caption(which)], [])
         assert found.codes.equal(again.clips[which].codes)
         assert found.fps == 8
         assert (weights[number] == recipe.train.vision_weight).sum() == found.codes.numel()
+    assert silent == {True, False}
 
 
 def test_each_frame_of_codes_is_that_of_its_four_frames_alone(recipe):
@@ -225,7 +253,7 @@ def test_a_setting_that_makes_no_clip_is_refused_in_a_line(name, word, line):
 
 def test_a_tokenizer_of_images_and_too_few_positions_are_refused(recipe, tmp_path):
     words = [*DECODER_WORDS, f'data.tokenizer="{recipe.data.tokenizer}"']
-    with pytest.raises(ValueError, match=r"must be \d+ at least, for a question and 2 x 4 x 4 cod"):
+    with pytest.raises(ValueError, match=r"must be \d+ at least, for a question and 3 x 4 x 4 cod"):
         decoder_stage(load_recipe("clips", [*words, "model.max_position_embeddings=80"]))
     path = tmp_path / "images.safetensors"
     save_vision(path, VisionTokenizer(load_recipe("vision", VISION_WORDS).vision))
@@ -259,7 +287,7 @@ def test_the_demo_shows_and_measures_clips_and_answers(tmp_path, monkeypatch):
     assert report["generated_clips"] == 320
     assert report["continued_clips"] == report["validation_digits"]
     with Image.open(tmp_path / "clips.gif") as film:
-        assert film.n_frames == 8
+        assert film.n_frames == 12
     for name in ("clips", "continued"):
         with Image.open(tmp_path / f"{name}.png") as sheet:
             assert sheet.width >= 1000
