@@ -13,7 +13,7 @@ from emu3.config import load_recipe
 from emu3.train.store_recipe import StoreRecipe
 
 WORDS = [
-    "data.context=256",
+    "data.context=512",
     "data.batch_size=3",
     "train.micro_batch_size=1",
     "model.num_layers=2",
