@@ -11,7 +11,7 @@ from torch import nn
 
 from emu3.generate import generate_images
 from emu3.text import ByteTokenizer
-from emu3.weights import load_decoder, quantize, quantized, save_decoder
+from emu3.weights import files, load_decoder, quantize, quantized, save_decoder
 from emu3_kernels.modules import QuantizedLinear
 from emu3_kernels.ops.quantized import codes as making
 from emu3_kernels.ops.quantized.codes import dequantize
@@ -142,7 +142,7 @@ def growth(path):
     size = sum(weight.nbytes for weight in model.parameters())
     save_decoder(path, model)
     del model
-    making._PIECE = 1 << 16
+    making._PIECE = files._PIECE = 1 << 16  # of 24 MB, as of a model of many gigabytes
     load_decoder(path, weights="int8")
     status = Path("/proc/self/status")
 
