@@ -76,7 +76,8 @@ def generate_text(
     try:
         batch.run(written, None if on_text is None else tell)
     finally:
-        if past is not None:  # the last token may not have been fed
+        # Once the whole prompt was fed; the last token may not have been.
+        if past is not None and written[0].place:
             past.keep([*prompts[0], *written[0].ids[:-1]], batch.cache)
     return [text.decode(one.ids) for one in written]
 

@@ -66,6 +66,19 @@ def test_an_answer_that_was_stopped_is_a_past_as_far_as_told():
     assert ask(model, turns, past) == ask(model, turns)
 
 
+def test_a_prompt_that_was_stopped_is_no_past():
+    model, past, turns = tiny_model(), Past(), [Turn([IMAGE, "a"])]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.blocks[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        ask(model, turns, past)
+    handle.remove()
+    assert ask(model, turns, past) == ask(model, turns)
+
+
 def test_a_past_goes_with_one_prompt():
     prompts = [chat_prompt([Turn([words])], TEXT) for words in "ab"]
     with pytest.raises(ValueError, match="generate: a past must go with one prompt, got 2"):

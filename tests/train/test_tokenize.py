@@ -26,6 +26,7 @@ from emu3.weights import load_vision, save_vision
 from tests import children
 from tests.model.tiny import TINY_VISION
 from tests.train.clips import BIKES, clip
+from tests.train.preparing import save_tokenizer
 
 SMALL = ["--min-pixels", "256", "--max-pixels", "4096"]
 PLACES = {"tokenize": ("in", "codes", SMALL), "detokenize": ("codes", "back", [])}
@@ -35,15 +36,7 @@ BOUNDS = {"min_pixels": 256, "max_pixels": 4096}
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """Emu3's architecture, small and untrained; its codes are latents, so that many are used."""
-    path = tmp_path_factory.mktemp("weights") / "vision.safetensors"
-    torch.manual_seed(0)
-    tokenizer = VisionTokenizer(TINY_VISION).eval()
-    noise = torch.rand(8, 4, 3, 32, 32) * 2 - 1
-    with torch.no_grad():
-        latents = tokenizer.latents(noise).movedim(1, -1).flatten(0, -2)
-        tokenizer.quantize.embedding.weight.copy_(latents[: TINY_VISION.num_codes])
-    save_vision(path, tokenizer)
-    return path
+    return save_tokenizer(tmp_path_factory.mktemp("weights") / "vision.safetensors")
 
 
 @pytest.fixture
