@@ -44,7 +44,7 @@ class Corpus:
         packed = rows.window(0).rows
         lengths = [piece.length for row in packed for piece in row]
         return cls(
-            tokens=sum(store.tokens for store in rows.stores),
+            tokens=rows.tokens,
             fill=sum(lengths) / (len(packed) * rows.room),
             pairs=sum(length * (length + 1) / 2 for length in lengths) / len(packed),
         )
@@ -66,7 +66,7 @@ class Plan:
         rows, context = recipe.train.micro_batch_size, recipe.data.context
         accumulates = recipe.num_micro_batches > 1
         given = recipe.model, recipe.parallel, rows, context, accumulates, self.gpu_memory
-        return Memory(*given)
+        return Memory(*given, recipe.lora, recipe.train.freeze)
 
     @cached_property
     def step(self) -> Step:
