@@ -146,11 +146,13 @@ class VisionSettings(Settings):
 
 
 class OptimSettings(Settings):
-    """AdamW under a linear warm-up and a cosine decay."""
+    """AdamW under a linear warm-up and a decay."""
 
     lr: PositiveFloat = 5e-5
     """Peak learning rate, reached after the warm-up."""
     min_lr: NonNegativeFloat = 0.0
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls from ``lr`` to ``min_lr``."""
     warmup_steps: NonNegativeInt = 30
     betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-6

@@ -79,8 +79,21 @@ def store(
         int | None, typer.Option(help="state how full rows of this context become", min=256)
     ] = None,
     window: Annotated[int, typer.Option(help="documents that are packed together", min=1)] = 4096,
+    score: Annotated[
+        Path | None, typer.Option(help=".npy file to write: a score of each document's image")
+    ] = None,
+    voter: Annotated[
+        list[str] | None, typer.Option(help="what scores, with --score; several are averaged")
+    ] = None,
+    vision: Annotated[
+        Path | None, typer.Option(help="vision tokenizer of the store, with --score")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="file or folder of Qwen's merges, if not in dashscope")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="device to score on")] = Device.cpu,
 ) -> None:
-    """State what a token store holds; check it, export it, or try how its documents pack."""
+    """State what a token store holds; check it, export it, score it, or try how it packs."""
     from emu3.data.store import Store
     from emu3.tools.prepare.export import export_tars
     from emu3.tools.prepare.fill import fill_of
@@ -95,6 +108,32 @@ def store(
         say(fill_of(found, context, window))
     if tars is not None:
         say(f"wrote {len(export_tars(found, tars))} tars to {tars}")
+    if score is not None:
+        _score(found, score, voter or [], vision, _text_of(_preset_of(found), text), device)
+    elif voter or vision:
+        raise ValueError("store: --voter and --vision go with --score")
+
+
+def _score(
+    found, path: Path, names: list[str], vision: Path | None, text: TextTokenizer, device: Device
+) -> None:
+    import numpy as np
+
+    from emu3.files import replacing
+    from emu3.tools.score import score_store
+    from emu3.voters import load_voter
+
+    if path.suffix != ".npy" or not names or vision is None:
+        raise ValueError("store: --score must end in .npy, with a --voter and a --vision")
+    voters = [load_voter(name, device.value) for name in names]
+    scores = score_store(found, vision_on(device, vision), text, voters)
+    with replacing(path) as draft, draft.open("wb") as file:
+        np.save(file, scores, allow_pickle=False)
+    say(f"wrote {int((~np.isnan(scores)).sum()):,} scores to {path}")
+
+
+def _preset_of(found) -> str:
+    return "8b" if found.vocabulary == EMU3_VOCABULARY else "mini"
 
 
 def _text_of(preset: str, text: Path | None) -> TextTokenizer:

@@ -39,6 +39,16 @@ class SourceSettings(Settings):
     store: Path
     weight: PositiveFloat | None = None
     """Share of the tokens, relative to the other sources; None for all: every document as often."""
+    scores: Path | None = None
+    """``.npy`` with a number for each document, in their order; those of NaN are never read."""
+    better: float = Field(1.0, gt=0, le=1)
+    """Share of the documents with a score that is read, those of the highest."""
+
+    @model_validator(mode="after")
+    def _has_scores(self) -> Self:
+        if self.scores is None and self.better < 1:
+            raise ValueError(f"better ({self.better}) needs scores")
+        return self
 
 
 class StreamSettings(Settings):
@@ -105,7 +115,14 @@ class Rows(Dataset):
         for store in self.stores:
             if store.vocabulary != vocabulary:
                 raise ValueError(f"data: {store.folder} must have the vocabulary of the model")
-        fitting = [self._fitting(store) for store in self.stores]
+        self.selections = [
+            None if source.scores is None else _better(source, store)
+            for source, store in zip(settings.sources, self.stores, strict=True)
+        ]
+        """Documents of each store that may be read; None is all."""
+        fitting = [self._fitting(*of) for of in zip(self.stores, self.selections, strict=True)]
+        self.tokens = sum(tokens for _, tokens, _ in fitting)
+        """Of all documents that are read."""
         self.left_out = sum(left_out for _, _, left_out in fitting)
         """Documents that are no text and longer than a row: they are never seen."""
         for store, (documents, _, _) in zip(self.stores, fitting, strict=True):
@@ -114,9 +131,9 @@ class Rows(Dataset):
                     f"data: no document of {store.folder} fits a row of {self.room} tokens"
                 )
         rates = [
-            len(store) if source.weight is None else source.weight * len(store) / tokens
-            for source, store, (_, tokens, _) in zip(
-                settings.sources, self.stores, fitting, strict=True
+            count if source.weight is None else source.weight * count / tokens
+            for source, count, (_, tokens, _) in zip(
+                settings.sources, self._counts, fitting, strict=True
             )
         ]
         self._mixture = Mixture(rates, settings.window)
@@ -135,7 +152,8 @@ class Rows(Dataset):
     @property
     def fingerprint(self) -> int:
         """63 bits that depend on what the stores hold."""
-        return key_of(*(store.fingerprint for store in self.stores)) >> 1
+        chosen = [array.tobytes() for array in self.selections if array is not None]
+        return key_of(*(store.fingerprint for store in self.stores), *chosen) >> 1
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "window"}
@@ -171,15 +189,24 @@ class Rows(Dataset):
         arrays = tokens, np.where(learned, weights, np.float32(0)), documents
         return tuple(map(torch.from_numpy, arrays))
 
-    def _fitting(self, store: Store) -> tuple[int, int, int]:
+    @property
+    def _counts(self) -> list[int]:
+        """Documents of each source."""
+        both = zip(self.stores, self.selections, strict=True)
+        return [len(store if chosen is None else chosen) for store, chosen in both]
+
+    def _fitting(self, store: Store, chosen: np.ndarray | None) -> tuple[int, int, int]:
         """Documents that are drawn, their tokens, and documents that are too long."""
         documents = tokens = 0
-        for shard in store.shards:
-            lengths = np.asarray(shard.lengths, np.int64)
-            fits = (lengths <= self.room) | (shard.kinds == Kind.TEXT)
+        for start, shard in zip(store.starts, store.shards, strict=False):
+            mine = slice(None)
+            if chosen is not None:
+                mine = chosen[(chosen >= start) & (chosen < start + len(shard))] - start
+            lengths = np.asarray(shard.lengths, np.int64)[mine]
+            fits = (lengths <= self.room) | (shard.kinds[mine] == Kind.TEXT)
             documents += int(fits.sum())
             tokens += int(lengths[fits].sum())
-        return documents, tokens, len(store) - documents
+        return documents, tokens, len(store if chosen is None else chosen) - documents
 
     def _window(self, number: int) -> _Window:
         s = self.settings
@@ -195,7 +222,9 @@ class Rows(Dataset):
     def _draws(self, source: int, window: int) -> tuple[np.ndarray, ...]:
         s, store = self.settings, self.stores[source]
         draws = self._mixture.draws(source, window)
-        documents = drawn(draws, len(store), self.seed, source)
+        documents = drawn(draws, self._counts[source], self.seed, source)
+        if (chosen := self.selections[source]) is not None:
+            documents = chosen[documents]
         lengths, kinds, captions = store.columns(documents)
         is_captioned = (kinds == Kind.PAIR) & (captions > 0)
         behind = is_captioned & (uniform(draws, key_of(self.seed, source, "order")) < s.describe)
@@ -305,6 +334,25 @@ class StoreStream:
                 f"data: {folders}: a store has changed since this run was saved; restore its shards"
             )
         self._next, self._batches = (int(state["window"]), int(state["row"])), None
+
+
+def _better(source: SourceSettings, store: Store) -> np.ndarray:
+    """The documents of the highest scores, in their order."""
+    try:
+        scores = np.load(source.scores, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"data: {source.scores} is no .npy file of scores: {line}") from None
+    if scores.shape != (len(store),) or scores.dtype.kind not in "fiu":
+        raise ValueError(
+            f"data: {source.scores} must have a number for each of the {len(store)} documents of "
+            f"{store.folder}, got {scores.dtype} {scores.shape}"
+        )
+    scored = np.flatnonzero(~np.isnan(scores))
+    order = scored[np.argsort(-scores[scored].astype(np.float64), kind="stable")]
+    if not len(order):
+        raise ValueError(f"data: {source.scores} has no score but NaN")
+    return np.sort(order[: max(1, round(source.better * len(order)))])
 
 
 def _as_it_is(batch: tuple) -> tuple:

@@ -64,6 +64,22 @@ def draw_captions(path: Path, images: Tensor, captions: Sequence[str], right: Te
     write_page(figure, path)
 
 
+def draw_answers(path: Path, images: Tensor, lines: Sequence[Sequence[tuple[str, bool]]]) -> None:
+    """Pictures ``[n, 3, H, W]`` beside lines about them, wrong ones marked."""
+    columns = 4
+    rows = -(-len(images) // columns)
+    figure = new_page(16.0, 3.4 * rows + 0.7, "Answers of the tuned miniature")
+    axes = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=(1, 3) * columns)
+    for number, (image, said) in enumerate(zip(images, lines, strict=True)):
+        picture, words = axes.flat[2 * number : 2 * number + 2]
+        _image(picture, image)
+        words.set_axis_off()
+        for at, (line, good) in enumerate(said):
+            color = WORDS if good else "#ff6b6b"
+            words.text(0, 0.9 - 0.14 * at, line if good else f"{line} ✗", color=color, fontsize=11)
+    write_page(figure, path)
+
+
 def draw_curves(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
     """The loss of every stage over its steps, raw and smoothed."""
     figure = new_page(12.0, 4.8, "Training loss")

@@ -5,7 +5,7 @@ each op saves for backward. B rows of a micro-batch, T tokens of a row, n = B T 
 a rank, D hidden size, F intermediate size, H and G query and KV heads of width K, V classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -14,6 +14,7 @@ import torch
 from emu3.config import ModelSettings
 from emu3.model import Emu3
 from emu3.train.layout import ParallelSettings
+from emu3.train.lora import LoraSettings, is_trained
 from emu3.train.parallel import cuts
 
 PARTS = (
@@ -50,31 +51,77 @@ class Sizes:
     head: int
     """Of the head, gathered."""
     num_blocks: int
+    trained: Mapping[str, int]
+    """As ``shards``, without frozen weights; ``block`` is that of which most is trained, and
+    ``blocks`` are all."""
+    adapters: int = 0
+    """Of LoRA, which every FSDP rank holds whole."""
 
     @classmethod
-    def of(cls, settings: ModelSettings, parallel: ParallelSettings) -> "Sizes":
+    def of(
+        cls,
+        settings: ModelSettings,
+        parallel: ParallelSettings,
+        lora: LoraSettings | None = None,
+        freeze: Sequence[str] = (),
+    ) -> "Sizes":
         """Count the largest part of every weight that a rank holds."""
         table, sharded_over = cuts(settings), parallel.shard * parallel.context
-        shards, gathered = ({"root": 0, "embedding": 0, "block": 0} for _ in range(2))
+        shards, gathered, trained = ({"root": 0, "embedding": 0, "block": 0} for _ in range(3))
+        of_blocks, adapters = [0] * settings.num_layers, 0
         for name, shape in _shapes(settings).items():
             unit = {"blocks": "block", "embedding": "embedding"}.get(name.split(".")[0], "root")
             whole = shape.numel()
             if (dim := table[name].tensor) is not None:
                 whole = whole // shape[dim] * -(-shape[dim] // parallel.tensor)
             gathered[unit] += whole
-            shards[unit] += -(-whole // sharded_over)
+            shard = -(-whole // sharded_over)
+            shards[unit] += shard
             if name == "head.weight":
                 head = whole
-        return cls(shards, gathered, head, settings.num_layers)
+            if lora is not None:
+                adapters += settings.num_layers * _adapter(name, shape, dim, parallel, lora)
+            elif unit != "block":
+                trained[unit] += shard * is_trained(name, freeze)
+            else:
+                leaf = name.removeprefix("blocks.0.")
+                for number in range(settings.num_layers):
+                    of_blocks[number] += shard * is_trained(f"blocks.{number}.{leaf}", freeze)
+        trained |= {"block": max(of_blocks), "blocks": sum(of_blocks)}
+        return cls(shards, gathered, head, settings.num_layers, trained, adapters)
 
     @property
     def own(self) -> int:
-        """Elements of all shards of a rank."""
+        """Elements of all shards of a rank, without adapters."""
         return self.shards["root"] + self.shards["embedding"] + self.of_blocks
+
+    @property
+    def own_trained(self) -> int:
+        """Elements that have a gradient and moments."""
+        of = self.trained
+        return of["root"] + of["embedding"] + of["blocks"] + self.adapters
+
+    def gradient(self, unit: str) -> int:
+        """Elements of a unit's whole gradient; all of them if any is trained."""
+        return self.gathered[unit] if self.trained[unit] else 0
+
+    @property
+    def head_gradient(self) -> int:
+        return self.head if self.trained["root"] else 0
 
     @property
     def of_blocks(self) -> int:
         return self.num_blocks * self.shards["block"]
+
+
+def _adapter(
+    name: str, shape: torch.Size, dim: int | None, parallel: ParallelSettings, lora: LoraSettings
+) -> int:
+    """Elements of the adapter of a weight that a rank holds."""
+    if name.removesuffix(".weight").rpartition(".")[2] not in lora.targets:
+        return 0
+    sides = [side // (parallel.tensor if at == dim else 1) for at, side in enumerate(shape)]
+    return lora.rank * sum(sides)
 
 
 @cache
@@ -97,10 +144,12 @@ class Memory:
     """Whether a step has several micro-batches, so that gradients are there in forward."""
     gpu_memory: int | None = None
     """Bytes of a GPU; None is a CPU."""
+    lora: LoraSettings | None = None
+    freeze: tuple[str, ...] = ()
 
     @cached_property
     def sizes(self) -> Sizes:
-        return Sizes.of(self.settings, self.parallel)
+        return Sizes.of(self.settings, self.parallel, self.lora, self.freeze)
 
     @cached_property
     def moments(self) -> dict[str, Moment]:
@@ -111,7 +160,7 @@ class Memory:
             "next block": self._backward(self.sizes.num_blocks - 1),
             "reduction": self._reduction(),
             "end of backward": self._end(),
-            "update": {"gradients": 4 * self.sizes.own},
+            "update": {"gradients": 4 * self.sizes.own_trained},
         }
         return {name: self._whole(parts) for name, parts in found.items()}
 
@@ -145,7 +194,20 @@ class Memory:
         mlp = 3 * s.intermediate_size // p.tensor
         of_token = 2 * s.hidden_size + mlp
         in_rows = self.element * 2 * s.hidden_size + 8
-        return self.rank_tokens * self.element * of_token + own * in_rows + self._attention_saved
+        saved = self.rank_tokens * self.element * of_token + own * in_rows + self._attention_saved
+        return saved + self.rank_tokens * self._adapters_saved
+
+    @property
+    def _adapters_saved(self) -> int:
+        """Bytes of a token: what ``A`` and ``B`` read, in float32, if that is a copy."""
+        if self.lora is None:
+            return 0
+        s, tensor = self.settings, self.parallel.tensor
+        inputs = {"qkv": s.hidden_size, "gate_up": s.hidden_size}
+        inputs["out"] = s.num_heads * s.head_dim // tensor
+        inputs["down"] = s.intermediate_size // tensor
+        copies = (self.element < 4) + (self.lora.dropout > 0)
+        return 4 * sum(copies * inputs[name] + self.lora.rank for name in self.lora.targets)
 
     @property
     def _attention_saved(self) -> int:
@@ -185,14 +247,15 @@ class Memory:
         tables = 4 * s.max_position_embeddings * s.head_dim
         # Tokens, targets, positions, rows of dropout: 8 bytes; weights, documents, key ranges: 4.
         batch = 48 * self.rows * self.tokens
-        whole = {"weights": 4 * own + tables + batch, "optimizer": 8 * own} | parts
+        weights = 4 * (own + self.sizes.adapters) + tables + batch
+        whole = {"weights": weights, "optimizer": 8 * self.sizes.own_trained} | parts
         if self.gpu_memory is not None:
             whole["runtime"] = RUNTIME + int(FRAGMENTS * sum(whole.values()))
         return {name: whole.get(name, 0) for name in PARTS}
 
     def _summed(self) -> int:
         """Gradients of the micro-batches before this one."""
-        return 4 * self.sizes.own * self.accumulates
+        return 4 * self.sizes.own_trained * self.accumulates
 
     def _loss(self) -> Moment:
         """Forward and both gradients of the loss, while all blocks keep their activations."""
@@ -200,7 +263,7 @@ class Memory:
         hidden = e * s.hidden_size * n
         final = 2 * hidden // p.tensor + (hidden if p.tensor > 1 else 0)
         return {
-            "gradients": self._summed() + e * self.sizes.head,
+            "gradients": self._summed() + e * self.sizes.head_gradient,
             "gathered weights": e * self.sizes.gathered["root"],
             "activations kept": self.sizes.num_blocks * self.kept_by_block + final,
             "logits and loss": hidden + self._loss_memory(),
@@ -227,11 +290,13 @@ class Memory:
         grads = 2 * s.intermediate_size * n // p.tensor + s.hidden_size * n + own
         again = 0 if p.recompute == "none" else self.block_activations
         block = e * self.sizes.gathered["block"]
-        down = e * s.intermediate_size * s.hidden_size // p.tensor
-        reduced = 0 if self.accumulates else 4 * self.sizes.shards["block"] * behind
-        sent = 4 * self.sizes.gathered["block"] if behind else 0
+        trains = self.sizes.trained["block"] > 0
+        down = e * s.intermediate_size * s.hidden_size // p.tensor * trains
+        reduced = 0 if self.accumulates else 4 * self.sizes.trained["block"] * behind
+        reduced += 0 if self.accumulates else 4 * self.sizes.adapters
+        sent = 4 * self.sizes.gradient("block") if behind else 0
         return {
-            "gradients": self._summed() + e * self.sizes.head + reduced + down,
+            "gradients": self._summed() + e * self.sizes.head_gradient + reduced + down,
             "gathered weights": e * self.sizes.gathered["root"] + block,
             "activations kept": number * self.kept_by_block,
             "block in backward": again + e * grads,
@@ -250,10 +315,10 @@ class Memory:
     def _reduction(self) -> Moment:
         """Gradients of the last block are summed over ranks."""
         s, p, e, n = self.settings, self.parallel, self.element, self.rank_tokens
-        block = self.sizes.gathered["block"]
-        reduced = 0 if self.accumulates else 4 * self.sizes.shards["block"]
+        block = self.sizes.gradient("block")
+        reduced = 0 if self.accumulates else 4 * (self.sizes.trained["block"] + self.sizes.adapters)
         return {
-            "gradients": self._summed() + e * (self.sizes.head + block) + reduced,
+            "gradients": self._summed() + e * (self.sizes.head_gradient + block) + reduced,
             "gathered weights": e * self.sizes.gathered["root"],
             "activations kept": (self.sizes.num_blocks - 1) * self.kept_by_block,
             "block in backward": 2 * e * s.hidden_size * n // p.tensor,
@@ -263,12 +328,12 @@ class Memory:
     def _end(self) -> Moment:
         """Gradients of head and embedding, which are whole until then, are summed over ranks."""
         e, size = self.element, self.sizes
-        summed = self._summed() or 4 * size.of_blocks
+        summed = self._summed() or 4 * (size.trained["blocks"] + size.adapters)
         return {
-            "gradients": summed + e * (size.head + size.gathered["embedding"]),
+            "gradients": summed + e * (size.head_gradient + size.gradient("embedding")),
             "gathered weights": e * size.gathered["embedding"],
-            "communication": 4 * (size.gathered["root"] + size.shards["root"])
-            + self._buffers(e * size.head),
+            "communication": 4 * (size.gradient("root") + size.trained["root"])
+            + self._buffers(e * size.head_gradient),
         }
 
     def _buffers(self, num_bytes: int) -> int:

@@ -36,11 +36,12 @@ def capturable(optimizer: AdamW) -> AdamW:
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
-    """Linear warm-up, then cosine decay from ``lr`` to ``min_lr``."""
+    """Linear warm-up, then cosine or linear decay from ``lr`` to ``min_lr``."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    left = 1 - done if settings.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return settings.min_lr + (settings.lr - settings.min_lr) * left
 
 
 def take_step(

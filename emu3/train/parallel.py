@@ -7,8 +7,9 @@ dimension, so that no dimension is cut twice. Tensor parallelism works on local 
 B rows of a data rank, T tokens of a row, C context ranks, P tensor ranks, D hidden size.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -21,13 +22,14 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from emu3.config import ModelSettings
 from emu3.model import Emu3, StepDropout
 from emu3.train.exchange import gather_tokens, scatter_tokens, swap, ulysses
 from emu3.train.layout import Batch, Layout, ParallelSettings
+from emu3.train.lora import adapted, set_dropout
 from emu3_kernels import (
     Documents,
     HeadShard,
@@ -44,7 +46,8 @@ class Cut(NamedTuple):
     """How a weight is sharded: the dims of tensor and of FSDP ranks, rows of its packed parts."""
 
     tensor: int | None
-    fsdp: int
+    fsdp: int | None
+    """None for adapters, of which every FSDP rank has all."""
     parts: tuple[int, ...] = ()
 
 
@@ -65,6 +68,23 @@ def cuts(s: ModelSettings) -> dict[str, Cut]:
     return table
 
 
+def cuts_of(model: Emu3) -> dict[str, Cut]:
+    """Return how every parameter of a model is sharded, adapters included.
+
+    ``A`` is cut where its weight is cut along the input, ``B`` where it is along the output.
+    """
+    table, found = cuts(model.settings), {}
+    for name, _ in model.named_parameters():
+        weight, matrix = adapted(name)
+        cut = table[weight]
+        if matrix == "lora_A":
+            cut = Cut(1 if cut.tensor == 1 else None, None)
+        elif matrix == "lora_B":
+            cut = Cut(0, None, cut.parts) if cut.tensor == 0 else Cut(None, None)
+        found[name] = cut
+    return found
+
+
 def parallelize(model: Emu3, layout: Layout) -> None:
     """Shard a whole model, the same on every rank, in place; ``objective`` is then its forward.
 
@@ -80,13 +100,14 @@ def parallelize(model: Emu3, layout: Layout) -> None:
         run = {"ring": ring_attention, "ulysses": ulysses}[s.context_style]
         for block in model.blocks:
             block.attention.attend = partial(run, group=layout.group("context"))
-    table = cuts(model.settings)
+    table = cuts_of(model)
     dims = {parameter: table[name].fsdp for name, parameter in model.named_parameters()}
     mesh = layout.storage["replicate", "fsdp"] if s.replicate > 1 else layout.storage["fsdp"]
     options = {
         "mesh": mesh,
         "mp_policy": _precision(s),
         "shard_placement_fn": lambda parameter: Shard(dims[parameter]),
+        "ignored_params": {parameter for parameter, dim in dims.items() if dim is None},
     }
     for block in model.blocks:
         _recompute(block, s.recompute)
@@ -147,11 +168,8 @@ def accumulate_gradients(
         seeds: :func:`step_seeds`; None only without dropout: ranks would draw others.
         z_loss: factor of the squared log-sum-exp.
     """
-    normalizer = layout.total_weight(batches)
-
-    def objective(batch: Batch, dropout: StepDropout | None) -> tuple[Tensor, Tensor]:
-        return _objective(model, layout, batch, normalizer, z_loss=z_loss, dropout=dropout)
-
+    given = {"normalizer": layout.total_weight(batches), "z_loss": z_loss}
+    objective = partial(_objective, model, layout, **given)
     return _of_all_ranks(backward_all(model, layout, batches, objective, seeds))
 
 
@@ -159,13 +177,14 @@ def backward_all(
     model: Emu3,
     layout: Layout,
     batches: Sequence[AnyBatch],
-    objective: Callable[[AnyBatch, StepDropout | None], tuple[Tensor, Tensor]],
+    objective: Callable[..., tuple[Tensor, Tensor]],
     seeds: Tensor | None = None,
 ) -> Tensor:
     """Add up the gradients of any objective, as :func:`accumulate_gradients` does.
 
     Args:
-        objective: returns this rank's part of the loss, and numbers of this rank beside it.
+        objective: of a batch and its ``dropout``, returns this rank's part of the loss, and numbers
+            of this rank beside it.
 
     Returns:
         The sums of these numbers over micro-batches and ranks.
@@ -176,8 +195,8 @@ def backward_all(
     for number, batch in enumerate(batches):
         model.set_requires_all_reduce(number + 1 == len(batches))
         first = (number * layout.data_ranks + layout.data_rank) * len(batch.tokens)
-        dropout = None if seeds is None else _dropout(model.settings, layout, batch, seeds, first)
-        loss, part = objective(batch, dropout)
+        dropout = None if seeds is None else _dropout(model, layout, batch, seeds, first)
+        loss, part = objective(batch, dropout=dropout)
         loss.backward()
         parts.append(part)
     return layout.sum(torch.stack(parts).sum(0))
@@ -234,36 +253,62 @@ def _of_all_ranks(total: Tensor) -> StepLoss:
     return StepLoss(total[0].float(), total[1:3], total[3:5], *total[5:].unbind())
 
 
-def step_seeds(settings: ModelSettings, seed: int, step: int, device: torch.device) -> Tensor:
-    """Return the seeds of :class:`StepDropout` for a step of a run: the same on every rank."""
+def step_seeds(
+    settings: ModelSettings, seed: int, step: int, device: torch.device, num_adapters: int = 0
+) -> Tensor:
+    """Return the seeds of :class:`StepDropout` for a step of a run: the same on every rank.
+
+    Those of ``num_adapters`` with dropout follow.
+    """
     # Seeds are unsigned, torch's integers signed.
     signed = seed - (seed >> 63 << 64)
-    return site_seeds(signed, step, 3 * settings.num_layers + 1, device)
+    return site_seeds(signed, step, _num_sites(settings) + num_adapters, device)
+
+
+def _num_sites(settings: ModelSettings) -> int:
+    return 3 * settings.num_layers + 1
 
 
 @torch.no_grad()
 def clip_gradients(model: Emu3, layout: Layout, most: float) -> Tensor:
     """Clip by the norm over all meshes and return it, the same bits on every rank.
 
-    Call it once a step, also without a limit (``most=inf``): gradients of norms, of which each
-    tensor rank has its tokens' part, are added up here.
+    Call it once a step, also without a limit (``most=inf``): gradients of which each rank has a
+    part are added up here. Those are of norms, which each tensor rank has of its tokens, and of
+    adapters, which each rank has of its rows and tokens.
     """
-    s, table = layout.settings, cuts(model.settings)
-    own, shared = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradients = shared if table[name].tensor is None else own
-            gradients.append(parameter.grad.to_local())
-    if s.tensor > 1 and shared:
-        flat = torch.cat([gradient.flatten() for gradient in shared])
-        dist.all_reduce(flat, group=layout.group("tensor"))
-        for gradient, whole in zip(shared, flat.split([g.numel() for g in shared]), strict=True):
-            gradient.copy_(whole.view_as(gradient))
-    square = _square(own) + _square(shared) / s.tensor
+    s, gradients = layout.settings, {}
+    for name, cut in cuts_of(model).items():
+        gradient = model.get_parameter(name).grad
+        if gradient is not None:
+            holders = {"tensor"} if cut.tensor is None else set()
+            if cut.fsdp is None:
+                holders |= {"replicate", "fsdp"}
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            gradients.setdefault(frozenset(holders), []).append(local)
+    square = 0.0
+    for holders, mine in gradients.items():
+        _add_up(mine, layout, holders)
+        copies = math.prod(layout.storage[name].size() for name in holders - {"replicate"})
+        square = square + _square(mine) / copies
     dist.all_reduce(square)
     norm = (square / s.replicate).sqrt().float()
-    torch._foreach_mul_(own + shared, (most / (norm + 1e-6)).clamp(max=1))
+    every = [gradient for mine in gradients.values() for gradient in mine]
+    torch._foreach_mul_(every, (most / (norm + 1e-6)).clamp(max=1))
     return norm
+
+
+def _add_up(gradients: list[Tensor], layout: Layout, holders: Set[str]) -> None:
+    """Add up, in place, what the ranks of ``holders`` have a part of each."""
+    groups = [n for n in layout.storage.mesh_dim_names if n in holders]
+    groups = [layout.storage.get_group(n) for n in groups if layout.storage[n].size() > 1]
+    if not groups:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    for group in groups:
+        dist.all_reduce(flat, group=group)
+    for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(whole.view_as(gradient))
 
 
 def _square(tensors: list[Tensor]) -> Tensor:
@@ -272,12 +317,13 @@ def _square(tensors: list[Tensor]) -> Tensor:
 
 def _tensor_parallel(model: Emu3, layout: Layout) -> None:
     s, size, group = model.settings, layout.settings.tensor, layout.group("tensor")
-    for name, cut in cuts(s).items():
+    for name, cut in cuts_of(model).items():
         if cut.tensor is not None:
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
-            part = _part(getattr(module, leaf).detach(), cut, layout.rank("tensor"), size)
-            setattr(module, leaf, nn.Parameter(part))
+            whole = getattr(module, leaf)
+            part = _part(whole.detach(), cut, layout.rank("tensor"), size)
+            setattr(module, leaf, nn.Parameter(part, whole.requires_grad))
     heads = {"num_heads": s.num_heads // size, "num_kv_heads": s.num_kv_heads // size}
     for block in model.blocks:
         block.attention.settings = s.model_copy(update=heads)
@@ -311,15 +357,18 @@ def documents_of(layout: Layout, ids: Tensor) -> Documents | Tensor:
 
 
 def _dropout(
-    model: ModelSettings, layout: Layout, batch: Batch, seeds: Tensor, first_sequence: int
+    model: Emu3, layout: Layout, batch: Batch, seeds: Tensor, first_sequence: int
 ) -> StepDropout:
-    """Number what this rank holds of a batch as one process would."""
+    """Number what this rank holds of a batch as one process would; adapters get their seeds."""
     s, rank, device = layout.settings, layout.rank("tensor"), batch.tokens.device
     num_rows, num_tokens = batch.tokens.shape
-    own = layout.cut(torch.arange(num_tokens, device=device)[None]).chunk(s.tensor, 1)[rank]
+    of_context = layout.cut(torch.arange(num_tokens, device=device)[None])
     first = first_sequence + torch.arange(num_rows, device=device)[:, None]
-    heads = HeadShard(model.num_heads, rank * model.num_heads // s.tensor, first_sequence)
-    return StepDropout(seeds, first * num_tokens + own, heads)
+    num_heads, sites = model.settings.num_heads, _num_sites(model.settings)
+    heads = HeadShard(num_heads, rank * num_heads // s.tensor, first_sequence)
+    set_dropout(model, seeds[sites:], first * num_tokens + of_context)
+    own = of_context.chunk(s.tensor, 1)[rank]
+    return StepDropout(seeds[:sites], first * num_tokens + own, heads)
 
 
 def _precision(s: ParallelSettings) -> MixedPrecisionPolicy:

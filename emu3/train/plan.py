@@ -65,7 +65,7 @@ class Plan:
         rows, context = recipe.train.micro_batch_size, recipe.data.context
         accumulates = recipe.num_micro_batches > 1
         given = recipe.model, recipe.parallel, rows, context, accumulates, self.gpu_memory
-        return Memory(*given)
+        return Memory(*given, recipe.lora, recipe.train.freeze)
 
     @cached_property
     def step(self) -> Step:

@@ -13,6 +13,7 @@ from emu3.data.stream import StoreStream, StreamSettings
 from emu3.model import Emu3
 from emu3.train.guard import Guard
 from emu3.train.layout import Batch, Layout, check_fits
+from emu3.train.lora import add_adapters, freeze, num_dropout_sites
 from emu3.train.optim import build_optimizer, learning_rate
 from emu3.train.parallel import (
     StepLoss,
@@ -22,7 +23,7 @@ from emu3.train.parallel import (
     parallelize,
     step_seeds,
 )
-from emu3.train.sharded import allocate, initialise, load_whole
+from emu3.train.sharded import allocate, initialise, initialise_adapters, load_whole
 from emu3.train.stage import StepMetrics
 from emu3.train.store_recipe import StoreRecipe
 from emu3_kernels.modules import speed_up_bfloat16
@@ -46,6 +47,9 @@ class Pretraining:
         self.validation = self._validation()
         with torch.device("meta"):
             self.model = Emu3(recipe.model).train()
+        if recipe.lora is not None:
+            add_adapters(self.model, recipe.lora)
+        freeze(self.model, recipe.train.freeze)
         if recipe.parallel.dtype == "bfloat16":
             speed_up_bfloat16(self.model)
         parallelize(self.model, self.layout)
@@ -59,6 +63,10 @@ class Pretraining:
     def begin(self) -> None:
         """Set the weights that the run starts from."""
         start, seed = self.recipe.train.start, self.recipe.train.seed
+        if self.recipe.lora is not None:
+            if start is None:
+                raise ValueError("lora: train.start (--from) must name the weights it adapts")
+            initialise_adapters(self.model, self.layout, seed)
         if start is None:
             initialise(self.model, self.layout, seed)
         else:
@@ -73,8 +81,9 @@ class Pretraining:
     def step(self, step: int, batches: Sequence[Batch]) -> StepMetrics:
         """Train on the micro-batches of a step; the host waits for no GPU."""
         train, optim = self.recipe.train, self.recipe.optim
-        has_dropout = self.recipe.model.dropout > 0
-        settings = self.recipe.model, train.seed, step, self.device
+        num_adapters = num_dropout_sites(self.model)
+        has_dropout = self.recipe.model.dropout > 0 or num_adapters > 0
+        settings = self.recipe.model, train.seed, step, self.device, num_adapters
         seeds = step_seeds(*settings) if has_dropout else None
         found = self.accumulate(batches, seeds)
         norm = clip_gradients(self.model, self.layout, optim.clip)

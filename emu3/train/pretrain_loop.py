@@ -21,6 +21,7 @@ from emu3.train.sharded import (
     load_sharded,
     read_notes,
     remove_drafts,
+    save_adapter,
     save_whole,
 )
 from emu3.train.store_recipe import StoreRecipe
@@ -51,7 +52,8 @@ def pretrain(recipe: StoreRecipe, folder: Path, *, resume: bool = False) -> Path
     ``resume``.
 
     Returns:
-        The file of the trained weights, in the official layout.
+        The file of the trained weights, in the official layout. Adapters are merged into it, and
+        by themselves in ``adapter`` beside it.
 
     Raises:
         ValueError: one line, if the folder, the recipe, a store or a checkpoint does not fit, or if
@@ -77,7 +79,10 @@ def pretrain(recipe: StoreRecipe, folder: Path, *, resume: bool = False) -> Path
         if not _train(run, folder, done):
             raise SystemExit(0)
         weights = folder / f"{recipe.train.stage}.safetensors"
-        save_whole(weights, run.model, run.layout)
+        if recipe.lora is not None:
+            start = str(recipe.train.start or "")
+            save_adapter(folder / "adapter", run.model, run.layout, recipe.lora, start)
+        save_whole(weights, run.model, run.layout, recipe.lora)
         return weights
 
 

@@ -24,7 +24,8 @@ from emu3.data.order import key_of
 from emu3.files import flush
 from emu3.model import Emu3
 from emu3.train.layout import Layout
-from emu3.train.parallel import Cut, cuts
+from emu3.train.lora import LoraSettings, adapted, merged, save_adapters
+from emu3.train.parallel import Cut, cuts_of
 from emu3.train.ranks import is_first, together
 from emu3.weights import save_tensors
 from emu3.weights.files import check_place, nothing_missing, read_headers, shards_of
@@ -47,22 +48,32 @@ _OFFICIAL = {
 
 
 def sharded_views(
-    model: Emu3, layout: Layout, of: Callable[[Tensor], Tensor] = lambda parameter: parameter
+    model: Emu3,
+    layout: Layout,
+    of: Callable[[Tensor], Tensor | None] = lambda parameter: parameter,
 ) -> dict[str, DTensor]:
     """Return a view of every weight under its official name; writing to it writes to the model.
+
+    Those of adapters end in ``lora_A.weight``, one for packed projections, and ``lora_B.weight``.
 
     Args:
         model: that was passed to ``parallelize``.
         layout: of its ranks.
-        of: maps a parameter to what is viewed, of the same sharding: ``lambda p: p.grad``.
+        of: maps a parameter to what is viewed, of the same sharding: ``lambda p: p.grad``; what it
+            maps to None is passed over.
     """
-    views, table = {}, cuts(model.settings)
+    views, table = {}, cuts_of(model)
     for name, parameter in model.named_parameters():
-        cut, local = table[name], of(parameter).detach().to_local()
+        cut, viewed = table[name], of(parameter)
+        if viewed is None:
+            continue
+        local = viewed.detach()
+        local = local.to_local() if isinstance(local, DTensor) else local
         parts = [rows // layout.settings.tensor for rows in cut.parts]
         for i, part in enumerate(local.split(parts) if parts else (local,)):
             shape = list(part.shape)
-            shape[cut.fsdp] = parameter.shape[cut.fsdp]
+            if cut.fsdp is not None:
+                shape[cut.fsdp] = parameter.shape[cut.fsdp]
             if cut.tensor is not None:
                 shape[cut.tensor] = _whole_size(model, layout, name, cut, i, shape[cut.tensor])
             views[_official(name, i)] = _view(part, layout, cut, shape)
@@ -78,7 +89,7 @@ def _whole_size(model: Emu3, layout: Layout, name: str, cut: Cut, nth: int, loca
 def _view(part: Tensor, layout: Layout, cut: Cut, shape: list[int]) -> DTensor:
     placements = [
         Replicate(),
-        Shard(cut.fsdp),
+        Replicate() if cut.fsdp is None else Shard(cut.fsdp),
         Replicate() if cut.tensor is None else Shard(cut.tensor),
     ]
     stride = torch.empty(shape, device="meta").stride()
@@ -93,8 +104,10 @@ def _official(name: str, nth: int) -> str:
         return "lm_head.weight"
     if name in whole:
         return f"model.{whole[name]}.weight"
-    _, number, rest = name.split(".", 2)
-    return f"model.layers.{number}.{_OFFICIAL[rest][nth]}.weight"
+    weight, matrix = adapted(name)
+    _, number, rest = weight.split(".", 2)
+    leaf = "weight" if matrix is None else f"{matrix}.weight"
+    return f"model.layers.{number}.{_OFFICIAL[rest][nth]}.{leaf}"
 
 
 class Saver:
@@ -220,21 +233,46 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(removed)
 
 
-def save_whole(path: Path, model: Emu3, layout: Layout) -> None:
+def save_whole(path: Path, model: Emu3, layout: Layout, lora: LoraSettings | None = None) -> None:
     """Write the weights as one file of the official layout; every rank must call.
 
     Rank 0 holds the whole model on its host.
 
+    Args:
+        lora: of the adapters of ``model``, which are merged into the weights.
+
     Raises:
         ValueError: one line, if the file cannot be written.
     """
+    whole = _gathered(sharded_views(model, layout))
+    if lora is not None:
+        whole = merged(whole, lora.alpha / lora.rank)
+    metadata = {"decoder": model.settings.model_dump_json()}
+    together(lambda: save_tensors(path, whole, metadata) if is_first() else None)
+
+
+def save_adapter(folder: Path, model: Emu3, layout: Layout, lora: LoraSettings, base: str) -> None:
+    """Write the adapters of ``model`` as a folder of PEFT; every rank must call.
+
+    Args:
+        base: what its config names as the base model.
+
+    Raises:
+        ValueError: one line, if a file cannot be written.
+    """
+    views = sharded_views(model, layout)
+    found = _gathered({name: view for name, view in views.items() if ".lora_" in name})
+    together(lambda: save_adapters(folder, found, lora, base) if is_first() else None)
+
+
+def _gathered(views: Mapping[str, DTensor]) -> dict[str, Tensor]:
+    """Return whole tensors on the host of the first rank, nothing on others."""
     whole = {}
-    for name, view in sharded_views(model, layout).items():
+    for name, view in views.items():
         tensor = view.full_tensor()
         if is_first():
             whole[name] = tensor.cpu()
-    metadata = {"decoder": model.settings.model_dump_json()}
-    together(lambda: save_tensors(path, whole, metadata) if is_first() else None)
+    return whole
 
 
 def load_whole(path: Path, model: Emu3, layout: Layout) -> None:
@@ -246,6 +284,7 @@ def load_whole(path: Path, model: Emu3, layout: Layout) -> None:
         ValueError: one line, if a weight is missing or has another shape.
     """
     found, views = read_headers(path).tensors, sharded_views(model, layout)
+    views = {name: view for name, view in views.items() if ".lora_" not in name}
     nothing_missing({name: view for name, view in views.items() if name not in found}, path)
     for name, view in views.items():
         check_place(view, found[name], name, path)
@@ -272,6 +311,8 @@ def initialise(model: Emu3, layout: Layout, seed: int) -> None:
     s = model.settings
     for name, view in sharded_views(model, layout).items():
         local = view.to_local()
+        if ".lora_" in name:
+            continue
         if view.ndim == 1:
             local.fill_(1)
             continue
@@ -282,6 +323,22 @@ def initialise(model: Emu3, layout: Layout, seed: int) -> None:
             whole[s.vocabulary.pad] = 0
         placed = distribute_tensor(whole, view.device_mesh, view.placements, src_data_rank=None)
         local.copy_(placed.to_local())
+
+
+@torch.no_grad()
+def initialise_adapters(model: Emu3, layout: Layout, seed: int) -> None:
+    """Draw the adapters as PEFT does, ``B`` 0: those of a seed are the same on every mesh."""
+    for name, view in sharded_views(model, layout).items():
+        local = view.to_local()
+        if name.endswith(".lora_B.weight"):
+            local.zero_()
+        elif name.endswith(".lora_A.weight"):
+            random = torch.Generator(local.device).manual_seed(key_of(seed, name))
+            bound = view.shape[1] ** -0.5
+            whole = torch.empty(view.shape, dtype=local.dtype, device=local.device)
+            whole.uniform_(-bound, bound, generator=random)
+            placed = distribute_tensor(whole, view.device_mesh, view.placements, src_data_rank=None)
+            local.copy_(placed.to_local())
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -295,7 +352,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _state(model: Emu3, optimizer: Optimizer, layout: Layout) -> dict[str, Tensor]:
-    """View the weights, both moments of AdamW, which it makes in its first step, and its count."""
+    """View the weights, both moments of AdamW, which it makes in its first step, and its count.
+
+    Frozen weights have no moments.
+    """
     for group in optimizer.param_groups:
         counts_on_device = group["fused"] or group["capturable"]
         for parameter in group["params"]:
@@ -305,9 +365,11 @@ def _state(model: Emu3, optimizer: Optimizer, layout: Layout) -> dict[str, Tenso
                     (), device=parameter.device if counts_on_device else "cpu"
                 )
                 state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
+    frozen = dict.fromkeys(MOMENTS)
+    moments = {p: optimizer.state[p] if p.requires_grad else frozen for p in model.parameters()}
     views = {f"weight.{name}": view for name, view in sharded_views(model, layout).items()}
     for moment in MOMENTS:
-        of_moment = sharded_views(model, layout, lambda p, m=moment: optimizer.state[p][m])
+        of_moment = sharded_views(model, layout, lambda p, m=moment: moments[p][m])
         views |= {f"{moment}.{name}": view for name, view in of_moment.items()}
     count = next(iter(optimizer.state.values()))["step"]
     return views | {_UPDATES: count.detach().to("cpu", copy=True)}

@@ -18,6 +18,7 @@ from emu3.config import Recipe, TrainSettings
 from emu3.data.stream import Rows, SourceSettings, StreamSettings
 from emu3.settings import Settings
 from emu3.train.layout import ParallelSettings
+from emu3.train.lora import LoraSettings
 
 
 class PretrainSettings(TrainSettings):
@@ -35,6 +36,8 @@ class PretrainSettings(TrainSettings):
     """``auto`` is a GPU for each process of this machine, if there are any."""
     tf32: bool = True
     """Run float32 GEMMs of a GPU in TF32."""
+    freeze: tuple[str, ...] = ()
+    """Names of weights that are not trained; ``*`` is any part: ``embedding.*``, ``*.mlp.*``."""
     keep: PositiveInt = 2
     """Checkpoints that are kept, the last ones."""
     profile: tuple[NonNegativeInt, NonNegativeInt] | None = None
@@ -86,6 +89,8 @@ class StoreRecipe(Recipe):
     train: PretrainSettings
     data: StreamSettings
     parallel: ParallelSettings = ParallelSettings()
+    lora: LoraSettings | None = None
+    """Adapters, which alone are trained; None trains the weights."""
     evaluation: EvaluationSettings = EvaluationSettings()
     guard: GuardSettings = GuardSettings()
 
@@ -107,6 +112,18 @@ class StoreRecipe(Recipe):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        if self.lora is None:
+            return self
+        if self.train.freeze:
+            raise ValueError("train.freeze must be empty with lora, which freezes all weights")
+        if self.lora.dropout > 0 and self.parallel.tensor > 1:
+            raise ValueError(
+                f"lora.dropout must be 0 with parallel.tensor ({self.parallel.tensor}) above 1"
+            )
+        return self
+
     @property
     def num_micro_batches(self) -> int:
         """Of a data rank in a step."""
@@ -121,5 +138,6 @@ class StoreRecipe(Recipe):
 
     def without_paths(self) -> Self:
         """Stores may have moved: their contents are compared."""
-        sources = tuple(s.model_copy(update={"store": Path()}) for s in self.data.sources)
+        moved = {"store": Path(), "scores": None}
+        sources = tuple(s.model_copy(update=moved) for s in self.data.sources)
         return self.model_copy(update={"data": self.data.model_copy(update={"sources": sources})})

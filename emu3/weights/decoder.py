@@ -39,7 +39,13 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 def official_views(model: Emu3) -> dict[str, Tensor]:
-    """Every weight under its official name, as a view into the parameters of ``model``."""
+    """Every weight under its official name, as a view into the parameters of ``model``.
+
+    Raises:
+        ValueError: one line, if ``model`` has LoRA adapters: its weights alone are another model.
+    """
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise ValueError("weights: a decoder with adapters must be merged first")
     views = _outer_views(model)
     for number in range(len(model.blocks)):
         views |= _block_views(model, number)

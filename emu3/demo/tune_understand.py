@@ -1,0 +1,220 @@
+"""The miniature's instruction tuning: captions of composed pictures, then questions about them.
+
+Both stages train from token stores as ``emu3 train understand1-mini`` and ``understand2-mini`` do;
+the second once with all weights and once with LoRA adapters.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emu3.data.codes import Making, fingerprint
+from emu3.data.compose import chat_document, parts_document
+from emu3.data.store import Document, Provenance, write_shard
+from emu3.data.stream import SourceSettings, StoreStream, StreamSettings
+from emu3.demo import plots
+from emu3.demo.composed import Composed, Question, compose
+from emu3.demo.config import DigitSettings
+from emu3.demo.digits import load_split
+from emu3.demo.files import descriptions
+from emu3.demo.miniature import Clock
+from emu3.generate import generate_text
+from emu3.model import Emu3
+from emu3.tasks import load_recipe, train
+from emu3.templates import Turn, chat_prompt
+from emu3.text import ByteTokenizer
+from emu3.vision import VisionTokenizer
+from emu3.weights import load_decoder, load_vision
+
+PICTURES, ASKED = 4000, 150
+"""Pictures to train on, and held-out ones that questions are asked about."""
+LORA = "lora.rank=8", "lora.alpha=16", "optim.lr=5e-3"
+_TURNS = 4
+"""Most questions of a conversation."""
+_AT_ONCE = 64
+_SIZE, _DRAWN = 48, 8
+"""Side of a square of a picture; pictures in ``questions.png``."""
+_LONGEST_ANSWER = 10
+_VALIDATION_TEXTS = 2
+_TEXT_CONTEXT = 255
+"""Positions that every miniature has."""
+
+
+def run(
+    start: Path,
+    out: Path,
+    progress: Clock,
+    *,
+    overrides: Sequence[str] = (),
+    pictures: int = PICTURES,
+    asked: int = ASKED,
+) -> dict[str, float]:
+    """Tune the miniature in ``start``, measure it, and draw ``questions.png`` into ``out``.
+
+    Args:
+        start: a folder that ``emu3 demo`` filled: its ``runs`` hold a vision tokenizer and a
+            decoder.
+        out: a new folder.
+        progress: takes the seconds of each stage.
+        overrides: ``key=value`` words for every stage.
+        pictures: to train on.
+        asked: held-out pictures that questions are asked about.
+
+    Returns:
+        Shares of right answers about held-out pictures, of all weights and of adapters, and the
+        loss of held-out texts before, between and after both stages.
+    """
+    vision, decoder = (start / "runs" / n / f"{n}.safetensors" for n in ("vision", "decoder"))
+    tokenizer = load_vision(vision)
+    text = ByteTokenizer(load_decoder(decoder).settings.vocabulary)
+    with progress.stage("compose_pictures"):
+        write_stores(out / "stores", tokenizer, text, pictures)
+    stage = partial(_train, out, progress)
+    first = stage("understand1-mini", decoder, "understand1", overrides)
+    full = stage("understand2-mini", first, "understand2", overrides)
+    lora = stage("understand2-mini", first, "understand2-lora", [*LORA, *overrides])
+    metrics = {}
+    with progress.stage("measure_answers"):
+        held_out = _pictures(asked, validation=True)
+        codes = _encoded(tokenizer, held_out.images)
+        for prefix, weights in (("", full), ("lora_", lora)):
+            found = measure_answers(load_decoder(weights), text, held_out, codes)
+            metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+    with progress.stage("measure_texts"):
+        texts = out / "stores" / "validation"
+        for name, weights in (("before", decoder), ("between", first), ("after", full)):
+            metrics[f"text_loss_{name}"] = text_loss(load_decoder(weights), texts)
+    draw_questions(out / "questions.png", load_decoder(full), text, held_out, codes)
+    return metrics
+
+
+def write_stores(
+    folder: Path, tokenizer: VisionTokenizer, text: ByteTokenizer, count: int = PICTURES
+) -> None:
+    """Write token stores of captions, of conversations and of texts, and one to validate texts.
+
+    Args:
+        count: pictures, each with a caption and a conversation.
+    """
+    pictures = _pictures(count, validation=False)
+    codes, numbers = _encoded(tokenizer, pictures.images), range(count)
+    random = torch.Generator().manual_seed(1)
+    texts = [parts_document([words], text) for words in descriptions()]
+    side = tokenizer.settings.image_size**2
+    made = Provenance(
+        source="digits",
+        digest="0",
+        vocabulary=text.vocabulary,
+        text="bytes",
+        vision=fingerprint(tokenizer),
+        making=Making(min_pixels=side, max_pixels=3 * side),
+    )
+    stores: dict[str, Iterable[Document]] = {
+        "captions": (parts_document([pictures.caption(n), codes[n]], text) for n in numbers),
+        "chats": (chat_document(_turns(pictures, codes[n], n, random), text) for n in numbers),
+        "texts": texts[:-_VALIDATION_TEXTS],
+        "validation": texts[-_VALIDATION_TEXTS:],
+    }
+    for name, documents in stores.items():
+        write_shard(folder / name / "digits", documents, made)
+
+
+def measure_answers(
+    model: Emu3, text: ByteTokenizer, pictures: Composed, codes: Sequence[Tensor]
+) -> dict[str, float]:
+    """Ask every question about every picture; the share of right answers, also by kind."""
+    right = defaultdict(list)
+    for question, answer in _answered(model, text, pictures, codes):
+        right[question.kind].append(answer == question.answer)
+    every = [one for kind in right.values() for one in kind]
+    shares = {f"answer_{kind}_accuracy": sum(r) / len(r) for kind, r in right.items()}
+    return {"answer_accuracy": sum(every) / len(every), **shares}
+
+
+@torch.no_grad()
+def text_loss(model: Emu3, folder: Path) -> float:
+    """The loss of the texts in a store, in nats a token."""
+    settings = StreamSettings(
+        sources=(SourceSettings(store=folder),),
+        context=_TEXT_CONTEXT,
+        window=_VALIDATION_TEXTS,  # each of them once
+        smallest_piece=64,
+    )
+    rows = StoreStream(settings, model.settings.vocabulary, 0).rows
+    places = [(0, row) for row in range(len(rows.window(0).rows))]
+    return float(model.loss(*rows[places]))
+
+
+def draw_questions(
+    path: Path, model: Emu3, text: ByteTokenizer, pictures: Composed, codes: Sequence[Tensor]
+) -> None:
+    """Draw some pictures and what is answered about them."""
+    shown = Composed(*(part[:_DRAWN] for part in pictures))
+    lines = [[] for _ in shown.images]
+    for (question, answer), number in zip(
+        _answered(model, text, shown, codes), _owners(shown), strict=True
+    ):
+        lines[number].append((f"{question.words} {answer}", answer == question.answer))
+    plots.draw_answers(path, shown.images, lines)
+
+
+def _train(
+    out: Path, progress: Clock, recipe: str, start: Path, name: str, words: Sequence[str]
+) -> Path:
+    """Train a stage from the weights ``start``; return the file of the trained ones."""
+    tables = load_recipe(recipe).data.sources
+    sources = [
+        f"{{store={json.dumps(str(out / 'stores' / source.store.name))}, weight={source.weight}}}"
+        for source in tables
+    ]
+    given = [f"train.start={json.dumps(str(start))}", f"data.sources=[{', '.join(sources)}]"]
+    with progress.stage(f"train_{name}"):
+        return train(load_recipe(recipe, [*given, *words]), out / "runs" / name)
+
+
+def _pictures(count: int, *, validation: bool) -> Composed:
+    settings = DigitSettings()
+    digits = load_split(settings.validation)[validation]
+    generator = torch.Generator().manual_seed(int(validation))
+    return compose(digits, settings, count, _SIZE, generator)
+
+
+def _encoded(tokenizer: VisionTokenizer, images: Tensor) -> list[Tensor]:
+    """Codes ``[h, w]`` of each image."""
+    return [one for some in images.split(_AT_ONCE) for one in tokenizer.encode(some)]
+
+
+def _turns(pictures: Composed, codes: Tensor, number: int, random: torch.Generator) -> list[Turn]:
+    """A conversation about a picture: some of its questions in any order."""
+    questions = pictures.questions(number)
+    order = torch.randperm(len(questions), generator=random)[:_TURNS].tolist()
+    asked = [questions[at] for at in order]
+    said = [[codes, asked[0].words], *([question.words] for question in asked[1:])]
+    return [Turn(words, of.answer) for words, of in zip(said, asked, strict=True)]
+
+
+def _answered(
+    model: Emu3, text: ByteTokenizer, pictures: Composed, codes: Sequence[Tensor]
+) -> Iterator[tuple[Question, str]]:
+    """Every question about every picture, each in a conversation of its own, and its answer."""
+    owners = _owners(pictures)
+    asked = [of for number in range(len(pictures.images)) for of in pictures.questions(number)]
+    prompts = [
+        chat_prompt([Turn([codes[number], of.words])], text)
+        for number, of in zip(owners, asked, strict=True)
+    ]
+    for at in range(0, len(prompts), _AT_ONCE):
+        answers = generate_text(model, text, prompts[at : at + _AT_ONCE], _LONGEST_ANSWER)
+        found = [answer.strip() for answer in answers]
+        yield from zip(asked[at : at + _AT_ONCE], found, strict=True)
+
+
+def _owners(pictures: Composed) -> list[int]:
+    """The picture of each question."""
+    numbers = range(len(pictures.images))
+    return [number for number in numbers for _ in pictures.questions(number)]

@@ -1,0 +1,102 @@
+"""Questions about composed pictures: what is asked, and the commands of the miniature's tuning."""
+
+import pytest
+import torch
+
+from emu3.config import load_recipe
+from emu3.demo.composed import HOW_MANY, compose
+from emu3.demo.config import DigitRecipe, DigitSettings
+from emu3.demo.digits import COLORS, DIGITS, load_split
+from emu3.demo.judge import DigitJudge, judge_color
+from emu3.demo.miniature import Clock
+from emu3.demo.tune_understand import measure_answers, run, text_loss
+from emu3.model import Emu3
+from emu3.text import ByteTokenizer
+from emu3.vision import VisionTokenizer
+from emu3.weights import save_decoder, save_vision
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    generator = torch.Generator().manual_seed(0)
+    return compose(load_split(0.25)[1], DigitSettings(), 60, 48, generator)
+
+
+def test_a_picture_shows_the_digits_that_are_asked_about(pictures):
+    """As the demo's judges see them, which were fitted on other digits."""
+    judge = DigitJudge(load_split(0.25)[0], DigitSettings(), 48)
+    squares = pictures.images.unflatten(2, (3, 48)).transpose(1, 2)
+    is_filled = pictures.digits >= 0
+    assert is_filled.sum(1).bincount(minlength=4)[1:].min() >= 10
+    shown = squares[is_filled]
+    right = judge(shown) == pictures.digits[is_filled]
+    assert right.float().mean() > 0.95
+    assert (judge_color(shown) == pictures.colors[is_filled]).float().mean() > 0.97
+    assert (squares[~is_filled].flatten(2).std(2) == 0).all()
+
+
+def test_questions_have_the_answers_of_the_caption(pictures):
+    for number in range(len(pictures.images)):
+        words = pictures.caption(number).split(": ")[1].split(", ")
+        count, *others = pictures.questions(number)
+        assert (count.words, len(words)) == (
+            HOW_MANY,
+            ["one", "two", "three"].index(count.answer) + 1,
+        )
+        digits = [one.answer for one in others if one.kind == "digit"]
+        colors = [one.answer for one in others if one.kind == "color"]
+        for caption, digit, color in zip(words, digits, colors, strict=True):
+            assert caption.split()[1:] == [color, digit]
+            assert digit in DIGITS
+            assert color in COLORS
+        assert len({one.words for one in others}) == len(others)
+
+
+@pytest.mark.e2e
+def test_the_tuning_of_a_miniature_reports_what_it_reaches(tmp_path):
+    """Two steps of each stage, from random weights; every number is there."""
+    recipe = load_recipe("digits", (), DigitRecipe)
+    torch.manual_seed(0)
+    runs = tmp_path / "start" / "runs"
+    save_vision(runs / "vision/vision.safetensors", VisionTokenizer(recipe.vision))
+    save_decoder(runs / "decoder/decoder.safetensors", Emu3(recipe.model))
+    clock = Clock()
+    how = {"overrides": ["train.steps=2"], "pictures": 24, "asked": 3}
+    metrics = run(tmp_path / "start", tmp_path / "out", clock, **how)
+    kinds = "", "count_", "digit_", "color_"
+    names = {f"{prefix}answer_{kind}accuracy" for prefix in ("", "lora_") for kind in kinds}
+    assert metrics.keys() == names | {
+        f"text_loss_{when}" for when in ("before", "between", "after")
+    }
+    assert metrics["text_loss_before"] == pytest.approx(5.5, abs=1.5)  # of 776 ids: 6.7
+    assert (tmp_path / "out/questions.png").stat().st_size > 0
+    assert (tmp_path / "out/runs/understand2-lora/adapter/adapter_config.json").is_file()
+    assert clock.seconds.keys() >= {"train_understand1", "train_understand2-lora"}
+
+
+def test_answers_are_right_when_they_are_the_ones_expected(pictures, monkeypatch):
+    """Whitespace around an answer does not count."""
+    text = ByteTokenizer(load_recipe("digits", (), DigitRecipe).model.vocabulary)
+    asked = [one for number in range(60) for one in pictures.questions(number)]
+    answers = iter([f" {one.answer} " if one.kind != "count" else "four" for one in asked])
+    monkeypatch.setattr(
+        "emu3.demo.tune_understand.generate_text",
+        lambda model, text, prompts, most: [next(answers) for _ in prompts],
+    )
+    codes = [torch.zeros(18, 6, dtype=torch.int64)] * 60
+    found = measure_answers(None, text, pictures, codes)
+    assert (found["answer_digit_accuracy"], found["answer_count_accuracy"]) == (1.0, 0.0)
+    assert found["answer_accuracy"] == pytest.approx(1 - 60 / len(asked))
+
+
+def test_the_loss_of_texts_is_of_every_token_once(tmp_path):
+    from emu3.data.store import Store
+    from tests.train.stores import text_document, write_store
+
+    write_store(tmp_path, [text_document(300, 0), text_document(180, 1)])
+    torch.manual_seed(0)
+    model = Emu3(load_recipe("digits", (), DigitRecipe).model).eval()
+    torch.nn.init.zeros_(model.head.weight)
+    assert Store(tmp_path).tokens == 480
+    expected = torch.tensor(float(model.settings.vocabulary.size)).log()
+    assert text_loss(model, tmp_path) == pytest.approx(expected.item(), rel=1e-5)
