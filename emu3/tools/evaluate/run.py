@@ -99,16 +99,13 @@ def evaluate(
     prompts = read_lines(asked.prompts, PromptLine) if asked.prompts else []
     questions = read_lines(asked.questions, QuestionLine) if asked.questions else []
     store = Store(asked.store) if asked.store else None
-    device = vision.codebook.device
-    judges = {name: load_voter(name, str(device)) for name in asked.judges}
+    judges = {of: load_voter(of, str(vision.codebook.device)) for of in asked.judges}
     report: dict = {"model": name}
     reconstructed: Reconstructed | None = None
     judged: Judged | None = None
     answered: Answered | None = None
     if asked.images:
-        is_mini = loaded is not None and not is_published(loaded)
-        side = vision.settings.image_size if is_mini and asked.area is None else None
-        how = HowSeen(side, asked.area, asked.fps, asked.lpips)
+        how = _how_seen(asked, loaded, vision)
         reconstructed = reconstruct_files(asked.images, vision, how)
         report["reconstruction"] = reconstructed.report()
     if prompts:
@@ -125,6 +122,13 @@ def evaluate(
     page = page_of(f"Evaluation of {name}", report, reconstructed, judged, answered, folder)
     write(out, report, page)
     return report
+
+
+def _how_seen(asked: Asked, loaded: Pretrained | None, vision: VisionTokenizer) -> HowSeen:
+    """A miniature takes squares of one size unless an area is asked for."""
+    takes_squares = loaded is not None and not is_published(loaded) and asked.area is None
+    side = vision.settings.image_size if takes_squares else None
+    return HowSeen(side, asked.area, asked.fps, asked.lpips)
 
 
 def write(out: Path, report: Mapping, page: str) -> None:
