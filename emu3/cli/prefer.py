@@ -1,10 +1,10 @@
 """``emu3 prefer``."""
 
-import json
+import os
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,13 +15,13 @@ from emu3.settings import parse
 from emu3.templates import grid_of
 from emu3.weights import Pretrained, load, load_decoder
 
+_ADAPTER = "adapter_config.json"
+_SAMPLED = "samples", "seed", "guidance", "top_k", "top_p", "temperature", "positive", "negative"
+
 
 class CombineName(str, Enum):
     mean = "mean"
     rank = "rank"
-
-
-_ADAPTER = "adapter_config.json"
 
 
 @app.command()
@@ -82,24 +82,38 @@ def prefer(
     tables = [path for path in inputs if path.suffix.lower() == ".parquet"]
     if (tables and len(tables) < len(inputs)) or (len(inputs) > 1 and not tables):
         raise ValueError("prefer: inputs must be one file of prompts, or .parquet files alone")
-    of = _loaded(model, vision, usable(device), dtype)
+    of = _loaded(model, vision, _device(device), dtype)
     if tables:
-        _encode(tables, out, *of, min_pixels=min_pixels, max_pixels=max_pixels, batch=batch)
+        _encode(tables, out, of, {"min_pixels": min_pixels, "max_pixels": max_pixels})
         return
-    given = {name: value for name, value in locals().items() if name in _SAMPLED}
-    asked = {"combine": combine.value, "gap": gap, "batch": batch, "images": images}
-    side = of[0].vision.settings
-    grid = grid_of(ratio, area or side.image_size**2, side.spatial_factor)
-    _sample(inputs[0], out, *of, given, {**asked, "grid": grid}, voter or (), votes, device)
+    sampled = {name: value for name, value in locals().items() if name in _SAMPLED}
+    side = of.loaded.vision.settings
+    how = {
+        "grid": grid_of(ratio, area or side.image_size**2, side.spatial_factor),
+        "combine": combine.value,
+        "gap": gap,
+        "batch": batch,
+        "images": images,
+    }
+    _sample(inputs[0], out, of, sampled, how, voter or [], votes)
 
 
-_SAMPLED = "samples", "seed", "guidance", "top_k", "top_p", "temperature", "positive", "negative"
+class _Of(NamedTuple):
+    loaded: Pretrained
+    decoder: str
+    """Fingerprint of its weights."""
+    reference: Callable[[], Emu3]
+    """Gives the same in float32."""
+    device: str
 
 
-def _loaded(
-    model: Path, vision: Path | None, device: str, dtype: Dtype | None
-) -> tuple[Pretrained, str, Callable[[], Emu3]]:
-    """The model, its fingerprint, and what gives the same in float32."""
+def _device(device: Device) -> str:
+    """One GPU for each process of torchrun."""
+    where = usable(device)
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device is Device.cuda else where
+
+
+def _loaded(model: Path, vision: Path | None, device: str, dtype: Dtype | None) -> _Of:
     # Imported here, as below: the command line starts without FSDP, PyAV and voters.
     from emu3.data.pairs import weights_fingerprint
 
@@ -111,25 +125,16 @@ def _loaded(
             return loaded.model
         return load_decoder(model, device=device, dtype=float32)
 
-    return loaded, weights_fingerprint(model), reference
+    return _Of(loaded, weights_fingerprint(model), reference, device)
 
 
-def _encode(
-    tables: list[Path],
-    out: Path,
-    loaded: Pretrained,
-    decoder: str,
-    reference: Callable[[], Emu3],
-    *,
-    batch: int,
-    **sizes: int,
-) -> None:
+def _encode(tables: list[Path], out: Path, of: _Of, sizes: dict[str, int]) -> None:
     from emu3.data.codes import Making
     from emu3.tools.bulk import in_words
     from emu3.tools.prefer.given import encode_pairs
 
-    how = {"decoder": decoder, "reference": reference, "batch": batch}
-    made = encode_pairs(tables, out, loaded, parse(Making, sizes), **how)
+    how = {"decoder": of.decoder, "reference": of.reference}
+    made = encode_pairs(tables, out, of.loaded, parse(Making, sizes), **how)
     for path, count in made.files.items():
         say(f"wrote {count:,} pairs to {path}")
     if made.left_out:
@@ -141,33 +146,29 @@ def _encode(
 def _sample(
     file: Path,
     out: Path,
-    loaded: Pretrained,
-    decoder: str,
-    reference: Callable[[], Emu3],
-    given: dict,
-    asked: dict,
+    of: _Of,
+    sampled: dict[str, Any],
+    how: dict[str, Any],
     voters: list[str],
     votes: Path | None,
-    device: Device,
 ) -> None:
     from emu3.cli.generate import lines_of
     from emu3.data.pairs import Sampled
-    from emu3.tools.prefer.run import Asked, prefer
+    from emu3.tools.prefer.run import PAIRS, Asked, prefer
     from emu3.tools.prefer.votes import read_votes
     from emu3.voters import load_voter
 
-    sampled = parse(Sampled, given)
+    asked = Asked(parse(Sampled, sampled), **how)
     prompts = lines_of(file)
     if not prompts:
         raise ValueError(f"prefer: {file} has no prompt")
-    human = None if votes is None else read_votes(votes, len(prompts), sampled.samples)
-    known = {name: load_voter(name, usable(device)) for name in dict.fromkeys(voters)}
-    how = {"decoder": decoder, "reference": reference, "human": human}
-    made = prefer(prompts, out, loaded, known, Asked(sampled, **asked), **how)
-    told = json.dumps(str(out))
-    if made.pairs:
-        say(f"wrote {made.pairs:,} pairs of {made.prompts:,} prompts: data.pairs={told}")
-    elif not (known or votes):
-        say(f"sampled {made.prompts:,} prompts in {out}; vote with --voter or --votes")
+    human = None if votes is None else read_votes(votes, len(prompts), asked.sampled.samples)
+    known = {name: load_voter(name, of.device) for name in dict.fromkeys(voters)}
+    given = {"decoder": of.decoder, "reference": of.reference, "human": human}
+    made = prefer(prompts, out, of.loaded, known, asked, **given)
     if made.outcome.errors:
         raise typer.Exit(1)
+    if made.pairs:
+        say(f"wrote {made.pairs:,} pairs of {made.prompts:,} prompts to {out / PAIRS}")
+    elif not (known or votes):
+        say(f"sampled {made.prompts:,} prompts in {out}; vote with --voter or --votes")

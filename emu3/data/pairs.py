@@ -130,10 +130,7 @@ def load_pairs(path: Path) -> Pairs:
     Raises:
         ValueError: one line, if the file is damaged or of another kind.
     """
-    header = read_settings(path, _KEY, PairsHeader)
-    if header is None:
-        raise ValueError(f"pairs: {path} is not a file of pairs")
-    tensors = read_tensors(path)[0]
+    header, tensors = load_header(path), read_tensors(path)[0]
     _check(path, header, tensors)
     words = bytes(tensors["prompts"].numpy()).decode()
     encoded, ends = words.encode(), tensors["prompt_lengths"].cumsum(0).tolist()
@@ -145,6 +142,14 @@ def load_pairs(path: Path) -> Pairs:
         *(tensors[name] for name in ("chosen", "rejected", "votes", "scores")),
         tensors.get("reference"),
     )
+
+
+def load_header(path: Path) -> PairsHeader:
+    """Read the header of a file of pairs; the pairs are not read."""
+    header = read_settings(path, _KEY, PairsHeader)
+    if header is None:
+        raise ValueError(f"pairs: {path} is not a file of pairs")
+    return header
 
 
 def _check(path: Path, header: PairsHeader, tensors: dict[str, Tensor]) -> None:

@@ -182,12 +182,8 @@ def backward_all(
 ) -> Tensor:
     """Add up the gradients of any objective, as :func:`accumulate_gradients` does.
 
-    Args:
-        objective: of a batch and its ``dropout``, returns this rank's part of the loss, and numbers
-            of this rank beside it.
-
-    Returns:
-        The sums of these numbers over micro-batches and ranks.
+    ``objective(batch, dropout=...)`` returns this rank's part of the loss and numbers of this rank;
+    their sums over micro-batches and ranks are returned.
     """
     if seeds is None and model.training and model.settings.dropout > 0:
         raise ValueError("parallel: a model with dropout must be given seeds, got none")
@@ -221,7 +217,7 @@ def forward_all(
     batches: Sequence[AnyBatch],
     objective: Callable[[AnyBatch], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Return the sums of :func:`backward_all` of an objective without dropout or gradients."""
+    """Return the sums of :func:`backward_all` without dropout and gradients."""
     model.eval()
     parts = [objective(batch)[1] for batch in batches]
     model.reshard()  # norm and head, which wait for a backward pass

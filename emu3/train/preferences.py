@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emu3.data.pair_stream import PairStream
-from emu3.data.pairs import weights_fingerprint
+from emu3.data.pairs import files_of_pairs, load_header, weights_fingerprint
 from emu3.model import Emu3, StepDropout
 from emu3.train.layout import Batch, Layout
 from emu3.train.parallel import backward_all, documents_of, forward_all, work_of
@@ -196,14 +196,15 @@ class PreferenceTraining(Pretraining):
         """
         if not (self.recipe.preference.needs_reference and is_first()):
             return
-        start, rows = self.recipe.train.start, self.stream.rows
+        start, validation = self.recipe.train.start, self.recipe.evaluation.pairs
         if start is None:
             raise ValueError(
                 "train: train.start must name the weights of the reference, which are tuned"
             )
         weights = weights_fingerprint(start)
-        for path, pairs in zip(rows.folders, rows.files, strict=True):
-            found = pairs.header.decoder
+        others = [] if validation is None else files_of_pairs(validation)
+        for path in (*self.stream.rows.folders, *others):
+            found = load_header(path).decoder
             if found != weights:
                 got = "none" if found is None else f"those of {found}"
                 raise ValueError(

@@ -12,7 +12,7 @@ from emu3_kernels import linear_cross_entropy
 
 
 @torch.no_grad()
-def reference_of(model: Emu3, pairs: Pairs, *, images: int = 32) -> Tensor:
+def reference_of(model: Emu3, pairs: Pairs, *, tokens: int = 16384) -> Tensor:
     """Return the log-probabilities ``[n, 2]`` of the chosen and the rejected images, in nats.
 
     Sums over visual tokens, given the prompt, float64 sums of numbers in the model's dtype. No
@@ -21,12 +21,13 @@ def reference_of(model: Emu3, pairs: Pairs, *, images: int = 32) -> Tensor:
     Args:
         model: in eval mode.
         pairs: with the vocabulary of the model.
-        images: that run together.
+        tokens: that run together, about.
     """
     if model.training:
         raise ValueError("reference: the model must be in eval mode, call model.eval() first")
     documents = [ids for number in range(len(pairs)) for ids in pairs.documents(number)]
-    found = [_log_probabilities(model, part) for part in _parts(documents, images)]
+    size = max(1, tokens // max(map(len, documents), default=1))
+    found = [_log_probabilities(model, part) for part in _parts(documents, size)]
     return torch.cat([torch.empty(0, dtype=torch.float64), *found]).view(-1, 2)
 
 

@@ -4,6 +4,7 @@
 equal labels are a tie, which is left out. Each image is encoded once.
 """
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,6 @@ def encode_pairs(
     *,
     decoder: str,
     reference: Callable[[], Emu3] | None = None,
-    batch: int = 16,
 ) -> Given:
     """Write ``out/dpo-HxW.safetensors`` for each grid of codes.
 
@@ -68,12 +68,11 @@ def encode_pairs(
         making: sizes of the images.
         decoder: fingerprint of the weights of ``loaded.model``.
         reference: gives the same model in float32, in eval mode; None takes ``loaded.model``.
-        batch: images that run together.
 
     Raises:
         ValueError: one line, if a file has other columns, or there is no pair.
     """
-    run = _Encode(out, loaded, making, decoder, reference, batch)
+    run = _Encode(out, loaded, making, decoder, reference)
     items = []
     for path in files:
         columns = set(open_parquet(path).schema_arrow.names)
@@ -86,7 +85,8 @@ def encode_pairs(
     if len(run.groups) < len(items):
         raise ValueError("prefer: files must have different names, got two of one name")
     outcome = each(items, lambda item: None, run.work, run.is_done)
-    return Given(outcome, {} if outcome.errors else run.merge(items), run.left_out)
+    merges = not outcome.errors and os.environ.get("RANK", "0") == "0"
+    return Given(outcome, run.merge(items) if merges else {}, run.left_out)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ class _Encode:
     making: Making
     decoder: str
     load_reference: Callable[[], Emu3] | None
-    batch: int
     groups: dict[str, list[int]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
 
@@ -128,7 +127,7 @@ class _Encode:
         for grid, rows in found.items():
             report("reference")
             pairs = self._pairs(grid, rows)
-            reference = reference_of(self.reference, pairs, images=self.batch)
+            reference = reference_of(self.reference, pairs)
             path = self._part(item, grid)
             save_pairs(path, Pairs(**{**vars(pairs), "reference": reference}))
         with replacing(self._done(item)) as draft:  # last: then all parts are there
@@ -138,6 +137,8 @@ class _Encode:
         """Write the pairs of each grid to one file."""
         parts = defaultdict(list)
         for item in items:
+            if not self._done(item).exists():
+                raise ValueError(f"prefer: {item.name} failed in another process: run it again")
             for path in sorted((self.out / "pairs").glob(f"{item.name}.*x*.safetensors")):
                 parts[path.suffixes[-2]].append(load_pairs(path))
         if not parts:

@@ -169,7 +169,7 @@ class _Prefer:
         if pairs is None or self._is_made(path, pairs):
             return
         report("reference")
-        found = reference_of(self.reference, pairs, images=self.asked.batch)
+        found = reference_of(self.reference, pairs)
         save_pairs(path, Pairs(**{**vars(pairs), "reference": found}))
 
     def merge(self, items: Sequence[Item]) -> int:
