@@ -4,23 +4,18 @@ Weights are read from local files: nothing is downloaded and no pickle is run.
 """
 
 import importlib
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emu3.weights.files import read_tensors
+from emu3.weights.clip import Clip, load_clip, load_hpsv2, present, read_aesthetic
 
 _LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 _LUMA = (0.299, 0.587, 0.114)
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_AESTHETIC = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
-"""The linear layers of LAION's predictor; dropout lies between them, and no activation."""
 
 
 class Voter(Protocol):
@@ -44,7 +39,10 @@ def load_voter(name: str, device: str = "cpu") -> Voter:
 
     ``damage:sharpness`` and ``damage:colourfulness`` measure damage, not beauty, and take no file.
     ``aesthetic:FOLDER`` is LAION's predictor (1 to 10), ``clip:FOLDER`` the cosine of image and
-    prompt by CLIP, ``hpsv2:FOLDER`` the same by HPSv2. ``module:function`` is one's own.
+    prompt by CLIP, of the centre of an image; ``hpsv2:FOLDER`` the same by HPSv2, of all of it. The
+    folder is one of transformers, with a tokenizer; LAION's predictor lies beside
+    ``model.safetensors``, which ``HPS_v2.1_compressed.pt`` may replace. ``module:function`` is
+    one's own.
 
     Raises:
         ValueError: one line, if there is no such voter.
@@ -116,115 +114,29 @@ def _own(module: str, function: str) -> Voter:
     return score
 
 
-class _Clip:
-    """CLIP of a folder in the format of transformers, and its preprocessing."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        # Imported here: only voters with weights need it.
-        from transformers import AutoTokenizer, CLIPModel
-
-        for name in ("config.json", "model.safetensors"):
-            _present(folder / name)
-        self.folder, self.device = folder, device
-        self.model = CLIPModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
-        self.model.eval().to(device)
-        self._load_tokenizer = lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._tokenizer: Any = None
-
-    def images(self, images: Tensor) -> Tensor:
-        """Normalised embeddings ``[B, D]``: the short edge resized, the centre cropped."""
-        side = self.model.config.vision_config.image_size
-        height, width = images.shape[2:]
-        scale = side / min(height, width)
-        size = [max(side, int(edge * scale)) for edge in (height, width)]
-        resized = F.interpolate(images.to(self.device), size, mode="bicubic", antialias=True)
-        top, left = ((edge - side) // 2 for edge in size)
-        cropped = resized[..., top : top + side, left : left + side].clamp(0, 1)
-        mean, std = (cropped.new_tensor(of).view(3, 1, 1) for of in (_CLIP_MEAN, _CLIP_STD))
-        seen = self.model.vision_model(pixel_values=(cropped - mean) / std).pooler_output
-        return F.normalize(self.model.visual_projection(seen), dim=1)
-
-    def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Normalised embeddings ``[B, D]``; a long prompt is truncated."""
-        if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        ).to(self.device)
-        read = self.model.text_model(**tokens).pooler_output
-        return F.normalize(self.model.text_projection(read), dim=1)
-
-
 def _clip(folder: str, device: str) -> Voter:
-    _present(Path(folder) / "tokenizer_config.json")
-    clip = _Clip(Path(folder), device)
+    present(Path(folder) / "tokenizer_config.json")
+    return _cosine(load_clip(Path(folder), device))
+
+
+def _hpsv2(folder: str, device: str) -> Voter:
+    present(Path(folder) / "tokenizer_config.json")
+    return _cosine(load_hpsv2(Path(folder), device))
+
+
+def _cosine(clip: Clip) -> Voter:
     return lambda images, prompts: (clip.images(images) * clip.texts(prompts)).sum(1)
 
 
 def _aesthetic(folder: str, device: str) -> Voter:
-    head = _head(Path(folder))
-    weight, bias = fold(_read_state(head))
-    clip = _Clip(Path(folder), device)
-    width = clip.model.config.projection_dim
-    if weight.shape != (width,):
+    weight, bias = (of.to(device) for of in read_aesthetic(Path(folder)))
+    clip = load_clip(Path(folder), device)
+    if weight.shape != (clip.width,):
         raise ValueError(
-            f"voter aesthetic: {head} must take embeddings of {width}, got {len(weight)}"
+            f"voter aesthetic:{folder}: the predictor must take embeddings of {clip.width}, got "
+            f"{len(weight)}"
         )
-    weight, bias = weight.to(device), bias.to(device)
     return lambda images, prompts: clip.images(images) @ weight + bias
-
-
-def fold(layers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Fold linear layers without activations into one: ``score = x @ weight + bias``.
-
-    Args:
-        layers: weights and biases of LAION's aesthetic predictor, by its names.
-
-    Returns:
-        ``[D]`` and ``[]``, float32, computed in float64.
-    """
-    names = [f"{layer}.{part}" for layer in _AESTHETIC for part in ("weight", "bias")]
-    missing = [name for name in names if name not in layers]
-    if missing:
-        raise ValueError(f"voter aesthetic: the head lacks {', '.join(missing)}")
-    weight = torch.eye(layers[names[0]].shape[1], dtype=torch.float64)
-    bias = torch.zeros(len(weight), dtype=torch.float64)
-    for layer in _AESTHETIC:
-        matrix = layers[f"{layer}.weight"].double()
-        weight, bias = matrix @ weight, matrix @ bias + layers[f"{layer}.bias"].double()
-    return weight[0].float(), bias[0].float()
-
-
-def _head(folder: Path) -> Path:
-    """The one file beside CLIP's ``model.safetensors`` that holds the predictor's layers."""
-    files = sorted({*folder.glob("*.safetensors"), *folder.glob("*.pt"), *folder.glob("*.pth")})
-    heads = [path for path in files if path.stem not in ("model", "pytorch_model")]
-    if len(heads) != 1:
-        raise FileNotFoundError(
-            f"voter aesthetic: {folder} must hold one .safetensors, .pt or .pth of the head "
-            f"beside model.safetensors, got {', '.join(path.name for path in heads) or 'none'}"
-        )
-    return heads[0]
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"voter: {path} must be a state dict of tensors; a pickled model is not loaded"
-        ) from None
-    return state.get("state_dict", state)
-
-
-def _present(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"voter: no file {path}")
 
 
 def _known() -> str:
@@ -234,6 +146,6 @@ def _known() -> str:
 _FILES: dict[str, Callable[[str, str], Voter]] = {
     "aesthetic": _aesthetic,
     "clip": _clip,
-    "hpsv2": _clip,
+    "hpsv2": _hpsv2,
 }
 _KINDS = {"damage": _damage, **_FILES}

@@ -15,13 +15,17 @@ from emu3.tasks import train as train_recipe
 @app.command()
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="folder to fill; demo, or demo/stages with --stages")
+        Path | None,
+        typer.Option(help="folder to fill; demo, or demo/stages or demo/tune with those options"),
     ] = None,
     video: Annotated[
         bool, typer.Option("--video", help="moving digits too: generate and continue clips, answer")
     ] = False,
     stages: Annotated[
         bool, typer.Option("--stages", help="pre-training in two stages, from token stores")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="quality, preferences and instructions after training")
     ] = False,
     processes: Annotated[int, typer.Option(help="of each stage, with --stages", min=1)] = 1,
 ) -> None:
@@ -30,12 +34,19 @@ def demo(
     from emu3.demo.run import run_demo
     from emu3.demo.run_stages import run_stages
 
+    if tune and (stages or video):
+        raise ValueError("demo: --tune trains on images alone, and takes no --stages or --video")
     if stages and video:
         raise ValueError("demo: --stages trains on clips too, and takes no --video")
     if processes > 1 and not stages:
         raise ValueError(f"demo: only --stages takes --processes, got {processes}")
     if stages:
         run_stages(out or Path("demo/stages"), processes=processes)
+    elif tune:
+        # Imported here: FSDP is slow to import and no other demo needs it.
+        from emu3.demo.run_tune import run_tune
+
+        run_tune(out or Path("demo/tune"))
     else:
         run_demo(out or Path("demo"), video=video)
 

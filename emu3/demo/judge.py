@@ -73,13 +73,18 @@ def judge_color(images: Tensor) -> Tensor:
 
     A thin stroke is dimmer than its paint, so the direction from the background is compared.
     """
+    return color_similarity(images).argmax(1)
+
+
+def color_similarity(images: Tensor) -> Tensor:
+    """Cosines ``[B, colours]`` of the bright pixels' mean and each paint, from the background."""
     paint = torch.tensor(tuple(PALETTE.values()), dtype=torch.float32)
     ground = torch.tensor(BACKGROUND, dtype=torch.float32)
-    ink = _ink(images)
-    bright = (ink >= 0.6 * ink.amax((2, 3), keepdim=True)).to(images.dtype)
+    strength = ink(images)
+    bright = (strength >= 0.6 * strength.amax((2, 3), keepdim=True)).to(images.dtype)
     mean = (images * bright).sum((2, 3)) / bright.sum((2, 3))
     direction = F.normalize((mean + 1) * 127.5 - ground, dim=1)
-    return (direction @ F.normalize(paint - ground, dim=1).T).argmax(1)
+    return direction @ F.normalize(paint - ground, dim=1).T
 
 
 def judge_direction(clips: Tensor) -> Tensor:
@@ -106,20 +111,21 @@ def _centred(images: Tensor, zoom: float) -> Tensor:
 
 def _centroids(images: Tensor) -> Tensor:
     """``[B, 2]`` x and y in [-1, 1] of the ink, without the faint noise of a background."""
-    ink = _ink(images)[:, 0]
-    ink = ink * (ink >= 0.3 * ink.amax((1, 2), keepdim=True))
-    mass = ink.sum((1, 2)).clamp_min(1e-6)
-    height, width = ink.shape[1:]
+    strength = ink(images)[:, 0]
+    strength = strength * (strength >= 0.3 * strength.amax((1, 2), keepdim=True))
+    mass = strength.sum((1, 2)).clamp_min(1e-6)
+    height, width = strength.shape[1:]
     x = (torch.arange(width) + 0.5) / width * 2 - 1
     y = (torch.arange(height) + 0.5) / height * 2 - 1
-    return torch.stack(((ink.sum(1) @ x) / mass, (ink.sum(2) @ y) / mass), 1)
+    return torch.stack(((strength.sum(1) @ x) / mass, (strength.sum(2) @ y) / mass), 1)
 
 
-def _ink(images: Tensor) -> Tensor:
+def ink(images: Tensor) -> Tensor:
+    """How far ``[B, 1, H, W]`` pixels are from the background, in their brightest channel."""
     ground = torch.tensor(BACKGROUND, device=images.device).view(3, 1, 1) / 127.5 - 1
     return (images - ground).amax(1, keepdim=True).clamp_min(0)
 
 
 def _features(images: Tensor) -> np.ndarray:
-    pooled = F.adaptive_avg_pool2d(_ink(images), _FEATURES).flatten(1)
+    pooled = F.adaptive_avg_pool2d(ink(images), _FEATURES).flatten(1)
     return (pooled / pooled.amax(1, keepdim=True).clamp_min(1e-6)).numpy()

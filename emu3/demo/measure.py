@@ -42,15 +42,17 @@ class Captioned:
 
 
 def measure_generation(
-    model: Emu3, tokenizer: VisionTokenizer, text: TextTokenizer, judge: DigitJudge, *, rounds: int
+    model: Emu3,
+    tokenizer: VisionTokenizer,
+    text: TextTokenizer,
+    judge: DigitJudge,
+    *,
+    rounds: int,
+    how: Sampling = SAMPLING,
 ) -> Generated:
     """Generate every digit in every colour ``rounds`` times; the judges' accuracies."""
-    color, digit = torch.meshgrid(
-        torch.arange(len(COLORS)), torch.arange(len(DIGITS)), indexing="ij"
-    )
-    digits, colors = digit.flatten().repeat(rounds), color.flatten().repeat(rounds)
-    captions = [caption(int(d), int(c)) for d, c in zip(digits, colors, strict=True)]
-    codes = generate_images(model, text, captions, tokenizer.settings.grid, SAMPLING)
+    digits, colors, captions = every_caption(rounds)
+    codes = generate_images(model, text, captions, tokenizer.settings.grid, how)
     images = tokenizer.decode(codes).clamp(-1, 1)
     return Generated(
         images.unflatten(0, (rounds, len(COLORS), len(DIGITS))),
@@ -58,6 +60,15 @@ def measure_generation(
         share(judge_color(images) == colors),
         codes.numel(),
     )
+
+
+def every_caption(rounds: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Each digit in each colour ``rounds`` times: digits ``[n]``, colours ``[n]``, captions."""
+    color, digit = torch.meshgrid(
+        torch.arange(len(COLORS)), torch.arange(len(DIGITS)), indexing="ij"
+    )
+    digits, colors = digit.flatten().repeat(rounds), color.flatten().repeat(rounds)
+    return digits, colors, [caption(int(d), int(c)) for d, c in zip(digits, colors, strict=True)]
 
 
 def paint_validation(

@@ -80,6 +80,18 @@ def draw_answers(path: Path, images: Tensor, lines: Sequence[Sequence[tuple[str,
     write_page(figure, path)
 
 
+def draw_rows(path: Path, title: str, rows: Mapping[str, Tensor]) -> None:
+    """Images ``[n, 3, H, W]`` of each row beside its name, one image below the other."""
+    columns = max(map(len, rows.values()))
+    figure = new_page(0.85 * columns + 1.5, 0.95 * len(rows) + 0.8, title)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            _image(axis, image)
+        line[0].set_ylabel(name, color=WORDS, fontsize=11, rotation=0, ha="right", va="center")
+    write_page(figure, path)
+
+
 def draw_curves(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
     """The loss of every stage over its steps, raw and smoothed."""
     figure = new_page(12.0, 4.8, "Training loss")

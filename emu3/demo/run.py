@@ -63,16 +63,17 @@ def run_demo(
     Raises:
         ValueError: one line, if another process trains in ``folder`` or in one of its runs.
     """
-    recipes = _recipes(folder / "runs", vision, decoder, video=video)
+    recipes = demo_recipes(folder / "runs", vision, decoder, video=video)
     with locked(folder):
         report = _run(folder, *recipes)
     show(folder, report)
     return report
 
 
-def _recipes(
+def demo_recipes(
     runs: Path, vision: Sequence[str], decoder: Sequence[str], *, video: bool
 ) -> tuple[DigitRecipe, DigitRecipe]:
+    """The recipes of the vision tokenizer and of the decoder, which will be trained in ``runs``."""
     names = ("clips-vision", "clips") if video else ("vision", "digits")
     kind = ClipRecipe if video else DigitRecipe
     first = load_recipe(names[0], vision, kind)
@@ -89,7 +90,7 @@ def _recipes(
 
 def _run(folder: Path, first: DigitRecipe, second: DigitRecipe) -> dict:
     clock = Clock()
-    mini = _train(folder / "runs", clock, first, second)
+    mini = train_miniature(folder / "runs", clock, first, second)
     with clock.stage("judge"):
         size, data = mini.tokenizer.settings.image_size, mini.recipe.data
         judge = DigitJudge(mini.train_set, data, size, data.side)
@@ -119,7 +120,8 @@ def _run(folder: Path, first: DigitRecipe, second: DigitRecipe) -> dict:
     return report
 
 
-def _train(runs: Path, clock: Clock, first: DigitRecipe, second: DigitRecipe) -> Miniature:
+def train_miniature(runs: Path, clock: Clock, first: DigitRecipe, second: DigitRecipe) -> Miniature:
+    """Train the vision tokenizer and the decoder in ``runs``, which is emptied first."""
     with locked(runs / "vision"), locked(runs / "decoder"):  # no training lives in either
         shutil.rmtree(runs, ignore_errors=True)
     train_set, validation_set = load_split(first.data.validation)

@@ -1,0 +1,1 @@
+"""Evaluation of a model: reconstruction, generation, answers and perplexity."""
