@@ -210,7 +210,7 @@ class ObjectiveSettings(Settings):
 class TrainSettings(Settings):
     """Length of the run, logging and checkpoints."""
 
-    stage: Literal["vision", "tokenizer", "decoder", "pretrain"]
+    stage: Literal["vision", "tokenizer", "decoder", "pretrain", "dpo"]
     steps: PositiveInt
     seed: int = Field(0, ge=0, lt=2**64)
     vision_weight: NonNegativeFloat = 0.5

@@ -248,6 +248,7 @@ class Emu3(nn.Module):
         *,
         z_loss: float = 0.0,
         dropout: StepDropout | None = None,
+        reduction: str = "mean",
         return_losses: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Sum the loss of given targets over packed rows, or the part of them that a rank holds.
@@ -262,6 +263,8 @@ class Emu3(nn.Module):
                 None is the sum of ``weights``.
             z_loss: factor of the squared log-sum-exp.
             dropout: what is dropped in training; None draws it.
+            reduction: ``"none"`` returns the weighted loss of each target instead, ``[B, T]``,
+                divided by a given normalizer alone.
             return_losses: also return the loss of each target before its weight, ``[B, T]``: 0 at
                 weight 0, without a gradient.
         """
@@ -269,6 +272,8 @@ class Emu3(nn.Module):
         context = Context(self.rotate, documents, positions=positions, rows=rows, heads=heads)
         hidden = self._hidden(tokens, context, dropout.seeds if dropout else None)
         settings = {"weights": weights, "normalizer": normalizer, "z_loss": z_loss}
+        if reduction != "mean":
+            settings["reduction"] = reduction
         if return_losses:
             settings["return_losses"] = True
         return self.linear_cross_entropy(hidden, self.head.weight, targets, **settings)

@@ -1,6 +1,6 @@
 """What ``train.stage`` in a recipe can be: the recipe's settings, and what builds the stage.
 
-The stage ``pretrain`` has a loop of its own, for many processes.
+The stages ``pretrain`` and ``dpo`` have a loop of their own, for many processes.
 """
 
 import os
@@ -13,6 +13,7 @@ from emu3.config import Recipe
 from emu3.demo.config import ClipRecipe, DigitRecipe
 from emu3.demo.stages import decoder_stage, vision_stage
 from emu3.train import loop
+from emu3.train.preference_recipe import PreferenceRecipe
 from emu3.train.stage import Stage
 from emu3.train.store_recipe import StoreRecipe
 from emu3.train.tokenizer import tokenizer_stage
@@ -29,14 +30,16 @@ TASKS: Mapping[str, Task] = {
     "tokenizer": Task(Recipe, tokenizer_stage),
 }
 
+PARALLEL: Mapping[str, type[StoreRecipe]] = {"pretrain": StoreRecipe, "dpo": PreferenceRecipe}
+
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe as ``emu3.config.load_recipe`` does, with the settings of its stage."""
     tree = config.recipe_tree(name, overrides)
     train = tree.get("train")
     stage = train.get("stage") if isinstance(train, dict) else None
-    if stage == "pretrain":
-        return config.parse(StoreRecipe, tree)
+    if isinstance(stage, str) and stage in PARALLEL:
+        return config.parse(PARALLEL[stage], tree)
     kind = TASKS[stage].recipe if isinstance(stage, str) and stage in TASKS else DigitRecipe
     if kind is DigitRecipe and "clips" in tree:
         kind = ClipRecipe

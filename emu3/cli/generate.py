@@ -183,7 +183,7 @@ def _prompts(
     """The prompts in their order; without any, that of the file which is repeated."""
     if words and file is not None:
         raise ValueError("--prompts: must be without prompts beside it")
-    found = words if file is None else _lines(file)
+    found = words if file is None else lines_of(file)
     if not found:
         if file is not None or not may_be_none:
             none = "generate: a prompt must be given"
@@ -195,7 +195,7 @@ def _prompts(
     return found
 
 
-def _lines(file: Path) -> list[str]:
+def lines_of(file: Path) -> list[str]:
     try:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -3,7 +3,7 @@
 ``B`` rows of a rank, ``T`` tokens of a row: the context and one more, which is a target alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -139,6 +139,22 @@ class Rows(Dataset):
         self._mixture = Mixture(rates, settings.window)
         self.window = lru_cache(maxsize=4)(self._window)
 
+    @property
+    def folders(self) -> list[Path]:
+        """The stores, to name them."""
+        return [store.folder for store in self.stores]
+
+    @property
+    def tokens(self) -> int:
+        """Of all stores."""
+        return sum(store.tokens for store in self.stores)
+
+    @property
+    def fingerprint(self) -> int:
+        """63 bits that depend on what the stores hold."""
+        chosen = [array.tobytes() for array in self.selections if array is not None]
+        return key_of(*(store.fingerprint for store in self.stores), *chosen) >> 1
+
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "window"}
 
@@ -258,6 +274,9 @@ class StoreStream:
         ValueError: one line, if a store is damaged, has another vocabulary or nothing that fits.
     """
 
+    ROWS: Callable[..., Dataset] = Rows
+    """What is read: other streams set another."""
+
     def __init__(
         self,
         settings: StreamSettings,
@@ -276,7 +295,7 @@ class StoreStream:
         self.settings = settings
         groups = range(rank, settings.batch_size // micro_batch_size, ranks)
         self._own = [n * micro_batch_size + i for n in groups for i in range(micro_batch_size)]
-        self.rows = Rows(settings, vocabulary, seed)
+        self.rows = self.ROWS(settings, vocabulary, seed)
         self._next: Place = (0, 0)
         self._batches: Iterator | None = None
 
@@ -300,7 +319,7 @@ class StoreStream:
 
     def state(self) -> dict[str, Tensor]:
         window, row = self._next
-        place = {"window": window, "row": row, "stores": self._fingerprint()}
+        place = {"window": window, "row": row, "stores": self.rows.fingerprint}
         return {name: torch.tensor(value) for name, value in place.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -309,16 +328,12 @@ class StoreStream:
         Raises:
             ValueError: one line, if a store has changed: other rows would follow.
         """
-        if int(state["stores"]) != self._fingerprint():
-            folders = ", ".join(str(store.folder) for store in self.rows.stores)
+        if int(state["stores"]) != self.rows.fingerprint:
+            folders = ", ".join(map(str, self.rows.folders))
             raise ValueError(
                 f"data: {folders}: a store has changed since this run was saved; restore its shards"
             )
         self._next, self._batches = (int(state["window"]), int(state["row"])), None
-
-    def _fingerprint(self) -> int:
-        chosen = [array.tobytes() for array in self.rows.selections if array is not None]
-        return key_of(*(store.fingerprint for store in self.rows.stores), *chosen) >> 1
 
 
 def _better(source: SourceSettings, store: Store) -> np.ndarray:

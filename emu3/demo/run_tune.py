@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from emu3.demo import tune_quality, tune_understand
+from emu3.demo import tune_dpo, tune_quality, tune_understand
 from emu3.demo.miniature import Clock
 from emu3.demo.run import demo_recipes, machine, show, train_miniature
 from emu3.files import replacing
@@ -19,6 +19,7 @@ Stage = Callable[[Path, Path, Clock], dict[str, float]]
 
 STAGES: Mapping[str, Stage] = {
     "quality": tune_quality.run,
+    "preferences": tune_dpo.run,
     "understand": tune_understand.run,
 }
 DECODER_WORDS = ("train.steps=600",)

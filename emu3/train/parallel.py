@@ -9,9 +9,9 @@ B rows of a data rank, T tokens of a row, C context ranks, P tensor ranks, D hid
 
 import math
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,9 @@ from emu3_kernels import (
     ring_attention,
     site_seeds,
 )
+
+AnyBatch = TypeVar("AnyBatch", bound=tuple)
+"""Rows with ``tokens [B, T]``."""
 
 
 class Cut(NamedTuple):
@@ -136,7 +139,7 @@ class StepLoss(NamedTuple):
     pairs: Tensor
     """float64, of tokens and those that they attend to."""
 
-    def by_modality(self) -> dict[str, Tensor]:
+    def metrics(self) -> dict[str, Tensor]:
         """Return the mean loss of text and of visual targets: NaN of none."""
         text, vision = (self.sums / self.counts).unbind()
         return {"text_loss": text, "vision_loss": vision}
@@ -165,18 +168,34 @@ def accumulate_gradients(
         seeds: :func:`step_seeds`; None only without dropout: ranks would draw others.
         z_loss: factor of the squared log-sum-exp.
     """
+    given = {"normalizer": layout.total_weight(batches), "z_loss": z_loss}
+    objective = partial(_objective, model, layout, **given)
+    return _of_all_ranks(backward_all(model, layout, batches, objective, seeds))
+
+
+def backward_all(
+    model: Emu3,
+    layout: Layout,
+    batches: Sequence[AnyBatch],
+    objective: Callable[..., tuple[Tensor, Tensor]],
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """Add up the gradients of any objective, as :func:`accumulate_gradients` does.
+
+    ``objective(batch, dropout=...)`` returns this rank's part of the loss and numbers of this rank;
+    their sums over micro-batches and ranks are returned.
+    """
     if seeds is None and model.training and model.settings.dropout > 0:
         raise ValueError("parallel: a model with dropout must be given seeds, got none")
-    normalizer, parts = layout.total_weight(batches), []
+    parts = []
     for number, batch in enumerate(batches):
         model.set_requires_all_reduce(number + 1 == len(batches))
         first = (number * layout.data_ranks + layout.data_rank) * len(batch.tokens)
         dropout = None if seeds is None else _dropout(model, layout, batch, seeds, first)
-        settings = {"z_loss": z_loss, "dropout": dropout}
-        loss, part = _objective(model, layout, batch, normalizer, **settings)
+        loss, part = objective(batch, dropout=dropout)
         loss.backward()
         parts.append(part)
-    return _of_all_ranks(layout, parts)
+    return layout.sum(torch.stack(parts).sum(0))
 
 
 @torch.no_grad()
@@ -184,11 +203,26 @@ def evaluate(model: Emu3, layout: Layout, batches: Sequence[Batch]) -> StepLoss:
     """Return the loss of all ranks without dropout, as of one step; the arguments are those of
     :func:`accumulate_gradients`."""
     normalizer = layout.total_weight(batches)
+    return _of_all_ranks(
+        forward_all(
+            model, layout, batches, lambda batch: _objective(model, layout, batch, normalizer)
+        )
+    )
+
+
+@torch.no_grad()
+def forward_all(
+    model: Emu3,
+    layout: Layout,
+    batches: Sequence[AnyBatch],
+    objective: Callable[[AnyBatch], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Return the sums of :func:`backward_all` without dropout and gradients."""
     model.eval()
-    parts = [_objective(model, layout, batch, normalizer)[1] for batch in batches]
+    parts = [objective(batch)[1] for batch in batches]
     model.reshard()  # norm and head, which wait for a backward pass
     model.train()
-    return _of_all_ranks(layout, parts)
+    return layout.sum(torch.stack(parts).sum(0))
 
 
 def _objective(
@@ -196,18 +230,22 @@ def _objective(
 ) -> tuple[Tensor, Tensor]:
     """Return this rank's part of the loss, and that with sums and counts of both modalities."""
     tokens, targets, weights, positions = (layout.cut(x) for x in batch[:4])
-    given = tokens, targets, weights, positions, _documents(layout, batch.documents)
+    given = tokens, targets, weights, positions, documents_of(layout, batch.documents)
     loss, losses = model.objective(*given, normalizer, return_losses=True, **settings)
     valid, is_visual = weights != 0, targets >= model.settings.vocabulary.visual_start
     masks = [(valid & ~is_visual).double(), (valid & is_visual).double()]
     sums, counts = [(losses * mask).sum() for mask in masks], [mask.sum() for mask in masks]
-    real = (tokens != model.settings.vocabulary.pad).double()
-    work = real.sum(), (real * (positions + 1)).sum()
+    work = work_of(model, tokens, positions)
     return loss, torch.stack([loss.detach().double(), *sums, *counts, *work])
 
 
-def _of_all_ranks(layout: Layout, parts: Sequence[Tensor]) -> StepLoss:
-    total = layout.sum(torch.stack(parts).sum(0))
+def work_of(model: Emu3, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the tokens without padding, and the pairs of one and a token that it attends to."""
+    real = (tokens != model.settings.vocabulary.pad).double()
+    return real.sum(), (real * (positions + 1)).sum()
+
+
+def _of_all_ranks(total: Tensor) -> StepLoss:
     return StepLoss(total[0].float(), total[1:3], total[3:5], *total[5:].unbind())
 
 
@@ -308,7 +346,7 @@ def _part(weight: Tensor, cut: Cut, rank: int, size: int) -> Tensor:
     return torch.cat([part.chunk(size, cut.tensor)[rank] for part in parts], cut.tensor)
 
 
-def _documents(layout: Layout, ids: Tensor) -> Documents | Tensor:
+def documents_of(layout: Layout, ids: Tensor) -> Documents | Tensor:
     """Return what the attention of the layout takes: a ring its shard, others those of all."""
     s = layout.settings
     return layout.cut(ids) if s.context > 1 and s.context_style == "ring" else Documents(ids)

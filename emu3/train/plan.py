@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from emu3.config import Recipe
-from emu3.data.stream import Rows
 from emu3.train.layout import ParallelSettings, check_fits
 from emu3.train.memory import Memory
 from emu3.train.predicted import CARDS, Step
@@ -38,9 +37,9 @@ class Corpus:
     @classmethod
     def of(cls, recipe: StoreRecipe) -> "Corpus | None":
         """Read the stores; None if one is not there."""
-        if not all(source.store.is_dir() for source in recipe.data.sources):
+        rows = recipe.rows()
+        if rows is None:
             return None
-        rows = Rows(recipe.data, recipe.model.vocabulary, recipe.train.seed)
         packed = rows.window(0).rows
         lengths = [piece.length for row in packed for piece in row]
         return cls(
@@ -148,7 +147,8 @@ def run_plan(
     """
     if not isinstance(recipe, StoreRecipe):
         raise ValueError(
-            f"plan: train.stage must be pretrain, whose memory is known, got {recipe.train.stage}"
+            "plan: train.stage must be pretrain or dpo, whose memory is known, got "
+            f"{recipe.train.stage}"
         )
     plan, console = plan_of(recipe, gpus=gpus, card=card, memory=memory), Console()
     show(plan, console)

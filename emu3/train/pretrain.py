@@ -16,6 +16,7 @@ from emu3.train.layout import Batch, Layout, check_fits
 from emu3.train.lora import add_adapters, freeze, num_dropout_sites
 from emu3.train.optim import build_optimizer, learning_rate
 from emu3.train.parallel import (
+    StepLoss,
     accumulate_gradients,
     clip_gradients,
     evaluate,
@@ -33,6 +34,10 @@ class Pretraining:
 
     Every rank must call every method, in the same order.
     """
+
+    STREAM: type[StoreStream] = StoreStream
+    batch_of = staticmethod(Batch.of)
+    """What rows of :attr:`stream` become."""
 
     def __init__(self, recipe: StoreRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
@@ -52,6 +57,9 @@ class Pretraining:
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.guard = Guard(recipe.guard, device)
 
+    def check(self) -> None:
+        """Raise unless what is read fits the weights that the run starts from."""
+
     def begin(self) -> None:
         """Set the weights that the run starts from."""
         start, seed = self.recipe.train.start, self.recipe.train.seed
@@ -68,7 +76,7 @@ class Pretraining:
         """Return the micro-batches of rows of :attr:`stream`; the host waits for no GPU."""
         if self.device.type == "cuda":
             rows = tuple(x.pin_memory().to(self.device, non_blocking=True) for x in rows)
-        return Batch.of(*rows).split(self.recipe.train.micro_batch_size)
+        return self.batch_of(*rows).split(self.recipe.train.micro_batch_size)
 
     def step(self, step: int, batches: Sequence[Batch]) -> StepMetrics:
         """Train on the micro-batches of a step; the host waits for no GPU."""
@@ -77,9 +85,7 @@ class Pretraining:
         has_dropout = self.recipe.model.dropout > 0 or num_adapters > 0
         settings = self.recipe.model, train.seed, step, self.device, num_adapters
         seeds = step_seeds(*settings) if has_dropout else None
-        found = accumulate_gradients(
-            self.model, self.layout, batches, seeds=seeds, z_loss=train.z_loss
-        )
+        found = self.accumulate(batches, seeds)
         norm = clip_gradients(self.model, self.layout, optim.clip)
         lr = learning_rate(step, train.steps, optim)
         for group in self.optimizer.param_groups:
@@ -88,16 +94,24 @@ class Pretraining:
         self.optimizer.found_inf = self.guard.skips(found.loss, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = {"loss": found.loss, **found.by_modality(), "lr": lr, "grad_norm": norm}
+        metrics = {"loss": found.loss, **found.metrics(), "lr": lr, "grad_norm": norm}
         work = {"tokens": found.tokens, "pairs": found.pairs}
         return metrics | work | self.guard.metrics()
 
     def evaluate(self) -> StepMetrics:
-        """Return the loss of the validation rows."""
-        batches = [batch.to(self.device) for batch in self.validation]
-        found = evaluate(self.model, self.layout, batches)
-        metrics = {"loss": found.loss, **found.by_modality()}
+        """Return the loss of the validation rows, and its parts."""
+        found = self.forward([batch.to(self.device) for batch in self.validation])
+        metrics = {"loss": found.loss, **found.metrics()}
         return {f"validation_{name}": value for name, value in metrics.items()}
+
+    def accumulate(self, batches: Sequence[Batch], seeds: Tensor | None) -> StepLoss:
+        """Add up the gradients of a step's micro-batches."""
+        z_loss = self.recipe.train.z_loss
+        return accumulate_gradients(self.model, self.layout, batches, seeds=seeds, z_loss=z_loss)
+
+    def forward(self, batches: Sequence[Batch]) -> StepLoss:
+        """Return the loss of micro-batches without dropout."""
+        return evaluate(self.model, self.layout, batches)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside weights and optimizer."""
@@ -110,7 +124,7 @@ class Pretraining:
         self.guard.restore(state["guard"])
 
     def _stream(self, settings: StreamSettings) -> StoreStream:
-        return StoreStream(
+        return self.STREAM(
             settings,
             self.recipe.model.vocabulary,
             self.recipe.train.seed,
@@ -122,8 +136,8 @@ class Pretraining:
     def _validation(self) -> list[Batch]:
         """Read this data rank's rows of the validation stores, on the host."""
         of = self.recipe.evaluation
-        if not of.sources:
+        if not of.reads:
             return []
-        changed = {"sources": of.sources, "batch_size": of.rows, "workers": 0}
+        changed = {**of.reads, "batch_size": of.rows, "workers": 0}
         rows = self._stream(self.recipe.data.model_copy(update=changed)).next_batch()
-        return Batch.of(*rows).split(self.recipe.train.micro_batch_size)
+        return self.batch_of(*rows).split(self.recipe.train.micro_batch_size)

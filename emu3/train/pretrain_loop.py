@@ -11,6 +11,8 @@ from emu3.settings import parse
 from emu3.train.checkpoint import difference
 from emu3.train.journal import Journal, Trace
 from emu3.train.lock import locked
+from emu3.train.preference_recipe import PreferenceRecipe
+from emu3.train.preferences import PreferenceTraining
 from emu3.train.pretrain import Pretraining
 from emu3.train.ranks import is_first, largest, process_group, restarts, together
 from emu3.train.sharded import (
@@ -65,9 +67,10 @@ def pretrain(recipe: StoreRecipe, folder: Path, *, resume: bool = False) -> Path
         saved = together(lambda: _checkpoint_to_resume(recipe, folder, resume))
         if is_first():
             remove_drafts(folder)
-        run = together(lambda: Pretraining(recipe, device))
+        run = together(lambda: _training_of(recipe)(recipe, device))
         done = 0
         if saved is None:
+            together(run.check)
             together(run.begin)
         else:
             notes = load_sharded(saved, run.model, run.optimizer, run.layout)
@@ -91,17 +94,14 @@ def _checkpoint_to_resume(recipe: StoreRecipe, folder: Path, resume: bool) -> Pa
         raise ValueError(f"train: {folder} already holds a run; resume it, or name another folder")
     if not found:
         return None
-    saved = parse(StoreRecipe, read_notes(found[-1]).get("recipe", {}))
-    if what := difference(_without_paths(saved), _without_paths(recipe), MAY_CHANGE):
+    saved = parse(type(recipe), read_notes(found[-1]).get("recipe", {}))
+    if what := difference(saved.without_paths(), recipe.without_paths(), MAY_CHANGE):
         raise ValueError(f"resume: {found[-1]} belongs to another recipe: {what}")
     return found[-1]
 
 
-def _without_paths(recipe: StoreRecipe) -> StoreRecipe:
-    """Stores may have moved: their contents are compared."""
-    moved = {"store": Path(), "scores": None}
-    sources = tuple(s.model_copy(update=moved) for s in recipe.data.sources)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
+def _training_of(recipe: StoreRecipe) -> type[Pretraining]:
+    return PreferenceTraining if isinstance(recipe, PreferenceRecipe) else Pretraining
 
 
 def _notes(run: Pretraining) -> dict:

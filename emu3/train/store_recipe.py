@@ -1,7 +1,7 @@
 """Settings of a decoder's training from token stores, on one process or many."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     ConfigDict,
@@ -15,7 +15,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from emu3.config import Recipe, TrainSettings
-from emu3.data.stream import SourceSettings, StreamSettings
+from emu3.data.stream import Rows, SourceSettings, StreamSettings
 from emu3.settings import Settings
 from emu3.train.layout import ParallelSettings
 from emu3.train.lora import LoraSettings
@@ -61,6 +61,11 @@ class EvaluationSettings(Settings):
     """Steps; the last step is always evaluated."""
     rows: PositiveInt = 64
 
+    @property
+    def reads(self) -> dict[str, Any]:
+        """What training's own settings of rows are changed by; empty without an evaluation."""
+        return {"sources": self.sources} if self.sources else {}
+
 
 class GuardSettings(Settings):
     """Steps that are skipped: weights and optimizer stay as they were."""
@@ -99,7 +104,7 @@ class StoreRecipe(Recipe):
             )
         ranks, at_once = self.parallel.replicate * self.parallel.shard, self.train.micro_batch_size
         rows = ("data.batch_size", self.data.batch_size), ("evaluation.rows", self.evaluation.rows)
-        for name, size in rows if self.evaluation.sources else rows[:1]:
+        for name, size in rows if self.evaluation.reads else rows[:1]:
             if size % (ranks * at_once):
                 raise ValueError(
                     f"{name} ({size}) must be a multiple of {ranks} data ranks x "
@@ -124,3 +129,15 @@ class StoreRecipe(Recipe):
         """Of a data rank in a step."""
         ranks = self.parallel.replicate * self.parallel.shard
         return self.data.batch_size // (ranks * self.train.micro_batch_size)
+
+    def rows(self) -> Rows | None:
+        """Open what is read; None if a store is not there."""
+        if not all(source.store.is_dir() for source in self.data.sources):
+            return None
+        return Rows(self.data, self.model.vocabulary, self.train.seed)
+
+    def without_paths(self) -> Self:
+        """Stores may have moved: their contents are compared."""
+        moved = {"store": Path(), "scores": None}
+        sources = tuple(s.model_copy(update=moved) for s in self.data.sources)
+        return self.model_copy(update={"data": self.data.model_copy(update={"sources": sources})})

@@ -31,7 +31,7 @@ def arrow_samples(path: Path) -> Iterator[Sample]:
 
 def row_groups(path: Path, size: int) -> list[list[int]]:
     """Groups of rows, ``size`` rows together, about."""
-    file = _parquet(path)
+    file = open_parquet(path)
     parts: list[list[int]] = []
     rows = size
     for group in range(file.num_row_groups):
@@ -44,7 +44,7 @@ def row_groups(path: Path, size: int) -> list[list[int]]:
 
 
 def parquet_samples(path: Path, groups: list[int]) -> Iterator[Sample]:
-    arrow, file = _pyarrow(path), _parquet(path)
+    arrow, file = _pyarrow(path), open_parquet(path)
     metadata = file.metadata
     row = sum(metadata.row_group(group).num_rows for group in range(groups[0]))
     columns = [name for name in file.schema_arrow.names if name in FIELDS]
@@ -63,7 +63,8 @@ def _samples(batch: Any, path: Path, first: int) -> Iterator[Sample]:
             yield sample_of(record, path.parent, f"{path}, row {number}")
 
 
-def _parquet(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """Open a Parquet file; one line, if it is none, or pyarrow is not there."""
     arrow = _pyarrow(path)
     from pyarrow.parquet import ParquetFile
 

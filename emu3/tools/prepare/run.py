@@ -198,7 +198,7 @@ class _Prepare:
         self._needs_vision()
         if part.is_video:
             return self._video(data) if isinstance(data, Path) else part
-        source = data if isinstance(data, Path) else _Named(data, origin)
+        source = data if isinstance(data, Path) else Named(data, origin)
         return _Pixels(self._pixels(read_image(source)))
 
     def _video(self, path: Path) -> Video:
@@ -255,7 +255,7 @@ class _SampleError(Exception):
         self.line = line
 
 
-class _Named(BytesIO):
+class Named(BytesIO):
     """Bytes that errors name by their origin."""
 
     def __init__(self, data: bytes, origin: str) -> None:

@@ -1,0 +1,1 @@
+"""``emu3 prefer``: images of prompts, votes on them, and pairs of codes to train on."""
