@@ -303,9 +303,12 @@ def test_a_decoder_with_adapters_is_not_saved_without_them(folder, tmp_path):
 
 def test_another_adapter_does_not_continue_a_run(folder, tuned, tmp_path):
     run = Path(shutil.copytree(tuned, tmp_path / "run"))
-    words = [*LORA, "lora.dropout=0.1", "lora.rank=2"]
+    words = [*LORA, "lora.dropout=0.1", "lora.rank=2", "lora.names=official"]
     found = refused(lambda: train(from_start(folder, *words), run, resume=True))
     assert found.endswith("belongs to another recipe: lora.rank was 4, is 2")
+    found = refused(lambda: train(from_start(folder, "train.steps=4"), run, resume=True))
+    assert "belongs to another recipe: lora was rank=4" in found
+    assert found.endswith(", is not there")
 
 
 def test_the_config_of_an_adapter_names_its_settings(folder, tuned):
