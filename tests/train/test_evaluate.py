@@ -15,6 +15,7 @@ from emu3.data.media import write_image, write_video
 from emu3.demo import voters
 from emu3.demo.digits import COLORS, DIGITS, at_rest, caption, load_split, render
 from emu3.tools.evaluate.answers import Answered
+from emu3.tools.evaluate.frechet import Moments, frechet_distance
 from emu3.tools.evaluate.generation import judge_generation
 from emu3.tools.evaluate.lines import PromptLine, QuestionLine
 from emu3.tools.evaluate.perplexity import Modality, measure_perplexity, modalities
@@ -211,6 +212,43 @@ def test_the_demos_judges_are_voters():
         voters.digit(images[:1], ["a cat"])
 
 
+class Embedding:
+    """A CLIP whose embedding of an image is its mean colours."""
+
+    width = 3
+
+    def images(self, images):
+        return images.mean((2, 3))
+
+
+def test_the_frechet_distance_is_that_of_two_gaussians():
+    """Of covariances that commute: the squared distances of means and of standard deviations."""
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    n = len(signs)
+    one, other = Moments(Embedding()), Moments(Embedding())
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 0.5])
+    one.add_embeddings(signs * a @ turn)
+    other.add_embeddings((signs * b + torch.tensor([0.0, 4.0, 3.0])) @ turn)
+    expected = 25 + n / (n - 1) * (a - b).square().sum().item()
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-5)
+
+
+def test_generated_images_are_compared_with_real_ones(tmp_path, loaded):
+    for number in range(3):
+        picture(tmp_path / f"{number}.png", number)
+    how = HowSeen(8, clip=Embedding())
+    found = reconstruct_files([tmp_path], loaded.vision, how)
+    assert found.real.count == found.made.count == 3
+    assert found.report()["frechet_clip"] == frechet_distance(found.real, found.made) > 0
+    lines = [PromptLine(prompt=words) for words in ("a", "b")]
+    judged = judge_generation(loaded, lines, {}, Origin(), real=found.real)
+    made = Moments(Embedding())
+    made.add(torch.stack(list(judged.shown.values())))
+    assert judged.report()["frechet_clip"] == pytest.approx(frechet_distance(found.real, made))
+
+
 @pytest.mark.parametrize(
     ("answer", "right", "is_right"),
     [
@@ -314,6 +352,7 @@ def test_a_file_that_cannot_be_read_costs_itself(tmp_path, files):
     ("words", "told"),
     [
         ([], "evaluate: --images, --prompts, --questions or --store must say what to evaluate"),
+        (["--store", "{tmp}", "--clip", "{tmp}"], "evaluate: --clip compares with --images"),
         (["--prompts", "{tmp}/p.jsonl"], "evaluate: --prompts and --judge must come together"),
         (["--questions", "{tmp}/none"], "[Errno 2] No such file or directory: '{tmp}/none'"),
         (["--questions", "{tmp}/bad.jsonl"], "evaluate: {tmp}/bad.jsonl line 2: must be a JSON"),
