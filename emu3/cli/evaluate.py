@@ -72,6 +72,10 @@ def evaluate(
     lpips: Annotated[
         Path | None, typer.Option(help="safetensors of LPIPS over VGG16 or AlexNet")
     ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option(help="folder of CLIP: Fréchet distance of --images and what is made"),
+    ] = None,
     documents: Annotated[
         int | None, typer.Option(help="of --store, evenly spread over it", min=1)
     ] = None,
@@ -103,6 +107,7 @@ def evaluate(
         area=area,
         fps=None if fps is None else Fraction(parse(Making, {"fps": fps}).fps),
         lpips=lpips,
+        clip=clip,
         max_tokens=max_tokens,
         batch=batch,
     )
@@ -148,6 +153,11 @@ def _show(report: dict) -> None:
     for name, words in (("psnr", "PSNR, dB"), ("ssim", "SSIM"), ("lpips", "LPIPS")):
         if name in reconstruction:
             table.add_row(words, f"{reconstruction[name]:.4g}")
+    for name, words in (("reconstruction", "reconstructed"), ("generation", "generated")):
+        if "frechet_clip" in report.get(name, {}):
+            table.add_row(
+                f"Fréchet distance by CLIP, {words}", f"{report[name]['frechet_clip']:.4g}"
+            )
     for name, of in report.get("generation", {}).get("judges", {}).items():
         table.add_row(f"mean of {name}", f"{of['mean']:.4g}")
         if "choice_accuracy" in of:

@@ -106,7 +106,7 @@ def test_an_image_is_resized_and_cropped_as_by_pillow(tmp_path, height, width):
     picture = Image.fromarray(levels[0].permute(1, 2, 0).numpy())
     picture = picture.resize(size, Image.Resampling.BICUBIC)
     left, top = ((edge - SIDE) // 2 for edge in size)
-    cropped = np.asarray(picture.crop((left, top, left + SIDE, top + SIDE)))
+    cropped = np.array(picture.crop((left, top, left + SIDE, top + SIDE)))
     actual = clip.pixels(levels.float() / 255)
     expected = clip.pixels(torch.from_numpy(cropped).permute(2, 0, 1)[None] / 255)
     assert (actual - expected).abs().max() < 1.6 / 255 / 0.26  # levels that Pillow rounds

@@ -93,6 +93,6 @@ def test_the_command_tunes_by_quality_preferences_and_instructions(monkeypatch, 
     monkeypatch.setattr("emu3.demo.run_tune.run_tune", called.append)
     assert CliRunner().invoke(app, ["demo", "--tune", "--out", str(tmp_path)]).exit_code == 0
     assert called == [tmp_path]
-    assert list(STAGES) == ["quality", "dpo", "understand"]
+    assert list(STAGES) == ["quality", "preferences", "understand"]
     done = CliRunner().invoke(app, ["demo", "--tune", "--video"])
     assert done.stderr.startswith("emu3: demo: --tune trains on images alone")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from emu3.generate import Sampling, generate_images
 from emu3.tools.draw import plan
+from emu3.tools.evaluate.frechet import Moments, frechet_distance
 from emu3.tools.evaluate.lines import PromptLine, batches, by_tag
 from emu3.tools.origin import Origin
 from emu3.vision.images import to_levels
@@ -32,6 +33,8 @@ class Judged:
     chosen: Mapping[str, Tensor]
     """``[B]`` of each judge: 1 where the image's own prompt scores highest, 0 where another
     does, NaN where the line has no other."""
+    distance: float | None = None
+    """Fréchet distance to real images, if there are some."""
 
     def report(self) -> dict:
         tags = [line.tag for line in self.lines]
@@ -48,7 +51,8 @@ class Judged:
                 among = [tag for tag, is_in in zip(tags, compared.tolist(), strict=True) if is_in]
                 judges[name]["choice_accuracy"] = round(fmean(values), 6)
                 judges[name]["choice_accuracy_by_tag"] = _rounded(by_tag(among, values))
-        return {"images": len(self.lines), "judges": judges}
+        distance = {} if self.distance is None else {"frechet_clip": self.distance}
+        return {"images": len(self.lines), **distance, "judges": judges}
 
 
 def _rounded(means: Mapping[str, float]) -> dict[str, float]:
@@ -63,6 +67,7 @@ def judge_generation(
     *,
     count: int = 1,
     batch: int = 8,
+    real: Moments | None = None,
 ) -> Judged:
     """Generate ``count`` images of each prompt and score them.
 
@@ -73,6 +78,7 @@ def judge_generation(
         asked: how to generate; the seed counts up from its own.
         count: images of each prompt.
         batch: images that are generated together.
+        real: of real images, which the generated ones are compared with.
     """
     made = plan(asked, loaded).origin
     how = Sampling(made.guidance, made.top_k, made.top_p, made.temperature, made.negative)
@@ -82,6 +88,7 @@ def judge_generation(
     shown: dict[int, Tensor] = {}
     scores: dict[str, list[Tensor]] = {name: [] for name in judges}
     chosen: dict[str, list[float]] = {name: [] for name in judges}
+    moments = None if real is None else Moments(real.clip)
     for numbers in batches(range(len(repeated)), batch, "images"):
         part = [repeated[number] for number in numbers]
         captions = [line.prompt + made.positive for line in part]
@@ -89,6 +96,8 @@ def judge_generation(
         codes = generate_images(loaded.model, loaded.text, captions, made.grid, how, seeds)
         images = to_levels(loaded.vision.decode(codes))
         shown.update((n, images[i].cpu()) for i, n in enumerate(numbers) if n in wanted)
+        if moments is not None:
+            moments.add(images)
         for name, judge in judges.items():
             mine = judge(images.float() / 255, [line.prompt for line in part])
             scores[name].append(mine)
@@ -101,7 +110,14 @@ def judge_generation(
         shown,
         {name: torch.cat(of) for name, of in scores.items()},
         {name: torch.tensor(of) for name, of in chosen.items()},
+        _distance(real, moments),
     )
+
+
+def _distance(real: Moments | None, made: Moments | None) -> float | None:
+    if real is None or made is None or min(real.count, made.count) < 2:
+        return None
+    return frechet_distance(real, made)
 
 
 def _choices(lines: Sequence[PromptLine]) -> dict[str, list[str]]:

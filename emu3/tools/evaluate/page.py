@@ -18,6 +18,7 @@ from emu3.tools.look import is_video
 _WIDEST = 384
 """Pixels of the longer edge of an image on the page."""
 _ANSWERS = 24
+_FRECHET = "Fréchet distance by CLIP"
 _CSS = """
 :root { color-scheme: light dark; --line: #8884; --good: #2a9d6f; --bad: #d1495b; --bar: #4a90d9 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em }
@@ -65,7 +66,7 @@ def _reconstruction(report: Mapping, found: Reconstructed) -> str:
         rows.append(("files that failed", report["failed_files"]))
     if report["exact_files"]:
         rows.append(("files without an error, not in the mean of PSNR", report["exact_files"]))
-    units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
+    units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "frechet_clip": _FRECHET}
     rows += [(words, report[name]) for name, words in units.items() if name in report]
     known = {one["file"]: one for one in report["of_each"]}
     figures = []
@@ -82,6 +83,8 @@ def _generation(report: Mapping, judged: Judged) -> str:
         (name, of["mean"], of.get("choice_accuracy", "")) for name, of in report["judges"].items()
     ]
     parts = [_table(rows, head)]
+    if "frechet_clip" in report:
+        parts.append(_table([(_FRECHET, report["frechet_clip"])]))
     for name, of in report["judges"].items():
         for key, words in (("by_tag", "mean"), ("choice_accuracy_by_tag", "own prompt highest")):
             if of.get(key):

@@ -14,10 +14,12 @@ from torch import Tensor
 from emu3.data.media import IMAGES, VIDEOS, open_video, read_image
 from emu3.tools.bulk import Item, Report, each, find, from_input
 from emu3.tools.compare import fidelity
+from emu3.tools.evaluate.frechet import Moments, frechet_distance
 from emu3.tools.look import resized
 from emu3.train.perceptual import Lpips, load_lpips
 from emu3.vision import VisionTokenizer
 from emu3.vision.images import to_levels
+from emu3.weights.clip import Clip
 
 _SHOWN = 8
 """Files whose first frame is shown beside its reconstruction."""
@@ -35,6 +37,8 @@ class HowSeen:
     """Frames a second that are taken of a video; None takes all."""
     lpips: Path | None = None
     """Weights of the perceptual distance."""
+    clip: Clip | None = None
+    """Whose embeddings the Fréchet distance compares."""
 
 
 @dataclass
@@ -45,13 +49,20 @@ class Reconstructed:
     errors: list[str] = field(default_factory=list)
     shown: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     codes_used: int = 0
+    real: Moments | None = None
+    """Of all original frames, if there is a CLIP."""
+    made: Moments | None = None
+    """Of their reconstructions."""
 
     def report(self) -> dict:
         """Means over files of 8-bit RGB; equal images, of infinite PSNR, are counted apart."""
         names = ("psnr", "ssim", "lpips")
         columns = {n: [f[n] for f in self.files if f.get(n) is not None] for n in names}
+        has_two = self.real is not None and self.real.count > 1
+        distance = {"frechet_clip": frechet_distance(self.real, self.made)} if has_two else {}
         return {
             **{name: round(fmean(of), 4) for name, of in columns.items() if of},
+            **distance,
             "files": len(self.files),
             "frames": sum(one["frames"] for one in self.files),
             "exact_files": sum(one["psnr"] is None for one in self.files),
@@ -75,10 +86,12 @@ def reconstruct_files(
     device = tokenizer.codebook.device
     lpips = None if how.lpips is None else load_lpips(how.lpips).to(device)
     found, seen = Reconstructed(), torch.zeros(tokenizer.settings.num_codes, dtype=torch.bool)
+    if how.clip is not None:
+        found.real, found.made = Moments(how.clip), Moments(how.clip)
 
     def work(item: Item, given: Tensor | Path, report: Report) -> None:
         pairs = _pairs(tokenizer, given, how, seen, report)
-        metrics = _measure(pairs, lpips, _keep(item, found))
+        metrics = _measure(_embedded(pairs, found), lpips, _keep(item, found))
         found.files.append({"file": item.name.as_posix(), **metrics})
 
     items = find(inputs, IMAGES | VIDEOS).items
@@ -117,6 +130,17 @@ def _pairs(
         )
         count += len(piece)
         report(f"frame {count}")
+
+
+def _embedded(
+    pairs: Iterator[tuple[Tensor, Tensor]], found: Reconstructed
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``pairs``; each frame is embedded if there is a CLIP."""
+    for one, other in pairs:
+        if found.real is not None and found.made is not None:
+            found.real.add(one[None])
+            found.made.add(other[None])
+        yield one, other
 
 
 def _round_trip(tokenizer: VisionTokenizer, pixels: Tensor, seen: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from emu3.tools.origin import Origin
 from emu3.vision import VisionTokenizer
 from emu3.voters import load_voter
 from emu3.weights import Pretrained
+from emu3.weights.clip import load_clip
 
 JSON, PAGE = "evaluation.json", "evaluation.html"
 
@@ -50,6 +51,8 @@ class Asked:
     """Frames a second that are taken of videos; None takes all."""
     lpips: Path | None = None
     """Weights of LPIPS."""
+    clip: Path | None = None
+    """Folder of CLIP, for the Fréchet distance of ``images`` and what is made."""
     max_tokens: int = 64
     """Of an answer."""
     batch: int = 8
@@ -70,8 +73,8 @@ def check(asked: Asked) -> None:
         )
     if bool(asked.prompts) != bool(asked.judges):
         raise ValueError("evaluate: --prompts and --judge must come together")
-    if asked.origin.video:
-        raise ValueError("evaluate: images are judged, and no clips")
+    if asked.clip and not asked.images:
+        raise ValueError("evaluate: --clip compares with --images, which must be given")
 
 
 def evaluate(
@@ -110,7 +113,8 @@ def evaluate(
         report["reconstruction"] = reconstructed.report()
     if prompts:
         counts = {"count": asked.count, "batch": asked.batch}
-        judged = judge_generation(loaded, prompts, judges, asked.origin, **counts)
+        real = reconstructed and reconstructed.real
+        judged = judge_generation(loaded, prompts, judges, asked.origin, **counts, real=real)
         report["generation"] = judged.report()
     if questions:
         how_many = {"max_tokens": asked.max_tokens, "fps": asked.fps, "batch": asked.batch}
@@ -128,7 +132,9 @@ def _how_seen(asked: Asked, loaded: Pretrained | None, vision: VisionTokenizer) 
     """A miniature takes squares of one size unless an area is asked for."""
     takes_squares = loaded is not None and not is_published(loaded) and asked.area is None
     side = vision.settings.image_size if takes_squares else None
-    return HowSeen(side, asked.area, asked.fps, asked.lpips)
+    device = str(vision.codebook.device)
+    clip = None if asked.clip is None else load_clip(asked.clip, device)
+    return HowSeen(side, asked.area, asked.fps, asked.lpips, clip)
 
 
 def write(out: Path, report: Mapping, page: str) -> None:
