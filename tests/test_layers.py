@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from emu3_kernels.ops import OPS
+from tests.unchanged import STACK_TESTS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("emu3_kernels", "emu3", "benchmarks", "tests")
@@ -144,6 +145,13 @@ def test_the_tests_of_a_family_call_no_other(family):
     }
     assert paths
     assert not wrong
+
+
+def test_no_test_of_the_stack_names_triton():
+    """``--skip-unchanged`` leaves them out after an edit of a Triton kernel."""
+    paths = [path for name in STACK_TESTS for path in (ROOT / "tests" / name).rglob("*.py")]
+    assert paths
+    assert not [path.name for path in paths if "triton" in path.read_text().lower()]
 
 
 def names_of_others(path: Path) -> Iterator[str]:

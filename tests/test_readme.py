@@ -67,6 +67,7 @@ def test_the_benchmark_runs(line):
     assert run([sys.executable, *line.split()[1:], *options])
 
 
+@pytest.mark.e2e
 def test_the_emu3_commands_run_one_after_another(tmp_path, monkeypatch):
     """In this process, as one that starts imports torch anew; with two steps of training."""
     monkeypatch.chdir(tmp_path)
@@ -78,6 +79,7 @@ def test_the_emu3_commands_run_one_after_another(tmp_path, monkeypatch):
     assert (tmp_path / "generated.png").stat().st_size > 0
 
 
+@pytest.mark.e2e
 def test_the_commands_on_published_weights_run(tmp_path, monkeypatch):
     """On random ones, a hundredth as wide, and an image of 4 by 4 codes."""
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,10 @@
-"""``--skip-unchanged``: leave out tests of a family of ops that passed before on the same sources.
+"""``--skip-unchanged``: leave out tests that passed before on the same sources.
 
 A family imports :mod:`emu3_kernels.runtime` alone, and its tests import no other family
 (``tests/test_layers.py``). So an edit of one kernel concerns the tests of one family, and those of
 the others that passed need not run again until a source, the compiled library or an installed
-package changes. ``make test-all`` runs every test.
+package changes. Files, training and the server, without a GPU, run no Triton kernel: an edit of one
+does not concern their tests either. ``make test-all`` runs every test.
 """
 
 import json
@@ -18,6 +19,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+import torch
 
 from emu3_kernels.ops import OPS
 from emu3_kernels.runtime import library
@@ -27,6 +29,10 @@ ROOT = Path(__file__).parents[1]
 FAMILIES = sorted(set(OPS.values()))
 SHARED_TESTS = "gates"
 """Folder of the tests that walk every op."""
+STACK = "stack"
+"""The group of tests of ``emu3`` that run no Triton kernel without a GPU, and none of them names
+one (``tests/test_layers.py``)."""
+STACK_TESTS = "media", "serve", "train"
 KINDS = {".py", ".toml", ".so", ".cpp", ".h", ".cuh", ".cu"}
 
 
@@ -41,7 +47,7 @@ class Unchanged:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list) -> None:
-        known = {family: passed_before(family) for family in FAMILIES}
+        known = {family: passed_before(family) for family in (*FAMILIES, STACK)}
         kept, left_out = [], []
         for item in items:
             family = family_of(item)
@@ -72,7 +78,7 @@ class Unchanged:
     def pytest_terminal_summary(self, terminalreporter) -> None:
         if self.left_out:
             terminalreporter.write_line(
-                f"{self.left_out} tests of ops passed before on the same sources and were left out"
+                f"{self.left_out} tests passed before on the same sources and were left out"
             )
 
 
@@ -80,6 +86,8 @@ def family_of(item: pytest.Item) -> str | None:
     """Return the one family whose sources decide the outcome of ``item``; None if there is none."""
     families = families_of(item)
     where = item.path.relative_to(ROOT).parts[1]
+    if where in STACK_TESTS and not torch.cuda.is_available():
+        return STACK
     return families.pop() if len(families) == 1 and {where} <= {SHARED_TESTS, *FAMILIES} else None
 
 
@@ -128,10 +136,23 @@ def digest(family: str, root: Path) -> str:
 
 def sources(family: str, root: Path) -> Iterator[Path]:
     """Yield the files of the library and of its tests, without those of other families."""
+    if family == STACK:
+        yield from _sources_of_the_stack(root)
+        return
     elsewhere = {*FAMILIES} - {family}
     tops = "emu3_kernels", "csrc", f"tests/{SHARED_TESTS}", f"tests/{family}"
     for path in [path for top in tops for path in (root / top).rglob("*")]:
         if path.suffix in KINDS and not elsewhere & {*path.relative_to(root).parts, path.stem}:
+            yield path
+    yield from (root / "tests").glob("*.py")
+    yield root / "pyproject.toml"
+
+
+def _sources_of_the_stack(root: Path) -> Iterator[Path]:
+    tops = "emu3", "emu3_kernels", "csrc", *(f"tests/{folder}" for folder in STACK_TESTS)
+    for path in [path for top in tops for path in (root / top).rglob("*")]:
+        is_kernel = path.match("emu3_kernels/ops/*/*triton*.py")
+        if path.is_file() and path.suffix != ".pyc" and not is_kernel:
             yield path
     yield from (root / "tests").glob("*.py")
     yield root / "pyproject.toml"

@@ -49,6 +49,7 @@ def run_gpu(folder, *options: str):
     return CliRunner().invoke(front.app, ["gpu", "--dry-run", "--folder", str(folder), *options])
 
 
+@pytest.mark.e2e
 def test_a_dry_run_goes_the_way_of_a_visit(tmp_path, here, monkeypatch):
     """One item of each kind: rows, each with its check, its kernels, its host time; then a page."""
     kinds = {

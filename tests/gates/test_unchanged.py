@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 
-from tests.unchanged import ROOT, SHARED_TESTS, Unchanged, digest, family_of
+from tests.unchanged import ROOT, SHARED_TESTS, STACK, Unchanged, digest, family_of
 
 FILES = (
     "emu3_kernels/ops/norm/triton.py",
@@ -35,10 +35,37 @@ def test_an_edit_concerns_the_families_that_depend_on_it(edited, tmp_path):
     assert (digest.__wrapped__("norm", tmp_path) == before) == (edited in OTHERS)
 
 
+@pytest.mark.parametrize(
+    ("edited", "concerned"),
+    [
+        ("emu3_kernels/ops/norm/triton.py", False),
+        ("emu3_kernels/ops/norm/api.py", True),
+        ("emu3_kernels/runtime/launch.py", True),
+        ("emu3/model.py", True),
+        ("tests/train/test_loop.py", True),
+        ("tests/model/test_model.py", False),
+    ],
+)
+def test_an_edit_of_a_triton_kernel_does_not_concern_the_stack(edited, concerned, tmp_path):
+    for path in {*FILES, "emu3_kernels/ops/norm/api.py", "tests/train/test_loop.py"}:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("before")
+    before = digest.__wrapped__(STACK, tmp_path)
+    (tmp_path / edited).write_text("after")
+    assert (digest.__wrapped__(STACK, tmp_path) != before) == concerned
+
+
 def item(path, *params):
     callspec = Object(params=dict(enumerate(params)))
     name = f"{path}{list(params)}"
     return Object(path=ROOT / path, callspec=callspec, nodeid=name, user_properties=[])
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_the_stack_s_tests_are_known_by_their_folder_where_there_is_no_gpu(has_gpu):
+    with mock.patch("torch.cuda.is_available", return_value=has_gpu):
+        found = family_of(item("tests/serve/test_app.py"))
+    assert found == (None if has_gpu else STACK)
 
 
 def test_a_test_of_one_family_is_known_by_its_folder_or_its_op():

@@ -164,6 +164,7 @@ def test_prompts_equal_their_processor_s(made, processor):
         assert generation_prompt(words, grid_of(ratio, area), made.text) == expected
 
 
+@pytest.mark.e2e
 def test_loading_takes_no_second_copy_of_the_model(folders):
     """The peak of a process, with pieces of 1 MiB for weights of 24 MB."""
     done = fresh.run(

@@ -102,6 +102,7 @@ STAGE_WORDS = [
 ]
 
 
+@pytest.mark.e2e
 def test_the_demo_runs_the_commands_of_both_stages_and_measures_them(tmp_path, monkeypatch):
     """The plots of images, which take most of it, are black."""
     black = torch.zeros(3, 8, 8).byte()

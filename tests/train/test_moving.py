@@ -278,6 +278,7 @@ def test_a_tokenizer_of_images_and_too_few_positions_are_refused(recipe, tmp_pat
         decoder_stage(load_recipe("clips", [*DECODER_WORDS, f'data.tokenizer="{path}"']))
 
 
+@pytest.mark.e2e
 def test_the_demo_shows_and_measures_clips_and_answers(tmp_path, monkeypatch):
     """With fewer images, scans and rows; the plots of images, which take most of it, are black."""
     monkeypatch.setattr(run, "_ROUNDS", 1)
