@@ -31,7 +31,7 @@ from emu3.text import ByteTokenizer
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_decoder, load_vision
 
-PICTURES, ASKED = 4000, 150
+PICTURES, ASKED = 3000, 150
 """Pictures to train on, and held-out ones that questions are asked about."""
 LORA = "lora.rank=8", "lora.alpha=16", "optim.lr=5e-3"
 _TURNS = 4

@@ -120,6 +120,10 @@ def difference(saved: Recipe, recipe: Recipe, may_change: Collection[str] = ()) 
     """
     for table in type(recipe).model_fields:
         was, now = getattr(saved, table), getattr(recipe, table)
+        if was is None or now is None:  # a table that a recipe need not have
+            if was != now and table not in may_change:
+                return f"{table} was {was or 'not there'}, is {now or 'not there'}"
+            continue
         for key in type(now).model_fields:
             may = {table, f"{table}.{key}"} & set(may_change)
             if not may and getattr(was, key) != getattr(now, key):

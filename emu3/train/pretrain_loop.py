@@ -39,6 +39,7 @@ MAY_CHANGE = {
     "train.keep",
     "train.profile",
     "data.workers",
+    "lora.names",
 }
 """Settings that a run which is resumed may have anew: it sees the same rows in the same order."""
 _STOP, _FAILED = 1, 2

@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from emu3.config import BYTE_VOCABULARY, ModelSettings, OptimSettings
 from emu3.model import Emu3
 from emu3.train.layout import Batch, Layout, ParallelSettings
+from emu3.train.lora import LoraSettings, add_adapters, freeze, num_dropout_sites
 from emu3.train.optim import build_optimizer
 from emu3.train.parallel import accumulate_gradients, clip_gradients, parallelize, step_seeds
-from emu3.train.sharded import allocate, initialise
+from emu3.train.sharded import allocate, initialise, initialise_adapters
 from emu3_kernels.modules import speed_up_bfloat16
 
 MODEL = ModelSettings(
@@ -33,7 +34,14 @@ ROWS, TOKENS = 2, 512
 _LAST = "the last step"
 
 
-def peak_of_step(_group, sizes: dict, rows: int = ROWS, micro_batches: int = 1) -> int:
+def peak_of_step(
+    _group,
+    sizes: dict,
+    rows: int = ROWS,
+    micro_batches: int = 1,
+    lora: LoraSettings | None = None,
+    frozen: tuple[str, ...] = (),
+) -> int:
     """Return the most bytes that this rank holds in its second step, whose optimizer has a state.
 
     Every tensor of the rank counts: weights, gradients, moments, activations, buffers, a batch.
@@ -43,16 +51,21 @@ def peak_of_step(_group, sizes: dict, rows: int = ROWS, micro_batches: int = 1) 
         layout = Layout.of(ParallelSettings(**sizes), "cpu")
         with torch.device("meta"):
             model = Emu3(MODEL).train()
+        if lora is not None:
+            add_adapters(model, lora)
+        freeze(model, frozen)
         if sizes.get("dtype") == "bfloat16":
             speed_up_bfloat16(model)
         parallelize(model, layout)
         allocate(model, layout)
         initialise(model, layout, 0)
+        initialise_adapters(model, layout, 0)
         optimizer = build_optimizer(model, OptimSettings())
         batches = [_batch(rows) for _ in range(micro_batches)]
         for step in range(2):
             with record_function(_LAST if step else "the first"):
-                seeds = step_seeds(MODEL, 0, step, torch.device("cpu"))
+                sites = num_dropout_sites(model)
+                seeds = step_seeds(MODEL, 0, step, torch.device("cpu"), sites)
                 accumulate_gradients(model, layout, batches, seeds=seeds)
                 clip_gradients(model, layout, 1.0)
                 optimizer.step()

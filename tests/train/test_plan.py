@@ -11,6 +11,7 @@ from emu3.data.store import Store
 from emu3.data.stream import Rows
 from emu3.tasks import load_recipe
 from emu3.train.layout import ParallelSettings
+from emu3.train.lora import LoraSettings
 from emu3.train.memory import PARTS, Memory
 from emu3.train.plan import GB, plan_of
 from emu3.train.predicted import CARDS, Step
@@ -55,6 +56,27 @@ def test_the_plan_of_one_process_is_near_its_measured_peak(run, recompute, dtype
     sizes = {"recompute": recompute, "dtype": dtype}
     (measured,) = run(1, cases.peak_of_step, sizes)
     assert planned(sizes, cases.ROWS, 1) == pytest.approx(measured, rel=WITHIN)
+
+
+TUNED = [
+    ({"dtype": "float32"}, LoraSettings(rank=8), ()),
+    ({"dtype": "bfloat16", "recompute": "all"}, LoraSettings(rank=8, targets=("qkv", "out")), ()),
+    ({"dtype": "bfloat16"}, LoraSettings(rank=8, dropout=0.1), ()),
+    ({"dtype": "float32"}, None, ("embedding.*", "head.*", "*.attention.*")),
+]
+
+
+@pytest.mark.parametrize(("sizes", "lora", "frozen"), TUNED, ids=str)
+def test_the_plan_of_adapters_and_frozen_weights_is_near_its_measured_peak(
+    run, sizes, lora, frozen
+):
+    """Less than that of training all weights."""
+    pytest.importorskip("peft")
+    (measured,) = run(1, cases.peak_of_step, sizes, cases.ROWS, 1, lora, frozen)
+    settings = cases.MODEL, ParallelSettings(**sizes), cases.ROWS, cases.TOKENS
+    memory = Memory(*settings, accumulates=False, lora=lora, freeze=frozen)
+    assert memory.total == pytest.approx(measured, rel=WITHIN)
+    assert memory.moments["update"]["optimizer"] < 8 * memory.sizes.own
 
 
 @pytest.mark.distributed
