@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +26,7 @@ from emu3.train.pretrain_loop import pretrain as train
 from emu3.train.ranks import process_group
 from emu3.train.sharded import checkpoints
 from emu3.weights import load_decoder, save_decoder
+from emu3_kernels import linear_cross_entropy
 from tests.ranks import Ranks
 from tests.train.preferring import make_pairs, tiny, with_reference, write_data
 
@@ -128,11 +130,15 @@ def test_the_margin_starts_at_zero_and_grows(folder, whole):
 
 
 def test_no_tensor_of_all_tokens_and_classes_is_made(tmp_path):
-    """A step takes less than 0.6 of the float32 logits of its visual tokens; PyTorch's takes 3."""
+    """A step takes less than a fourth of the float32 logits; with logits it would take 3 of them.
+
+    By default the loss may take 512 MiB, more than the logits of a test.
+    """
     recipe = tiny_of_many_classes(tmp_path)
     with process_group("cpu") as device:
         run = PreferenceTraining(recipe, device)
         run.begin()
+        run.model.linear_cross_entropy = partial(linear_cross_entropy, memory=32 << 20)
         (batch,) = run.on_device(run.stream.next_batch())
         how = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
         with profile(**how) as recorded:
@@ -142,22 +148,21 @@ def test_no_tensor_of_all_tokens_and_classes_is_made(tmp_path):
     num_tokens = int(batch.rows.weights.sum())
     logits = 4 * num_tokens * recipe.model.vocabulary.size
     peak = max(accumulate(sizes))
-    assert num_tokens == 16 * 2 * 256
-    assert max(sizes) < 0.5 * logits
-    assert peak < 0.6 * logits, f"{peak / 2**20:.0f} MiB of {logits / 2**20:.0f}"
+    assert num_tokens == 4 * 2 * 256
+    assert peak < logits / 4, f"{peak / 2**20:.0f} MiB of {logits / 2**20:.0f}"
 
 
 def tiny_of_many_classes(folder: Path) -> PreferenceRecipe:
-    """Pairs of 16 x 16 codes of 32,768: logits of 1.08 GB, beside a head of 1 MB."""
+    """Pairs of 16 x 16 codes of 32,768: logits of 271 MB, beside a head of 1 MB."""
     write_data(folder)
     start, of = (folder / f"many{ending}.safetensors" for ending in ("", "_pairs"))
     words = ["model.vocabulary.num_visual=32768", "vision.num_codes=32768", "model.hidden_size=8"]
-    words += ["model.num_heads=1", "model.num_kv_heads=1", "model.max_position_embeddings=10240"]
-    words += ["data.context=10240", "data.batch_size=1", "evaluation.rows=1"]
+    words += ["model.num_heads=1", "model.num_kv_heads=1", "model.max_position_embeddings=2560"]
+    words += ["data.context=2560", "data.batch_size=1", "evaluation.rows=1"]
     words += [f"data.pairs={of}", f"evaluation.pairs={of}", f"train.start={start}"]
     recipe = tiny(folder, *words)
     save_decoder(start, Emu3(recipe.model))
-    pairs = make_pairs(16, grid=(16, 16))
+    pairs = make_pairs(4, grid=(16, 16))
     header = pairs.header.model_copy(update={"vocabulary": recipe.model.vocabulary})
     pairs = replace(pairs, header=header)
     save_pairs(of, with_reference(pairs, start))
@@ -278,7 +283,7 @@ def test_adapters_start_at_the_reference_and_leave_it(folder, tmp_path):
 def test_the_plan_of_8b_fits_cards_of_80_gb_without_pairs(words):
     done = CliRunner(env={"COLUMNS": "120"}).invoke(app, ["train", *words, "--plan"])
     assert done.exit_code == 0, done.output
-    assert "294,912" in done.output
+    assert "589,824" in done.output
 
 
 def test_the_plan_of_pairs_counts_the_steps_of_an_epoch(folder):
