@@ -192,7 +192,9 @@ def test_lines_of_geneval_are_compared_within_their_tag(loaded):
         for of in ("cat", "dog")
     ]
     lines.append(PromptLine(prompt="a sea", tag="other"))
-    report = judge_generation(loaded, lines, {"cat": judge}, Origin()).report()
+    judges = {"cat": judge, "alike": lambda images, prompts: torch.ones(len(images))}
+    report = judge_generation(loaded, lines, judges, Origin()).report()
+    assert "choice_accuracy" not in report["judges"]["alike"]
     assert report["judges"]["cat"]["choice_accuracy"] == 0.5
     assert report["judges"]["cat"]["choice_accuracy_by_tag"] == {"object": 0.5}
 
