@@ -86,6 +86,8 @@ def _one_line(kind: type[Settings], error: ValidationError) -> str:
         for part in path[:-1]:
             is_member = part.isdecimal()
             group = get_args(group)[0] if is_member else group.model_fields[part].annotation
+            if type(None) in get_args(group):  # a table that need not be there
+                group = get_args(group)[0]
         tables = [part for part in path[:-1] if not part.isdecimal()]
         name = tables[-1] if tables else kind.model_config.get("title", kind.__name__.lower())
         return f"{where}: unknown setting; {name} has {', '.join(sorted(group.model_fields))}"

@@ -3,7 +3,14 @@
 from fractions import Fraction
 from pathlib import Path
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 from typing_extensions import Self
 
 from emu3.config import Recipe
@@ -58,12 +65,14 @@ class ClipSettings(Settings):
     """Clips in a step of the vision tokenizer, of one frame of codes each."""
     encoded: PositiveInt = 4800
     """Clips that are encoded before the decoder's first step; its documents hold these."""
+    after: NonNegativeInt = 0
+    """The decoder's steps on images and captions alone, before its first clip or question."""
     share: float = Field(0.5, ge=0, le=1)
-    """Share of the decoder's steps on clips."""
+    """Share of the decoder's other steps on clips."""
     null_caption: float = Field(0.25, ge=0, le=1)
     """Share of the clips that come without a caption: for guidance, and to be continued."""
     questions: float = Field(0.2, ge=0, le=1)
-    """Share of the decoder's steps on questions."""
+    """Share of the decoder's other steps on questions."""
 
     @property
     def rate(self) -> Fraction:

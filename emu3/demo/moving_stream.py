@@ -50,9 +50,10 @@ class MovingStream(DigitStream):
 class MovingDocumentStream(DocumentStream):
     """Documents for the decoder, one kind a step, so that all have about the same length.
 
-    Images and captions, as in ``DocumentStream``; a caption and then its clip; and an image or a
-    clip with one or two questions. Some clips come without their caption: for guidance, and to be
-    continued. Clips are encoded once, at the start: that takes longer than a document's training.
+    Images and captions, as in ``DocumentStream``, alone for the first ``clips.after`` steps; then
+    also a caption and its clip, and an image or a clip with one or two questions. Some clips come
+    without their caption: for guidance, and to be continued. Clips are encoded once, at the start:
+    that takes longer than a document's training.
     """
 
     def __init__(
@@ -60,12 +61,16 @@ class MovingDocumentStream(DocumentStream):
     ) -> None:
         super().__init__(digits, recipe, tokenizer, text)
         self.recipe = recipe
+        self.steps = 0
         self.clips, self.shown = _encoded_clips(digits, recipe, tokenizer)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Ids ``[B, T]`` and their loss weights ``[B, T]``."""
-        kind = torch.rand((), generator=self.generator).item()
         clips = self.recipe.clips
+        self.steps += 1
+        if self.steps <= clips.after:
+            return super().next_batch()
+        kind = torch.rand((), generator=self.generator).item()
         if kind < clips.share:
             examples = self._clip_examples()
         elif kind < clips.share + clips.questions:
@@ -73,6 +78,13 @@ class MovingDocumentStream(DocumentStream):
         else:
             return super().next_batch()
         return collate(examples, self.text.vocabulary, self.vision_weight)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), "steps": torch.tensor(self.steps)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        self.steps = int(state["steps"])
 
     def _clip_examples(self) -> list[Example]:
         clips, shown = self._choose_clips()

@@ -33,7 +33,7 @@ from emu3.train.store_recipe import StoreRecipe
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_decoder, load_vision
 
-PICTURES, ASKED = 4000, 150
+PICTURES, ASKED = 3000, 150
 """Pictures to train on, and held-out ones that questions are asked about."""
 LORA = "lora.rank=8", "lora.alpha=16", "optim.lr=5e-3"
 _TURNS = 4

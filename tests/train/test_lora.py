@@ -279,6 +279,9 @@ def test_what_cannot_be_adapted_or_frozen_is_told_in_a_line(folder, tmp_path, mo
         ),
     ):
         assert line in refused(lambda words=words: tiny(folder, *words))
+    assert refused(lambda: tiny(folder, "lora.rang=2")) == (
+        "lora.rang: unknown setting; lora has alpha, dropout, names, rank, targets"
+    )
     for words, line in (
         (["lora.rank=2"], "lora: train.start (--from) must name the weights it adapts"),
         (['train.freeze=["head"]'], "train: freeze must name weights, such as embedding.weight"),

@@ -204,6 +204,23 @@ def test_each_frame_of_codes_is_that_of_its_four_frames_alone(recipe):
         assert clip.codes.equal(torch.cat([tokenizer.encode(p[None])[0] for p in pieces]))
 
 
+def test_the_first_documents_are_images_and_captions_alone(recipe):
+    settings = ClipSettings(after=2, share=1.0, questions=0.0, encoded=30)
+    stream = MovingDocumentStream(
+        training_digits(recipe.data),
+        recipe.model_copy(update={"clips": settings}),
+        load_vision(recipe.data.tokenizer),
+        ByteTokenizer(recipe.model.vocabulary),
+    )
+    stream.next_batch()
+    again = MovingDocumentStream(stream.digits, stream.recipe, stream.tokenizer, stream.text)
+    again.restore(stream.state())
+    for clips in (False, True):
+        for row in again.next_batch()[0].tolist():
+            parts = parse_document(row, TEXT)
+            assert any(isinstance(part, Clip) for part in parts) == clips
+
+
 @pytest.mark.parametrize("kind", [MovingStream, MovingDocumentStream])
 def test_a_restored_stream_of_clips_goes_on_where_it_stood(kind, recipe):
     digits = training_digits(recipe.data)
@@ -240,7 +257,7 @@ def test_images_and_clips_share_a_loss_and_an_update_of_the_codebook():
         (
             "clips",
             "clips.speed=1",
-            r"^clips.speed: unknown setting; clips has batch_size, ",
+            r"^clips.speed: unknown setting; clips has after, ",
         ),
         ("digits", "clips.share=0.2", r"vision.temporal_factor must be above 1 for clips, got 1"),
     ],

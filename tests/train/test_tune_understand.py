@@ -32,7 +32,8 @@ def test_a_picture_shows_the_digits_that_are_asked_about(pictures):
     right = judge(shown) == pictures.digits[is_filled]
     assert right.float().mean() > 0.95
     assert (judge_color(shown) == pictures.colors[is_filled]).float().mean() > 0.97
-    assert (squares[~is_filled].flatten(2).std(2) == 0).all()
+    empty = squares[~is_filled].flatten(2)
+    assert empty.amin(2).equal(empty.amax(2))
 
 
 def test_questions_have_the_answers_of_the_caption(pictures):
@@ -68,7 +69,7 @@ def test_the_tuning_of_a_miniature_reports_what_it_reaches(tmp_path):
     assert metrics.keys() == names | {
         f"text_loss_{when}" for when in ("before", "between", "after")
     }
-    assert metrics["text_loss_before"] == pytest.approx(5.5, abs=1.5)  # of 776 ids: 6.7
+    assert metrics["text_loss_before"] == pytest.approx(6.7, abs=0.5)  # of 776 ids
     assert (tmp_path / "out/questions.png").stat().st_size > 0
     assert (tmp_path / "out/runs/understand2-lora/adapter/adapter_config.json").is_file()
     assert clock.seconds.keys() >= {"train_understand1", "train_understand2-lora"}

@@ -11,6 +11,7 @@ from emu3.data.compose import chat_document
 from emu3.data.media import write_image
 from emu3.data.store import Store
 from emu3.data.stream import SourceSettings, StoreStream, StreamSettings
+from emu3.model import Emu3
 from emu3.prompt import understanding_document
 from emu3.settings import SettingsError, parse
 from emu3.tasks import load_recipe
@@ -18,7 +19,9 @@ from emu3.templates import Turn
 from emu3.tools.score import score_store
 from emu3.train.metrics import read_metrics
 from emu3.train.pretrain_loop import pretrain as train
-from emu3.weights import load_vision
+from emu3.train.store_recipe import StoreRecipe
+from emu3.weights import load_decoder, load_vision, save_decoder
+from tests.ranks import Ranks
 from tests.train.preparing import jsonl, picture, prepare, run, save_tokenizer
 from tests.train.stores import IDS, TEXT, pair_document, text_document, write_store
 
@@ -136,6 +139,81 @@ def test_emu3s_own_lists_of_codes_train_the_released_fine_tuning(tmp_path):
     assert "text_loss" not in first
     assert first["loss"] == pytest.approx(first["vision_loss"], rel=1e-5)
     assert second["lr"] == pytest.approx(2 / 30 * 1e-5)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory, chats) -> Path:
+    """Stores that every recipe can learn of, and weights to start from."""
+    folder = tmp_path_factory.mktemp("stores")
+    write_store(folder / "pairs", [pair_document("a red seven", (4, 5), n) for n in range(16)])
+    write_store(folder / "texts", [text_document(40, n) for n in range(16)])
+    np.save(folder / "scores.npy", np.arange(16.0))
+    torch.manual_seed(0)
+    save_decoder(folder / "start.safetensors", Emu3(small("t2i-sft", folder, chats).model))
+    return folder
+
+
+def small(recipe: str, stores: Path, chats: Path, *words: str) -> StoreRecipe:
+    """A recipe that ships, of a small model, small rows and two steps."""
+    better = f'scores="{stores / "scores.npy"}", better=0.5'
+    pairs, texts, chat = (f'store="{path}"' for path in (stores / "pairs", stores / "texts", chats))
+    sources = {
+        "quality": f"{{{pairs}, {better}}}",
+        "t2i-sft": f"{{{pairs}}}",
+        "understand1": f"{{{pairs}, weight=0.5}}, {{{texts}, weight=0.5}}",
+        "understand2": f"{{{chat}, weight=0.9}}, {{{texts}, weight=0.1}}",
+    }[recipe]
+    model = "hidden_size=32", "num_layers=1", "num_heads=4", "num_kv_heads=4", "head_dim=8"
+    model += "max_position_embeddings=512", "dropout=0.1", "intermediate_size=48"
+    data = "context=384", "batch_size=8", "window=32", "workers=0", f"sources=[{sources}]"
+    how = "steps=2", "device=cpu", f"start={stores / 'start.safetensors'}"
+    given = [
+        "preset=mini",
+        *(f"model.{word}" for word in model),
+        *(f"data.{word}" for word in data),
+        *(f"train.{word}" for word in how),
+        "parallel.dtype=float32",
+        *words,
+    ]
+    return load_recipe(recipe, given)
+
+
+def on_rank(_group, *given: str) -> None:
+    recipe, stores, chats, out, *words = given
+    train(small(recipe, Path(stores), Path(chats), *words), Path(out))
+
+
+RECIPES = "quality", "t2i-sft", "understand1", "understand2"
+
+
+@pytest.mark.distributed
+def test_four_processes_make_the_steps_of_one_with_every_recipe(tmp_path, stores, chats):
+    """In their own meshes of shards, and with adapters where tokens are shared."""
+    ranks = Ranks(4)
+    try:
+        for recipe in RECIPES:
+            one = small(recipe, stores, chats, "parallel.shard=1")
+            train(one, tmp_path / f"{recipe}-1")
+            given = recipe, stores, chats, tmp_path / f"{recipe}-4", "parallel.shard=4"
+            ranks.run(on_rank, *map(str, given))
+            both = (read_metrics(tmp_path / f"{recipe}-{n}/metrics.jsonl") for n in (1, 4))
+            for a, b in zip(*both, strict=True):
+                assert a["loss"] > 0, recipe
+                for name in a:
+                    assert b[name] == pytest.approx(a[name], rel=1e-5), (recipe, name)
+    finally:
+        ranks.close()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_and_learns_what_it_states(tmp_path, stores, chats, recipe):
+    """LLaVA's conversations too; a modality of weight 0 has no loss."""
+    train(small(recipe, stores, chats, "parallel.shard=1"), tmp_path)
+    for step in read_metrics(tmp_path / "metrics.jsonl"):
+        only = "vision_loss" if recipe in ("quality", "t2i-sft") else "text_loss"
+        assert {"text_loss", "vision_loss"} & step.keys() == {only}
+        assert step["loss"] == pytest.approx(step[only], rel=1e-5)
+    assert load_decoder(tmp_path / "pretrain.safetensors").settings.num_layers == 1
 
 
 def test_the_learning_rate_of_quality_tuning_falls_linearly_to_0():
