@@ -199,15 +199,15 @@ class Memory:
 
     @property
     def _adapters_saved(self) -> int:
-        """Bytes of a token: what ``A`` and ``B`` read, in float32, if that is a copy."""
+        """Bytes of a token: what ``A`` reads, if that is a float32 copy, and what ``B`` reads."""
         if self.lora is None:
             return 0
         s, tensor = self.settings, self.parallel.tensor
         inputs = {"qkv": s.hidden_size, "gate_up": s.hidden_size}
         inputs["out"] = s.num_heads * s.head_dim // tensor
         inputs["down"] = s.intermediate_size // tensor
-        copies = (self.element < 4) + (self.lora.dropout > 0)
-        return 4 * sum(copies * inputs[name] + self.lora.rank for name in self.lora.targets)
+        is_copy = self.element < 4 or self.lora.dropout > 0
+        return 4 * sum(is_copy * inputs[name] + self.lora.rank for name in self.lora.targets)
 
     @property
     def _attention_saved(self) -> int:

@@ -18,9 +18,10 @@ from emu3.text import QwenTokenizer
 from emu3.train import lora, pretrain
 from emu3.train.metrics import read_metrics
 from emu3.train.pretrain_loop import pretrain as train
-from emu3.weights import Pretrained, load_decoder, save, save_decoder
+from emu3.weights import Pretrained, load_decoder, official_views, save, save_decoder
 from emu3.weights import processor as processor_files
 from emu3.weights.adapter import read_adapter
+from emu3.weights.hub import decoder_config
 from emu3_kernels.testing.budget import assert_as_accurate
 from tests.model.published import SMALL, SMALL_8B
 from tests.model.vision_parts import random_tokenizer
@@ -207,8 +208,7 @@ def published(tmp_path_factory):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("names", ["huggingface", "official"])
-def test_peft_loads_the_adapters_into_hugging_face_s_model(published, tmp_path, names):
+def test_peft_loads_the_adapters_into_hugging_face_s_model(published, tmp_path):
     """Logits of PEFT's model, of our merge at load, and of the weights that the run wrote."""
     from transformers import Emu3ForConditionalGeneration
 
@@ -227,7 +227,7 @@ def test_peft_loads_the_adapters_into_hugging_face_s_model(published, tmp_path, 
                 "optim.lr=0.05",
                 "optim.warmup_steps=0",
             ),
-            *("lora.rank=4", 'lora.targets=["qkv", "gate_up", "down"]', f"lora.names={names}"),
+            *("lora.rank=4", 'lora.targets=["qkv", "gate_up", "down"]'),
         ],
     )
     with torch.enable_grad():
@@ -242,8 +242,7 @@ def test_peft_loads_the_adapters_into_hugging_face_s_model(published, tmp_path, 
         torch.testing.assert_close(at_load.logits(at_load(tokens), slice(None)), logits)
     theirs = Emu3ForConditionalGeneration.from_pretrained(published / "huggingface").eval()
     plain = theirs(tokens).logits
-    inner = theirs if names == "huggingface" else causal(theirs)
-    model = peft.PeftModel.from_pretrained(inner, tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     low, exact = model(tokens).logits, model.double()(tokens).logits
     assert_as_accurate("logits", logits, low, exact)
     assert (plain - exact).abs().max() > 0.01 * exact.abs().max()
@@ -251,14 +250,24 @@ def test_peft_loads_the_adapters_into_hugging_face_s_model(published, tmp_path, 
     assert len(found) == 2 * 6  # q, k, v, gate, up, down, and none of the vision tokenizer's
 
 
-def causal(theirs):
-    """The decoder alone, in the class whose names are the official ones."""
-    from transformers import Emu3ForCausalLM
+@torch.no_grad()
+def test_official_names_are_those_of_the_decoder_s_own_class(folder, tmp_path):
+    from transformers import Emu3ForCausalLM, Emu3TextConfig
 
-    model = Emu3ForCausalLM(theirs.config.text_config).eval()
-    model.model.load_state_dict(theirs.model.text_model.state_dict())
-    model.lm_head.load_state_dict(theirs.lm_head.state_dict())
-    return model
+    with torch.enable_grad():
+        weights = train(from_start(folder, *LORA, "lora.names=official"), tmp_path)
+    start, ours = load_decoder(folder / "start.safetensors"), load_decoder(weights)
+    sizes = decoder_config(start.settings)
+    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    sizes |= {"vocab_size": start.settings.vocabulary.size, "rope_parameters": rope}
+    theirs = Emu3ForCausalLM(Emu3TextConfig(**sizes)).eval()
+    theirs.load_state_dict(official_views(start))
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    tokens = torch.arange(1, 30).view(1, -1)
+    low, exact = model(tokens).logits, model.double()(tokens).logits
+    assert_as_accurate("logits", ours.logits(ours(tokens), slice(None)), low, exact)
+    plain = start.logits(start(tokens), slice(None))
+    assert (plain - exact).abs().max() > 0.01 * exact.abs().max()
 
 
 def refused(call) -> str:
@@ -284,7 +293,7 @@ def test_what_cannot_be_adapted_or_frozen_is_told_in_a_line(folder, tmp_path, mo
     )
     for words, line in (
         (["lora.rank=2"], "lora: train.start (--from) must name the weights it adapts"),
-        (['train.freeze=["head"]'], "train: freeze must name weights, such as embedding.weight"),
+        (['train.freeze=["head"]'], "train: freeze must name weights, such as norm, embedding"),
         (['train.freeze=["*"]'], "train: freeze must leave some weights to train, got all"),
     ):
         recipe = tiny(folder, *words)
@@ -309,7 +318,8 @@ def test_another_adapter_does_not_continue_a_run(folder, tuned, tmp_path):
     words = [*LORA, "lora.dropout=0.1", "lora.rank=2", "lora.names=official"]
     found = refused(lambda: train(from_start(folder, *words), run, resume=True))
     assert found.endswith("belongs to another recipe: lora.rank was 4, is 2")
-    found = refused(lambda: train(from_start(folder, "train.steps=4"), run, resume=True))
+    words = ["train.steps=4", "optim.lr=1e-2"]
+    found = refused(lambda: train(from_start(folder, *words), run, resume=True))
     assert "belongs to another recipe: lora was rank=4" in found
     assert found.endswith(", is not there")
 

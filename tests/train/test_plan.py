@@ -62,7 +62,7 @@ TUNED = [
     ({"dtype": "float32"}, LoraSettings(rank=8), ()),
     ({"dtype": "bfloat16", "recompute": "all"}, LoraSettings(rank=8, targets=("qkv", "out")), ()),
     ({"dtype": "bfloat16"}, LoraSettings(rank=8, dropout=0.1), ()),
-    ({"dtype": "float32"}, None, ("blocks.*", "embedding.*")),
+    ({"dtype": "float32"}, None, ("embedding.*", "head.*", "*.attention.*")),
 ]
 
 

@@ -68,11 +68,13 @@ def learned(settings: StreamSettings) -> list[tuple[list[int], list[float]]]:
 
 def spelled(ids: list[int], weights: list[float]) -> list[str]:
     """The runs of learned tokens: letters, and names of special ones."""
-    names = {value: f"<{name}>" for name, value in IDS if name not in ("num_text", "num_visual")}
+    counts = "num_text", "visual_start", "num_visual"
+    names = {value: f"<{name}>" for name, value in IDS if name not in counts}
     runs, before = [], 0.0
     for token, weight in zip(ids, weights, strict=True):
         if weight:
-            word = names.get(token, "*" if token >= IDS.visual_start else TEXT.decode([token]))
+            is_text = token < IDS.num_text
+            word = TEXT.decode([token]) if is_text else names.get(token, "*")
             runs[-1:] = [runs[-1] + word] if before else [*runs[-1:], word]
         before = weight
     return runs
@@ -336,8 +338,9 @@ def save_tokenizer_of_another_seed(path: Path):
 def test_documents_of_conversations_name_their_answers(chats):
     """As ``chat_document`` made them: nothing is lost in the store."""
     shard, at = Store(chats).find(0)
-    spoken = [TEXT.decode(shard.ids(at)[a:b].tolist()) for a, b in shard.answers(at)]
-    assert [words.removesuffix("\ufffd") for words in spoken[:2]] == [" a cat", " a dog"]
+    *spoken, last = [shard.ids(at)[a:b].tolist() for a, b in shard.answers(at)]
+    assert list(map(TEXT.decode, spoken)) == [" a cat", " a dog"]
+    assert last == [*TEXT.encode(" yes"), IDS.eos]
     made = chat_document([Turn(["x"], "y")], TEXT)
     assert made.answers[-1][1] == len(made.ids)
 
