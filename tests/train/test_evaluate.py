@@ -392,8 +392,11 @@ def test_a_model_is_named_where_one_is_needed(tmp_path, files):
     done = evaluate([], "--images", tmp_path, "--out", tmp_path / "out")
     assert done.stderr == "emu3: evaluate: --model or --vision must be given\n"
     write_store(tmp_path / "store", mixed_documents(2))
-    done = evaluate(files[2:], "--store", tmp_path / "store", "--out", tmp_path / "out")
-    assert done.stderr == "emu3: evaluate: --model must be given\n"
+    words = ["--store", tmp_path / "store", "--out", tmp_path / "out"]
+    assert evaluate(files[2:], *words).stderr == "emu3: evaluate: --model must be given\n"
+    done = evaluate(files, *words, "--weights", "int8")
+    told = "emu3: evaluate: perplexity needs a decoder that is not quantized\n"
+    assert (done.exit_code, done.stderr) == (1, told)
 
 
 def test_a_store_of_another_vocabulary_is_refused(tmp_path, loaded):
