@@ -47,8 +47,8 @@ def run(
     progress: Clock,
     *,
     overrides: Sequence[str] = (),
-    samples: int = 20,
-    rounds: int = 8,
+    samples: int = 15,
+    rounds: int = 6,
 ) -> dict[str, float]:
     """Tune the miniature in ``start``, measure it, and draw ``quality.png`` into ``out``.
 

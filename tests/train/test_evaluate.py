@@ -192,7 +192,9 @@ def test_lines_of_geneval_are_compared_within_their_tag(loaded):
         for of in ("cat", "dog")
     ]
     lines.append(PromptLine(prompt="a sea", tag="other"))
-    report = judge_generation(loaded, lines, {"cat": judge}, Origin()).report()
+    judges = {"cat": judge, "alike": lambda images, prompts: torch.ones(len(images))}
+    report = judge_generation(loaded, lines, judges, Origin()).report()
+    assert "choice_accuracy" not in report["judges"]["alike"]
     assert report["judges"]["cat"]["choice_accuracy"] == 0.5
     assert report["judges"]["cat"]["choice_accuracy_by_tag"] == {"object": 0.5}
 
@@ -390,8 +392,11 @@ def test_a_model_is_named_where_one_is_needed(tmp_path, files):
     done = evaluate([], "--images", tmp_path, "--out", tmp_path / "out")
     assert done.stderr == "emu3: evaluate: --model or --vision must be given\n"
     write_store(tmp_path / "store", mixed_documents(2))
-    done = evaluate(files[2:], "--store", tmp_path / "store", "--out", tmp_path / "out")
-    assert done.stderr == "emu3: evaluate: --model must be given\n"
+    words = ["--store", tmp_path / "store", "--out", tmp_path / "out"]
+    assert evaluate(files[2:], *words).stderr == "emu3: evaluate: --model must be given\n"
+    done = evaluate(files, *words, "--weights", "int8")
+    told = "emu3: evaluate: perplexity needs a decoder that is not quantized\n"
+    assert (done.exit_code, done.stderr) == (1, told)
 
 
 def test_a_store_of_another_vocabulary_is_refused(tmp_path, loaded):

@@ -32,7 +32,7 @@ class Judged:
     """``[B]`` of each judge."""
     chosen: Mapping[str, Tensor]
     """``[B]`` of each judge: 1 where the image's own prompt scores highest, 0 where another
-    does, NaN where the line has no other."""
+    does, NaN where the line has no other or the judge scores all alike."""
     distance: float | None = None
     """Fréchet distance to real images, if there are some."""
 
@@ -135,7 +135,9 @@ def _choices(lines: Sequence[PromptLine]) -> dict[str, list[str]]:
 
 
 def _is_highest(judge: Voter, image: Tensor, score: float, others: Sequence[str]) -> float:
+    """NaN if there is no other prompt, or the judge does not tell them apart."""
     if not others:
         return float("nan")
     images = (image.float() / 255).expand(len(others), -1, -1, -1)
-    return float(score > judge(images, others).max().item())
+    of_others = judge(images, others)
+    return float("nan") if of_others.eq(score).all() else float(score > of_others.max().item())

@@ -14,6 +14,7 @@ from emu3.data.store import Kind, Store
 from emu3.text import TextTokenizer
 from emu3.tools.evaluate.lines import watched
 from emu3.weights import Pretrained
+from emu3_kernels.modules import QuantizedLinear
 
 _TOKENS = 16384
 """Of a forward, about."""
@@ -79,6 +80,8 @@ def measure_perplexity(
         ValueError: one line, if the store has another vocabulary, or no document fits.
     """
     vocabulary = loaded.model.settings.vocabulary
+    if isinstance(loaded.model.head, QuantizedLinear):
+        raise ValueError("evaluate: perplexity needs a decoder that is not quantized")
     if store.vocabulary != vocabulary:
         raise ValueError(f"evaluate: {store.folder} must have the vocabulary of the model")
     found = Perplexity()
