@@ -31,11 +31,9 @@ from emu3.text import ByteTokenizer
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_decoder, load_vision
 
-PICTURES, ASKED = 3000, 150
+PICTURES, ASKED = 4000, 150
 """Pictures to train on, and held-out ones that questions are asked about."""
 LORA = "lora.rank=8", "lora.alpha=16", "optim.lr=5e-3"
-_TURNS = 4
-"""Most questions of a conversation."""
 _AT_ONCE = 64
 _SIZE, _DRAWN = 48, 8
 """Side of a square of a picture; pictures in ``questions.png``."""
@@ -190,9 +188,9 @@ def _encoded(tokenizer: VisionTokenizer, images: Tensor) -> list[Tensor]:
 
 
 def _turns(pictures: Composed, codes: Tensor, number: int, random: torch.Generator) -> list[Turn]:
-    """A conversation about a picture: some of its questions in any order."""
+    """A conversation about a picture: all of its questions in any order."""
     questions = pictures.questions(number)
-    order = torch.randperm(len(questions), generator=random)[:_TURNS].tolist()
+    order = torch.randperm(len(questions), generator=random).tolist()
     asked = [questions[at] for at in order]
     said = [[codes, asked[0].words], *([question.words] for question in asked[1:])]
     return [Turn(words, of.answer) for words, of in zip(said, asked, strict=True)]
