@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from emu3.config import load_recipe
 from emu3.data.codes import Making, fingerprint
 from emu3.data.compose import chat_document, parts_document
 from emu3.data.store import Document, Provenance, write_shard
@@ -25,9 +26,10 @@ from emu3.demo.files import descriptions
 from emu3.demo.miniature import Clock
 from emu3.generate import generate_text
 from emu3.model import Emu3
-from emu3.tasks import load_recipe, train
 from emu3.templates import Turn, chat_prompt
 from emu3.text import ByteTokenizer
+from emu3.train.pretrain_loop import pretrain
+from emu3.train.store_recipe import StoreRecipe
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_decoder, load_vision
 
@@ -165,14 +167,15 @@ def _train(
     out: Path, progress: Clock, recipe: str, start: Path, name: str, words: Sequence[str]
 ) -> Path:
     """Train a stage from the weights ``start``; return the file of the trained ones."""
-    tables = load_recipe(recipe).data.sources
+    tables = load_recipe(recipe, (), StoreRecipe).data.sources
     sources = [
         f"{{store={json.dumps(str(out / 'stores' / source.store.name))}, weight={source.weight}}}"
         for source in tables
     ]
     given = [f"train.start={json.dumps(str(start))}", f"data.sources=[{', '.join(sources)}]"]
     with progress.stage(f"train_{name}"):
-        return train(load_recipe(recipe, [*given, *words]), out / "runs" / name)
+        settings = load_recipe(recipe, [*given, *words], StoreRecipe)
+        return pretrain(settings, out / "runs" / name)
 
 
 def _pictures(count: int, *, validation: bool) -> Composed:
