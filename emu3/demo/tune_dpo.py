@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
+from emu3.config import load_recipe
 from emu3.data.pairs import Sampled, load_pairs, weights_fingerprint
 from emu3.demo import plots
 from emu3.demo.config import DigitSettings
@@ -32,10 +33,11 @@ from emu3.demo.measure import share
 from emu3.demo.miniature import Clock
 from emu3.demo.voters import likeness
 from emu3.generate import Sampling, generate_images
-from emu3.tasks import load_recipe, train
 from emu3.text import ByteTokenizer
 from emu3.tools.prefer.run import PAIRS, Asked, prefer
 from emu3.train.metrics import read_metrics
+from emu3.train.preference_recipe import PreferenceRecipe
+from emu3.train.pretrain_loop import pretrain
 from emu3.weights import Pretrained, load_decoder, load_vision
 
 PLAIN = Sampling(guidance=1.0, top_k=None)
@@ -94,8 +96,8 @@ def run(
         prefer(some, folder, loaded, voters, how, decoder=weights_fingerprint(decoder))
     words = [f"data.pairs={json.dumps(str(folder))}", f"train.start={json.dumps(str(decoder))}"]
     with progress.stage("train_dpo"):
-        recipe = load_recipe(_RECIPE, [*words, *overrides])
-        weights = train(recipe, out / "runs" / "dpo")
+        recipe = load_recipe(_RECIPE, [*words, *overrides], PreferenceRecipe)
+        weights = pretrain(recipe, out / "runs" / "dpo")
     metrics: dict[str, float] = {"dpo_pairs": len(load_pairs(folder / PAIRS))}
     shown = {}
     with progress.stage("measure_dpo"):
