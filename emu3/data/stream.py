@@ -145,11 +145,6 @@ class Rows(Dataset):
         return [store.folder for store in self.stores]
 
     @property
-    def tokens(self) -> int:
-        """Of all stores."""
-        return sum(store.tokens for store in self.stores)
-
-    @property
     def fingerprint(self) -> int:
         """63 bits that depend on what the stores hold."""
         chosen = [array.tobytes() for array in self.selections if array is not None]
