@@ -50,9 +50,8 @@ class Composed(NamedTuple):
         found = [Question("count", HOW_MANY, _NUMBERS[len(filled) - 1])]
         for at in filled:
             digit, color = int(self.digits[number, at]), int(self.colors[number, at])
-            where = f"is at the {SQUARES[at]}?"
-            found.append(Question("digit", f"which digit {where}", DIGITS[digit]))
-            found.append(Question("color", f"which colour {where}", COLORS[color]))
+            found.append(Question("digit", f"{SQUARES[at]} digit?", DIGITS[digit]))
+            found.append(Question("color", f"{SQUARES[at]} colour?", COLORS[color]))
         return found
 
     def _filled(self, number: int) -> Sequence[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from emu3.config import load_recipe
 from emu3.data.codes import Making, fingerprint
 from emu3.data.compose import chat_document, parts_document
 from emu3.data.store import Document, Provenance, write_shard
@@ -25,17 +26,16 @@ from emu3.demo.files import descriptions
 from emu3.demo.miniature import Clock
 from emu3.generate import generate_text
 from emu3.model import Emu3
-from emu3.tasks import load_recipe, train
 from emu3.templates import Turn, chat_prompt
 from emu3.text import ByteTokenizer
+from emu3.train.pretrain_loop import pretrain
+from emu3.train.store_recipe import StoreRecipe
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_decoder, load_vision
 
-PICTURES, ASKED = 3000, 150
+PICTURES, ASKED = 4000, 150
 """Pictures to train on, and held-out ones that questions are asked about."""
 LORA = "lora.rank=8", "lora.alpha=16", "optim.lr=5e-3"
-_TURNS = 4
-"""Most questions of a conversation."""
 _AT_ONCE = 64
 _SIZE, _DRAWN = 48, 8
 """Side of a square of a picture; pictures in ``questions.png``."""
@@ -167,14 +167,15 @@ def _train(
     out: Path, progress: Clock, recipe: str, start: Path, name: str, words: Sequence[str]
 ) -> Path:
     """Train a stage from the weights ``start``; return the file of the trained ones."""
-    tables = load_recipe(recipe).data.sources
+    tables = load_recipe(recipe, (), StoreRecipe).data.sources
     sources = [
         f"{{store={json.dumps(str(out / 'stores' / source.store.name))}, weight={source.weight}}}"
         for source in tables
     ]
     given = [f"train.start={json.dumps(str(start))}", f"data.sources=[{', '.join(sources)}]"]
     with progress.stage(f"train_{name}"):
-        return train(load_recipe(recipe, [*given, *words]), out / "runs" / name)
+        settings = load_recipe(recipe, [*given, *words], StoreRecipe)
+        return pretrain(settings, out / "runs" / name)
 
 
 def _pictures(count: int, *, validation: bool) -> Composed:
@@ -190,9 +191,9 @@ def _encoded(tokenizer: VisionTokenizer, images: Tensor) -> list[Tensor]:
 
 
 def _turns(pictures: Composed, codes: Tensor, number: int, random: torch.Generator) -> list[Turn]:
-    """A conversation about a picture: some of its questions in any order."""
+    """A conversation about a picture: all of its questions in any order."""
     questions = pictures.questions(number)
-    order = torch.randperm(len(questions), generator=random)[:_TURNS].tolist()
+    order = torch.randperm(len(questions), generator=random).tolist()
     asked = [questions[at] for at in order]
     said = [[codes, asked[0].words], *([question.words] for question in asked[1:])]
     return [Turn(words, of.answer) for words, of in zip(said, asked, strict=True)]
