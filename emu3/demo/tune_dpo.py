@@ -156,7 +156,7 @@ def _classifier(size: int) -> MLPClassifier:
         colors = torch.randint(len(COLORS), (len(digits),), generator=generator)
         motion = sample_motion(len(digits), settings, generator)
         features.append(_pooled(render(digits.scans, colors, motion, size)))
-    classifier = MLPClassifier((48,), alpha=1e-2, max_iter=40, random_state=1, early_stopping=True)
+    classifier = MLPClassifier((48,), alpha=1e-2, max_iter=100, random_state=1, early_stopping=True)
     return classifier.fit(np.concatenate(features), np.tile(digits.labels.numpy(), _MOVED_COPIES))
 
 

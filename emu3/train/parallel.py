@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence, Set
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,9 +37,6 @@ from emu3_kernels import (
     ring_attention,
     site_seeds,
 )
-
-AnyBatch = TypeVar("AnyBatch", bound=tuple)
-"""Rows with ``tokens [B, T]``."""
 
 
 class Cut(NamedTuple):
@@ -168,15 +165,21 @@ def accumulate_gradients(
         seeds: :func:`step_seeds`; None only without dropout: ranks would draw others.
         z_loss: factor of the squared log-sum-exp.
     """
+    check_seeds(model, seeds)
     given = {"normalizer": layout.total_weight(batches), "z_loss": z_loss}
     objective = partial(_objective, model, layout, **given)
     return _of_all_ranks(backward_all(model, layout, batches, objective, seeds))
 
 
+def check_seeds(model: Emu3, seeds: Tensor | None) -> None:
+    if seeds is None and model.training and model.settings.dropout > 0:
+        raise ValueError("parallel: a model with dropout must be given seeds, got none")
+
+
 def backward_all(
     model: Emu3,
     layout: Layout,
-    batches: Sequence[AnyBatch],
+    batches: Sequence[tuple],
     objective: Callable[..., tuple[Tensor, Tensor]],
     seeds: Tensor | None = None,
 ) -> Tensor:
@@ -185,8 +188,6 @@ def backward_all(
     ``objective(batch, dropout=...)`` returns this rank's part of the loss and numbers of this rank;
     their sums over micro-batches and ranks are returned.
     """
-    if seeds is None and model.training and model.settings.dropout > 0:
-        raise ValueError("parallel: a model with dropout must be given seeds, got none")
     parts = []
     for number, batch in enumerate(batches):
         model.set_requires_all_reduce(number + 1 == len(batches))
@@ -214,8 +215,8 @@ def evaluate(model: Emu3, layout: Layout, batches: Sequence[Batch]) -> StepLoss:
 def forward_all(
     model: Emu3,
     layout: Layout,
-    batches: Sequence[AnyBatch],
-    objective: Callable[[AnyBatch], tuple[Tensor, Tensor]],
+    batches: Sequence[tuple],
+    objective: Callable[[tuple], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Return the sums of :func:`backward_all` without dropout and gradients."""
     model.eval()

@@ -18,7 +18,7 @@ from emu3.data.pair_stream import PairStream
 from emu3.data.pairs import files_of_pairs, load_header, weights_fingerprint
 from emu3.model import Emu3, StepDropout
 from emu3.train.layout import Batch, Layout
-from emu3.train.parallel import backward_all, documents_of, forward_all, work_of
+from emu3.train.parallel import backward_all, check_seeds, documents_of, forward_all, work_of
 from emu3.train.preference_recipe import PreferenceRecipe, PreferenceSettings
 from emu3.train.pretrain import Pretraining
 from emu3.train.ranks import is_first
@@ -90,6 +90,7 @@ def accumulate_preferences(
 
     The arguments are those of ``accumulate_gradients``, but for the batches.
     """
+    check_seeds(model, seeds)
     normalizer = _normalizer(layout, batches)
 
     def objective(batch: PairBatch, dropout: StepDropout | None) -> tuple[Tensor, Tensor]:

@@ -321,5 +321,6 @@ def test_four_processes_make_the_steps_of_one(ranks, folder, whole, tmp_path, wo
     found, expected = (read_metrics(run / "metrics.jsonl") for run in (tmp_path, whole))
     for a, b in zip(found, expected, strict=True):
         assert a.keys() == b.keys()
-        for name in b:
+        # At first all margins are 0, up to rounding, which decides who is ahead.
+        for name in b.keys() - ({"pair_accuracy"} if b["step"] == 0 else set()):
             assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-5), name

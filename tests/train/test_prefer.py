@@ -78,9 +78,7 @@ def test_the_best_and_the_worst_sample_of_a_prompt_are_its_pair(folder, whole):
         scores = brightness(pixels_of(folder, codes), [])
         assert torch.equal(pairs.chosen[number].long(), codes[scores.argmax()])
         assert torch.equal(pairs.rejected[number].long(), codes[scores.argmin()])
-        assert pairs.scores[number].tolist() == pytest.approx(
-            [scores.max(), scores.min()], abs=1e-5
-        )
+        torch.testing.assert_close(pairs.scores[number], torch.stack((scores.max(), scores.min())))
     assert pairs.header.voters == ("tests.train.raters:brightness",)
     assert pairs.header.sampled.seed == 5
 
