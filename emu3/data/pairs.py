@@ -176,7 +176,7 @@ def _check(path: Path, header: PairsHeader, tensors: dict[str, Tensor]) -> None:
         if name not in tensors or len(tensors[name]) != int(tensors[lengths].sum()):
             raise ValueError(f"pairs: {path} is damaged: {name} must have the sum of {lengths}")
     for name in ("chosen", "rejected"):
-        low, high = tensors[name].aminmax()
+        low, high = (int(value) for value in tensors[name].aminmax())
         if low < 0 or high >= header.vocabulary.num_visual:
             raise ValueError(
                 f"pairs: {path}: {name} must be codes below {header.vocabulary.num_visual}, got "

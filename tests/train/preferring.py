@@ -1,5 +1,6 @@
 """Runs of seconds of the stage that reads preference pairs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def make_pairs(count: int, seed: int = 0, grid: tuple[int, int] = GRID) -> Pairs
 def with_reference(pairs: Pairs, start: Path) -> Pairs:
     header = pairs.header.model_copy(update={"decoder": weights_fingerprint(start)})
     reference = reference_of(load_decoder(start), pairs)
-    return Pairs(**{**vars(pairs), "header": header, "reference": reference})
+    return replace(pairs, header=header, reference=reference)
 
 
 def write_data(folder: Path) -> None:

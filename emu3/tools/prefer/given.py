@@ -7,7 +7,7 @@ equal labels are a tie, which is left out. Each image is encoded once.
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
@@ -129,7 +129,7 @@ class _Encode:
             pairs = self._pairs(grid, rows)
             reference = reference_of(self.reference, pairs)
             path = self._part(item, grid)
-            save_pairs(path, Pairs(**{**vars(pairs), "reference": reference}))
+            save_pairs(path, replace(pairs, reference=reference))
         with replacing(self._done(item)) as draft:  # last: then all parts are there
             draft.write_text(self._settings)
 

@@ -7,7 +7,7 @@ share of the groups. ``P`` prompts of a group, ``K`` images of each, ``V`` voter
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 
@@ -170,7 +170,7 @@ class _Prefer:
             return
         report("reference")
         found = reference_of(self.reference, pairs)
-        save_pairs(path, Pairs(**{**vars(pairs), "reference": found}))
+        save_pairs(path, replace(pairs, reference=found))
 
     def merge(self, items: Sequence[Item]) -> int:
         """Write the pairs of all groups to one file, and return how many there are."""
