@@ -82,18 +82,32 @@ def _generation(report: Mapping, judged: Judged) -> str:
     rows = [
         (name, of["mean"], of.get("choice_accuracy", "")) for name, of in report["judges"].items()
     ]
-    parts = [_table(rows, head)]
+    parts = [_table(rows, head), _by_tag(report["judges"])]
     if "frechet_clip" in report:
         parts.append(_table([(_FRECHET, report["frechet_clip"])]))
-    for name, of in report["judges"].items():
-        for key, words in (("by_tag", "mean"), ("choice_accuracy_by_tag", "own prompt highest")):
-            if of.get(key):
-                parts.append(_table(of[key].items(), [f"{name}, {words}", ""]))
     figures = []
     for number, image in sorted(judged.shown.items()):
-        scores = ", ".join(f"{name} {of[number]:.3g}" for name, of in judged.scores.items())
+        scores = ", ".join(f"{_short(name)} {of[number]:.3g}" for name, of in judged.scores.items())
         figures.append(_figure([image], f"{judged.lines[number].prompt}: {scores}"))
     return _section("Generation", "".join(parts), f"{report['images']} images.", figures)
+
+
+def _by_tag(judges: Mapping[str, Mapping]) -> str:
+    """A row for each tag, a column for each judge, and one more where it compared prompts."""
+    columns = {}
+    for name, of in judges.items():
+        columns[_short(name)] = of["by_tag"]
+        columns[f"{_short(name)}, own highest"] = of.get("choice_accuracy_by_tag", {})
+    columns = {name: of for name, of in columns.items() if of}
+    tags = sorted({tag for of in columns.values() for tag in of})
+    rows = [(tag, *(of.get(tag, "") for of in columns.values())) for tag in tags]
+    return _table(rows, ["", *columns]) if rows else ""
+
+
+def _short(judge: str) -> str:
+    """``digit`` of a function in a module, ``clip`` of a folder."""
+    kind, _, what = judge.partition(":")
+    return kind if "/" in what else what
 
 
 def _answers(report: Mapping, answered: Answered, folder: Path | None) -> str:
