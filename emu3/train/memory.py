@@ -6,15 +6,17 @@ a rank, D hidden size, F intermediate size, H and G query and KV heads of width 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 import torch
 
 from emu3.config import ModelSettings
 from emu3.model import Emu3
+from emu3.train.compact_adamw import SLICE, bytes_of_moments
 from emu3.train.layout import ParallelSettings
 from emu3.train.parallel import cuts
+from emu3.train.store_recipe import PretrainOptimSettings
 
 PARTS = (
     "weights",
@@ -35,6 +37,8 @@ Moment = Mapping[str, int]
 
 _LOSS_MEMORY, _MOST_GPU_LOSS_MEMORY = 512 << 20, 4 << 30
 """Of ``linear_cross_entropy``: beside its gradients and copies of hidden states."""
+_BYTES_OF_UPDATE = 64
+"""Of a number of a slice that is updated in float32."""
 RUNTIME, FRAGMENTS = 3 << 30, 0.05
 """Of a GPU: CUDA, NCCL and cuBLAS, and the share of memory between allocations. Estimates, not
 measured."""
@@ -49,23 +53,32 @@ class Sizes:
     gathered: Mapping[str, int]
     head: int
     """Of the head, gathered."""
+    largest: int
+    """Of the largest weight, sharded."""
     num_blocks: int
+    quantized: int
+    """Bytes of the moments of all shards, in 8 bits."""
 
     @classmethod
     def of(cls, settings: ModelSettings, parallel: ParallelSettings) -> "Sizes":
         """Count the largest part of every weight that a rank holds."""
         table, sharded_over = cuts(settings), parallel.shard * parallel.context
         shards, gathered = ({"root": 0, "embedding": 0, "block": 0} for _ in range(2))
+        largest = quantized = 0
         for name, shape in _shapes(settings).items():
             unit = {"blocks": "block", "embedding": "embedding"}.get(name.split(".")[0], "root")
             whole = shape.numel()
             if (dim := table[name].tensor) is not None:
                 whole = whole // shape[dim] * -(-shape[dim] // parallel.tensor)
             gathered[unit] += whole
-            shards[unit] += -(-whole // sharded_over)
+            part = -(-whole // sharded_over)
+            shards[unit] += part
+            largest = max(largest, part)
+            alike = settings.num_layers if unit == "block" else 1
+            quantized += alike * bytes_of_moments(part, quantized=True)
             if name == "head.weight":
                 head = whole
-        return cls(shards, gathered, head, settings.num_layers)
+        return cls(shards, gathered, head, largest, settings.num_layers, quantized)
 
     @property
     def own(self) -> int:
@@ -97,6 +110,7 @@ class Memory:
     """Whether a step has several micro-batches, so that gradients are there in forward."""
     gpu_memory: int | None = None
     """Bytes of a GPU; None is a CPU."""
+    optim: PretrainOptimSettings = field(default_factory=PretrainOptimSettings)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -111,7 +125,8 @@ class Memory:
             "next block": self._backward(self.sizes.num_blocks - 1),
             "reduction": self._reduction(),
             "end of backward": self._end(),
-            "update": {"gradients": 4 * self.sizes.own},
+            "update": {"gradients": self._kept(self.gradient * self.sizes.own)}
+            | self._slices_of_update(),
         }
         return {name: self._whole(parts) for name, parts in found.items()}
 
@@ -128,6 +143,39 @@ class Memory:
     def element(self) -> int:
         """Bytes of a computed number."""
         return 2 if self.parallel.dtype == "bfloat16" else 4
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of a rank that are on its host instead of its GPU."""
+        if not self.parallel.offload or self.gpu_memory is None:
+            return 0
+        is_8_bits = self.optim.optimizer == "adamw8bit"
+        moments = self.sizes.quantized if is_8_bits else 8 * self.sizes.own
+        return (self.weight + self.gradient) * self.sizes.own + moments
+
+    @property
+    def weight(self) -> int:
+        """Bytes of a sharded weight."""
+        return 2 if self.optim.master == "stochastic" else 4
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of a sharded gradient: those of micro-batches are added up in float32."""
+        return 4 if self.accumulates else self.weight
+
+    def _kept(self, num_bytes: int) -> int:
+        """Return what a GPU holds of ``num_bytes`` that can be on the host."""
+        return 0 if self.parallel.offload and self.gpu_memory is not None else num_bytes
+
+    def _slices_of_update(self) -> Moment:
+        """Count what :class:`CompactAdamW` holds of a slice while it is updated."""
+        in_flight = _BYTES_OF_UPDATE * min(SLICE, self.sizes.largest)
+        return {"optimizer": self._moments + self._kept(in_flight)} if self.optim.is_compact else {}
+
+    @property
+    def _moments(self) -> int:
+        is_8_bits = self.optim.optimizer == "adamw8bit"
+        return self._kept(self.sizes.quantized if is_8_bits else 8 * self.sizes.own)
 
     @property
     def rank_tokens(self) -> int:
@@ -185,14 +233,15 @@ class Memory:
         tables = 4 * s.max_position_embeddings * s.head_dim
         # Tokens, targets, positions, rows of dropout: 8 bytes; weights, documents, key ranges: 4.
         batch = 48 * self.rows * self.tokens
-        whole = {"weights": 4 * own + tables + batch, "optimizer": 8 * own} | parts
+        weights = self._kept(self.weight * own)
+        whole = {"weights": weights + tables + batch, "optimizer": self._moments} | parts
         if self.gpu_memory is not None:
             whole["runtime"] = RUNTIME + int(FRAGMENTS * sum(whole.values()))
         return {name: whole.get(name, 0) for name in PARTS}
 
     def _summed(self) -> int:
         """Gradients of the micro-batches before this one."""
-        return 4 * self.sizes.own * self.accumulates
+        return self._kept(4 * self.sizes.own * self.accumulates)
 
     def _loss(self) -> Moment:
         """Forward and both gradients of the loss, while all blocks keep their activations."""
@@ -228,7 +277,7 @@ class Memory:
         again = 0 if p.recompute == "none" else self.block_activations
         block = e * self.sizes.gathered["block"]
         down = e * s.intermediate_size * s.hidden_size // p.tensor
-        reduced = 0 if self.accumulates else 4 * self.sizes.shards["block"] * behind
+        reduced = self._reduced(self.sizes.shards["block"] * behind)
         sent = 4 * self.sizes.gathered["block"] if behind else 0
         return {
             "gradients": self._summed() + e * self.sizes.head + reduced + down,
@@ -251,7 +300,7 @@ class Memory:
         """Gradients of the last block are summed over ranks."""
         s, p, e, n = self.settings, self.parallel, self.element, self.rank_tokens
         block = self.sizes.gathered["block"]
-        reduced = 0 if self.accumulates else 4 * self.sizes.shards["block"]
+        reduced = self._reduced(self.sizes.shards["block"])
         return {
             "gradients": self._summed() + e * (self.sizes.head + block) + reduced,
             "gathered weights": e * self.sizes.gathered["root"],
@@ -263,13 +312,17 @@ class Memory:
     def _end(self) -> Moment:
         """Gradients of head and embedding, which are whole until then, are summed over ranks."""
         e, size = self.element, self.sizes
-        summed = self._summed() or 4 * size.of_blocks
+        summed = self._summed() or self._reduced(size.of_blocks)
         return {
             "gradients": summed + e * (size.head + size.gathered["embedding"]),
             "gathered weights": e * size.gathered["embedding"],
             "communication": 4 * (size.gathered["root"] + size.shards["root"])
             + self._buffers(e * size.head),
         }
+
+    def _reduced(self, num_weights: int) -> int:
+        """Bytes of the summed gradients of weights, if those of a step are not there anyway."""
+        return 0 if self.accumulates else self._kept(self.gradient * num_weights)
 
     def _buffers(self, num_bytes: int) -> int:
         """What is held twice, if weights are sharded."""

@@ -14,7 +14,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from emu3.config import Recipe, TrainSettings
+from emu3.config import OptimSettings, Recipe, TrainSettings
 from emu3.data.stream import SourceSettings, StreamSettings
 from emu3.settings import Settings
 from emu3.train.layout import ParallelSettings
@@ -49,6 +49,21 @@ class PretrainSettings(TrainSettings):
         return self
 
 
+class PretrainOptimSettings(OptimSettings):
+    """AdamW, and what it keeps of each weight: 16 bytes with its gradient, or less."""
+
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw8bit`` keeps its moments in 8 bits, by torchao: 2 bytes of a weight instead of 8."""
+    master: Literal["float32", "stochastic"] = "float32"
+    """The weights that are updated. ``stochastic``: those of bfloat16 that are computed with,
+    rounded at random so that the mean of an update is exact; none in float32."""
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether an optimizer of torch does not do it."""
+        return self.optimizer == "adamw8bit" or self.master == "stochastic"
+
+
 class EvaluationSettings(Settings):
     """The validation loss, of rows that are the same each time."""
 
@@ -80,6 +95,7 @@ class StoreRecipe(Recipe):
 
     train: PretrainSettings
     data: StreamSettings
+    optim: PretrainOptimSettings = PretrainOptimSettings()
     parallel: ParallelSettings = ParallelSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     guard: GuardSettings = GuardSettings()
@@ -91,6 +107,10 @@ class StoreRecipe(Recipe):
             raise ValueError(
                 f"data.context ({context}) must be at most model.max_position_embeddings "
                 f"({longest})"
+            )
+        if self.optim.master == "stochastic" and self.parallel.dtype != "bfloat16":
+            raise ValueError(
+                f"optim.master=stochastic needs parallel.dtype=bfloat16, got {self.parallel.dtype}"
             )
         ranks, at_once = self.parallel.replicate * self.parallel.shard, self.train.micro_batch_size
         rows = ("data.batch_size", self.data.batch_size), ("evaluation.rows", self.evaluation.rows)

@@ -10,12 +10,13 @@ from itertools import accumulate
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from emu3.config import BYTE_VOCABULARY, ModelSettings, OptimSettings
+from emu3.config import BYTE_VOCABULARY, ModelSettings
 from emu3.model import Emu3
 from emu3.train.layout import Batch, Layout, ParallelSettings
-from emu3.train.optim import build_optimizer
 from emu3.train.parallel import accumulate_gradients, clip_gradients, parallelize, step_seeds
+from emu3.train.pretrain import optimizer_of
 from emu3.train.sharded import allocate, initialise
+from emu3.train.store_recipe import PretrainOptimSettings
 from emu3_kernels.modules import speed_up_bfloat16
 
 MODEL = ModelSettings(
@@ -33,7 +34,9 @@ ROWS, TOKENS = 2, 512
 _LAST = "the last step"
 
 
-def peak_of_step(_group, sizes: dict, rows: int = ROWS, micro_batches: int = 1) -> int:
+def peak_of_step(
+    _group, sizes: dict, rows: int = ROWS, micro_batches: int = 1, optim: dict | None = None
+) -> int:
     """Return the most bytes that this rank holds in its second step, whose optimizer has a state.
 
     Every tensor of the rank counts: weights, gradients, moments, activations, buffers, a batch.
@@ -43,12 +46,15 @@ def peak_of_step(_group, sizes: dict, rows: int = ROWS, micro_batches: int = 1) 
         layout = Layout.of(ParallelSettings(**sizes), "cpu")
         with torch.device("meta"):
             model = Emu3(MODEL).train()
+        settings = PretrainOptimSettings(**optim or {})
+        if settings.master == "stochastic":
+            model.to(torch.bfloat16)
         if sizes.get("dtype") == "bfloat16":
             speed_up_bfloat16(model)
         parallelize(model, layout)
         allocate(model, layout)
         initialise(model, layout, 0)
-        optimizer = build_optimizer(model, OptimSettings())
+        optimizer = optimizer_of(model, settings)
         batches = [_batch(rows) for _ in range(micro_batches)]
         for step in range(2):
             with record_function(_LAST if step else "the first"):
