@@ -70,18 +70,19 @@ def test_the_plan_of_a_small_optimizer_is_near_its_measured_peak(run, micro_batc
     sizes = {"dtype": "bfloat16", "recompute": "all"}
     (measured,) = run(1, cases.peak_of_step, sizes, 1, micro_batches, SMALL)
     assert planned(sizes, 1, micro_batches, SMALL) == pytest.approx(measured, rel=WITHIN)
-    assert planned(sizes, 1, micro_batches) > 1.5 * measured
 
 
 def test_a_plan_says_what_is_on_the_host():
-    """8B on one GPU of 80 GB: 136 GB of states otherwise."""
+    """8B on one GPU: 136 GB of states otherwise."""
     words = "parallel.shard=1", "train.micro_batch_size=1", "parallel.recompute=all"
     done = emu3_train("stage1", "--plan", *words, "parallel.offload=true")
     assert done.exit_code == 0, done.output
     assert "on the host" in done.output
     assert "135.9 GB a rank" in done.output
-    done = emu3_train("stage1", "--plan", *words, *[f"optim.{k}={v}" for k, v in SMALL.items()])
+    small = [f"optim.{name}={value}" for name, value in SMALL.items()]
+    done = emu3_train("stage1", "--plan", *words, *small, "--card", "h200")
     assert done.exit_code == 0, done.output
+    assert "86.02 of 141" in done.output
 
 
 @pytest.mark.distributed
