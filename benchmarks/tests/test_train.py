@@ -9,8 +9,6 @@ from benchmarks.harness import machine, run
 from benchmarks.report import pages
 from benchmarks.suites import train
 from benchmarks.suites.model import emu3, hugging_face
-from emu3.config import load_recipe
-from emu3.train.store_recipe import StoreRecipe
 
 WORDS = [
     "data.context=512",
@@ -23,7 +21,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def recipe():
-    return load_recipe("stage2-mini", WORDS, StoreRecipe)
+    return train.recipe_of("stage2-mini", WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -31,47 +29,64 @@ def made(recipe):
     return train.steps_of(recipe, documents=64, steps=3)
 
 
+def learned(steps):
+    """Every document's first token, and all tokens with a loss and their weights."""
+    found = [
+        (ids[weights > 0].tolist(), weights[weights > 0].tolist()) for ids, weights, _ in steps
+    ]
+    return sorted(pair for ids, weights in found for pair in zip(ids, weights, strict=True))
+
+
 def test_packed_and_padded_rows_hold_the_same_tokens_with_a_loss(made):
-    for packed, padded in zip(made.packed, made.padded, strict=True):
-        learned = [
-            sorted(zip(ids[w > 0].tolist(), w[w > 0].tolist(), strict=True))
-            for ids, w, _ in (packed, padded)
-        ]
-        assert learned[0] == learned[1]
-        assert len(padded[0]) > len(packed[0])
+    assert learned(made.packed) == learned(made.padded) == learned(made.sorted)
+    assert len(made.packed) == len(made.padded) == len(made.sorted)
+    for padded in made.padded:
         assert padded[0][:, 0].unique().numel() <= 2  # BOS, or a piece of a text
+    assert {len(rows[0]) for rows in made.padded} == {len(rows[0]) for rows in made.sorted}
     assert made.filled(made.padded) < made.filled(made.packed) <= 1
+    assert made.filled(made.padded) < made.filled(made.sorted) <= 1
+
+
+def test_unequal_documents_leave_most_of_padded_rows_empty():
+    """Clips of 1 to 12 frames of codes; in the order of length hardly any is left."""
+    recipe = train.recipe_of(train.UNEQUAL)
+    made = train.steps_of(recipe, documents=256, steps=8, unequal=True)
+    lengths = [int(n) for _, _, numbers in made.padded for n in numbers.eq(0).sum(1)]
+    assert min(lengths) < 80
+    assert max(lengths) > 480
+    assert made.filled(made.padded) < 0.6 < 0.8 < made.filled(made.sorted)
+    assert made.filled(made.packed) > 0.95
 
 
 def test_ours_and_hugging_faces_have_one_loss_packed_and_padded(recipe, made):
     theirs = hugging_face(recipe.model, torch.float32)
     ours = emu3(recipe.model, theirs)
-    for packed, padded in zip(made.packed, made.padded, strict=True):
-        losses = [
-            train.ours_packed(ours, packed).item(),
-            train.ours_padded(ours, padded).item(),
-            train.theirs_padded(theirs, padded).item(),
-            train.theirs_packed(theirs, packed).item(),
-        ]
-        assert losses == pytest.approx([losses[0]] * 4, rel=train.SAME_LOSS)
-        ids, weights, documents = packed
-        blind = train.ours_packed(ours, (ids, weights, torch.zeros_like(documents))).item()
-        assert blind != pytest.approx(losses[0], rel=10 * train.SAME_LOSS)
+    losses = [
+        train.mean_loss(ours, train.ours_packed, made.packed),
+        train.mean_loss(ours, train.ours_padded, made.padded),
+        train.mean_loss(theirs, train.theirs_padded, made.padded),
+        train.mean_loss(theirs, train.theirs_padded, made.sorted),
+        train.mean_loss(theirs, train.theirs_packed, made.packed),
+    ]
+    assert losses == pytest.approx([losses[0]] * 5, rel=train.SAME_LOSS)
+    blind = [(ids, w, torch.zeros_like(documents)) for ids, w, documents in made.packed]
+    other = train.mean_loss(ours, train.ours_packed, blind)
+    assert other != pytest.approx(losses[0], rel=10 * train.SAME_LOSS)
 
 
-def test_all_entries_end_at_the_same_weights(recipe, made):
+def test_entries_on_the_same_steps_end_at_the_same_weights(recipe, made):
     """Three steps of one optimizer, from the same weights on the same documents."""
     theirs = hugging_face(recipe.model, torch.float32)
-    after = []
-    for loss, rows in ((train.ours_packed, made.packed), (train.ours_padded, made.padded)):
-        model = emu3(recipe.model, theirs)
-        train.training(recipe, model, loss, rows)()
-        after.append(train.ours_packed(model, made.packed[0]).item())
-    for loss, rows in ((train.theirs_padded, made.padded), (train.theirs_packed, made.packed)):
-        model = hugging_face(recipe.model, torch.float32)
-        train.training(recipe, model, loss, rows)()
-        after.append(train.theirs_packed(model, made.packed[0]).item())
-    assert after == pytest.approx([after[0]] * 4, rel=10 * train.SAME_LOSS)
+    pairs = (
+        (made.packed, train.ours_packed, train.theirs_packed),
+        (made.padded, train.ours_padded, train.theirs_padded),
+    )
+    for steps, our_loss, their_loss in pairs:
+        ours, other = emu3(recipe.model, theirs), hugging_face(recipe.model, torch.float32)
+        train.training(recipe, ours, our_loss, steps)()
+        train.training(recipe, other, their_loss, steps)()
+        after = our_loss(ours, steps[0]).item(), their_loss(other, steps[0]).item()
+        assert after[0] == pytest.approx(after[1], rel=10 * train.SAME_LOSS)
 
 
 def test_a_row_names_the_gains_of_packing_and_of_kernels_apart(recipe, made):
@@ -89,12 +104,12 @@ def test_a_row_names_the_gains_of_packing_and_of_kernels_apart(recipe, made):
     assert f"packed {made.filled(made.packed):.1%}" in page
 
 
-def test_a_dry_run_shows_every_entry_of_both_recipes_and_writes_nothing(monkeypatch):
+def test_a_dry_run_shows_every_entry_of_every_mix_and_writes_nothing(monkeypatch):
     monkeypatch.setattr(run, "time_one", lambda *args: pytest.fail("timed"))
     shown = CliRunner().invoke(front.app, ["train", "--dry-run"])
     assert shown.exit_code == 0, shown.output
-    for name in (train.OURS, train.PADDED, train.THEIRS, train.THEIRS_PACKED):
-        assert shown.output.count(name) == 2, shown.output
+    for name in (train.OURS, train.PADDED, train.THEIRS, train.SORTED, train.THEIRS_PACKED):
+        assert shown.output.count(name) == len(train.MIXES), shown.output
 
 
 def test_a_busy_machine_times_no_training(monkeypatch):

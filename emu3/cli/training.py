@@ -79,7 +79,7 @@ def train(
     memory: Annotated[
         float | None, typer.Option(min=1, help="GB of a GPU, if not the card's")
     ] = None,
-    card: Annotated[str, typer.Option(help="a100, h100, h200 or b200, of the plan")] = "h100",
+    card: Annotated[str, typer.Option(help="GPU of the plan; an unknown one lists all")] = "h100",
     suggest: Annotated[
         bool, typer.Option("--suggest", help="meshes that fit, with --plan")
     ] = False,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from emu3.train.flops import peak_flops, step_flops
+from emu3.train.cards import peak_flops
+from emu3.train.flops import step_flops
 from emu3.train.loop import progress_bar
 from emu3.train.metrics import Metrics, are_on_gpu, numbers_of
 from emu3.train.pretrain import Pretraining

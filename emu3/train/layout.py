@@ -5,6 +5,7 @@ B rows of a data rank, T tokens of a row, C context ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,7 +39,11 @@ class ParallelSettings(Settings):
     """``torch.compile`` of each block, with dropout once for each micro-batch of a step. A ring
     breaks its graph."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of computation; weights, their gradients and optimizer state are float32."""
+    """Of computation; weights, their gradients and optimizer state are float32, if ``optim`` does
+    not say otherwise."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer state on the host, which updates them too: for GPUs
+    that do not hold them. A block's weights travel to the GPU in forward and in backward."""
 
     @property
     def num_ranks(self) -> int:
@@ -118,11 +123,24 @@ class Layout:
             init_device_mesh(device, storage, mesh_dim_names=("replicate", "fsdp", "tensor")),
         )
 
+    @cached_property
+    def host(self) -> DeviceMesh:
+        """:attr:`storage` of what is on the host. Every rank must call, the first time."""
+        if self.storage.device_type == "cpu":
+            return self.storage
+        names = self.storage.mesh_dim_names
+        return init_device_mesh("cpu", self.storage.shape, mesh_dim_names=names)
+
     def rank(self, name: str) -> int:
         return self.groups.get_local_rank(name)
 
     def group(self, name: str) -> dist.ProcessGroup:
         return self.groups.get_group(name)
+
+    @property
+    def rank_of_storage(self) -> tuple[int, int]:
+        """The part of the weights that this rank holds: of fsdp and of tensor ranks."""
+        return self.storage.get_local_rank("fsdp"), self.storage.get_local_rank("tensor")
 
     @property
     def data_rank(self) -> int:

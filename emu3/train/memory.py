@@ -6,16 +6,18 @@ a rank, D hidden size, F intermediate size, H and G query and KV heads of width 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 import torch
 
 from emu3.config import ModelSettings
 from emu3.model import Emu3
+from emu3.train.compact_adamw import SLICE, bytes_of_moments
 from emu3.train.layout import ParallelSettings
 from emu3.train.lora import LoraSettings, is_trained
 from emu3.train.parallel import cuts
+from emu3.train.store_recipe import PretrainOptimSettings
 
 PARTS = (
     "weights",
@@ -36,6 +38,8 @@ Moment = Mapping[str, int]
 
 _LOSS_MEMORY, _MOST_GPU_LOSS_MEMORY = 512 << 20, 4 << 30
 """Of ``linear_cross_entropy``: beside its gradients and copies of hidden states."""
+_BYTES_OF_UPDATE = 64
+"""Of a number of a slice that is updated in float32."""
 RUNTIME, FRAGMENTS = 3 << 30, 0.05
 """Of a GPU: CUDA, NCCL and cuBLAS, and the share of memory between allocations. Estimates, not
 measured."""
@@ -50,7 +54,11 @@ class Sizes:
     gathered: Mapping[str, int]
     head: int
     """Of the head, gathered."""
+    largest: int
+    """Of the largest weight, sharded."""
     num_blocks: int
+    quantized: int
+    """Bytes of the moments of all that is trained, in 8 bits."""
     trained: Mapping[str, int]
     """As ``shards``, without frozen weights; ``block`` is that of which most is trained, and
     ``blocks`` are all."""
@@ -68,27 +76,35 @@ class Sizes:
         """Count the largest part of every weight that a rank holds."""
         table, sharded_over = cuts(settings), parallel.shard * parallel.context
         shards, gathered, trained = ({"root": 0, "embedding": 0, "block": 0} for _ in range(3))
-        of_blocks, adapters = [0] * settings.num_layers, 0
+        of_blocks, largest, quantized, adapters = [0] * settings.num_layers, 0, 0, 0
         for name, shape in _shapes(settings).items():
             unit = {"blocks": "block", "embedding": "embedding"}.get(name.split(".")[0], "root")
             whole = shape.numel()
             if (dim := table[name].tensor) is not None:
                 whole = whole // shape[dim] * -(-shape[dim] // parallel.tensor)
             gathered[unit] += whole
-            shard = -(-whole // sharded_over)
-            shards[unit] += shard
+            part = -(-whole // sharded_over)
+            shards[unit] += part
+            largest = max(largest, part)
             if name == "head.weight":
                 head = whole
             if lora is not None:
                 adapters += settings.num_layers * _adapter(name, shape, dim, parallel, lora)
-            elif unit != "block":
-                trained[unit] += shard * is_trained(name, freeze)
-            else:
+                continue
+            names = [name]
+            if unit == "block":
                 leaf = name.removeprefix("blocks.0.")
-                for number in range(settings.num_layers):
-                    of_blocks[number] += shard * is_trained(f"blocks.{number}.{leaf}", freeze)
+                names = [f"blocks.{number}.{leaf}" for number in range(settings.num_layers)]
+            are_trained = [is_trained(one, freeze) for one in names]
+            quantized += sum(are_trained) * bytes_of_moments(part, quantized=True)
+            if unit == "block":
+                of_blocks = [n + part * of for n, of in zip(of_blocks, are_trained, strict=True)]
+            else:
+                trained[unit] += part * are_trained[0]
         trained |= {"block": max(of_blocks), "blocks": sum(of_blocks)}
-        return cls(shards, gathered, head, settings.num_layers, trained, adapters)
+        return cls(
+            shards, gathered, head, largest, settings.num_layers, quantized, trained, adapters
+        )
 
     @property
     def own(self) -> int:
@@ -144,6 +160,7 @@ class Memory:
     """Whether a step has several micro-batches, so that gradients are there in forward."""
     gpu_memory: int | None = None
     """Bytes of a GPU; None is a CPU."""
+    optim: PretrainOptimSettings = field(default_factory=PretrainOptimSettings)
     lora: LoraSettings | None = None
     freeze: tuple[str, ...] = ()
 
@@ -160,7 +177,8 @@ class Memory:
             "next block": self._backward(self.sizes.num_blocks - 1),
             "reduction": self._reduction(),
             "end of backward": self._end(),
-            "update": {"gradients": 4 * self.sizes.own_trained},
+            "update": {"gradients": self._kept(self.gradient * self.sizes.own_trained)}
+            | self._slices_of_update(),
         }
         return {name: self._whole(parts) for name, parts in found.items()}
 
@@ -177,6 +195,42 @@ class Memory:
     def element(self) -> int:
         """Bytes of a computed number."""
         return 2 if self.parallel.dtype == "bfloat16" else 4
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of a rank that are on its host instead of its GPU."""
+        if not self.parallel.offload or self.gpu_memory is None:
+            return 0
+        size = self.sizes
+        return self.weight * size.own + self.gradient * size.own_trained + self._all_moments
+
+    @property
+    def weight(self) -> int:
+        """Bytes of a sharded weight."""
+        return 2 if self.optim.master == "stochastic" else 4
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of a sharded gradient: those of micro-batches are added up in float32."""
+        return 4 if self.accumulates else self.weight
+
+    def _kept(self, num_bytes: int) -> int:
+        """Return what a GPU holds of ``num_bytes`` that can be on the host."""
+        return 0 if self.parallel.offload and self.gpu_memory is not None else num_bytes
+
+    def _slices_of_update(self) -> Moment:
+        """Count what :class:`CompactAdamW` holds of a slice while it is updated."""
+        in_flight = _BYTES_OF_UPDATE * min(SLICE, self.sizes.largest)
+        return {"optimizer": self._moments + self._kept(in_flight)} if self.optim.is_compact else {}
+
+    @property
+    def _all_moments(self) -> int:
+        is_8_bits = self.optim.optimizer == "adamw8bit"
+        return self.sizes.quantized if is_8_bits else 8 * self.sizes.own_trained
+
+    @property
+    def _moments(self) -> int:
+        return self._kept(self._all_moments)
 
     @property
     def rank_tokens(self) -> int:
@@ -247,15 +301,15 @@ class Memory:
         tables = 4 * s.max_position_embeddings * s.head_dim
         # Tokens, targets, positions, rows of dropout: 8 bytes; weights, documents, key ranges: 4.
         batch = 48 * self.rows * self.tokens
-        weights = 4 * (own + self.sizes.adapters) + tables + batch
-        whole = {"weights": weights, "optimizer": 8 * self.sizes.own_trained} | parts
+        weights = self._kept(self.weight * own) + 4 * self.sizes.adapters
+        whole = {"weights": weights + tables + batch, "optimizer": self._moments} | parts
         if self.gpu_memory is not None:
             whole["runtime"] = RUNTIME + int(FRAGMENTS * sum(whole.values()))
         return {name: whole.get(name, 0) for name in PARTS}
 
     def _summed(self) -> int:
         """Gradients of the micro-batches before this one."""
-        return 4 * self.sizes.own_trained * self.accumulates
+        return self._kept(4 * self.sizes.own_trained * self.accumulates)
 
     def _loss(self) -> Moment:
         """Forward and both gradients of the loss, while all blocks keep their activations."""
@@ -292,8 +346,7 @@ class Memory:
         block = e * self.sizes.gathered["block"]
         trains = self.sizes.trained["block"] > 0
         down = e * s.intermediate_size * s.hidden_size // p.tensor * trains
-        reduced = 0 if self.accumulates else 4 * self.sizes.trained["block"] * behind
-        reduced += 0 if self.accumulates else 4 * self.sizes.adapters
+        reduced = self._reduced(self.sizes.trained["block"] * behind + self.sizes.adapters)
         sent = 4 * self.sizes.gradient("block") if behind else 0
         return {
             "gradients": self._summed() + e * self.sizes.head_gradient + reduced + down,
@@ -316,7 +369,7 @@ class Memory:
         """Gradients of the last block are summed over ranks."""
         s, p, e, n = self.settings, self.parallel, self.element, self.rank_tokens
         block = self.sizes.gradient("block")
-        reduced = 0 if self.accumulates else 4 * (self.sizes.trained["block"] + self.sizes.adapters)
+        reduced = self._reduced(self.sizes.trained["block"] + self.sizes.adapters)
         return {
             "gradients": self._summed() + e * (self.sizes.head_gradient + block) + reduced,
             "gathered weights": e * self.sizes.gathered["root"],
@@ -328,13 +381,17 @@ class Memory:
     def _end(self) -> Moment:
         """Gradients of head and embedding, which are whole until then, are summed over ranks."""
         e, size = self.element, self.sizes
-        summed = self._summed() or 4 * (size.trained["blocks"] + size.adapters)
+        summed = self._summed() or self._reduced(size.trained["blocks"] + size.adapters)
         return {
             "gradients": summed + e * (size.head_gradient + size.gradient("embedding")),
             "gathered weights": e * size.gathered["embedding"],
             "communication": 4 * (size.gradient("root") + size.trained["root"])
             + self._buffers(e * size.head_gradient),
         }
+
+    def _reduced(self, num_weights: int) -> int:
+        """Bytes of the summed gradients of weights, if those of a step are not there anyway."""
+        return 0 if self.accumulates else self._kept(self.gradient * num_weights)
 
     def _buffers(self, num_bytes: int) -> int:
         """What is held twice, if weights are sharded."""

@@ -1,6 +1,7 @@
 """AdamW, its learning-rate schedule, and one clipped step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,21 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> AdamW:
 
     Codebooks of ``model`` that are running means are updated after each of its steps.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
     how = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
-    optimizer = AdamW(groups, **how, fused=True)
+    optimizer = AdamW(parameter_groups(model, settings), **how, fused=True)
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.update_after(optimizer)
     return optimizer
+
+
+def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
+    """Return the matrices and filters with weight decay, and the rest without."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 def capturable(optimizer: AdamW) -> AdamW:

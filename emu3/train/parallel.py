@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -103,6 +105,7 @@ def parallelize(model: Emu3, layout: Layout) -> None:
     options = {
         "mesh": mesh,
         "mp_policy": _precision(s),
+        "offload_policy": _offload(layout),
         "shard_placement_fn": lambda parameter: Shard(dims[parameter]),
         "ignored_params": {parameter for parameter, dim in dims.items() if dim is None},
     }
@@ -196,7 +199,17 @@ def backward_all(
         loss, part = objective(batch, dropout=dropout)
         loss.backward()
         parts.append(part)
+        if number == 0 and len(batches) > 1:
+            _sum_in_float32(model)
     return layout.sum(torch.stack(parts).sum(0))
+
+
+def _sum_in_float32(model: Emu3) -> None:
+    """Let the gradients of the next micro-batches be added up in float32, also of other weights."""
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.grad.dtype != torch.float32:
+            parameter.grad_dtype = None  # any
+            parameter.grad = parameter.grad.float()
 
 
 @torch.no_grad()
@@ -373,6 +386,12 @@ def _precision(s: ParallelSettings) -> MixedPrecisionPolicy:
     if s.dtype == "float32":
         return MixedPrecisionPolicy(cast_forward_inputs=False)
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+
+def _offload(layout: Layout) -> OffloadPolicy:
+    if not layout.settings.offload:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=layout.groups.device_type == "cuda")
 
 
 def _recompute(block: nn.Module, what: str) -> None:

@@ -13,14 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from emu3.config import Recipe
+from emu3.train.cards import CARDS, GB
 from emu3.train.layout import ParallelSettings, check_fits
 from emu3.train.memory import Memory
-from emu3.train.predicted import CARDS, Step
+from emu3.train.predicted import Step
 from emu3.train.store_recipe import StoreRecipe
 
-GB = 10**9
-MEMORY = {"a100": 80 * GB, "h100": 80 * GB, "h200": 141 * GB, "b200": 180 * GB}
-"""Bytes of a card."""
 _SUGGESTED = 5
 
 
@@ -65,7 +63,8 @@ class Plan:
         rows, context = recipe.train.micro_batch_size, recipe.data.context
         accumulates = recipe.num_micro_batches > 1
         given = recipe.model, recipe.parallel, rows, context, accumulates, self.gpu_memory
-        return Memory(*given, recipe.lora, recipe.train.freeze)
+        extra = {"optim": recipe.optim, "lora": recipe.lora, "freeze": recipe.train.freeze}
+        return Memory(*given, **extra)
 
     @cached_property
     def step(self) -> Step:
@@ -169,7 +168,7 @@ def plan_of(recipe: StoreRecipe, *, gpus: int | None, card: str, memory: float |
     """
     if card not in CARDS:
         raise ValueError(f"plan: --card must be one of {', '.join(CARDS)}, got {card!r}")
-    gpu_memory = MEMORY[card] if memory is None else int(memory * GB)
+    gpu_memory = CARDS[card].capacity if memory is None else int(memory * GB)
     plan = Plan(recipe, Corpus.of(recipe), card, gpu_memory)
     parallel = recipe.parallel
     if gpus is not None and gpus != parallel.num_ranks:
@@ -232,6 +231,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     for name, (num_bytes, size, _) in (step.weight_bytes | step.token_bytes).items():
         if num_bytes:
             yield f"{name}, COUNTED", f"{num_bytes / GB:.1f} GB a rank among {size} ranks"
+    if on_host := plan.memory.on_host:
+        yield "on the host", f"{on_host / GB:.1f} GB a rank; its update and PCIe are not timed here"
     yield "seconds, PREDICTED", f"{step.seconds:.2f} on {plan.card}; {step.compute:.2f} of compute"
     yield "MFU, PREDICTED", f"{step.mfu:.0%}"
     yield "days, PREDICTED", f"{step.seconds * steps / 86400:,.1f} of {steps:,} steps"

@@ -8,27 +8,11 @@ of their peaks. Of networks nothing was measured: 0.8 of what their makers state
 from dataclasses import dataclass
 from functools import cached_property
 
+from emu3.train.cards import Card
 from emu3.train.flops import num_gemm_weights, step_flops
 from emu3.train.memory import Memory
 
 GPUS_OF_NODE = 8
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the maker states: dense bfloat16 FLOP/s, bytes/s of memory, of NVLink one way."""
-
-    flops: float
-    memory: float
-    link: float
-
-
-CARDS = {
-    "a100": Card(312e12, 2039e9, 300e9),
-    "h100": Card(989e12, 3350e9, 450e9),
-    "h200": Card(989e12, 4800e9, 450e9),
-    "b200": Card(2250e12, 8000e9, 900e9),
-}
 
 GEMM, LOSS, FORWARD, BACKWARD = 811 / 989, 431 / 989, 370 / 989, 202 / 989
 """Share of the peak that GEMMs reach, the three of the loss, and attention to documents."""
@@ -99,7 +83,7 @@ class Step:
         numbers = 18 * s.hidden_size + 8 * s.intermediate_size
         numbers += 4 * (s.num_heads + s.num_kv_heads) * s.head_dim
         moved = self.memory.element * numbers * s.num_layers * tokens + 40 * self.memory.sizes.own
-        return flops / self.peak + moved / (COPY * self.card.memory)
+        return flops / self.peak + moved / (COPY * self.card.bandwidth)
 
     @cached_property
     def weight_bytes(self) -> dict[str, tuple[float, int, int]]:

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
+from emu3.data.order import key_of
 from emu3.data.stream import StoreStream, StreamSettings
 from emu3.model import Emu3
+from emu3.train.compact_adamw import CompactAdamW
 from emu3.train.guard import Guard
 from emu3.train.layout import Batch, Layout, check_fits
 from emu3.train.lora import add_adapters, freeze, num_dropout_sites
-from emu3.train.optim import build_optimizer, learning_rate
+from emu3.train.optim import build_optimizer, learning_rate, parameter_groups
 from emu3.train.parallel import (
     StepLoss,
     accumulate_gradients,
@@ -25,7 +28,7 @@ from emu3.train.parallel import (
 )
 from emu3.train.sharded import allocate, initialise, initialise_adapters, load_whole
 from emu3.train.stage import StepMetrics
-from emu3.train.store_recipe import StoreRecipe
+from emu3.train.store_recipe import PretrainOptimSettings, StoreRecipe
 from emu3_kernels.modules import speed_up_bfloat16
 
 
@@ -47,6 +50,8 @@ class Pretraining:
         self.validation = self._validation()
         with torch.device("meta"):
             self.model = Emu3(recipe.model).train()
+        if recipe.optim.master == "stochastic":
+            self.model.to(torch.bfloat16)
         if recipe.lora is not None:
             add_adapters(self.model, recipe.lora)
         freeze(self.model, recipe.train.freeze)
@@ -54,7 +59,7 @@ class Pretraining:
             speed_up_bfloat16(self.model)
         parallelize(self.model, self.layout)
         allocate(self.model, self.layout)
-        self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.optimizer = optimizer_of(self.model, recipe.optim)
         self.guard = Guard(recipe.guard, device)
 
     def check(self) -> None:
@@ -86,12 +91,16 @@ class Pretraining:
         settings = self.recipe.model, train.seed, step, self.device, num_adapters
         seeds = step_seeds(*settings) if has_dropout else None
         found = self.accumulate(batches, seeds)
-        norm = clip_gradients(self.model, self.layout, optim.clip)
+        norm = clip_gradients(self.model, self.layout, optim.clip).to(self.device)
         lr = learning_rate(step, train.steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # A fused optimizer takes it from a gradient scaler, and changes nothing where it is 1.
         self.optimizer.found_inf = self.guard.skips(found.loss, norm)
+        if optim.is_compact:
+            # Replicas round alike; other ranks hold other weights.
+            place = self.layout.rank_of_storage
+            self.optimizer.seed = key_of(train.seed, "rounding", step, place) >> 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {"loss": found.loss, **found.metrics(), "lr": lr, "grad_norm": norm}
@@ -141,3 +150,12 @@ class Pretraining:
         changed = {**of.reads, "batch_size": of.rows, "workers": 0}
         rows = self._stream(self.recipe.data.model_copy(update=changed)).next_batch()
         return self.batch_of(*rows).split(self.recipe.train.micro_batch_size)
+
+
+def optimizer_of(model: Emu3, optim: PretrainOptimSettings) -> AdamW | CompactAdamW:
+    """Build the optimizer that the settings name."""
+    if not optim.is_compact:
+        return build_optimizer(model, optim)
+    how = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    quantized = optim.optimizer == "adamw8bit"
+    return CompactAdamW(parameter_groups(model, optim), **how, quantized=quantized)

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from emu3.data.order import key_of
 from emu3.files import flush
 from emu3.model import Emu3
+from emu3.train.compact_adamw import MOMENTS, CompactAdamW
 from emu3.train.layout import Layout
 from emu3.train.lora import LoraSettings, adapted, merged, save_adapters
 from emu3.train.parallel import Cut, cuts_of
@@ -31,8 +31,6 @@ from emu3.weights import save_tensors
 from emu3.weights.files import check_place, nothing_missing, read_headers, shards_of
 from emu3_kernels.modules import RotaryEmbedding
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Of AdamW, saved beside the weights."""
 _UPDATES = "updates"
 """Steps of AdamW: those that were skipped do not count."""
 _NOTES = "notes.json"
@@ -59,8 +57,8 @@ def sharded_views(
     Args:
         model: that was passed to ``parallelize``.
         layout: of its ranks.
-        of: maps a parameter to what is viewed, of the same sharding: ``lambda p: p.grad``; what it
-            maps to None is passed over.
+        of: maps a parameter to what is viewed, of the same sharding: ``lambda p: p.grad``; or to
+            this rank's part of it, also on the host. What it maps to None is passed over.
     """
     views, table = {}, cuts_of(model)
     for name, parameter in model.named_parameters():
@@ -93,8 +91,10 @@ def _view(part: Tensor, layout: Layout, cut: Cut, shape: list[int]) -> DTensor:
         Replicate() if cut.tensor is None else Shard(cut.tensor),
     ]
     stride = torch.empty(shape, device="meta").stride()
+    # A mesh of other devices would be given a copy.
+    mesh = layout.host if part.is_cpu else layout.storage
     return DTensor.from_local(
-        part, layout.storage, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
 
 
@@ -124,11 +124,10 @@ class Saver:
         self, folder: Path, model: Emu3, optimizer: Optimizer, layout: Layout, *, keep: int = 2
     ) -> None:
         self.folder, self.keep = folder, keep
-        self._state = lambda: _state(model, optimizer, layout)
+        self._state = lambda: _state(model, optimizer, layout)[0]
         # Of its own: the thread exchanges messages while training does.
         self._group = dist.new_group(backend="gloo")
-        names = layout.storage.mesh_dim_names
-        self._mesh = init_device_mesh("cpu", layout.storage.shape, mesh_dim_names=names)
+        self._mesh = layout.host
         self._thread, self._pending = ThreadPoolExecutor(1), None
 
     def save(self, step: int, notes: Mapping[str, Any] | None = None) -> None:
@@ -198,12 +197,14 @@ def load_sharded(folder: Path, model: Emu3, optimizer: Optimizer, layout: Layout
     Raises:
         ValueError: one line, if a file is missing or damaged.
     """
-    state = _state(model, optimizer, layout)
+    state, copies = _state(model, optimizer, layout)
     notes = together(lambda: read_notes(folder))
     try:
         together(lambda: dcp.load(state, checkpoint_id=folder))
     except ValueError as error:
         raise ValueError(f"resume: {folder} is damaged: {error}") from None
+    for copy in copies:
+        optimizer.write(*copy)
     for of_parameter in optimizer.state.values():
         of_parameter["step"].copy_(state[_UPDATES])
     return notes
@@ -297,7 +298,7 @@ def load_whole(path: Path, model: Emu3, layout: Layout) -> None:
 def allocate(model: Emu3, layout: Layout) -> None:
     """Give a model on the meta device, cut already, its memory on the devices of ``layout``."""
     s, device = model.settings, layout.groups.device_type
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if layout.settings.offload else device)
     tables = s.max_position_embeddings, s.head_dim
     model.rotate = RotaryEmbedding(*tables, theta=s.rope_theta, device=device)
 
@@ -317,12 +318,12 @@ def initialise(model: Emu3, layout: Layout, seed: int) -> None:
             local.fill_(1)
             continue
         random = torch.Generator(local.device).manual_seed(key_of(seed, name))
-        whole = torch.empty(view.shape, dtype=local.dtype, device=local.device)
+        whole = torch.empty(view.shape, dtype=torch.float32, device=local.device)
         whole.normal_(std=s.init_std, generator=random)
         if name == "model.embed_tokens.weight":
             whole[s.vocabulary.pad] = 0
         placed = distribute_tensor(whole, view.device_mesh, view.placements, src_data_rank=None)
-        local.copy_(placed.to_local())
+        local.copy_(placed.to_local())  # rounded to the dtype of the weights
 
 
 @torch.no_grad()
@@ -351,11 +352,37 @@ def checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def _state(model: Emu3, optimizer: Optimizer, layout: Layout) -> dict[str, Tensor]:
+def _state(
+    model: Emu3, optimizer: Optimizer, layout: Layout
+) -> tuple[dict[str, Tensor], list[tuple[Tensor, str, Tensor]]]:
     """View the weights, both moments of AdamW, which it makes in its first step, and its count.
 
-    Frozen weights have no moments.
+    Frozen weights have no moments. Moments of a :class:`CompactAdamW` are copies, the arguments of
+    its ``write``, float32 as those of AdamW: whatever an optimizer keeps, another one may continue.
     """
+    copies: list[tuple[Tensor, str, Tensor]] = []
+    if isinstance(optimizer, CompactAdamW):
+        optimizer.prepare()
+    else:
+        _prepare(optimizer)
+
+    def moment_of(parameter: Tensor, moment: str) -> Tensor | None:
+        if not parameter.requires_grad:
+            return None
+        if not isinstance(optimizer, CompactAdamW):
+            return optimizer.state[parameter][moment]
+        copies.append((parameter, moment, optimizer.read(parameter, moment)))
+        return copies[-1][2]
+
+    views = {f"weight.{name}": view for name, view in sharded_views(model, layout).items()}
+    for moment in MOMENTS:
+        of_moment = sharded_views(model, layout, lambda p, m=moment: moment_of(p, m))
+        views |= {f"{moment}.{name}": view for name, view in of_moment.items()}
+    count = next(iter(optimizer.state.values()))["step"]
+    return views | {_UPDATES: count.detach().to("cpu", copy=True)}, copies
+
+
+def _prepare(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         counts_on_device = group["fused"] or group["capturable"]
         for parameter in group["params"]:
@@ -365,11 +392,3 @@ def _state(model: Emu3, optimizer: Optimizer, layout: Layout) -> dict[str, Tenso
                     (), device=parameter.device if counts_on_device else "cpu"
                 )
                 state |= {name: torch.zeros_like(parameter) for name in MOMENTS}
-    frozen = dict.fromkeys(MOMENTS)
-    moments = {p: optimizer.state[p] if p.requires_grad else frozen for p in model.parameters()}
-    views = {f"weight.{name}": view for name, view in sharded_views(model, layout).items()}
-    for moment in MOMENTS:
-        of_moment = sharded_views(model, layout, lambda p, m=moment: moments[p][m])
-        views |= {f"{moment}.{name}": view for name, view in of_moment.items()}
-    count = next(iter(optimizer.state.values()))["step"]
-    return views | {_UPDATES: count.detach().to("cpu", copy=True)}

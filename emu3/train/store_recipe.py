@@ -14,7 +14,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from emu3.config import Recipe, TrainSettings
+from emu3.config import OptimSettings, Recipe, TrainSettings
 from emu3.data.stream import Rows, SourceSettings, StreamSettings
 from emu3.settings import Settings
 from emu3.train.layout import ParallelSettings
@@ -50,6 +50,21 @@ class PretrainSettings(TrainSettings):
         if self.profile is not None and self.profile[0] > self.profile[1]:
             raise ValueError(f"profile must be a first and a last step, got {self.profile}")
         return self
+
+
+class PretrainOptimSettings(OptimSettings):
+    """AdamW, and what it keeps of each weight: 16 bytes with its gradient, or less."""
+
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw8bit`` keeps its moments in 8 bits, by torchao: 2 bytes of a weight instead of 8."""
+    master: Literal["float32", "stochastic"] = "float32"
+    """The weights that are updated. ``stochastic``: those of bfloat16 that are computed with,
+    rounded at random so that the mean of an update is exact; none in float32."""
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether an optimizer of torch does not do it."""
+        return self.optimizer == "adamw8bit" or self.master == "stochastic"
 
 
 class EvaluationSettings(Settings):
@@ -88,6 +103,7 @@ class StoreRecipe(Recipe):
 
     train: PretrainSettings
     data: StreamSettings
+    optim: PretrainOptimSettings = PretrainOptimSettings()
     parallel: ParallelSettings = ParallelSettings()
     lora: LoraSettings | None = None
     """Adapters, which alone are trained; None trains the weights."""
@@ -101,6 +117,10 @@ class StoreRecipe(Recipe):
             raise ValueError(
                 f"data.context ({context}) must be at most model.max_position_embeddings "
                 f"({longest})"
+            )
+        if self.optim.master == "stochastic" and self.parallel.dtype != "bfloat16":
+            raise ValueError(
+                f"optim.master=stochastic needs parallel.dtype=bfloat16, got {self.parallel.dtype}"
             )
         ranks, at_once = self.parallel.replicate * self.parallel.shard, self.train.micro_batch_size
         rows = ("data.batch_size", self.data.batch_size), ("evaluation.rows", self.evaluation.rows)
@@ -118,6 +138,11 @@ class StoreRecipe(Recipe):
             return self
         if self.train.freeze:
             raise ValueError("train.freeze must be empty with lora, which freezes all weights")
+        if self.optim.is_compact or self.parallel.offload:
+            raise ValueError(
+                "lora needs optim.optimizer=adamw, optim.master=float32 and "
+                "parallel.offload=false: adapters are few, and float32"
+            )
         if self.lora.dropout > 0 and self.parallel.tensor > 1:
             raise ValueError(
                 f"lora.dropout must be 0 with parallel.tensor ({self.parallel.tensor}) above 1"

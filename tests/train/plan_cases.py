@@ -10,13 +10,14 @@ from itertools import accumulate
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from emu3.config import BYTE_VOCABULARY, ModelSettings, OptimSettings
+from emu3.config import BYTE_VOCABULARY, ModelSettings
 from emu3.model import Emu3
 from emu3.train.layout import Batch, Layout, ParallelSettings
 from emu3.train.lora import LoraSettings, add_adapters, freeze, num_dropout_sites
-from emu3.train.optim import build_optimizer
 from emu3.train.parallel import accumulate_gradients, clip_gradients, parallelize, step_seeds
+from emu3.train.pretrain import optimizer_of
 from emu3.train.sharded import allocate, initialise, initialise_adapters
+from emu3.train.store_recipe import PretrainOptimSettings
 from emu3_kernels.modules import speed_up_bfloat16
 
 MODEL = ModelSettings(
@@ -41,6 +42,7 @@ def peak_of_step(
     micro_batches: int = 1,
     lora: LoraSettings | None = None,
     frozen: tuple[str, ...] = (),
+    optim: dict | None = None,
 ) -> int:
     """Return the most bytes that this rank holds in its second step, whose optimizer has a state.
 
@@ -51,6 +53,9 @@ def peak_of_step(
         layout = Layout.of(ParallelSettings(**sizes), "cpu")
         with torch.device("meta"):
             model = Emu3(MODEL).train()
+        settings = PretrainOptimSettings(**optim or {})
+        if settings.master == "stochastic":
+            model.to(torch.bfloat16)
         if lora is not None:
             add_adapters(model, lora)
         freeze(model, frozen)
@@ -60,7 +65,7 @@ def peak_of_step(
         allocate(model, layout)
         initialise(model, layout, 0)
         initialise_adapters(model, layout, 0)
-        optimizer = build_optimizer(model, OptimSettings())
+        optimizer = optimizer_of(model, settings)
         batches = [_batch(rows) for _ in range(micro_batches)]
         for step in range(2):
             with record_function(_LAST if step else "the first"):

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from emu3.cli import app
@@ -10,11 +11,13 @@ from emu3.config import PRESETS
 from emu3.data.store import Store
 from emu3.data.stream import Rows
 from emu3.tasks import load_recipe
+from emu3.train.cards import CARDS, GB, card_of, peak_flops
 from emu3.train.layout import ParallelSettings
 from emu3.train.lora import LoraSettings
 from emu3.train.memory import PARTS, Memory
-from emu3.train.plan import GB, plan_of
-from emu3.train.predicted import CARDS, Step
+from emu3.train.plan import plan_of
+from emu3.train.predicted import Step
+from emu3.train.store_recipe import PretrainOptimSettings
 from tests.ranks import Ranks
 from tests.train import plan_cases as cases
 from tests.train.pretraining import tiny, write_data
@@ -45,9 +48,10 @@ def emu3_train(*words):
     return CliRunner(env={"COLUMNS": "120"}).invoke(app, ["train", *map(str, words)])
 
 
-def planned(sizes: dict, rows: int, micro_batches: int) -> int:
+def planned(sizes: dict, rows: int, micro_batches: int, optim: dict | None = None) -> int:
     settings = cases.MODEL, ParallelSettings(**sizes), rows, cases.TOKENS
-    return Memory(*settings, accumulates=micro_batches > 1).total
+    given = {"accumulates": micro_batches > 1, "optim": PretrainOptimSettings(**optim or {})}
+    return Memory(*settings, **given).total
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,6 +81,30 @@ def test_the_plan_of_adapters_and_frozen_weights_is_near_its_measured_peak(
     memory = Memory(*settings, accumulates=False, lora=lora, freeze=frozen)
     assert memory.total == pytest.approx(measured, rel=WITHIN)
     assert memory.moments["update"]["optimizer"] < 8 * memory.sizes.own
+
+
+SMALL = {"optimizer": "adamw8bit", "master": "stochastic"}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_plan_of_a_small_optimizer_is_near_its_measured_peak(run, micro_batches):
+    """8-bit moments and weights of bfloat16, which are there before any activation."""
+    sizes = {"dtype": "bfloat16", "recompute": "all"}
+    (measured,) = run(1, cases.peak_of_step, sizes, 1, micro_batches, None, (), SMALL)
+    assert planned(sizes, 1, micro_batches, SMALL) == pytest.approx(measured, rel=WITHIN)
+
+
+def test_a_plan_says_what_is_on_the_host():
+    """8B on one GPU: 136 GB of states otherwise."""
+    words = "parallel.shard=1", "train.micro_batch_size=1", "parallel.recompute=all"
+    done = emu3_train("stage1", "--plan", *words, "parallel.offload=true")
+    assert done.exit_code == 0, done.output
+    assert "on the host" in done.output
+    assert "135.9 GB a rank" in done.output
+    small = [f"optim.{name}={value}" for name, value in SMALL.items()]
+    done = emu3_train("stage1", "--plan", *words, *small, "--card", "h200")
+    assert done.exit_code == 0, done.output
+    assert "86.02 of 141" in done.output
 
 
 @pytest.mark.distributed
@@ -132,6 +160,25 @@ def test_the_time_of_a_step_is_near_the_one_measured_on_a_gpu():
     memory = Memory(settings, ParallelSettings(dtype="bfloat16"), 1, 8192, accumulates=False)
     step = Step(memory, 1, 8192 * 8193 / 2, CARDS["h200"])
     assert step.compute == pytest.approx(0.283, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ],
+)
+def test_the_plan_and_the_share_of_the_peak_know_one_card(monkeypatch, name, card):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert card_of(name) is CARDS[card]
+    device = torch.device("cuda")
+    assert peak_flops(device, "bfloat16", tf32=True) == CARDS[card].flops
+    assert peak_flops(device, "float32", tf32=True) == CARDS[card].flops / 2
+    assert peak_flops(device, "float32", tf32=False) is None
+    assert card_of("Tesla V100") is None
 
 
 @pytest.mark.parametrize("recipe", ["stage1", "stage2"])
@@ -190,7 +237,7 @@ def test_steps_an_epoch_are_those_of_the_packed_rows(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--card", "v100"), "plan: --card must be one of a100, h100, h200, b200, got 'v100'"),
+        (("--card", "v100"), f"plan: --card must be one of {', '.join(CARDS)}, got 'v100'"),
         (("--gpus", 12), "plan: --gpus must be a multiple of the 8 ranks of shard x context x"),
         (("--gpus", 24), "plan: data.batch_size must be a multiple of 24, the rows that 24 GPUs"),
     ],

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import Emu3ForCausalLM, Emu3TextConfig
 
 from emu3 import tasks
 from emu3.config import PRESETS
@@ -19,7 +21,7 @@ from emu3.data.stream import StoreStream
 from emu3.model import Emu3
 from emu3.settings import SettingsError
 from emu3.tasks import load_recipe
-from emu3.train import pretrain, sharded
+from emu3.train import sharded
 from emu3.train.flops import num_gemm_weights, step_flops
 from emu3.train.guard import Guard
 from emu3.train.metrics import read_metrics
@@ -28,12 +30,18 @@ from emu3.train.sharded import checkpoints
 from emu3.train.store_recipe import GuardSettings
 from emu3.weights import load_decoder, official_views
 from tests.ranks import Ranks
-from tests.train.pretraining import tiny, write_data
+from tests.train.pretraining import (
+    Killed,
+    assert_same_run,
+    before_step,
+    killed,
+    on_rank,
+    poisoned,
+    stopped_after,
+    tiny,
+    write_data,
+)
 from tests.train.stores import IDS, mixed_documents, write_store
-
-
-class Killed(Exception):
-    """Ends a run where a kill would."""
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +56,6 @@ def whole(folder):
     """An unbroken run of six steps."""
     train(tiny(folder), folder / "whole")
     return folder / "whole"
-
-
-def before_step(monkeypatch, number: int, act: Callable[[pretrain.Pretraining], None]) -> None:
-    """Call ``act`` before a step is made."""
-    step = pretrain.Pretraining.step
-
-    def counted(self, now, batches):
-        if now == number:
-            act(self)
-        return step(self, now, batches)
-
-    monkeypatch.setattr(pretrain.Pretraining, "step", counted)
-
-
-def killed(_run) -> None:
-    raise Killed
-
-
-def assert_same_run(run: Path, whole: Path) -> None:
-    names = "metrics.jsonl", "pretrain.safetensors"
-    for name in names:
-        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_a_run_learns_and_leaves_weights_and_the_last_checkpoints(whole):
@@ -100,6 +86,32 @@ def test_the_validation_loss_is_that_of_the_saved_weights(folder, whole):
     last = read_metrics(whole / "metrics.jsonl")[-1]
     for name, value in expected.items():
         assert last[name] == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_hugging_faces_class_loads_the_weights_and_gives_the_same_logits(folder, whole):
+    """By their names, q, k, v, gate and up apart; nothing is missing or left over."""
+    settings = tiny(folder).model
+    config = Emu3TextConfig(
+        vocab_size=settings.vocabulary.size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=settings.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
+        rms_norm_eps=settings.norm_eps,
+        pad_token_id=settings.vocabulary.pad,
+    )
+    theirs, weights = Emu3ForCausalLM(config).eval(), whole / "pretrain.safetensors"
+    theirs.load_state_dict(load_file(weights))
+    ours = load_decoder(weights)
+    ids = StoreStream(tiny(folder).data, IDS, 0).next_batch()[0][:, :64]
+    with torch.no_grad():
+        logits, expected = ours.head(ours(ids)), theirs(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.1
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
@@ -137,18 +149,6 @@ def test_sigterm_saves_and_exits_with_0(folder, whole, tmp_path, monkeypatch):
     assert_same_run(tmp_path, whole)
 
 
-def poisoned(monkeypatch, steps: set[int]) -> None:
-    """Make the gradient of the embedding NaN in some steps."""
-    clip, count = pretrain.clip_gradients, iter(range(1000))
-
-    def clipped(model, layout, most):
-        if next(count) in steps:
-            model.embedding.weight.grad.to_local().fill_(math.nan)
-        return clip(model, layout, most)
-
-    monkeypatch.setattr(pretrain, "clip_gradients", clipped)
-
-
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(folder, tmp_path, monkeypatch):
     poisoned(monkeypatch, {2})
     before = {}
@@ -184,10 +184,6 @@ def test_a_spike_is_skipped_and_does_not_move_the_mean():
         "in_a_row": 2,
     }
     assert again.state()["mean"] == pytest.approx((1 + 5 + 1 + 2) / 4)
-
-
-def on_rank(_group, folder: str, out: str, words: list[str], resume: bool) -> None:
-    train(tiny(Path(folder), *words), Path(out), resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +226,6 @@ def test_a_run_continues_on_another_mesh_and_on_one_process(ranks, folder, whole
     found, expected = (read_metrics(run / "metrics.jsonl") for run in (tmp_path, whole))
     for a, b in zip(found, expected, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-
-
-def stopped_after(_group, folder: str, out: str, words: list[str], steps: int) -> None:
-    """Train until a step is saved, and end there on every rank."""
-    with pytest.MonkeyPatch.context() as patch:
-        before_step(patch, steps, killed)
-        with pytest.raises(Killed):
-            train(tiny(Path(folder), *words), Path(out))
 
 
 def refused(call: Callable[[], object]) -> str:

@@ -153,13 +153,14 @@ class _Prepare:
         if sample.error is not None:
             raise _SampleError(sample.error)
         try:
-            parts, turns = reading.result()
+            read = reading.result()
             if sample.made is not None:
                 return self._same_tokenizers(sample)
-            if turns:
-                said = [Turn(list(map(self._encoded, turn.said)), turn.answer) for turn in turns]
-                return chat_document(said, self.text)
-            return parts_document(list(map(self._encoded, parts)), self.text)
+            if isinstance(read, Document):
+                return read
+            parts, turns = read
+            turns = [Turn(list(map(self._encoded, turn.said)), turn.answer) for turn in turns]
+            return self._composed(list(map(self._encoded, parts)), turns)
         except Exception as error:
             if is_out_of_memory(error):
                 line = "too large for the memory: prepare it with a lower --max-pixels"
@@ -178,8 +179,17 @@ class _Prepare:
             raise ValueError("is of other tokenizers")
         return sample.made
 
-    def _read(self, sample: Sample) -> tuple[Sequence, Sequence[Turn]]:
-        """Parts and turns with pixels, opened videos and codes in place of files; in threads."""
+    def _composed(self, parts: Sequence[Part], turns: Sequence[Turn]) -> Document:
+        return chat_document(turns, self.text) if turns else parts_document(parts, self.text)
+
+    def _read(self, sample: Sample) -> Document | tuple[Sequence, Sequence[Turn]]:
+        """Parts and turns with pixels, opened videos and codes in place of files; in threads.
+
+        Of texts alone the document: merges need no lock of Python's.
+        """
+        shown = [*sample.parts, *(part for turn in sample.turns for part in turn.said)]
+        if shown and all(isinstance(part, str) for part in shown):
+            return self._composed(sample.parts, sample.turns)
         parts = [self._opened(part, sample.origin) for part in sample.parts]
         turns = [
             Turn([self._opened(part, sample.origin) for part in turn.said], turn.answer)
