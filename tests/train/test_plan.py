@@ -251,4 +251,7 @@ def test_a_plan_of_other_gpus_is_refused_in_one_line(words, message):
 def test_a_stage_without_stores_has_no_plan():
     done = emu3_train("digits", "--plan", "data.tokenizer=none.safetensors")
     assert done.exit_code == 1
-    assert "plan: train.stage must be pretrain or dpo, whose memory is known, got decoder" in done.stderr
+    assert (
+        "plan: train.stage must be pretrain or dpo, whose memory is known, got decoder"
+        in done.stderr
+    )

@@ -249,7 +249,7 @@ def test_streams_that_cannot_be_are_told_in_one_line(folder, tmp_path):
 
 def test_an_unknown_setting_of_a_source_is_named():
     tree = {"sources": [{"store": "a"}, {"store": "b", "weigth": 2}]}
-    with pytest.raises(ValueError, match=r"sources.1.weigth: unknown setting; sources has store, "):
+    with pytest.raises(ValueError, match=r"sources.1.weigth: unknown setting; sources has better"):
         parse(StreamSettings, tree)
     with pytest.raises(ValueError, match="sources must all have a weight, or none"):
         parse(StreamSettings, {"sources": [{"store": "a"}, {"store": "b", "weight": 2}]})
