@@ -21,7 +21,7 @@ MAY_NOT_IMPORT = {
 }
 EMU3 = (
     {"config", "settings", "files", "model", "vision", "text", "prompt", "templates", "cache"}
-    | {"weights", "timing", "cuda_graph", "__init__"},
+    | {"weights", "timing", "cuda_graph", "voters", "__init__"},
     *({"generate"}, {"data", "train"}, {"tools", "serve", "demo"}, {"tasks", "cli", "__main__"}),
 )
 """Parts of ``emu3``, lowest first: each imports its own layer and those below."""
