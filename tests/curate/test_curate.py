@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
+import emu3.cli.curate
 from emu3.data.media import open_video
 from emu3.data.store import Store
 from emu3.prompt import Clip, parse_document
@@ -288,7 +289,7 @@ def test_the_report_is_one_file_with_samples_on_both_sides_of_a_threshold(curate
     assert not re.search(r'(src|href)="(?!data:)', page)
     flow = page[page.index("<h3>flow") :].split("<h3>")[1]
     assert "at least 0.003, at most 0.05" in flow
-    above = flow[flow.index("on both sides of 0.05") :]
+    above = flow[flow.index("below 0.05") :]
     figures = re.findall(r'<figure class="(\w+)" title="([^"]*)"><img [^>]*>([\d.e-]+)<br>', above)
     values = [float(value) for *_, value in figures]
     assert values == sorted(values)
@@ -319,6 +320,14 @@ def test_what_cannot_be_meant_is_told_in_one_line(words, line, media, tmp_path):
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out/manifest.parquet").exists()
+
+
+def test_without_its_libraries_one_line_says_what_to_install(media, tmp_path, monkeypatch):
+    found = emu3.cli.curate.find_spec
+    monkeypatch.setattr("emu3.cli.curate.find_spec", lambda n: None if n == "cv2" else found(n))
+    done = without_text(media, "--out", tmp_path / "out")
+    assert done.exit_code == 1
+    assert done.stderr == "emu3: curate: install emu3-kernels[curate], which has cv2\n"
 
 
 def brightness(images, prompts):

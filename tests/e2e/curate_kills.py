@@ -26,7 +26,7 @@ from tests.curate.making import moving, still, write_clip, write_photo
 from tests.e2e.jobs import Event, live
 
 FILES = "manifest.parquet", "kept.jsonl", "report.html"
-MOST_KILLS = 4
+MOST_KILLS = 6
 """Of one run, before it is left alone."""
 SETTINGS = CurateSettings(
     measure=MeasureSettings(text=False),
@@ -42,10 +42,10 @@ def work(inputs: Path, url: str, out: Path) -> None:
 
 
 def make_inputs(folder: Path) -> None:
-    for seed in range(24):
+    for seed in range(12):
         write_photo(folder / f"{seed:02}.png", seed, 90 + 10 * (seed % 3))
-    for seed in range(3):
-        write_clip(folder / f"{seed}.mp4", moving(seed, 20), still(seed + 50, 20))
+    for seed in range(2):
+        write_clip(folder / f"{seed}.mp4", moving(seed, 16), still(seed + 50, 16))
     (folder / "bad.jpg").write_bytes(b"no image")
 
 
@@ -94,6 +94,7 @@ def kill(times: int, seed: int, folder: Path, endpoint: FakeEndpoint) -> str:
     while killed < times:
         killed += break_and_continue(run, folder / "out", folder / "whole", events, seconds, chosen)
         runs += 1
+        typer.echo(f"{killed} kills, {runs} runs")
     again = endpoint.requests - requests * (runs + 1)
     return (
         f"{killed} kills of {runs} runs of {seconds:.1f} s, each with the files of the unbroken "
@@ -107,7 +108,7 @@ def main(
 ) -> None:
     """Kill emu3 curate at random moments and inside writes; compare with the unbroken run."""
     with tempfile.TemporaryDirectory() as folder, fake_endpoint() as endpoint:
-        print(kill(times, seed, Path(folder), endpoint))
+        typer.echo(kill(times, seed, Path(folder), endpoint))
 
 
 if __name__ == "__main__":

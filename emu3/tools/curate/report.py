@@ -107,9 +107,10 @@ class _Page:
         for limit in limits:
             below = sorted((r for r in scored if r[name] < limit), key=lambda r: -r[name])
             above = sorted((r for r in scored if r[name] >= limit), key=lambda r: r[name])
-            yield f'<p class="note">on both sides of {limit:g}</p>'
-            near = [*below[:_SAMPLES][::-1], *above[:_SAMPLES]]
-            yield self._figures(near, name, allowed)
+            sides = (f"below {limit:g}", below[:_SAMPLES][::-1]), ("from it on", above[:_SAMPLES])
+            for words, near in sides:
+                yield f'<p class="note">{words}{"" if near else ": none"}</p>'
+                yield self._figures(near, name, allowed)
 
     def _figures(self, rows: Sequence[Row], name: str | None, allowed: Range | None = None) -> str:
         new = [row for row in rows if row["id"] not in self._images]
