@@ -52,7 +52,7 @@ $(VENV)/installed: pyproject.toml $(SOURCES)
 	@$(PIP) "triton>=3.6,<3.9"
 	@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
 	@$(PIP) --no-deps dashscope==2.0.2
-	@$(PIP) --no-build-isolation --editable ".[train,demo,serve,bench,dev]"
+	@$(PIP) --no-build-isolation --editable ".[train,curate,demo,serve,bench,dev]"
 	@touch $@
 
 # No prerequisite: the version is in the name.

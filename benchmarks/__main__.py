@@ -202,6 +202,8 @@ def report() -> None:
 if find_spec("triton"):
     app.command()(import_module("benchmarks.suites.codegen").codegen)
     app.command()(import_module("benchmarks.suites.host").host)
+if find_spec("scenedetect"):
+    app.command()(import_module("benchmarks.suites.curate").curate)
 app.command()(data)
 app.command()(parity)
 app.command()(gpu)

@@ -4,6 +4,7 @@ An image or a frame is ``[3, H, W]`` uint8 RGB. A file that cannot be read raise
 of one line that names it; a failed write raises an ``OSError``.
 """
 
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -42,6 +43,10 @@ _TURNS = {
 """What each orientation of EXIF but the first does to an image."""
 # Containers with a duration but without an index of all frames.
 _STATE_LENGTH = ("matroska", "avi")
+# Containers whose key frames are found by their time.
+_INDEXED = ("mov", "matroska")
+_NEAR = 1e-6
+"""Seconds by which a span may differ from the start of a frame."""
 _FAR = Fraction(10)
 """Seconds that a clock may step ahead in transport and program streams, as in FFmpeg."""
 
@@ -156,9 +161,11 @@ class Video:
     """Frames per second that iterating yields."""
     resampled: bool
     """Whether ``fps`` is an argument, and not the file's own."""
+    span: tuple[float, float] | None = None
+    """Seconds that iterating yields the frames of, the last excluded; None is all."""
 
     def __iter__(self) -> Iterator[Tensor]:
-        timed = _decode(self.path)
+        timed = decode(self.path, self.span)
         frames = _resample(timed, self.fps) if self.resampled else (frame for _, frame in timed)
         for number, frame in enumerate(frames):
             pixels = _to_tensor(self.path, frame)
@@ -170,27 +177,31 @@ class Video:
             yield pixels
 
 
-def open_video(path: Path, fps: Fraction | None = None) -> Video:
+def open_video(
+    path: Path, fps: Fraction | None = None, span: tuple[float, float] | None = None
+) -> Video:
     """Open a video file.
 
     Args:
         fps: frames per second to yield: at every instant the newest frame that has started.
             None yields every frame of the file once.
+        span: seconds of the file to yield the frames of, the last excluded.
 
     Raises:
         MediaError: not a video, without a frame, or truncated.
     """
     try:
-        _, first = next(_decode(path))
+        _, first = next(decode(path, span))
         with av.open(path, metadata_errors="replace") as container:
             stream = _video_stream(path, container)
             rate = fps or stream.average_rate or stream.guessed_rate
     except StopIteration:
-        raise MediaError(f"video: {path} has no frame") from None
+        where = f" in {span}" if span else ""
+        raise MediaError(f"video: {path} has no frame{where}") from None
     if not rate or rate < 0:
         raise MediaError(f"video: {path} has no frame rate; set fps")
     _, height, width = _to_tensor(path, first).shape
-    return Video(path, height, width, Fraction(rate), fps is not None)
+    return Video(path, height, width, Fraction(rate), fps is not None, span)
 
 
 def write_video(
@@ -221,14 +232,21 @@ def write_video(
         container.mux(stream.encode())
 
 
-def _decode(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Frames of the first video stream, each with its start in seconds; starts rise."""
-    number = 0
+def decode(
+    path: Path, span: tuple[float, float] | None = None
+) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """Frames of the first video stream that start in ``span``, each with its start in seconds.
+
+    Starts rise. A file that is no video, damaged or truncated raises a ``MediaError``.
+    """
+    number, (first, last) = 0, span or (-math.inf, math.inf)
     try:
         with av.open(path, metadata_errors="replace") as container:
             stream = _video_stream(path, container)
             stream.thread_type = "AUTO"
             _check_index(path, stream)
+            if span is not None and container.format.name.startswith(_INDEXED):
+                container.seek(int(Fraction(first) / stream.time_base), stream=stream)
             clock = _Clock(container, stream)
             end = Fraction(0)
             for packet in _packets(container):
@@ -236,7 +254,11 @@ def _decode(path: Path) -> Iterator[tuple[Fraction, av.VideoFrame]]:
                 for frame in packet.decode() if packet.stream is stream else ():
                     if packet.is_corrupt or frame.is_corrupt:
                         raise MediaError(f"video: {path} is damaged after {number} frames")
-                    yield clock.start(frame), frame
+                    start = clock.start(frame)
+                    if start >= last - _NEAR:
+                        return
+                    if start >= first - _NEAR:
+                        yield start, frame
                     number += 1
             _check_end(path, container, end, number)
     except MediaError:
@@ -342,10 +364,10 @@ def _to_tensor(path: Path, frame: av.VideoFrame) -> Tensor:
         rows = frame.to_ndarray(format="rgb24")
     except Exception as error:
         raise MediaError(f"video: {path} cannot be converted to RGB: {_reason(error)}") from None
-    return torch.from_numpy(np.ascontiguousarray(_upright_rows(rows, frame))).permute(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(upright_rows(rows, frame))).permute(2, 0, 1)
 
 
-def _upright_rows(rows: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+def upright_rows(rows: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     """``[H, W, 3]`` rotated and mirrored as the file's display matrix states, by right angles."""
     try:
         matrix = frame.side_data.get(SideData.DISPLAYMATRIX)

@@ -64,7 +64,7 @@ def find(inputs: Sequence[Path], suffixes: Iterable[str]) -> Found:
         else:
             sources = [_checked(given, suffixes)]
         for path in sources:
-            name = _utf8(path.relative_to(given) if given.is_dir() else PurePath(path.name))
+            name = in_utf8(path.relative_to(given) if given.is_dir() else PurePath(path.name))
             if name in items and items[name].source != path:
                 raise ValueError(f"{items[name].source} and {path} would both become {name}")
             items[name] = Item(path, name)
@@ -97,7 +97,7 @@ def _within(folder: Path, suffixes: Iterable[str], passed_over: Counter[str]) ->
     yield from (Path(error.filename) for error in unreadable)
 
 
-def _utf8(name: PurePath) -> PurePath:
+def in_utf8(name: PurePath) -> PurePath:
     """Safetensors and JSON take no other names."""
     return PurePath(os.fsencode(name).decode(errors="backslashreplace"))
 
@@ -129,6 +129,8 @@ def each(
     read: Callable[[Item], T],
     work: Callable[[Item, T, Report], None],
     is_done: Callable[[Item], bool],
+    *,
+    readers: int = _READERS,
 ) -> Outcome:
     """Run ``read`` and then ``work`` on this rank's files, with a progress bar on rank 0.
 
@@ -141,6 +143,7 @@ def each(
         read: runs in threads, for the next few files while ``work`` runs on one.
         work: writes the output; what it still reads of its file passes through ``from_input``.
         is_done: whether a file can be skipped; called for all files before the first ``work``.
+        readers: threads that ``read``.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     share = items[rank::ranks]
@@ -148,7 +151,7 @@ def each(
     errors = []
     with _progress(visible=rank == 0) as progress:
         task = progress.add_task("", total=len(todo))
-        for item, reading in ahead(read, todo):
+        for item, reading in ahead(read, todo, readers):
             report = partial(_report, progress, task, item)
             report("")
             if error := _try(item, reading, work, report):
@@ -192,13 +195,15 @@ def _try(
     return None
 
 
-def ahead(read: Callable[[S], T], items: Iterable[S]) -> Iterator[tuple[S, Future[T]]]:
+def ahead(
+    read: Callable[[S], T], items: Iterable[S], readers: int = _READERS
+) -> Iterator[tuple[S, Future[T]]]:
     """Yield ``items`` and what ``read`` makes of them, in threads and a few items early."""
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(readers) as pool:
         waiting: deque[tuple[S, Future[T]]] = deque()
         for item in items:
             waiting.append((item, pool.submit(read, item)))
-            if len(waiting) > 2 * _READERS:
+            if len(waiting) > 2 * readers:
                 yield waiting.popleft()
         yield from waiting
 

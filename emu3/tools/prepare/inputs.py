@@ -181,7 +181,7 @@ def _file_samples(items: Sequence[Item]) -> Iterator[Sample]:
     for item in items:
         path = item.source
         try:
-            words = _caption_of(path)
+            words = caption_of(path)
         except (OSError, ValueError) as error:
             yield Sample(str(path), error=f"{path}: {' '.join(str(error).split())}")
             continue
@@ -189,7 +189,7 @@ def _file_samples(items: Sequence[Item]) -> Iterator[Sample]:
         yield Sample(str(path), parts=[words, medium] if words else [medium])
 
 
-def _caption_of(path: Path) -> str:
+def caption_of(path: Path) -> str:
     """Of ``a/b.jpg``: in ``a/b.jpg.txt``, ``a/b.txt``, or as ``caption`` in JSON of these names.
 
     Codes ``a/b.jpg.safetensors`` have the caption of ``a/b.jpg``.

@@ -21,7 +21,7 @@ _MEDIA = {
 """Names of fields, and whether they hold videos."""
 _TEXTS = "text", "caption", "txt"
 _CHATS = "conversations", "texts", "messages"
-FIELDS = (*_MEDIA, *_TEXTS, *_CHATS)
+FIELDS = (*_MEDIA, *_TEXTS, *_CHATS, "span")
 """Every name of a field that is read."""
 _USERS, _ASSISTANTS = {"human", "user"}, {"gpt", "assistant"}
 # Whitespace at a mark is of the text around it, not of what the model sees.
@@ -34,6 +34,8 @@ class Medium:
 
     data: Path | bytes | Tensor
     is_video: bool = False
+    span: tuple[float, float] | None = None
+    """Seconds of a video; None is all of it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def sample_of(record: Mapping[str, Any], folder: Path, origin: str) -> Sample:
     """The sample of a record.
 
     Media are in the fields ``image``, ``images``, ``video``, ``videos``, or named as an ending,
-    each a path below ``folder``, bytes, ``{"bytes", "path"}``, or a list of these. Texts are in
+    each a path below ``folder``, bytes, ``{"bytes", "path"}``, ``{"path", "offset", "size"}`` for
+    bytes of a file, or a list of these; ``span`` has the seconds of a video. Texts are in
     ``text``, ``caption`` or ``txt``; conversations in ``conversations`` or ``messages`` (``from``
     and ``value``, or ``role`` and ``content``), or in ``texts`` (``user`` and ``assistant``).
     ``<image>`` and ``<video>`` in a text stand for the media in their order.
@@ -70,20 +73,37 @@ def sample_of(record: Mapping[str, Any], folder: Path, origin: str) -> Sample:
         if not isinstance(words, str):
             raise ValueError(f"has a text that is no string but {type(words).__name__}")
         return Sample(origin, parts=_parts(words, media))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         return Sample(origin, error=f"{origin}: {' '.join(str(error).split())}")
 
 
 def _media(record: Mapping[str, Any], folder: Path) -> Iterator[Medium]:
+    span = _span(record.get("span"))
     for name, is_video in _MEDIA.items():
         values = record.get(name)
         if values is None:
             continue
         for value in values if isinstance(values, list) else [values]:
-            yield Medium(_content(value, folder), is_video)
+            yield Medium(_content(value, folder), is_video, span if is_video else None)
+
+
+def _span(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    first, last = map(float, value)
+    if not 0 <= first < last:
+        raise ValueError(f"has a span that must be two rising seconds, got {value}")
+    return first, last
 
 
 def _content(value: Any, folder: Path) -> Path | bytes:
+    if isinstance(value, Mapping) and value.get("offset") is not None:
+        with open(folder / value["path"], "rb") as file:
+            file.seek(value["offset"])
+            content = file.read(value["size"])
+        if len(content) < value["size"]:
+            raise ValueError(f"{value['path']} ends before {value['offset']} + {value['size']}")
+        return content
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

@@ -207,12 +207,12 @@ class _Prepare:
             return self._codes(*load_codes(data), data)
         self._needs_vision()
         if part.is_video:
-            return self._video(data) if isinstance(data, Path) else part
+            return self._video(data, part.span) if isinstance(data, Path) else part
         source = data if isinstance(data, Path) else Named(data, origin)
         return _Pixels(self._pixels(read_image(source)))
 
-    def _video(self, path: Path) -> Video:
-        return open_video(path, Fraction(self.making.fps) if self.making.fps else None)
+    def _video(self, path: Path, span: tuple[float, float] | None) -> Video:
+        return open_video(path, Fraction(self.making.fps) if self.making.fps else None, span)
 
     def _codes(self, codes: Tensor, header: CodesHeader, path: Path) -> Tensor | Clip:
         self._needs_vision()
@@ -230,7 +230,7 @@ class _Prepare:
             with NamedTemporaryFile() as file:
                 file.write(part.data)
                 file.flush()
-                return self._encoded(self._video(Path(file.name)))
+                return self._encoded(self._video(Path(file.name), part.span))
         if isinstance(part, Video):
             frames = (self._on_device(self._pixels(frame)) for frame in from_input(part))
             codes = encode_video(self.vision, frames, self.making.clips).cpu()

@@ -1,0 +1,1 @@
+"""Images and videos to scores, decisions and captions: ``emu3 curate``."""
