@@ -14,15 +14,12 @@ from emu3.train.compact_adamw import MOMENTS, CompactAdamW, round_at_random
 from emu3.train.metrics import read_metrics
 from emu3.train.pretrain_loop import pretrain as train
 from emu3.train.sharded import checkpoints
-from tests.ranks import Ranks
 from tests.train.pretraining import (
     Killed,
     assert_same_run,
     before_step,
     killed,
-    on_rank,
     poisoned,
-    stopped_after,
     tiny,
     write_data,
 )
@@ -193,19 +190,3 @@ def test_what_is_offloaded_trains_alike_and_may_change_when_a_run_continues(
 def test_rounding_needs_weights_of_bfloat16(folder):
     with pytest.raises(SettingsError, match=r"optim.master=stochastic needs parallel.dtype=bfl"):
         tiny(folder, "optim.master=stochastic")
-
-
-@pytest.mark.distributed
-def test_replicas_round_alike_and_another_mesh_continues(folder, tmp_path):
-    """2 x 2 ranks, then one: all end at finite weights, and the first steps are the same."""
-    ranks = Ranks(4)
-    try:
-        words = [*SMALL, "parallel.replicate=2", "parallel.tensor=2"]
-        ranks.run(stopped_after, str(folder), str(tmp_path / "run"), words, 2)
-        ranks.run(on_rank, str(folder), str(tmp_path / "whole"), words, False)
-    finally:
-        ranks.close()
-    train(tiny(folder, *SMALL), tmp_path / "run", resume=True)
-    found, expected = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("run", "whole"))
-    for a, b in zip(found, expected, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
