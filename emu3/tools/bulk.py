@@ -1,5 +1,6 @@
 """The same work on many files: found, sharded over ranks, with progress; a bad file is skipped."""
 
+import atexit
 import errno
 import os
 from collections import Counter, deque
@@ -159,10 +160,16 @@ def each(
                 progress.console.print(f"emu3: {error}", markup=False, emoji=False, soft_wrap=True)
             progress.advance(task)
     if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-        dist.barrier()
-        dist.destroy_process_group()
+        _wait_for_all()
     return Outcome(len(todo) - len(errors), len(share) - len(todo), errors)
+
+
+def _wait_for_all() -> None:
+    """Wait for the other ranks; a second group would find the first one's in torchrun's store."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+        atexit.register(dist.destroy_process_group)
+    dist.barrier()
 
 
 def from_input(values: Iterable[T]) -> Iterator[T]:
