@@ -1,4 +1,4 @@
-"""Pictures of one to three handwritten digits, one above the other, with captions and questions.
+"""Images of one to three handwritten digits, one above the other, with captions and questions.
 
 A digit fills a square of the size of the miniature's images: of three squares some are empty.
 """
@@ -18,7 +18,7 @@ _NUMBERS = "one", "two", "three"
 
 
 class Question(NamedTuple):
-    """What is asked about a picture, and the answer."""
+    """What is asked about an image, and the answer."""
 
     kind: str
     """``count``, ``digit`` or ``color``."""
@@ -27,7 +27,7 @@ class Question(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """Pictures ``[n, 3, 3 S, S]`` in [-1, 1], and what they show."""
+    """Images ``[n, 3, 3 S, S]`` in [-1, 1], and what they show."""
 
     images: Tensor
     digits: Tensor
@@ -61,7 +61,7 @@ class Composed(NamedTuple):
 def compose(
     digits: Digits, settings: DigitSettings, count: int, size: int, generator: torch.Generator
 ) -> Composed:
-    """Draw ``count`` pictures: as many with one digit as with two and three, in any squares.
+    """Draw ``count`` images: as many with one digit as with two and three, in any squares.
 
     Args:
         settings: of the motion of each digit.

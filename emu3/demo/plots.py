@@ -65,7 +65,7 @@ def draw_captions(path: Path, images: Tensor, captions: Sequence[str], right: Te
 
 
 def draw_answers(path: Path, images: Tensor, lines: Sequence[Sequence[tuple[str, bool]]]) -> None:
-    """Pictures ``[n, 3, H, W]`` beside lines about them, wrong ones marked."""
+    """Images ``[n, 3, H, W]`` beside lines about them, wrong ones marked."""
     columns = 4
     rows = -(-len(images) // columns)
     figure = new_page(16.0, 3.4 * rows + 0.7, "Answers of the tuned miniature")

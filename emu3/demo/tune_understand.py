@@ -1,4 +1,4 @@
-"""The miniature's instruction tuning: captions of composed pictures, then questions about them.
+"""The miniature's instruction tuning: captions of composed images, then questions about them.
 
 Both stages train from token stores as ``emu3 train understand1-mini`` and ``understand2-mini`` do;
 the second once with all weights and once with LoRA adapters.
@@ -33,14 +33,14 @@ from emu3.train.store_recipe import StoreRecipe
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_decoder, load_vision
 
-PICTURES, ASKED = 3000, 150
-"""Pictures to train on, and held-out ones that questions are asked about."""
+IMAGES, ASKED = 3000, 150
+"""Images to train on, and held-out ones that questions are asked about."""
 LORA = "lora.rank=8", "lora.alpha=16", "optim.lr=5e-3"
 _TURNS = 4
 """Most questions of a conversation."""
 _AT_ONCE = 64
 _SIZE, _DRAWN = 48, 8
-"""Side of a square of a picture; pictures in ``questions.png``."""
+"""Side of a square of an image; images in ``questions.png``."""
 _LONGEST_ANSWER = 10
 _VALIDATION_TEXTS = 2
 _TEXT_CONTEXT = 255
@@ -53,7 +53,7 @@ def run(
     progress: Clock,
     *,
     overrides: Sequence[str] = (),
-    pictures: int = PICTURES,
+    images: int = IMAGES,
     asked: int = ASKED,
 ) -> dict[str, float]:
     """Tune the miniature in ``start``, measure it, and draw ``questions.png`` into ``out``.
@@ -64,25 +64,25 @@ def run(
         out: a new folder.
         progress: takes the seconds of each stage.
         overrides: ``key=value`` words for every stage.
-        pictures: to train on.
-        asked: held-out pictures that questions are asked about.
+        images: to train on.
+        asked: held-out images that questions are asked about.
 
     Returns:
-        Shares of right answers about held-out pictures, of all weights and of adapters, and the
+        Shares of right answers about held-out images, of all weights and of adapters, and the
         loss of held-out texts before, between and after both stages.
     """
     vision, decoder = (start / "runs" / n / f"{n}.safetensors" for n in ("vision", "decoder"))
     tokenizer = load_vision(vision)
     text = ByteTokenizer(load_decoder(decoder).settings.vocabulary)
-    with progress.stage("compose_pictures"):
-        write_stores(out / "stores", tokenizer, text, pictures)
+    with progress.stage("compose_images"):
+        write_stores(out / "stores", tokenizer, text, images)
     stage = partial(_train, out, progress)
     first = stage("understand1-mini", decoder, "understand1", overrides)
     full = stage("understand2-mini", first, "understand2", overrides)
     lora = stage("understand2-mini", first, "understand2-lora", [*LORA, *overrides])
     metrics = {}
     with progress.stage("measure_answers"):
-        held_out = _pictures(asked, validation=True)
+        held_out = _composed(asked, validation=True)
         codes = _encoded(tokenizer, held_out.images)
         for prefix, weights in (("", full), ("lora_", lora)):
             found = measure_answers(load_decoder(weights), text, held_out, codes)
@@ -96,15 +96,15 @@ def run(
 
 
 def write_stores(
-    folder: Path, tokenizer: VisionTokenizer, text: ByteTokenizer, count: int = PICTURES
+    folder: Path, tokenizer: VisionTokenizer, text: ByteTokenizer, count: int = IMAGES
 ) -> None:
     """Write token stores of captions, of conversations and of texts, and one to validate texts.
 
     Args:
-        count: pictures, each with a caption and a conversation.
+        count: images, each with a caption and a conversation.
     """
-    pictures = _pictures(count, validation=False)
-    codes, numbers = _encoded(tokenizer, pictures.images), range(count)
+    composed = _composed(count, validation=False)
+    codes, numbers = _encoded(tokenizer, composed.images), range(count)
     random = torch.Generator().manual_seed(1)
     texts = [parts_document([words], text) for words in descriptions()]
     side = tokenizer.settings.image_size**2
@@ -117,8 +117,8 @@ def write_stores(
         making=Making(min_pixels=side, max_pixels=3 * side),
     )
     stores: dict[str, Iterable[Document]] = {
-        "captions": (parts_document([pictures.caption(n), codes[n]], text) for n in numbers),
-        "chats": (chat_document(_turns(pictures, codes[n], n, random), text) for n in numbers),
+        "captions": (parts_document([composed.caption(n), codes[n]], text) for n in numbers),
+        "chats": (chat_document(_turns(composed, codes[n], n, random), text) for n in numbers),
         "texts": texts[:-_VALIDATION_TEXTS],
         "validation": texts[-_VALIDATION_TEXTS:],
     }
@@ -127,11 +127,11 @@ def write_stores(
 
 
 def measure_answers(
-    model: Emu3, text: ByteTokenizer, pictures: Composed, codes: Sequence[Tensor]
+    model: Emu3, text: ByteTokenizer, composed: Composed, codes: Sequence[Tensor]
 ) -> dict[str, float]:
-    """Ask every question about every picture; the share of right answers, also by kind."""
+    """Ask every question about every image; the share of right answers, also by kind."""
     right = defaultdict(list)
-    for question, answer in _answered(model, text, pictures, codes):
+    for question, answer in _answered(model, text, composed, codes):
         right[question.kind].append(answer == question.answer)
     every = [one for kind in right.values() for one in kind]
     shares = {f"answer_{kind}_accuracy": sum(r) / len(r) for kind, r in right.items()}
@@ -153,10 +153,10 @@ def text_loss(model: Emu3, folder: Path) -> float:
 
 
 def draw_questions(
-    path: Path, model: Emu3, text: ByteTokenizer, pictures: Composed, codes: Sequence[Tensor]
+    path: Path, model: Emu3, text: ByteTokenizer, composed: Composed, codes: Sequence[Tensor]
 ) -> None:
-    """Draw some pictures and what is answered about them."""
-    shown = Composed(*(part[:_DRAWN] for part in pictures))
+    """Draw some images and what is answered about them."""
+    shown = Composed(*(part[:_DRAWN] for part in composed))
     lines = [[] for _ in shown.images]
     for (question, answer), number in zip(
         _answered(model, text, shown, codes), _owners(shown), strict=True
@@ -179,7 +179,7 @@ def _train(
         return pretrain(load_recipe(recipe, [*given, *words], StoreRecipe), out / "runs" / name)
 
 
-def _pictures(count: int, *, validation: bool) -> Composed:
+def _composed(count: int, *, validation: bool) -> Composed:
     settings = DigitSettings()
     digits = load_split(settings.validation)[validation]
     generator = torch.Generator().manual_seed(int(validation))
@@ -191,9 +191,9 @@ def _encoded(tokenizer: VisionTokenizer, images: Tensor) -> list[Tensor]:
     return [one for some in images.split(_AT_ONCE) for one in tokenizer.encode(some)]
 
 
-def _turns(pictures: Composed, codes: Tensor, number: int, random: torch.Generator) -> list[Turn]:
-    """A conversation about a picture: some of its questions in any order."""
-    questions = pictures.questions(number)
+def _turns(composed: Composed, codes: Tensor, number: int, random: torch.Generator) -> list[Turn]:
+    """A conversation about an image: some of its questions in any order."""
+    questions = composed.questions(number)
     order = torch.randperm(len(questions), generator=random)[:_TURNS].tolist()
     asked = [questions[at] for at in order]
     said = [[codes, asked[0].words], *([question.words] for question in asked[1:])]
@@ -201,11 +201,11 @@ def _turns(pictures: Composed, codes: Tensor, number: int, random: torch.Generat
 
 
 def _answered(
-    model: Emu3, text: ByteTokenizer, pictures: Composed, codes: Sequence[Tensor]
+    model: Emu3, text: ByteTokenizer, composed: Composed, codes: Sequence[Tensor]
 ) -> Iterator[tuple[Question, str]]:
-    """Every question about every picture, each in a conversation of its own, and its answer."""
-    owners = _owners(pictures)
-    asked = [of for number in range(len(pictures.images)) for of in pictures.questions(number)]
+    """Every question about every image, each in a conversation of its own, and its answer."""
+    owners = _owners(composed)
+    asked = [of for number in range(len(composed.images)) for of in composed.questions(number)]
     prompts = [
         chat_prompt([Turn([codes[number], of.words])], text)
         for number, of in zip(owners, asked, strict=True)
@@ -216,7 +216,7 @@ def _answered(
         yield from zip(asked[at : at + _AT_ONCE], found, strict=True)
 
 
-def _owners(pictures: Composed) -> list[int]:
-    """The picture of each question."""
-    numbers = range(len(pictures.images))
-    return [number for number in numbers for _ in pictures.questions(number)]
+def _owners(composed: Composed) -> list[int]:
+    """The image of each question."""
+    numbers = range(len(composed.images))
+    return [number for number in numbers for _ in composed.questions(number)]

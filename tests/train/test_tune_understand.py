@@ -1,4 +1,4 @@
-"""Questions about composed pictures: what is asked, and the commands of the miniature's tuning."""
+"""Questions about composed images: what is asked, and the commands of the miniature's tuning."""
 
 import pytest
 import torch
@@ -17,29 +17,29 @@ from emu3.weights import save_decoder, save_vision
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def composed():
     generator = torch.Generator().manual_seed(0)
     return compose(load_split(0.25)[1], DigitSettings(), 60, 48, generator)
 
 
-def test_a_picture_shows_the_digits_that_are_asked_about(pictures):
+def test_an_image_shows_the_digits_that_are_asked_about(composed):
     """As the demo's judges see them, which were fitted on other digits."""
     judge = DigitJudge(load_split(0.25)[0], DigitSettings(), 48)
-    squares = pictures.images.unflatten(2, (3, 48)).transpose(1, 2)
-    is_filled = pictures.digits >= 0
+    squares = composed.images.unflatten(2, (3, 48)).transpose(1, 2)
+    is_filled = composed.digits >= 0
     assert is_filled.sum(1).bincount(minlength=4)[1:].min() >= 10
     shown = squares[is_filled]
-    right = judge(shown) == pictures.digits[is_filled]
+    right = judge(shown) == composed.digits[is_filled]
     assert right.float().mean() > 0.95
-    assert (judge_color(shown) == pictures.colors[is_filled]).float().mean() > 0.97
+    assert (judge_color(shown) == composed.colors[is_filled]).float().mean() > 0.97
     empty = squares[~is_filled].flatten(2)
     assert empty.amin(2).equal(empty.amax(2))
 
 
-def test_questions_have_the_answers_of_the_caption(pictures):
-    for number in range(len(pictures.images)):
-        words = pictures.caption(number).split(": ")[1].split(", ")
-        count, *others = pictures.questions(number)
+def test_questions_have_the_answers_of_the_caption(composed):
+    for number in range(len(composed.images)):
+        words = composed.caption(number).split(": ")[1].split(", ")
+        count, *others = composed.questions(number)
         assert (count.words, len(words)) == (
             HOW_MANY,
             ["one", "two", "three"].index(count.answer) + 1,
@@ -62,7 +62,7 @@ def test_the_tuning_of_a_miniature_reports_what_it_reaches(tmp_path):
     save_vision(runs / "vision/vision.safetensors", VisionTokenizer(recipe.vision))
     save_decoder(runs / "decoder/decoder.safetensors", Emu3(recipe.model))
     clock = Clock()
-    how = {"overrides": ["train.steps=2"], "pictures": 24, "asked": 3}
+    how = {"overrides": ["train.steps=2"], "images": 24, "asked": 3}
     metrics = run(tmp_path / "start", tmp_path / "out", clock, **how)
     kinds = "", "count_", "digit_", "color_"
     names = {f"{prefix}answer_{kind}accuracy" for prefix in ("", "lora_") for kind in kinds}
@@ -75,17 +75,17 @@ def test_the_tuning_of_a_miniature_reports_what_it_reaches(tmp_path):
     assert clock.seconds.keys() >= {"train_understand1", "train_understand2-lora"}
 
 
-def test_answers_are_right_when_they_are_the_ones_expected(pictures, monkeypatch):
+def test_answers_are_right_when_they_are_the_ones_expected(composed, monkeypatch):
     """Whitespace around an answer does not count."""
     text = ByteTokenizer(load_recipe("digits", (), DigitRecipe).model.vocabulary)
-    asked = [one for number in range(60) for one in pictures.questions(number)]
+    asked = [one for number in range(60) for one in composed.questions(number)]
     answers = iter([f" {one.answer} " if one.kind != "count" else "four" for one in asked])
     monkeypatch.setattr(
         "emu3.demo.tune_understand.generate_text",
         lambda model, text, prompts, most: [next(answers) for _ in prompts],
     )
     codes = [torch.zeros(18, 6, dtype=torch.int64)] * 60
-    found = measure_answers(None, text, pictures, codes)
+    found = measure_answers(None, text, composed, codes)
     assert (found["answer_digit_accuracy"], found["answer_count_accuracy"]) == (1.0, 0.0)
     assert found["answer_accuracy"] == pytest.approx(1 - 60 / len(asked))
 
