@@ -6,13 +6,9 @@ generated from these before and after.
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from emu3.config import load_recipe
@@ -25,13 +21,11 @@ from emu3.demo.digits import (
     caption,
     load_split,
     read_caption,
-    render,
-    sample_motion,
 )
-from emu3.demo.judge import DigitJudge, ink, judge_color
+from emu3.demo.judge import DigitJudge, judge_color
 from emu3.demo.measure import share
 from emu3.demo.miniature import Clock
-from emu3.demo.voters import likeness
+from emu3.demo.voters import likeness, strokes
 from emu3.generate import Sampling, generate_images
 from emu3.text import ByteTokenizer
 from emu3.tools.prefer.run import PAIRS, Asked, prefer
@@ -48,7 +42,6 @@ _SEED = 1 << 21
 _HELD_OUT = 2
 """Colours of each digit without a pair."""
 _GAP = 0.5
-_FEATURES, _MOVED_COPIES, _LEAST = 14, 3, 1e-6
 
 
 def run(
@@ -136,30 +129,3 @@ def measure(
         "color_accuracy": share(judge_color(images) == colors),
     }
     return images[: len(captions)], found
-
-
-def strokes(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """``log p(digit)`` of images ``[B, 3, H, H]`` in [0, 1], by a small network of its own."""
-    digits = torch.tensor([read_caption(prompt)[0] for prompt in prompts])
-    probabilities = _classifier(images.shape[-1]).predict_proba(_pooled(images.cpu() * 2 - 1))
-    found = torch.from_numpy(probabilities).float().gather(1, digits[:, None])[:, 0]
-    return found.clamp_min(_LEAST).log()
-
-
-@cache
-def _classifier(size: int) -> MLPClassifier:
-    """Fitted on real training scans alone, with other features than the judge's."""
-    settings, generator = DigitSettings(), torch.Generator().manual_seed(11)
-    digits = load_split(settings.validation)[0]
-    features = []
-    for _ in range(_MOVED_COPIES):
-        colors = torch.randint(len(COLORS), (len(digits),), generator=generator)
-        motion = sample_motion(len(digits), settings, generator)
-        features.append(_pooled(render(digits.scans, colors, motion, size)))
-    classifier = MLPClassifier((48,), alpha=1e-2, max_iter=100, random_state=1, early_stopping=True)
-    return classifier.fit(np.concatenate(features), np.tile(digits.labels.numpy(), _MOVED_COPIES))
-
-
-def _pooled(images: Tensor) -> np.ndarray:
-    pooled = F.adaptive_avg_pool2d(ink(images), _FEATURES).flatten(1)
-    return (pooled / pooled.amax(1, keepdim=True).clamp_min(1e-6)).numpy()

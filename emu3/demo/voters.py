@@ -1,12 +1,14 @@
-"""Voters for digits: the judges of the demo, and a scorer that they never see.
+"""Voters for digits: the judges of the demo, and two scorers that they never see.
 
 Name them to ``emu3 evaluate`` as ``emu3.demo.voters:digit`` and ``emu3.demo.voters:color``; their
-means are accuracies. ``likeness`` selects what is trained on, so that the judges stay independent:
-it is of another family of models, on other features. All are fitted on real scans alone.
+means are accuracies. ``likeness`` and ``strokes`` choose what is trained on, so that the judges
+stay independent: they are of another family of models, on other features. All are fitted on real
+scans alone.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +20,29 @@ from emu3.demo.config import DigitSettings
 from emu3.demo.digits import COLORS, load_split, read_caption, render, sample_motion
 from emu3.demo.judge import DigitJudge, color_similarity, ink, judge_color
 
-_FEATURES = 16
-"""Side of the pooled ink of ``likeness``, finer than that of the judge."""
-_MOVED_COPIES = 4
 _SHARPNESS = 30.0
 """Of the softmax over the cosines of colours."""
 _LEAST = 1e-6
 """A probability below is as unlikely as this one."""
+
+
+class _Network(NamedTuple):
+    """A small network on pooled ink, finer than that of the judge."""
+
+    features: int
+    """Side of the pooled ink."""
+    hidden: int
+    alpha: float
+    copies: int
+    """Of each scan, moved."""
+    seed: int
+    """Of the motion."""
+    state: int
+    """Of the network's first weights."""
+
+
+_LIKENESS = _Network(features=16, hidden=64, alpha=1e-3, copies=4, seed=7, state=0)
+_STROKES = _Network(features=14, hidden=48, alpha=1e-2, copies=3, seed=11, state=1)
 
 
 def digit(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -42,11 +60,21 @@ def likeness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Mean of ``log p(digit)`` and ``log p(colour)`` of images ``[B, 3, H, H]`` in [0, 1]."""
     pixels = images.cpu() * 2 - 1
     digits, colors = _wanted(prompts)
-    classifier = _classifier(images.shape[-1])
-    probabilities = torch.from_numpy(classifier.predict_proba(_pooled(pixels))).float()
-    of_digits = probabilities.gather(1, digits[:, None])[:, 0].clamp_min(_LEAST).log()
     of_colors = (_SHARPNESS * color_similarity(pixels)).log_softmax(1)
-    return (of_digits + of_colors.gather(1, colors[:, None])[:, 0].clamp_min(np.log(_LEAST))) / 2
+    of_colors = of_colors.gather(1, colors[:, None])[:, 0].clamp_min(np.log(_LEAST))
+    return (_log_likelihood(_LIKENESS, pixels, digits) + of_colors) / 2
+
+
+def strokes(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """``log p(digit)`` of images ``[B, 3, H, H]`` in [0, 1], by another network."""
+    return _log_likelihood(_STROKES, images.cpu() * 2 - 1, _wanted(prompts)[0])
+
+
+def _log_likelihood(network: _Network, pixels: Tensor, digits: Tensor) -> Tensor:
+    features = _pooled(pixels, network.features)
+    probabilities = _classifier(network, pixels.shape[-1]).predict_proba(features)
+    of_digits = torch.from_numpy(probabilities).float().gather(1, digits[:, None])[:, 0]
+    return of_digits.clamp_min(_LEAST).log()
 
 
 def _wanted(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -66,19 +94,21 @@ def _judge(size: int) -> DigitJudge:
 
 
 @cache
-def _classifier(size: int) -> MLPClassifier:
-    settings, generator = DigitSettings(), torch.Generator().manual_seed(7)
+def _classifier(network: _Network, size: int) -> MLPClassifier:
+    settings, generator = DigitSettings(), torch.Generator().manual_seed(network.seed)
     digits = load_split(settings.validation)[0]
     features = []
-    for _ in range(_MOVED_COPIES):
+    for _ in range(network.copies):
         colors = torch.randint(len(COLORS), (len(digits),), generator=generator)
         motion = sample_motion(len(digits), settings, generator)
-        features.append(_pooled(render(digits.scans, colors, motion, size)))
-    classifier = MLPClassifier((64,), alpha=1e-3, max_iter=40, random_state=0, early_stopping=True)
-    labels = np.tile(digits.labels.numpy(), _MOVED_COPIES)
+        moved = render(digits.scans, colors, motion, size)
+        features.append(_pooled(moved, network.features))
+    how = {"alpha": network.alpha, "max_iter": 40, "early_stopping": True}
+    classifier = MLPClassifier((network.hidden,), random_state=network.state, **how)
+    labels = np.tile(digits.labels.numpy(), network.copies)
     return classifier.fit(np.concatenate(features), labels)
 
 
-def _pooled(images: Tensor) -> np.ndarray:
-    pooled = F.adaptive_avg_pool2d(ink(images), _FEATURES).flatten(1)
+def _pooled(images: Tensor, side: int) -> np.ndarray:
+    pooled = F.adaptive_avg_pool2d(ink(images), side).flatten(1)
     return (pooled / pooled.amax(1, keepdim=True).clamp_min(1e-6)).numpy()

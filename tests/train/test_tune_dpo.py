@@ -9,6 +9,7 @@ from emu3.demo import tune_dpo
 from emu3.demo.digits import COLORS, DIGITS, at_rest, caption, load_split, render
 from emu3.demo.miniature import Clock
 from emu3.demo.run_tune import STAGES
+from emu3.demo.voters import strokes
 from emu3.model import Emu3
 from emu3.tasks import load_recipe
 from emu3.vision import VisionTokenizer
@@ -62,5 +63,5 @@ def test_the_second_voter_prefers_the_digit_of_the_caption():
     images = (render(digits.scans, colors, at_rest(len(digits)), 48) + 1) / 2
     said = [caption(int(d), int(c)) for d, c in zip(digits.labels, colors, strict=True)]
     wrong = [caption((int(d) + 1) % 10, int(c)) for d, c in zip(digits.labels, colors, strict=True)]
-    right = tune_dpo.strokes(images, said) > tune_dpo.strokes(images, wrong)
+    right = strokes(images, said) > strokes(images, wrong)
     assert right.float().mean() > 0.95
