@@ -73,6 +73,7 @@ def test_a_dry_run_goes_the_way_of_a_visit(tmp_path, here, monkeypatch):
     assert "## Kernels of model" in page
 
 
+@pytest.mark.e2e
 def test_a_wrong_backend_is_named_and_not_timed_and_the_rest_is(tmp_path, here, monkeypatch):
     wrong, right = item_of("swiglu"), item_of("rms_norm")
     public = ops.suite.public

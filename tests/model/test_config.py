@@ -38,7 +38,7 @@ def test_a_table_of_the_recipe_refines_the_preset(tmp_path):
 @pytest.mark.parametrize(
     ("word", "line"),
     [
-        ("optim.lrr=1", "optim.lrr: unknown setting; optim has betas, clip, eps, lr, min_lr, "),
+        ("optim.lrr=1", "optim.lrr: unknown setting; optim has betas, clip, decay, eps, lr, "),
         ("optimm.lr=1", "optimm: unknown setting; recipe has data, media, model, objective"),
         (
             "model.vocabulary.bow=1",

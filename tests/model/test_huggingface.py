@@ -288,6 +288,7 @@ def test_autocast_narrows_what_it_narrowed_before():
     )
 
 
+@pytest.mark.e2e
 def test_a_training_step_compiles_in_one_piece():
     ours, _, _ = pair()
     compiled = torch.compile(ours, fullgraph=True, backend="eager")

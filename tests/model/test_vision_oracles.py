@@ -107,7 +107,7 @@ def assert_drawn_as_accurately(ours: VisionTokenizer, codes: torch.Tensor) -> No
     assert_as_accurate("image", ours.decode(codes[:, 0]), low[:, 0], exact[:, 0])
 
 
-@pytest.mark.parametrize("frames", [4, 12])
+@pytest.mark.parametrize("frames", [4, pytest.param(12, marks=pytest.mark.e2e)])
 def test_video_has_the_released_code_s_codes_and_pixels(frames):
     ours = random_tokenizer()
     clips = images(2, frames, 3, 32, 48)

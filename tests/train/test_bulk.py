@@ -179,7 +179,8 @@ def test_a_full_disk_ends_the_run():
 def test_under_torchrun_a_rank_waits_for_the_others_before_it_fails(monkeypatch):
     happened = []
     monkeypatch.setattr("emu3.tools.bulk.dist.is_torchelastic_launched", lambda: True)
-    for name in ("init_process_group", "barrier", "destroy_process_group"):
+    monkeypatch.setattr("emu3.tools.bulk.atexit.register", lambda call: None)
+    for name in ("init_process_group", "barrier"):
         monkeypatch.setattr(
             f"emu3.tools.bulk.dist.{name}", lambda *_, name=name, **__: happened.append(name)
         )
@@ -189,7 +190,7 @@ def test_under_torchrun_a_rank_waits_for_the_others_before_it_fails(monkeypatch)
         raise ValueError("broken")
 
     each(ITEMS[:1], str, work, lambda item: False)
-    assert happened == ["work", "init_process_group", "barrier", "destroy_process_group"]
+    assert happened == ["work", "init_process_group", "barrier"]
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])
