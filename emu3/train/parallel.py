@@ -7,9 +7,8 @@ dimension, so that no dimension is cut twice. Tensor parallelism works on local 
 B rows of a data rank, T tokens of a row, C context ranks, P tensor ranks, D hidden size.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from emu3.config import ModelSettings
@@ -277,52 +276,6 @@ def step_seeds(
 
 def _num_sites(settings: ModelSettings) -> int:
     return 3 * settings.num_layers + 1
-
-
-@torch.no_grad()
-def clip_gradients(model: Emu3, layout: Layout, most: float) -> Tensor:
-    """Clip by the norm over all meshes and return it, the same bits on every rank.
-
-    Call it once a step, also without a limit (``most=inf``): gradients of which each rank has a
-    part are added up here. Those are of norms, which each tensor rank has of its tokens, and of
-    adapters, which each rank has of its rows and tokens.
-    """
-    s, gradients = layout.settings, {}
-    for name, cut in cuts_of(model).items():
-        gradient = model.get_parameter(name).grad
-        if gradient is not None:
-            holders = {"tensor"} if cut.tensor is None else set()
-            if cut.fsdp is None:
-                holders |= {"replicate", "fsdp"}
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            gradients.setdefault(frozenset(holders), []).append(local)
-    square = 0.0
-    for holders, mine in gradients.items():
-        _add_up(mine, layout, holders)
-        copies = math.prod(layout.storage[name].size() for name in holders - {"replicate"})
-        square = square + _square(mine) / copies
-    dist.all_reduce(square)
-    norm = (square / s.replicate).sqrt().float()
-    every = [gradient for mine in gradients.values() for gradient in mine]
-    torch._foreach_mul_(every, (most / (norm + 1e-6)).clamp(max=1))
-    return norm
-
-
-def _add_up(gradients: list[Tensor], layout: Layout, holders: Set[str]) -> None:
-    """Add up, in place, what the ranks of ``holders`` have a part of each."""
-    groups = [n for n in layout.storage.mesh_dim_names if n in holders]
-    groups = [layout.storage.get_group(n) for n in groups if layout.storage[n].size() > 1]
-    if not groups:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    for group in groups:
-        dist.all_reduce(flat, group=group)
-    for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(whole.view_as(gradient))
-
-
-def _square(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors, 2, torch.float64)).square().sum()
 
 
 def _tensor_parallel(model: Emu3, layout: Layout) -> None:

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from emu3.data.order import key_of
 from emu3.data.stream import StoreStream, StreamSettings
 from emu3.model import Emu3
+from emu3.train.clip import clip_gradients
 from emu3.train.compact_adamw import CompactAdamW
 from emu3.train.guard import Guard
 from emu3.train.layout import Batch, Layout, check_fits
@@ -21,7 +22,6 @@ from emu3.train.optim import build_optimizer, learning_rate, parameter_groups
 from emu3.train.parallel import (
     StepLoss,
     accumulate_gradients,
-    clip_gradients,
     evaluate,
     parallelize,
     step_seeds,

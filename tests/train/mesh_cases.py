@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from emu3.config import BYTE_VOCABULARY, ModelSettings
 from emu3.model import Emu3, StepDropout
+from emu3.train.clip import clip_gradients
 from emu3.train.layout import Batch, Layout, ParallelSettings, check_fits
 from emu3.train.parallel import (
     accumulate_gradients,
-    clip_gradients,
     parallelize,
     step_seeds,
 )

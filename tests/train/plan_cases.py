@@ -12,9 +12,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from emu3.config import BYTE_VOCABULARY, ModelSettings
 from emu3.model import Emu3
+from emu3.train.clip import clip_gradients
 from emu3.train.layout import Batch, Layout, ParallelSettings
 from emu3.train.lora import LoraSettings, add_adapters, freeze, num_dropout_sites
-from emu3.train.parallel import accumulate_gradients, clip_gradients, parallelize, step_seeds
+from emu3.train.parallel import accumulate_gradients, parallelize, step_seeds
 from emu3.train.pretrain import optimizer_of
 from emu3.train.sharded import allocate, initialise, initialise_adapters
 from emu3.train.store_recipe import PretrainOptimSettings
