@@ -10,6 +10,9 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 OLDEST_TRITON := $(shell sed -n 's/.*OLDEST = .*"\([0-9.]*\)"$$/\1/p' emu3_kernels/testing/compilers.py)
 OLDEST_FOLDER := $(VENV)/triton-$(OLDEST_TRITON)
 
+# Bytecode is kept, whatever the caller's environment says: many tests start processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTEST := $(BIN)/python -m pytest
 WORKERS := --numprocesses=2 --dist=worksteal
 

@@ -95,6 +95,7 @@ def swiglu(gate, up, *, backend=None):
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("backend", [None, "gone"])
 def test_the_public_functions_of_any_tree_are_timed(tmp_path, monkeypatch, backend):
     """The other tree has one function and none of our modules."""

@@ -206,6 +206,7 @@ def test_what_ran_out_of_memory_beside_others_is_tried_again_alone(tmp_path, her
     assert not visited.failed
 
 
+@pytest.mark.e2e
 def test_a_job_that_raises_dies_or_hangs_is_named_by_its_step_and_the_next_one_runs():
     with closing(Worker()) as one:
         (first, second) = one.run(jobs.count, 2, seconds=60)

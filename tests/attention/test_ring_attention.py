@@ -195,6 +195,7 @@ def test_without_a_group_there_is_no_ring():
         ring_attention(q, q, q, group=None)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_when_a_rank_fails_the_others_fail_and_say_why(where, how):
@@ -211,6 +212,7 @@ def test_when_a_rank_fails_the_others_fail_and_say_why(where, how):
         assert results[1][0] == "MemoryError: no memory"
 
 
+@pytest.mark.distributed
 def test_when_a_rank_does_not_come_the_others_do_not_wait_for_ever():
     with closing(Ranks(2)) as ranks:
         (message, seconds), _ = ranks.run(cases.survives, "absent", "forward", may_die=1)

@@ -70,7 +70,9 @@ def launches_of_the_model(training: bool, whole: bool) -> tuple[list[str], list[
     return found[1], found[0]
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["model", "blocks"])
+@pytest.mark.parametrize(
+    "whole", [True, pytest.param(False, marks=pytest.mark.e2e)], ids=["model", "blocks"]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_is_one_graph_as_a_whole_and_block_by_block(compiling, training, whole):
     traced, eager = compiling(launches_of_the_model, training, whole)

@@ -93,7 +93,9 @@ def test_a_split_sum_is_the_float32_sum_rounded_once():
 
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux resets the peak of a process")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.e2e), torch.bfloat16]
+)
 def test_the_process_grows_by_no_more_than_the_memory(dtype):
     """At Emu3's vocabulary; a GEMM that packs its operands shows here alone."""
     memory = 96 * MIB

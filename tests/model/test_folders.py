@@ -127,7 +127,7 @@ def photographs(count):
     return [torch.randint(256, shapes[n], generator=chosen).byte().numpy() for n in range(count)]
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("count", [*(pytest.param(n, marks=pytest.mark.e2e) for n in (0, 1)), 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_logits_equal_hugging_face_s_with_text_and_images(count, dtype, made, theirs, processor):

@@ -32,6 +32,7 @@ def test_a_decoder_layer_takes_its_arguments_by_place_too():
     torch.testing.assert_close(*drawn)
 
 
+@pytest.mark.e2e
 def test_continuous_batching_gives_the_same_tokens():
     sizes = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -69,6 +69,7 @@ def both(folder, **settings):
     return [trainer(model, folder, **copy.deepcopy(settings)) for model in models]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "settings",
     [{"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}],

@@ -146,6 +146,7 @@ def test_four_processes_share_the_rows_of_a_step(stage, shard, context):
     assert recipe.num_micro_batches == 1
 
 
+@pytest.mark.e2e
 def test_a_command_that_fails_ends_the_demo_in_a_line(tmp_path):
     with pytest.raises(ValueError, match=r"^demo: emu3 train ended with exit code 1$"):
         run_stages.run_command(["train", "no-such-recipe", "--out", str(tmp_path)], 1)

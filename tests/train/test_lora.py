@@ -207,6 +207,7 @@ def published(tmp_path_factory):
     return folder
 
 
+@pytest.mark.e2e
 @torch.no_grad()
 def test_peft_loads_the_adapters_into_hugging_face_s_model(published, tmp_path):
     """Logits of PEFT's model, of our merge at load, and of the weights that the run wrote."""

@@ -315,6 +315,7 @@ def write_to_a_full_disk(folder: Path) -> list[str]:
     return errors
 
 
+@pytest.mark.e2e
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
     assert children.run(write_to_a_full_disk, tmp_path) == ["File too large"] * 2
     assert list(tmp_path.iterdir()) == []

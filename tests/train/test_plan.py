@@ -70,7 +70,11 @@ TUNED = [
 ]
 
 
-@pytest.mark.parametrize(("sizes", "lora", "frozen"), TUNED, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "lora", "frozen"),
+    [TUNED[0], *(pytest.param(*case, marks=pytest.mark.e2e) for case in TUNED[1:])],
+    ids=str,
+)
 def test_the_plan_of_adapters_and_frozen_weights_is_near_its_measured_peak(
     run, sizes, lora, frozen
 ):

@@ -362,7 +362,10 @@ def invoke(words: list[str], largest_file: int | None = None) -> tuple[int, str]
     return done.exit_code, done.stderr
 
 
-@pytest.mark.parametrize(("size", "more"), [(100, []), (8000, ["--compare", "side"])])
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [(100, []), pytest.param(8000, ["--compare", "side"], marks=pytest.mark.e2e)],
+)
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_no_half_file(size, more, folder, weights):
     """The kernel refuses the bytes of a file past ``size``."""
     more = [str(folder / "side") if word == "side" else word for word in more]

@@ -325,6 +325,7 @@ def test_weights_of_another_shape_are_refused(recipe, tmp_path):
         begin(other)
 
 
+@pytest.mark.e2e
 def test_training_lowers_the_error_of_a_batch(recipe):
     stage = make_stage(changed(recipe, "train", steps=30))
     batch = stage.stream.next_batch()
@@ -332,6 +333,7 @@ def test_training_lowers_the_error_of_a_batch(recipe):
     assert sum(errors[-5:]) < 0.8 * sum(errors[:5])
 
 
+@pytest.mark.e2e
 def test_the_demo_writes_metrics_and_images_of_the_validation_files(tmp_path):
     words = tokenizer_words(tmp_path)
     report = run_redraw(tmp_path / "demo", words=words)

@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.e2e
 def test_the_report_has_what_every_stage_measured(folder):
     report = json.loads((folder / "report.json").read_text())
     for name in ("before", "after", "unselected"):
@@ -46,6 +47,7 @@ def test_the_report_has_what_every_stage_measured(folder):
         assert image.width >= 1000
 
 
+@pytest.mark.e2e
 def test_the_better_half_by_score_is_what_is_trained_on(folder):
     scores = np.load(folder / "quality/scores.npy")
     assert len(scores) == len(Store(folder / "quality/stores/samples")) == 80
