@@ -318,6 +318,9 @@ def host_section(rows: list[dict]) -> list[str]:
     """Return the table of host times."""
     if not rows:
         return []
-    text = "Python time of one call of the Triton backend, its launches recorded and not made.\n"
+    text = (
+        "Python time of one call of the Triton backend, its launches recorded and not made. That "
+        "of a backward pass includes `torch.autograd.grad`, timed alone with an empty node.\n"
+    )
     body = map(tables.host_line, sorted(rows, key=lambda row: rank(row["op"])))
     return ["## Host\n", text, tables.markdown(tables.HOST_HEADER, body)]

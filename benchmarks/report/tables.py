@@ -12,7 +12,10 @@ HEADER = (
 )
 NUM_TEXT_COLUMNS = 5
 """Columns of text; the rest are numbers."""
-HOST_HEADER = ("op", "size", "dtype", "direction", "MEASURED us", "range", "calls", "launches")
+HOST_HEADER = (
+    *("op", "size", "dtype", "direction", "MEASURED us", "range", "of an empty node"),
+    *("calls", "launches"),
+)
 
 
 def lines(rows: Iterable[dict]) -> list[list[str]]:
@@ -97,6 +100,7 @@ def host_line(row: dict) -> list[str]:
     return [
         *(row["op"], size(row), row["dtype"], row["direction"]),
         *(f"{1e3 * row['ms']:.1f}", " - ".join(f"{1e3 * ms:.1f}" for ms in row["range_ms"])),
+        f"{1e3 * row['empty_ms']:.1f}" if "empty_ms" in row else "-",
         *(str(row["calls"]), str(row["launches"])),
     ]
 

@@ -2,11 +2,12 @@
 
 Every Triton launch is recorded and not made, so that what remains is the host code of the op.
 Results are undefined. The time is that of this process, not of others; the number of function
-calls, Python's and C's, does not depend on the machine.
+calls, Python's and C's, does not depend on the machine. A backward pass is timed with
+``torch.autograd.grad``, and beside it what that takes where there is nothing to compute.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def rows_of_op(op: str, dtype: torch.dtype) -> list[dict]:
 
 def row_of(op: str, size: dict, dtype: torch.dtype, direction: str) -> dict:
     inputs = suite.cases(op).make(**size, dtype=dtype, device="cpu")
-    leaves = suite.differentiable(op, inputs)
+    leaves, empty = suite.differentiable(op, inputs), []
     function = lambda **given: suite.public(op)(**given, backend=BACKEND)  # noqa: E731
     with recorded_launches() as launches, torch.set_grad_enabled(direction != "forward"):
         if direction == "forward, grad":
@@ -68,6 +69,8 @@ def row_of(op: str, size: dict, dtype: torch.dtype, direction: str) -> dict:
         count = len(launches)
         num_calls = function_calls(call)
         seconds = samples(call)
+        if direction == "backward":
+            empty = samples(calls.bind(nothing_like(function, inputs, leaves), inputs, way, leaves))
     return {
         "label": "MEASURED",
         "suite": "host",
@@ -81,12 +84,33 @@ def row_of(op: str, size: dict, dtype: torch.dtype, direction: str) -> dict:
         "load": [machine.load()],
         "ms": 1e3 * median(seconds),
         "range_ms": [1e3 * min(seconds), 1e3 * max(seconds)],
+        **({"empty_ms": 1e3 * median(empty)} if empty else {}),
         "calls": num_calls,
         "launches": count,
         "peers": {},
         "missing": {},
         **results.made_by(machine.facts(), (commit := machine.commit()), commit["time"]),
     }
+
+
+class _Nothing(torch.autograd.Function):
+    """Returns ``results``, and in the backward pass the leaves for their gradients."""
+
+    @staticmethod
+    def forward(ctx, results, *leaves):
+        ctx.leaves = [leaf.detach() for leaf in leaves]
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *douts):
+        return None, *ctx.leaves
+
+
+def nothing_like(function: Callable, inputs: dict, leaves: Sequence[str]) -> Callable:
+    """Return a function of the results and the gradients of ``function`` that computes neither."""
+    given = inputs | {name: inputs[name].detach().requires_grad_() for name in leaves}
+    results = [r.detach() for r in calls.as_tuple(function(**given)) if r.requires_grad]
+    return lambda **given: _Nothing.apply(results, *(given[name] for name in leaves))
 
 
 def samples(call: Callable[[], object]) -> list[float]:

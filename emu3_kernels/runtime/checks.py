@@ -144,6 +144,15 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
+def unit_stride(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return ``x``, copied unless its last dimension has unit stride, and its other strides."""
+    *strides, last = x.stride()
+    if last == 1:
+        return x, strides
+    x = x.contiguous()
+    return x, x.stride()[:-1]
+
+
 def unrows(y: Tensor, x: Tensor) -> Tensor:
     """Return ``y``, computed from ``rows(x)``, in the shape of ``x``."""
     return y if x.dim() == 2 else y.view_as(x)

@@ -28,7 +28,7 @@ def counters(tensor: Tensor, count: int) -> Tensor:
             return _take_captured(tensor, count)
         stream = torch._C._cuda_getCurrentRawStream(tensor.get_device())
     held = _of_stream.get((device, stream))
-    if held is None or len(held) < count:
+    if held is None or held.shape[0] < count:
         _captured.setdefault(device, _zeros(tensor, NUM_CAPTURED))
         held = _of_stream[device, stream] = _zeros(tensor, max(count, 1024))
     return held
@@ -36,7 +36,7 @@ def counters(tensor: Tensor, count: int) -> Tensor:
 
 def _take_captured(tensor: Tensor, count: int) -> Tensor:
     left = _captured.get(tensor.device)
-    if left is None or len(left) < count:
+    if left is None or left.shape[0] < count:
         return _zeros(tensor, count)
     _captured[tensor.device] = left[count:]
     return left[:count]

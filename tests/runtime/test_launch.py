@@ -60,8 +60,9 @@ def test_a_launch_runs_on_the_device_of_its_first_tensor(gpus):
     ran = []
 
     class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: ran.append((gpus.current, grid, args, options))
+        def run(self, *args, grid, warmup, **options):
+            assert not warmup
+            ran.append((gpus.current, grid, args, options))
 
     for index in (1, 0):
         x = OnGpu(index=index)

@@ -28,8 +28,8 @@ from emu3_kernels.ops.attention.triton_blocks import (
     program_ids,
     range_arguments,
     store_rows,
-    unit_stride,
 )
+from emu3_kernels.runtime.checks import unit_stride
 from emu3_kernels.runtime.dispatch import Backend
 from emu3_kernels.runtime.launch import cdiv, gpu_of, launch, tile, why_not_triton
 from emu3_kernels.runtime.triton_dropout import keep
@@ -84,21 +84,21 @@ def forward(
     *,
     float32_out: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    (q, q_strides), (k, k_strides), (v, v_strides) = unit_stride(q), unit_stride(k), unit_stride(v)
     (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k.shape
-    shape = batch, num_queries, num_heads, head_dim
-    out = q.new_empty(shape, dtype=torch.float32) if float32_out else q.new_empty(shape)
-    lse = q.new_empty((batch, num_heads, num_queries), dtype=torch.float32)
+    dtype = torch.float32 if float32_out else q.dtype
+    out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    lse = q.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
     if batch * num_queries * num_heads * head_dim == 0:
         return out, lse
     if scale < 0:  # scores are compared before they are scaled: the scale must be above 0
-        q, scale = -q, -scale
+        (q, q_strides), scale = unit_stride(-q), -scale
     chosen = tile_of(q, k, key_ranges, dropout)
     grid = (cdiv(num_queries, chosen["BLOCK_M"]) * batch * num_heads,)
     launch(
         attention_fwd_kernel, grid, q, k, v, out, lse,
         *range_arguments(key_ranges), *dropout_arguments(dropout, q), max(scale, 1e-30),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *q_strides, *k_strides, *v_strides,
         num_queries, num_keys, num_heads, num_kv_heads,
         HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), **chosen,
     )  # fmt: skip

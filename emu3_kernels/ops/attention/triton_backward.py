@@ -28,8 +28,8 @@ from emu3_kernels.ops.attention.triton_blocks import (
     program_ids,
     range_arguments,
     store_rows,
-    unit_stride,
 )
+from emu3_kernels.runtime.checks import unit_stride
 from emu3_kernels.runtime.launch import cdiv, gpu_of, launch, tile
 from emu3_kernels.runtime.triton_dropout import keep
 
@@ -120,16 +120,16 @@ def _launch(
     dropout: Dropout | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = unit_stride(dout), unit_stride(q), unit_stride(k), unit_stride(v)
+    (q, q_strides), (k, k_strides), (v, v_strides) = unit_stride(q), unit_stride(k), unit_stride(v)
+    dout, dout_strides = unit_stride(dout)
     lse, delta, out, dlse = sums
-    batch, num_queries, num_heads, head_dim = shape = q.shape
-    _, num_keys, num_kv_heads, _ = kv_shape = k.shape
-    dq = q.new_empty(shape, dtype=dtype)
-    dk, dv = k.new_empty(kv_shape, dtype=dtype), k.new_empty(kv_shape, dtype=dtype)
+    (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k.shape
+    like = {"dtype": dtype, "memory_format": torch.contiguous_format}
+    dq, dk, dv = (torch.empty_like(x, **like) for x in (q, k, v))
     tensors = q, k, v, dout, lse, delta
     settings = (
         *dropout_arguments(dropout, q), scale,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
+        *q_strides, *k_strides, *v_strides, *dout_strides,
         num_queries, num_keys, num_heads, num_kv_heads,
     )  # fmt: skip
     constants = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}

@@ -14,10 +14,6 @@ from emu3_kernels.runtime.launch import next_power_of_2
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def padded(head_dim: int) -> int:
     """Return the channels of a block: a dot is at least 16 wide."""
     return max(next_power_of_2(head_dim), 16)

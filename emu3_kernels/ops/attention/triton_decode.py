@@ -61,7 +61,7 @@ def forward(
         q = q.contiguous()
         q_strides = q.stride()
     (batch, num_new, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k_cache.shape
-    out = q.new_empty((batch, num_new, num_heads, head_dim))
+    out = q.new_empty(batch, num_new, num_heads, head_dim)
     if batch * num_heads * head_dim == 0:
         return out
     page, table_stride = 0, 0

@@ -78,7 +78,8 @@ def space_pads(kernel: int, stride: int) -> tuple[int, int]:
 
 
 def check_x(op: str, x: Tensor) -> None:
-    check_floating(op, x=x)
+    if not x.is_floating_point():
+        check_floating(op, x=x)
     if x.dim() != 5 or x.shape[1] == 0:
         raise ValueError(
             f"{op}: x must be [B, C, T, H, W] with at least one channel, got {tuple(x.shape)}"
@@ -87,7 +88,8 @@ def check_x(op: str, x: Tensor) -> None:
 
 def check_weight(op: str, x: Tensor, **weight: Tensor) -> None:
     [(name, value)] = weight.items()
-    check_floating(op, **weight)
+    if not value.is_floating_point():
+        check_floating(op, **weight)
     if value.dim() != 5 or value.shape[1] != x.shape[1] or value.numel() == 0:
         raise ValueError(
             f"{op}: {name} must be [O, {x.shape[1]}, kt, kh, kw] as x has {x.shape[1]} channels, "
@@ -98,13 +100,16 @@ def check_weight(op: str, x: Tensor, **weight: Tensor) -> None:
 
 def check_vectors(op: str, x: Tensor, length: int, **vectors: Tensor | None) -> None:
     """Raise unless each is None or floating ``[length]`` on the device of ``x``."""
+    device = x.device
     for name, vector in vectors.items():
         if vector is None:
             continue
-        check_floating(op, **{name: vector})
+        if not vector.is_floating_point():
+            check_floating(op, **{name: vector})
         if vector.shape != (length,):
             raise ValueError(f"{op}: {name} must be [{length}], got {tuple(vector.shape)}")
-        _check_device(op, x, name, vector)
+        if vector.device != device:
+            _check_device(op, x, name, vector)
 
 
 def check_residual(

@@ -49,7 +49,7 @@ def forward(
     residual: Tensor | None,
     plan: Plan,
 ) -> Tensor:
-    y = x.new_empty(out_shape(x, weight, plan))
+    y = x.new_empty(*out_shape(x, weight, plan))
     if y.numel():
         dtype = gemm_dtype(x, weight)
         a = pack_video(x, scale, shift, plan.silu, dtype)

@@ -63,14 +63,15 @@ def _backward_z(
     dy: Tensor, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan
 ) -> Tensor:
     """Return dz ``[B, pixels, channels]``: the gradient of the input of the SiLU after the bias."""
-    num_pixels, width = volume(dy), padded_channels(dy.shape[1])
-    dz = a.new_empty(len(dy), num_pixels, width)
+    batch, channels, *sizes = dy.shape
+    num_pixels, width = volume(dy), padded_channels(channels)
+    dz = a.new_empty(batch, num_pixels, width)
     options = gemm_tile(x, a.dtype, num_pixels, weight.shape[0])
     operand = weight_operand(weight, a.dtype, options["BLOCK_N"])
     blocks = cdiv(num_pixels, options["BLOCK_M"]) * (operand.columns // options["BLOCK_N"])
     launch(
-        causal_conv3d_bwd_z_kernel, (blocks * len(dy),), dy, a, operand.data, bias, dz, plan.front,
-        *x.shape[2:], *dy.shape[1:], operand.columns,
+        causal_conv3d_bwd_z_kernel, (blocks * batch,), dy, a, operand.data, bias, dz, plan.front,
+        *x.shape[2:], channels, *sizes, operand.columns,
         WIDTH=width, **operand.constants, **taps(weight, plan.stride), **options,
     )  # fmt: skip
     return dz
@@ -120,8 +121,8 @@ def _backward_weight(
     plan: Plan,
 ) -> Tensor:
     """Return ``[ranges, taps * channels + 1, N]``; the last row is dbias if there are few M."""
-    out_channels = len(weight)
-    num_taps, width = volume(weight), a.shape[2]
+    out_channels, num_taps = weight.shape[0], volume(weight)
+    (batch, num_pixels, channels), width = dz.shape, a.shape[2]
     options = gemm_tile(x, a.dtype, num_taps * width, out_channels)
     if INTERPRETED:
         options["BLOCK_K"] = 128
@@ -129,14 +130,14 @@ def _backward_weight(
         options["BLOCK_K"] = 16  # 32 spill
     columns = cdiv(out_channels, options["BLOCK_N"]) * options["BLOCK_N"]
     tiles = cdiv(num_taps * width, options["BLOCK_M"]) * (columns // options["BLOCK_N"])
-    steps = len(dz) * cdiv(dz.shape[1], options["BLOCK_K"])
+    steps = batch * cdiv(num_pixels, options["BLOCK_K"])
     # Two programs a multiprocessor, and no range is empty.
     length = cdiv(steps, min(cdiv(2 * gpu_of(x).num_sms, tiles), steps))
     ranges = cdiv(steps, length)
     parts = a.new_empty(ranges, num_taps * width + 1, columns, dtype=torch.float32)
     launch(
         causal_conv3d_bwd_weight_kernel, (tiles, ranges), a, dz, parts, plan.front, *x.shape[2:],
-        *y_shape[2:], columns, steps, length, WIDTH=dz.shape[2], CHANNELS=width,
+        *y_shape[2:], columns, steps, length, WIDTH=channels, CHANNELS=width,
         SUM_DZ=has_bias and _has_few_rows(weight), **taps(weight, plan.stride), **options,
     )  # fmt: skip
     return parts
@@ -144,7 +145,8 @@ def _backward_weight(
 
 def _has_few_rows(weight: Tensor) -> bool:
     """Return whether a kernel that is short of registers can sum dz beside its GEMM."""
-    return max(weight.shape[:2]) <= MOST_IN_PLACE
+    out, channels, *_ = weight.shape
+    return out <= MOST_IN_PLACE and channels <= MOST_IN_PLACE
 
 
 def _add(
@@ -160,7 +162,7 @@ def _add(
     dweight = dbias = dscale = dshift = None
     if parts is None and sums is None:
         return dweight, dbias, dscale, dshift
-    out_channels, channels = weight.shape[:2]
+    out_channels, channels, *_ = weight.shape
     options = tile(num_warps=4, ROWS=16, BLOCK=64)
     blocks = num_sums = 0
     if parts is not None:
@@ -172,10 +174,11 @@ def _add(
         dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
         num_sums = 2 * channels
     of_weight, of_norm = (sums if parts is None else parts), (parts if sums is None else sums)
+    (num_ranges, _, weight_width), (num_rows, _, norm_width) = of_weight.shape, of_norm.shape
     launch(
         causal_conv3d_bwd_add_kernel, (blocks + num_sums,), of_weight, of_norm,
-        dweight, dbias, dscale, dshift, len(of_weight), len(of_norm), blocks,
-        out_channels, channels, of_weight.shape[2], of_norm.shape[2],
+        dweight, dbias, dscale, dshift, num_ranges, num_rows, blocks,
+        out_channels, channels, weight_width, norm_width,
         CHANNELS=padded_channels(channels), TAPS=volume(weight),
         HAS_PARTS=parts is not None, HAS_SUMS=sums is not None, **options,
     )  # fmt: skip

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.ops.conv3d.plan import volume
 from emu3_kernels.runtime.launch import INTERPRETED, cdiv, gpu_of, launch, next_power_of_2, tile
 
 WHOLE = 64
@@ -69,25 +68,25 @@ def weight_operand(
 
     It is read in place, or packed in ``dtype`` and padded with zeros to whole blocks.
     """
-    out, channels = weight.shape[:2]
-    num_taps = volume(weight)
-    n, k = (channels, out) if transposed else (out, channels)
-    n_stride, k_stride = (num_taps, channels * num_taps)[:: 1 if transposed else -1]
-    columns = cdiv(n, block_n) * block_n
-    constants = {"CHANNELS": padded_channels(k), "IN_PLACE": 0, "N_STRIDE": 1, "C_STRIDE": 1}
-    if max(out, channels) <= MOST_IN_PLACE:
+    out, channels, kt, kh, kw = weight.shape
+    num_taps = kt * kh * kw
+    n, k, n_stride, k_stride = out, channels, channels * num_taps, num_taps
+    if transposed:
+        n, k, n_stride, k_stride = k, n, k_stride, n_stride
+    width, columns = padded_channels(k), cdiv(n, block_n) * block_n
+    if out <= MOST_IN_PLACE and channels <= MOST_IN_PLACE:
         strides = {"IN_PLACE": k, "N_STRIDE": n_stride, "C_STRIDE": k_stride}
-        return WeightOperand(weight, columns, constants | strides)
-    packed = weight.new_zeros(num_taps, constants["CHANNELS"], columns, dtype=dtype)
+        return WeightOperand(weight, columns, {"CHANNELS": width, **strides})
+    packed = weight.new_zeros(num_taps, width, columns, dtype=dtype)
     by_tap = weight.flatten(2)
     packed[:, :k, :n] = by_tap.permute(2, 0, 1) if transposed else by_tap.permute(2, 1, 0)
-    return WeightOperand(packed, columns, constants)
+    strides = {"IN_PLACE": 0, "N_STRIDE": 1, "C_STRIDE": 1}
+    return WeightOperand(packed, columns, {"CHANNELS": width, **strides})
 
 
 def taps(weight: Tensor, stride: tuple[int, int, int]) -> dict[str, int]:
     """Return the constants of a kernel that its addresses of taps depend on."""
-    kt, kh, kw = weight.shape[2:]
-    st, sh, sw = stride
+    (_, _, kt, kh, kw), (st, sh, sw) = weight.shape, stride
     return {"KT": kt, "KH": kh, "KW": kw, "ST": st, "SH": sh, "SW": sw}
 
 
@@ -95,8 +94,8 @@ def pack_video(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool, dtype: torch.dtype
 ) -> Tensor:
     """Norm and activate ``[B, C, T, H, W]``, and round it to ``dtype``, channels-last."""
-    batch, channels, num_pixels = *x.shape[:2], volume(x)
-    width = padded_channels(channels)
+    batch, channels, frames, rows, columns = x.shape
+    num_pixels, width = frames * rows * columns, padded_channels(channels)
     out = x.new_empty(batch, num_pixels, width, dtype=dtype)
     block = min(width, WHOLE)
     pixels = 4096 // block

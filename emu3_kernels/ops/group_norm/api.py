@@ -81,7 +81,7 @@ def group_norm_silu(
         y = _GroupNormSiLU.apply(*args, chosen)
     else:
         y, _, _ = chosen.forward(*args)
-    return from_channels_last(y.view(x.shape))
+    return from_channels_last(y.view_as(x))
 
 
 class _GroupNormSiLU(torch.autograd.Function):

@@ -27,9 +27,9 @@ def group_norm(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, None]:
     """Return y and ``[B, 2, C]``: mean and rstd."""
-    stats = x.new_empty(len(x), 2, x.shape[-1], dtype=torch.float32)
+    stats = x.new_empty(x.shape[0], 2, x.shape[-1], dtype=torch.float32)
     if not x.numel():
-        return x.new_empty(x.shape), stats, None
+        return torch.empty_like(x), stats, None
     parted = layout(x, x.shape[1], groups)
     of_parts = moments(x, x.shape[1], parted)
     y = triton_apply.apply(x, of_parts, stats, weight, bias, NO_MODULATION, eps, silu, parted)
@@ -66,9 +66,9 @@ def spatial_norm(
     b_weight: Tensor, b_bias: Tensor, groups: int, eps: float, silu: bool,
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
     """Return y and ``[B, 2, C]``: mean and rstd."""
-    stats = x.new_empty(len(x), 2, x.shape[-1], dtype=torch.float32)
+    stats = x.new_empty(x.shape[0], 2, x.shape[-1], dtype=torch.float32)
     if not x.numel():
-        return x.new_empty(x.shape), stats, None
+        return torch.empty_like(x), stats, None
     num_pixels = x.shape[1] * x.shape[2] * x.shape[3]
     parted = layout(x, num_pixels, groups)
     of_parts = moments(x, num_pixels, parted)

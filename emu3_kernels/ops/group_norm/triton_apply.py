@@ -5,6 +5,7 @@ C]``. A program merges the statistics and loads the parameters of its channels o
 of pixels; a pixel's scale and shift are computed from the latent where they are used.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,7 +36,7 @@ def apply(
     modulation: Modulation, eps: float, silu: bool, parted: Layout,
 ) -> Tensor:  # fmt: skip
     """Return y; write mean and rstd by channel to ``stats [B, 2, C]``."""
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x)
     grid, sizes, constants = _lines(x, modulation[0], parted, parted.constants["ROWS"])
     num_parts = parted.num_parts
     launch(
@@ -50,7 +51,7 @@ def backward(
     modulation: Modulation, silu: bool, parted: Layout,
 ) -> Tensor:  # fmt: skip
     """Return dx; ``terms [B, 2, parts, G]`` are sums of weight * d and weight * d * normed."""
-    dx = x.new_empty(x.shape)
+    dx = torch.empty_like(x)
     # dx has twice the numbers of a pixel that y has.
     rows = parted.constants["ROWS"] if modulation[0] is None else parted.constants["ROWS"] // 2
     grid, sizes, constants = _lines(x, modulation[0], parted, max(rows, 1))
@@ -70,7 +71,7 @@ def _lines(
     A program has a tile of every n-th line; as many programs run as are resident. Lines are rows
     of an image; without a latent they are tiles of any pixels.
     """
-    batch = len(x)
+    batch = x.shape[0]
     if INTERPRETED:
         rows *= 16  # little but the number of operations takes time
     if latent is None:

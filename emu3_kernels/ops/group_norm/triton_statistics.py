@@ -34,14 +34,14 @@ class Layout(NamedTuple):
 
 def layout(x: Tensor, num_pixels: int, groups: int) -> Layout:
     """Divide the pixels of an image into parts, so that four programs run on a multiprocessor."""
-    channels = x.shape[-1]
+    batch, channels = x.shape[0], x.shape[-1]
     size = channels // groups
     wide = next_power_of_2(size)
     of_block = min(max(128 // wide, 1), next_power_of_2(groups))
     block = of_block * wide
     rows = max(ELEMENTS // block, 1)
     blocks = cdiv(groups, of_block)
-    wanted = 4 * gpu_of(x).num_sms // (blocks * len(x))
+    wanted = 4 * gpu_of(x).num_sms // (blocks * batch)
     tiles = cdiv(num_pixels, rows)
     part = rows * cdiv(tiles, min(max(wanted, 1), MOST_PARTS))
     constants = tile(
@@ -53,9 +53,10 @@ def layout(x: Tensor, num_pixels: int, groups: int) -> Layout:
 def moments(x: Tensor, num_pixels: int, parted: Layout) -> Tensor:
     """Return ``[B, 2, parts, G]``: means and squared deviations of the groups of each part."""
     groups = parted.constants["CHANNELS"] // parted.constants["SIZE"]
-    out = x.new_empty(len(x), 2, parted.num_parts, groups, dtype=torch.float32)
+    batch = x.shape[0]
+    out = x.new_empty(batch, 2, parted.num_parts, groups, dtype=torch.float32)
     launch(
-        group_norm_moments_kernel, (parted.num_parts, parted.blocks, len(x)),
+        group_norm_moments_kernel, (parted.num_parts, parted.blocks, batch),
         x, out, num_pixels, parted.part, **parted.constants,
     )  # fmt: skip
     return out

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emu3_kernels.runtime.checks import unit_stride
 from emu3_kernels.runtime.dispatch import Backend
 from emu3_kernels.runtime.launch import cdiv, launch, next_power_of_2, tile, why_not_triton
 
@@ -23,15 +24,6 @@ def why_not(q: Tensor, cos: Tensor) -> str | None:
     return why_not_triton(q)
 
 
-def _unit_stride(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return ``x``, copied unless its last dimension has unit stride, and its other strides."""
-    *strides, last = x.stride()
-    if last == 1:
-        return x, strides
-    x = x.contiguous()
-    return x, x.stride()[:-1]
-
-
 def rotate(
     q: Tensor,
     k: Tensor,
@@ -44,8 +36,8 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
-    (q, q_strides), (k, k_strides) = _unit_stride(q), _unit_stride(k)
-    (cos, cos_stride), (sin, sin_stride) = _unit_stride(cos), _unit_stride(sin)
+    (q, q_strides), (k, k_strides) = unit_stride(q), unit_stride(k)
+    (cos, cos_stride), (sin, sin_stride) = unit_stride(cos), unit_stride(sin)
     rotated_q, rotated_k = out or (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)
     )
@@ -76,8 +68,8 @@ def append(
 ) -> Tensor:
     batch, tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
-    (q, q_strides), (k, k_strides), (v, v_strides) = map(_unit_stride, (q, k, v))
-    (cos, cos_stride), (sin, sin_stride) = _unit_stride(cos), _unit_stride(sin)
+    (q, q_strides), (k, k_strides), (v, v_strides) = map(unit_stride, (q, k, v))
+    (cos, cos_stride), (sin, sin_stride) = unit_stride(cos), unit_stride(sin)
     rotated_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     if batch and tokens and head_dim and num_heads + num_kv_heads:
         half = head_dim // 2

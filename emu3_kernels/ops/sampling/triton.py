@@ -44,7 +44,7 @@ def forward(
     num: int,
 ) -> Tensor:
     batch, length, num_codes = cond.shape
-    codes = places.new_empty((batch, length, num))
+    codes = places.new_empty(batch, length, num)
     if batch * length:
         width = cdiv(num_codes, 4) * 4  # every row begins at a multiple of 16 bytes
         # Scores have a row beside the keys; the best of all needs no memory.

@@ -24,7 +24,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def backward(dout: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     num_rows, width = gate.shape
-    dgate_up = gate.new_empty((num_rows, 2 * width))
+    dgate_up = gate.new_empty(num_rows, 2 * width)
     if num_rows and width:
         grid = num_rows, cdiv(width, BLOCK)
         strides = dout.stride(0), gate.stride(0), up.stride(0)

@@ -73,7 +73,7 @@ def nearest_code(z: Tensor, codebook: Tensor | CodeIndex, *, backend: str | None
         return chosen.function(z.detach(), codes.detach())
     latents = z.detach().flatten(2) if z.dim() > 2 else z.detach().unsqueeze(2)
     nearest = chosen.forward(latents, _to_float32(codes).contiguous(), tree)
-    return nearest.view(z.shape[:1] + z.shape[2:])
+    return nearest.view(z.shape[0], *z.shape[2:])
 
 
 def _to_float32(codebook: Tensor) -> Tensor:

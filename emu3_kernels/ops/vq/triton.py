@@ -61,11 +61,11 @@ def _search(z: Tensor, codebook: Tensor) -> Tensor:
 
 def _by_dim(codebook: Tensor) -> Tensor:
     """Transpose ``[N, D]`` to ``[D, N]``, padded to whole chunks by infinitely distant codes."""
-    num_codes, dim = codebook.shape
+    num_codes = codebook.shape[0]
     padded = cdiv(num_codes, CODES) * CODES
-    by_dim = codebook.new_full((dim, padded), torch.inf)
-    by_dim[:, :num_codes] = codebook.T
-    return by_dim
+    if padded == num_codes:
+        return codebook.t().contiguous()
+    return torch.constant_pad_nd(codebook.t(), (0, padded - num_codes), torch.inf)
 
 
 @triton.jit
