@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from emu3.train.compact_adamw import MOMENTS, CompactAdamW, round_at_random
 from emu3.train.metrics import read_metrics
 from emu3.train.pretrain_loop import pretrain as train
 from emu3.train.sharded import checkpoints
+from tests.ranks import Ranks
 from tests.train.pretraining import (
     Killed,
     assert_same_run,
@@ -185,6 +187,44 @@ def test_what_is_offloaded_trains_alike_and_may_change_when_a_run_continues(
     monkeypatch.undo()
     train(tiny(folder, *short), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def on_rank(_group, folder: str, out: str, words: tuple[str, ...]) -> None:
+    train(tiny(Path(folder), *words), Path(out))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("words", "mesh", "loss", "mean"),
+    [
+        (SMALL[:1], "parallel.replicate=2", 1e-6, 1e-8),
+        (SMALL[:1], "parallel.shard=2", 1e-5, 1e-4),
+        (SMALL, "parallel.replicate=2", 1e-4, 4e-5),
+        (SMALL, "parallel.shard=2", 2e-4, 4e-4),
+    ],
+)
+def test_two_processes_make_the_small_run_of_one(ranks, folder, tmp_path, words, mesh, loss, mean):
+    """Copies to rounding errors; on shards other numbers share a scale, and are rounded up.
+
+    Of the weights, which three steps move by up to 3e-3 each, the mean error counts.
+    """
+    words = *words, "train.steps=4"
+    alone = train(tiny(folder, *words), tmp_path / "alone")
+    ranks.run(on_rank, str(folder), str(tmp_path / "two"), (*words, mesh))
+    runs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "alone"))
+    for a, b in zip(*runs, strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=loss)
+    found, expected = load_file(tmp_path / "two" / alone.name), load_file(alone)
+    errors = [(found[name].float() - expected[name].float()).abs() for name in expected]
+    assert torch.cat([error.flatten() for error in errors]).mean() < mean
 
 
 def test_rounding_needs_weights_of_bfloat16(folder):
