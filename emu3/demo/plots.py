@@ -64,8 +64,10 @@ def draw_captions(path: Path, images: Tensor, captions: Sequence[str], right: Te
     write_page(figure, path)
 
 
-def draw_answers(path: Path, images: Tensor, lines: Sequence[Sequence[tuple[str, bool]]]) -> None:
-    """Images ``[n, 3, H, W]`` beside lines about them, wrong ones marked."""
+def draw_answers(
+    path: Path, images: Sequence[Tensor], lines: Sequence[Sequence[tuple[str, bool]]]
+) -> None:
+    """Images ``[3, H, W]`` beside lines about each, wrong ones marked."""
     columns = 4
     rows = -(-len(images) // columns)
     figure = new_page(16.0, 3.4 * rows + 0.7, "Answers of the tuned miniature")

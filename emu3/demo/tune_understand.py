@@ -8,6 +8,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from emu3.data.compose import chat_document, parts_document
 from emu3.data.store import Document, Provenance, write_shard
 from emu3.data.stream import SourceSettings, StoreStream, StreamSettings
 from emu3.demo import plots
-from emu3.demo.composed import Composed, Question, compose
+from emu3.demo.composed import PLACES, Composed, Question, compose
 from emu3.demo.config import DigitSettings
 from emu3.demo.digits import load_split
 from emu3.demo.files import descriptions
@@ -33,11 +34,9 @@ from emu3.train.store_recipe import StoreRecipe
 from emu3.vision import VisionTokenizer
 from emu3.weights import load_decoder, load_vision
 
-IMAGES, ASKED = 3000, 150
+IMAGES, ASKED = 6000, 150
 """Images to train on, and held-out ones that questions are asked about."""
-LORA = "lora.rank=8", "lora.alpha=16", "optim.lr=5e-3"
-_TURNS = 4
-"""Most questions of a conversation."""
+LORA = "lora.rank=16", "lora.alpha=32", "optim.lr=4e-3", "train.steps=800"
 _AT_ONCE = 64
 _SIZE, _DRAWN = 48, 8
 """Side of a square of an image; images in ``questions.png``."""
@@ -83,7 +82,7 @@ def run(
     metrics = {}
     with progress.stage("measure_answers"):
         held_out = _composed(asked, validation=True)
-        codes = _encoded(tokenizer, held_out.images)
+        codes = _encoded(tokenizer, held_out)
         for prefix, weights in (("", full), ("lora_", lora)):
             found = measure_answers(load_decoder(weights), text, held_out, codes)
             metrics |= {f"{prefix}{name}": value for name, value in found.items()}
@@ -100,11 +99,14 @@ def write_stores(
 ) -> None:
     """Write token stores of captions, of conversations and of texts, and one to validate texts.
 
+    A caption names the squares in any order, and a conversation has from one to all questions:
+    places are learned with the first, and where an answer ends with the second.
+
     Args:
         count: images, each with a caption and a conversation.
     """
     composed = _composed(count, validation=False)
-    codes, numbers = _encoded(tokenizer, composed.images), range(count)
+    codes = _encoded(tokenizer, composed)
     random = torch.Generator().manual_seed(1)
     texts = [parts_document([words], text) for words in descriptions()]
     side = tokenizer.settings.image_size**2
@@ -117,8 +119,14 @@ def write_stores(
         making=Making(min_pixels=side, max_pixels=3 * side),
     )
     stores: dict[str, Iterable[Document]] = {
-        "captions": (parts_document([composed.caption(n), codes[n]], text) for n in numbers),
-        "chats": (chat_document(_turns(composed, codes[n], n, random), text) for n in numbers),
+        "captions": (
+            parts_document([image.caption(_permuted(image.squares, random)), grid], text)
+            for image, grid in zip(composed, codes, strict=True)
+        ),
+        "chats": (
+            chat_document(_turns(image, grid, random), text)
+            for image, grid in zip(composed, codes, strict=True)
+        ),
         "texts": texts[:-_VALIDATION_TEXTS],
         "validation": texts[-_VALIDATION_TEXTS:],
     }
@@ -127,7 +135,7 @@ def write_stores(
 
 
 def measure_answers(
-    model: Emu3, text: ByteTokenizer, composed: Composed, codes: Sequence[Tensor]
+    model: Emu3, text: ByteTokenizer, composed: Sequence[Composed], codes: Sequence[Tensor]
 ) -> dict[str, float]:
     """Ask every question about every image; the share of right answers, also by kind."""
     right = defaultdict(list)
@@ -153,16 +161,23 @@ def text_loss(model: Emu3, folder: Path) -> float:
 
 
 def draw_questions(
-    path: Path, model: Emu3, text: ByteTokenizer, composed: Composed, codes: Sequence[Tensor]
+    path: Path,
+    model: Emu3,
+    text: ByteTokenizer,
+    composed: Sequence[Composed],
+    codes: Sequence[Tensor],
 ) -> None:
     """Draw some images and what is answered about them."""
-    shown = Composed(*(part[:_DRAWN] for part in composed))
-    lines = [[] for _ in shown.images]
-    for (question, answer), number in zip(
-        _answered(model, text, shown, codes), _owners(shown), strict=True
-    ):
-        lines[number].append((f"{question.words} {answer}", answer == question.answer))
-    plots.draw_answers(path, shown.images, lines)
+    shown = composed[:_DRAWN]
+    answered = _answered(model, text, shown, codes[:_DRAWN])
+    lines = [
+        [
+            (f"{question.words} {answer}", answer == question.answer)
+            for question, answer in islice(answered, len(of.questions()))
+        ]
+        for of in shown
+    ]
+    plots.draw_answers(path, [of.image for of in shown], lines)
 
 
 def _train(
@@ -179,44 +194,48 @@ def _train(
         return pretrain(load_recipe(recipe, [*given, *words], StoreRecipe), out / "runs" / name)
 
 
-def _composed(count: int, *, validation: bool) -> Composed:
+def _composed(count: int, *, validation: bool) -> list[Composed]:
     settings = DigitSettings()
     digits = load_split(settings.validation)[validation]
     generator = torch.Generator().manual_seed(int(validation))
     return compose(digits, settings, count, _SIZE, generator)
 
 
-def _encoded(tokenizer: VisionTokenizer, images: Tensor) -> list[Tensor]:
-    """Codes ``[h, w]`` of each image."""
-    return [one for some in images.split(_AT_ONCE) for one in tokenizer.encode(some)]
+def _encoded(tokenizer: VisionTokenizer, composed: Sequence[Composed]) -> list[Tensor]:
+    """Codes ``[h, w]`` of each image; images of one size are encoded together."""
+    codes = [None] * len(composed)
+    for height in PLACES:
+        numbers = [n for n, of in enumerate(composed) if len(of.squares) == height]
+        for at in range(0, len(numbers), _AT_ONCE):
+            some = numbers[at : at + _AT_ONCE]
+            grids = tokenizer.encode(torch.stack([composed[n].image for n in some]))
+            for number, grid in zip(some, grids, strict=True):
+                codes[number] = grid
+    return codes
 
 
-def _turns(composed: Composed, codes: Tensor, number: int, random: torch.Generator) -> list[Turn]:
-    """A conversation about an image: some of its questions in any order."""
-    questions = composed.questions(number)
-    order = torch.randperm(len(questions), generator=random)[:_TURNS].tolist()
-    asked = [questions[at] for at in order]
+def _turns(image: Composed, codes: Tensor, random: torch.Generator) -> list[Turn]:
+    """A conversation about an image: from one to all of its questions in any order."""
+    questions = image.questions()
+    count = int(torch.randint(len(questions), (), generator=random)) + 1
+    asked = [questions[at] for at in _permuted(questions, random)[:count]]
     said = [[codes, asked[0].words], *([question.words] for question in asked[1:])]
     return [Turn(words, of.answer) for words, of in zip(said, asked, strict=True)]
 
 
+def _permuted(things: Sequence, random: torch.Generator) -> list[int]:
+    return torch.randperm(len(things), generator=random).tolist()
+
+
 def _answered(
-    model: Emu3, text: ByteTokenizer, composed: Composed, codes: Sequence[Tensor]
+    model: Emu3, text: ByteTokenizer, composed: Sequence[Composed], codes: Sequence[Tensor]
 ) -> Iterator[tuple[Question, str]]:
     """Every question about every image, each in a conversation of its own, and its answer."""
-    owners = _owners(composed)
-    asked = [of for number in range(len(composed.images)) for of in composed.questions(number)]
-    prompts = [
-        chat_prompt([Turn([codes[number], of.words])], text)
-        for number, of in zip(owners, asked, strict=True)
+    asked = [
+        (grid, of) for image, grid in zip(composed, codes, strict=True) for of in image.questions()
     ]
+    prompts = [chat_prompt([Turn([grid, of.words])], text) for grid, of in asked]
     for at in range(0, len(prompts), _AT_ONCE):
         answers = generate_text(model, text, prompts[at : at + _AT_ONCE], _LONGEST_ANSWER)
-        found = [answer.strip() for answer in answers]
-        yield from zip(asked[at : at + _AT_ONCE], found, strict=True)
-
-
-def _owners(composed: Composed) -> list[int]:
-    """The image of each question."""
-    numbers = range(len(composed.images))
-    return [number for number in numbers for _ in composed.questions(number)]
+        for (_, question), answer in zip(asked[at : at + _AT_ONCE], answers, strict=True):
+            yield question, answer.strip()
