@@ -1,4 +1,7 @@
-"""``emu3 evaluate``: its numbers against their formulas, on the smallest models, and its page."""
+"""``emu3 evaluate``: its numbers against their formulas, on the smallest models, and its page.
+
+One file above 400 lines: all tests share one model and its files, which are made once.
+"""
 
 import json
 import math
