@@ -361,14 +361,16 @@ def _resample(
 
 def _to_tensor(path: Path, frame: av.VideoFrame) -> Tensor:
     try:
-        rows = frame.to_ndarray(format="rgb24")
+        rows = upright_rows(frame)
     except Exception as error:
         raise MediaError(f"video: {path} cannot be converted to RGB: {_reason(error)}") from None
-    return torch.from_numpy(np.ascontiguousarray(upright_rows(rows, frame))).permute(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(rows)).permute(2, 0, 1)
 
 
-def upright_rows(rows: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """``[H, W, 3]`` rotated and mirrored as the file's display matrix states, by right angles."""
+def upright_rows(frame: av.VideoFrame) -> np.ndarray:
+    """RGB ``[H, W, 3]``, rotated and mirrored as the file's display matrix states."""
+    # Threads would be started for every frame.
+    rows = frame.to_ndarray(format="rgb24", threads=1)
     try:
         matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     except ValueError:

@@ -38,6 +38,7 @@ from emu3.vision import (
     postprocess,
     preprocess,
 )
+from emu3.vision.tokenizer import PIXELS_AT_ONCE
 
 _ENCODE = {"pieces": encode_pieces, "stream": encode_stream}
 _DECODE = {"pieces": decode_pieces, "stream": decode_stream}
@@ -244,10 +245,15 @@ def _is_video(item: Item) -> bool:
     return item.source.suffix.lower() in VIDEOS
 
 
-def _in_clips(frames: Iterator[Tensor], length: int) -> Iterator[Tensor]:
-    """Frames ``[3, H, W]`` as ``[1, length, 3, H, W]``; the last is padded with its last frame."""
-    while clip := list(islice(frames, length)):
-        yield torch.stack(clip + [clip[-1]] * (length - len(clip)))[None]
+def _in_clips(frames: Iterator[Tensor], span: int) -> Iterator[Tensor]:
+    """Frames ``[3, H, W]`` as ``[1, T, 3, H, W]``, T a multiple of ``span``.
+
+    As many frames come together as fit the caches; the last clip is padded with its last frame.
+    """
+    for first in frames:
+        together = max(1, PIXELS_AT_ONCE // (span * first[0].numel()))
+        clip = [first, *islice(frames, span * together - 1)]
+        yield torch.stack(clip + clip[-1:] * (-len(clip) % span))[None]
 
 
 def _decode(tokenizer: VisionTokenizer, codes: Tensor, header: Header) -> Iterator[Tensor]:

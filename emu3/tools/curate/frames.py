@@ -36,7 +36,7 @@ def _decoded(row: Row, path: object, wanted: Collection[int]) -> dict[int, Tenso
     span = row["begin"], row["end"]
     for number, (_, frame) in enumerate(decode(path, span), row["first"]):
         if number in wanted:
-            rows = upright_rows(frame.to_ndarray(format="rgb24"), frame)
+            rows = upright_rows(frame)
             found[number] = torch.from_numpy(np.ascontiguousarray(rows)).permute(2, 0, 1)
         if len(found) == len(wanted):
             break

@@ -170,4 +170,4 @@ class _Sampler:
 
 def small_rows(frame: av.VideoFrame, short_edge: int) -> np.ndarray:
     """A frame of a video upright as ``[H, W, 3]``, reduced to ``short_edge``."""
-    return shrunk(upright_rows(frame.to_ndarray(format="rgb24"), frame), short_edge)
+    return shrunk(upright_rows(frame), short_edge)

@@ -92,4 +92,4 @@ def _cuts(path: Path, fps: Fraction, how: MeasureSettings, starts: list[Fraction
 def _small(frame: av.VideoFrame) -> np.ndarray:
     scale = min(1.0, _WIDTH / max(frame.width, frame.height))
     width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
-    return frame.to_ndarray(format="bgr24", width=width, height=height)
+    return frame.to_ndarray(format="bgr24", width=width, height=height, threads=1)
