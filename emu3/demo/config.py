@@ -69,7 +69,7 @@ class ClipSettings(Settings):
     """The decoder's steps on images and captions alone, before its first clip or question."""
     share: float = Field(0.5, ge=0, le=1)
     """Share of the decoder's other steps on clips."""
-    unequal: float = Field(0.1, ge=0, le=1)
+    unequal: float = Field(0, ge=0, le=1)
     """Share of the clips in files that have 1 to ``longest`` frames of codes, not ``frames``."""
     longest: PositiveInt = 12
     """Most frames of codes of such a clip."""

@@ -40,8 +40,8 @@ Run = Callable[[Sequence[str], int], None]
 
 IMAGES, CLIPS = 10776, 2694
 """Samples of a store: 8 images and 2 clips of each of the 1,347 training digits."""
-_DOCUMENTS = 512
-"""Samples of a shard."""
+_DOCUMENTS = 449
+"""Samples of a shard: a third of the digits, so that two processes have as many."""
 WORKERS = min(4, os.cpu_count() or 1)
 """Processes of ``emu3 prepare``: it encodes a sample at a time, which takes one core."""
 _ROUNDS = 4
@@ -140,7 +140,8 @@ class _Demo:
         how += ["--min-pixels", area, "--max-pixels", area]
         for name, path in inputs.items():
             out = ["--out", str(self.stores / name)]
-            self.emu3(f"prepare_{name}", ["prepare", str(path), *out, *how], WORKERS)
+            processes = WORKERS if name != "texts" else 1
+            self.emu3(f"prepare_{name}", ["prepare", str(path), *out, *how], processes)
 
     def train(self, overrides: Sequence[Sequence[str]]) -> list[Path]:
         """The decoder's weights after each stage."""
