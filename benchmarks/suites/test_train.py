@@ -10,7 +10,7 @@ from benchmarks.suites import train
 @pytest.mark.parametrize("mix", train.MIXES)
 def test_train(mix: str, threads: int, benchmark, request: pytest.FixtureRequest) -> None:
     option, before = request.config.getoption, machine.load()
-    device, recipe, unequal = option("--device"), train.recipe_of(mix), train.MIXES[mix]
+    device, recipe, unequal = option("--device"), train.recipe_of(mix), mix == train.UNEQUAL
     made = train.steps_of(recipe, unequal=unequal)
     timed = train.entries_of(recipe, made, device)
     taken = interleave(benchmark, timed.calls, timed.seconds, option("--seconds"), timed.clock)

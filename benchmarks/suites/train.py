@@ -34,7 +34,7 @@ from emu3.data.stream import SourceSettings, StoreStream
 from emu3.demo.config import ClipRecipe, ClipSettings
 from emu3.demo.digits import COLORS, DIGITS, caption
 from emu3.demo.files import descriptions
-from emu3.demo.moving import DIRECTIONS, sample_frames
+from emu3.demo.moving import DIRECTIONS
 from emu3.prompt import Clip
 from emu3.text import ByteTokenizer, TextTokenizer
 from emu3.train.layout import Batch
@@ -46,19 +46,17 @@ THEIRS, THEIRS_PACKED = "Hugging Face, padded", "Hugging Face, packed"
 SORTED = "Hugging Face, by length"
 DIRECTION = "training step"
 RECIPES = "stage1-mini", "stage2-mini"
-TENTH, UNEQUAL = "stage2-mini, a tenth unequal", "stage2-mini, unequal"
-"""With a tenth of the clips, as the setting ``clips.unequal=0.1`` writes them, or all of 1 to 12
-frames of codes, where the miniature's have 3; the latter with paragraphs of 30 to 600 bytes, where
-it has whole texts: as unequal as what people have."""
-MIXES = {RECIPES[0]: 0.0, RECIPES[1]: 0.0, TENTH: 0.1, UNEQUAL: 1.0}
-"""Shares of clips of any length."""
-PARAGRAPH = 30, 600
+UNEQUAL = "stage2-mini, unequal"
+"""With clips of 1 to 12 frames of codes, where the miniature's have 3, and paragraphs of 30 to 600
+bytes, where it has whole texts: lengths as unequal as those of the media that people have."""
+MIXES = *RECIPES, UNEQUAL
+FRAMES, PARAGRAPH = (1, 12), (30, 600)
 SAME_LOSS = 1e-5
 """Share by which the losses of two entries may differ."""
 DOCUMENTS = 2048
 """Of the stores of images and of clips."""
-STEPS = 16
-"""Of a call: some have a text."""
+STEPS = 32
+"""Of a call: a few have a text, which is long, as in the whole run; of 16 often none has."""
 
 Rows = tuple[Tensor, Tensor, Tensor]
 """Ids, weights and numbers of documents."""
@@ -89,7 +87,7 @@ def recipe_of(mix: str, words: Sequence[str] = ()) -> StoreRecipe:
 
 
 def steps_of(
-    recipe: StoreRecipe, documents: int = DOCUMENTS, steps: int = STEPS, *, unequal: float = 0
+    recipe: StoreRecipe, documents: int = DOCUMENTS, steps: int = STEPS, *, unequal: bool = False
 ) -> Made:
     """Take ``steps`` steps from stores of documents like those of the miniature."""
     text = ByteTokenizer(recipe.model.vocabulary)
@@ -213,13 +211,13 @@ def row(
     loads: list[float],
     device: str = "cpu",
     *,
-    unequal: float = 0,
+    unequal: bool = False,
 ) -> dict:
     """The row of a recipe: useful tokens a second, how full rows are, and the gains apart."""
     data = recipe.data
     size = {"context": data.context, "rows": data.batch_size, "steps": len(made.packed)}
     if unequal:
-        size["documents"] = "unequal" if unequal == 1 else f"{unequal:.0%} unequal"
+        size["documents"] = "unequal"
     case = Case("train", OURS, size, torch.float32, DIRECTION, device)
     found = row_of(case, threads, loads, entries, taken, bound=None)
     for name, standing in [(OURS, found), *found["peers"].items()]:
@@ -246,24 +244,25 @@ GAINS = {
 
 
 def _documents(
-    name: str, count: int, recipe: StoreRecipe, text: TextTokenizer, unequal: float
+    name: str, count: int, recipe: StoreRecipe, text: TextTokenizer, unequal: bool
 ) -> Iterator[Document]:
     """Documents of the lengths of the miniature's, of random codes; its texts are its own."""
     if name == "texts":
-        texts = _paragraphs() if unequal == 1 else descriptions()
+        texts = _paragraphs() if unequal else descriptions()
         yield from (parts_document([words], text) for words in texts)
         return
-    random, lengths = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    grid, settings = recipe.vision.grid, ClipSettings(unequal=unequal)
+    random = np.random.default_rng(0)
+    grid, clips = recipe.vision.grid, ClipSettings()
     span = load_recipe("clips-vision", kind=ClipRecipe).vision.temporal_factor
     for _ in range(count):
         digit, color = int(random.integers(len(DIGITS))), int(random.integers(len(COLORS)))
         words, shape = caption(digit, color), grid
         if name == "clips":
-            shape = sample_frames(settings, span, lengths) // span, *grid
+            first, last = FRAMES if unequal else (clips.frames // span,) * 2
+            shape = int(random.integers(first, last + 1)), *grid
             words = f"{words} moves {random.choice(DIRECTIONS)}"
         codes = torch.from_numpy(random.integers(0, recipe.vision.num_codes, shape))
-        shown = Clip(codes, settings.rate, span) if name == "clips" else codes
+        shown = Clip(codes, clips.rate, span) if name == "clips" else codes
         yield parts_document([words, shown], text)
 
 
@@ -291,7 +290,7 @@ def dry_run() -> Table:
     rows = []
     small = ["data.context=256", "data.batch_size=2", "train.micro_batch_size=1"]
     for mix in MIXES:
-        recipe, unequal = recipe_of(mix, small), MIXES[mix]
+        recipe, unequal = recipe_of(mix, small), mix == UNEQUAL
         made = steps_of(recipe, documents=64, steps=1, unequal=unequal)
         entries = entries_of(recipe, made)
         taken = {entry: [seconds] for entry, seconds in entries.seconds.items()}

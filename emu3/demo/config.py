@@ -69,10 +69,6 @@ class ClipSettings(Settings):
     """The decoder's steps on images and captions alone, before its first clip or question."""
     share: float = Field(0.5, ge=0, le=1)
     """Share of the decoder's other steps on clips."""
-    unequal: float = Field(0, ge=0, le=1)
-    """Share of the clips in files that have 1 to ``longest`` frames of codes, not ``frames``."""
-    longest: PositiveInt = 12
-    """Most frames of codes of such a clip."""
     null_caption: float = Field(0.25, ge=0, le=1)
     """Share of the clips that come without a caption: for guidance, and to be continued."""
     questions: float = Field(0.2, ge=0, le=1)

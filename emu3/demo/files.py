@@ -11,19 +11,17 @@ from importlib.resources import files
 from pathlib import Path
 
 import av
-import torch
 from torch import Tensor
 
 from emu3.demo.config import ClipRecipe
 from emu3.demo.digits import caption, render
-from emu3.demo.moving import render_clips, sample_frames
-from emu3.demo.moving_stream import sample_contents
+from emu3.demo.moving_stream import sample_clips
 from emu3.demo.stream import DigitStream, training_digits
 from emu3.files import replacing
 from emu3.vision.images import postprocess, to_levels
 
 _AT_ONCE = 64
-"""Images, or scans of clips, in memory."""
+"""Images or clips in memory as pixels."""
 
 
 def write_images(folder: Path, recipe: ClipRecipe, count: int) -> Path:
@@ -35,10 +33,7 @@ def write_images(folder: Path, recipe: ClipRecipe, count: int) -> Path:
 
 
 def write_clips(folder: Path, recipe: ClipRecipe, count: int) -> Path:
-    """Write ``count`` MP4 files, and ``clips.jsonl`` with their captions, which is returned.
-
-    Most are of ``clips.frames``, the share ``clips.unequal`` of them of any length.
-    """
+    """Write ``count`` MP4 files, and ``clips.jsonl`` with their captions, which is returned."""
     return _write_lines(folder / "clips.jsonl", _clips(folder, recipe, count))
 
 
@@ -68,15 +63,11 @@ def _images(folder: Path, recipe: ClipRecipe, count: int) -> Iterator[dict[str, 
 def _clips(folder: Path, recipe: ClipRecipe, count: int) -> Iterator[dict[str, str]]:
     (folder / "clips").mkdir(parents=True)
     stream = _stream(recipe)
-    lengths = torch.Generator().manual_seed(recipe.train.seed)
     for numbers in _batches(count):
-        scans, shown = sample_contents(stream, recipe, len(numbers))
-        for at, number in enumerate(numbers):
-            frames = sample_frames(recipe.clips, recipe.vision.temporal_factor, lengths)
-            one = (part[at : at + 1] for part in (scans, *shown[1:]))
-            clip = render_clips(*one, recipe.clips, stream.size, frames)[0]
+        clips, shown = sample_clips(stream, recipe, len(numbers))
+        for at, (number, clip) in enumerate(zip(numbers, to_levels(clips), strict=True)):
             name = f"clips/{number:06}.mp4"
-            _write_clip(folder / name, to_levels(clip), recipe.clips.rate)
+            _write_clip(folder / name, clip, recipe.clips.rate)
             yield {"video": name, "caption": shown.caption(at)}
 
 

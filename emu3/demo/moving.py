@@ -63,36 +63,23 @@ def clip_colors(settings: ClipSettings) -> Tensor:
     return torch.arange(settings.colors) * len(COLORS) // settings.colors
 
 
-def sample_frames(settings: ClipSettings, span: int, generator: torch.Generator) -> int:
-    """Frames of pixels of a clip in a file; ``span`` of them are a frame of codes."""
-    if torch.rand((), generator=generator).item() >= settings.unequal:
-        return settings.frames
-    return span * int(torch.randint(1, settings.longest + 1, (), generator=generator))
-
-
 def render_clips(
-    scans: Tensor,
-    colors: Tensor,
-    directions: Tensor,
-    settings: ClipSettings,
-    size: int,
-    frames: int | None = None,
+    scans: Tensor, colors: Tensor, directions: Tensor, settings: ClipSettings, size: int
 ) -> Tensor:
     """Render ``scans [n, 1, 8, 8]`` as clips ``[n, T, 3, size, size]`` in [-1, 1].
 
     Every digit starts in the middle, so that its first frame does not tell where it goes, and moves
-    at a constant speed: that of a clip of ``settings.frames``, or a slower one if there are more.
+    at a constant speed.
 
     Args:
         colors: ``[n]`` indices into ``COLORS``.
         directions: ``[n]`` indices into ``DIRECTIONS``.
         settings: of the clips.
         size: side of a frame.
-        frames: T; None for ``settings.frames``.
     """
-    many = frames or settings.frames
+    many = settings.frames
     way = torch.tensor(tuple(STEPS.values()))[directions]
-    time = torch.arange(many) / max(many, settings.frames)
+    time = torch.arange(many) / many
     moved = 2 * settings.travel * time[:, None] * way[:, None]  # the frame's sides are 2 long
     matrix = torch.eye(2).expand(len(scans), many, 2, 2)
     maps = torch.cat((matrix, -moved[..., None]), 3).flatten(0, 1) / settings.side

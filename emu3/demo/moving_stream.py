@@ -24,16 +24,11 @@ _AT_ONCE = 64
 
 def sample_clips(stream: DigitStream, recipe: ClipRecipe, count: int) -> tuple[Tensor, Shown]:
     """The next ``count`` clips ``[count, T, 3, H, W]`` of a stream."""
-    scans, shown = sample_contents(stream, recipe, count)
-    return render_clips(scans, *shown[1:], recipe.clips, stream.size), shown
-
-
-def sample_contents(stream: DigitStream, recipe: ClipRecipe, count: int) -> tuple[Tensor, Shown]:
-    """Scans ``[count, 1, 8, 8]`` of the next clips of a stream, and what these show."""
     chosen, generator = stream.choose(count)[0], stream.generator
     colors = sample_colors(count, recipe.clips, generator)
     directions = sample_directions(count, generator)
-    return chosen.scans, Shown(chosen.labels, colors, directions)
+    clips = render_clips(chosen.scans, colors, directions, recipe.clips, stream.size)
+    return clips, Shown(chosen.labels, colors, directions)
 
 
 class MovingStream(DigitStream):

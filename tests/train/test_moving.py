@@ -110,14 +110,6 @@ def test_a_digit_moves_its_share_of_the_frame_in_a_clips_time_and_stays_inside()
     assert (ink.sum((2, 3)) == 32 * 32 - 4).all()  # the corners are round
 
 
-def test_a_clip_of_fewer_frames_ends_before_and_one_of_more_is_slower():
-    scans, one = load_split(0.25)[1].scans[:1], torch.zeros(1, dtype=torch.int64)
-    given = scans, one, one, ClipSettings(frames=8), 32
-    usual = render_clips(*given)
-    assert render_clips(*given, 4).equal(usual[:, :4])
-    assert render_clips(*given, 16)[:, ::2].allclose(usual, atol=1e-5)
-
-
 def test_clips_have_colours_spread_over_the_palette():
     found = sample_colors(200, ClipSettings(colors=4), torch.Generator().manual_seed(0))
     assert found.unique().tolist() == [0, 2, 4, 6]
