@@ -48,11 +48,11 @@ def test_packed_and_padded_rows_hold_the_same_tokens_with_a_loss(made):
 
 
 @pytest.mark.parametrize("mix", train.RECIPES)
-def test_the_steps_have_as_many_texts_as_the_run(mix):
+def test_padded_rows_of_the_steps_are_as_full_as_those_of_the_run(mix):
     """A text pads every document of its step: without one, padding costs nothing."""
     recipe = train.recipe_of(mix)
-    some, more = (train.steps_of(recipe, steps=steps) for steps in (train.STEPS, 8 * train.STEPS))
-    assert some.filled(some.padded) == pytest.approx(more.filled(more.padded), rel=0.15)
+    some, more = (train.steps_of(recipe, steps=steps) for steps in (train.STEPS, 4 * train.STEPS))
+    assert some.filled(some.padded) == pytest.approx(more.filled(more.padded), rel=0.1)
     assert some.filled(some.padded) < 0.6
 
 
@@ -85,13 +85,13 @@ def test_ours_and_hugging_faces_have_one_loss_packed_and_padded(recipe, made):
 
 def test_entries_on_the_same_steps_end_at_the_same_weights(recipe, made):
     """Three steps of one optimizer, from the same weights on the same documents."""
-    theirs = hugging_face(recipe.model, torch.float32)
+    theirs = hugging_face(recipe.model, torch.float64)
     pairs = (
         (made.packed, train.ours_packed, train.theirs_packed),
         (made.padded, train.ours_padded, train.theirs_padded),
     )
     for steps, our_loss, their_loss in pairs:
-        ours, other = emu3(recipe.model, theirs), hugging_face(recipe.model, torch.float32)
+        ours, other = emu3(recipe.model, theirs), hugging_face(recipe.model, torch.float64)
         train.training(recipe, ours, our_loss, steps)()
         train.training(recipe, other, their_loss, steps)()
         after = our_loss(ours, steps[0]).item(), their_loss(other, steps[0]).item()
