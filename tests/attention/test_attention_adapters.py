@@ -134,9 +134,8 @@ def test_a_kernel_gets_heads_of_16_byte_vectors(name, cut, adapter, monkeypatch)
     monkeypatch.setattr(
         sys.modules["flash_attn"], "flash_attn_func", recorded(fakes.flash_attn_func)
     )
-    whole = torch.randn(2, 5, 3, 20, dtype=torch.float16)
-    views = {"strided": whole[..., ::2], "offset": whole[..., 1:17], "odd rows": whole[..., :16]}
-    x = views[cut][..., :8]
+    whole, odd = (torch.randn(2, 5, 3, n, dtype=torch.float16) for n in (24, 20))
+    x = {"strided": whole[..., :16:2], "offset": whole[..., 1:9], "odd rows": odd[..., :8]}[cut]
     settings = {"causal": True, "document_ids": None, "scale": 0.5}
     module = adapter(name)
     module.attention(x, x, x, **settings)
