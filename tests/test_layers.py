@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from emu3_kernels.ops import OPS
+from emu3_kernels.testing.suite import LIBRARIES
 from tests.unchanged import STACK_TESTS
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ EMU3 = (
 FAMILIES = [ROOT / "emu3_kernels/ops" / name for name in sorted(set(OPS.values()))]
 HOMES = ("emu3_kernels.ops", "tests")
 COMPILED = "emu3_kernels._C"
-BACKENDS = {"cpu", "cuda", "triton", "aten", "cudnn", "sdpa", "flash_attn", "xformers", "reference"}
+BACKENDS = {"cpu", "cuda", "triton", "reference", *LIBRARIES}
 
 
 def module_of(path: Path) -> str:

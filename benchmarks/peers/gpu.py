@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.peers import eager
 from benchmarks.peers.cpu import UnavailableError
+from emu3_kernels import Documents, attention
 
 EPS = 1e-5
 INSTALL = {
@@ -139,24 +140,18 @@ def sdpa(backend: SDPBackend) -> Peer:
     return call
 
 
-def varlen_attention() -> Peer:
-    """Return PyTorch's attention over packed documents; it gets their ends beforehand."""
-    attend = library("torch.nn.attention.varlen").varlen_attn
-    ends: list[tuple[Tensor, int]] = []
+def torch_flash() -> Peer:
+    """Return PyTorch's FlashAttention behind our op; it searches the documents beforehand."""
+    made: list[Documents] = []
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, causal: bool, document_ids: Tensor | None, **rest: Any
     ) -> Tensor:
-        if document_ids is None or len(q) > 1:
-            raise UnavailableError("timed on one row of documents alone")
-        if not ends:
-            lengths = document_ids[0].bincount()
-            ends.append((F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())))
-        ((stops, longest),) = ends
-        window = (-1, 0) if causal else (-1, -1)
-        packed = (x.flatten(0, 1) for x in (q, k, v))
-        out = attend(*packed, stops, stops, longest, longest, window_size=window, enable_gqa=True)
-        return out[None]
+        if document_ids is not None and not made:
+            made.append(Documents(document_ids, causal=causal))
+        documents = None if document_ids is None else made[0]
+        settings = {"causal": causal, "document_ids": documents, "backend": "torch_flash"}
+        return attention(q, k, v, **settings, **rest)
 
     return call
 
@@ -214,7 +209,7 @@ PEERS: Mapping[str, Mapping[str, Callable[[], Peer]]] = {
     "attention": {
         "SDPA flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-        "torch varlen": varlen_attention,
+        "torch_flash": torch_flash,
         "flash-attn": flash_attention,
         "xformers": xformers_attention,
     },

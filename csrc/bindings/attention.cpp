@@ -270,12 +270,13 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& l
 STABLE_TORCH_LIBRARY_FRAGMENT(emu3_kernels, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor first, Tensor end, float scale, float "
-      "dropout_p, Tensor? seed, Tensor? rows, Tensor? columns, int first_head, int all_heads, bool "
-      "float32_out) -> (Tensor, Tensor)");
+      "dropout_p, Tensor? seed, Tensor? rows, Tensor? columns, SymInt first_head, SymInt "
+      "all_heads, bool float32_out) -> (Tensor, Tensor)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
       "Tensor first, Tensor end, float scale, float dropout_p, Tensor? seed, Tensor? rows, Tensor? "
-      "columns, int first_head, int all_heads, bool float32_out) -> (Tensor, Tensor, Tensor)");
+      "columns, SymInt first_head, SymInt all_heads, bool float32_out) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? "
       "page_table, Tensor? mask, float scale) -> Tensor");

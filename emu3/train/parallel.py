@@ -366,6 +366,7 @@ def _attention_ops() -> list:
     known = [
         ops.aten._scaled_dot_product_flash_attention.default,
         ops.aten._scaled_dot_product_cudnn_attention.default,
+        ops.aten._flash_attention_forward.default,
     ]
     if hasattr(ops.emu3_kernels, "attention"):
         known.append(ops.emu3_kernels.attention.default)

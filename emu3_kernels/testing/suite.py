@@ -22,7 +22,7 @@ from emu3_kernels.runtime.cases import Cases
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.cache import cached
 
-LIBRARIES = ("cudnn", "flash_attn", "xformers", "sdpa", "aten")
+LIBRARIES = ("cudnn", "flash_attn", "torch_flash", "xformers", "sdpa", "aten")
 """Backends that call the ops of other libraries: ``test_attention_adapters`` checks them."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = (torch.float32, torch.float16)

@@ -5,11 +5,13 @@ from functools import cache
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from emu3.model import Emu3
 from emu3.settings import SettingsError, parse
 from emu3.train.layout import Batch, ParallelSettings, check_fits
-from emu3.train.parallel import accumulate_gradients
+from emu3.train.parallel import _recompute, accumulate_gradients
 from emu3.train.sharded import checkpoints
 from emu3.weights import load_decoder, official_views
 from emu3_kernels.testing.budget import assert_as_accurate
@@ -51,6 +53,33 @@ def check(ranks, alone, sizes, *, steps=3, **settings):
 def test_a_mesh_trains_as_one_process_does(ranks, alone, sizes):
     """With documents that straddle shards, weighted tokens and dropout of 0.1."""
     check(ranks, alone, sizes)
+
+
+class Flash(nn.Module):
+    def forward(self, q: Tensor) -> Tensor:
+        q = q.sin()
+        whole = None, None, q.shape[1], q.shape[1], 0.0, True, False
+        return torch.ops.aten._flash_attention_forward(q, q, q, *whole)[0].sin()
+
+
+@pytest.mark.parametrize(
+    ("recompute", "times"), [("none", 1), ("all", 2), ("all_but_attention", 1)]
+)
+def test_flash_attention_of_pytorch_is_not_computed_again(recompute, times):
+    """On meta tensors, without a GPU."""
+    called = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **kwargs or {})
+
+    block = Flash()
+    _recompute(block, recompute)
+    q = torch.empty(1, 8, 2, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with Counter():
+        block(q).sum().backward()
+    assert called.count(torch.ops.aten._flash_attention_forward.default) == times
 
 
 @pytest.mark.parametrize("recompute", ["all", "all_but_attention"])

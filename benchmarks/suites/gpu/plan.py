@@ -116,7 +116,7 @@ OPS = [
     ),
     attention(2, 4096, 128, FORWARD, BACKWARD),
     attention(
-        1, 16_384, 128, size={"documents": [2048 * i for i in range(1, 8)]},
+        1, 16_384, 128, FORWARD, BACKWARD, size={"documents": [2048 * i for i in range(1, 8)]},
         check={"documents": [300, 700]}, tiny={"documents": [4]},
     ),
     attention(1, 8192, 64, FORWARD, BACKWARD),

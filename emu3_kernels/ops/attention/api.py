@@ -31,7 +31,7 @@ ATTENTION = Backends(
     __package__,
     reference.attention,
     cpu=("cpu", "sdpa"),
-    cuda=("cudnn", "flash_attn", "triton", "xformers", "sdpa"),
+    cuda=("cudnn", "flash_attn", "triton", "torch_flash", "xformers", "sdpa"),
 )
 DECODE_ATTENTION = Backends(
     "decode_attention",
@@ -68,7 +68,8 @@ def attention(
     and results are rounded once. A query that attends to no key gets 0 and an lse of -inf.
 
     Differentiable in q, k and v; the inputs, the result and the lse are saved. Gradients repeat bit
-    for bit but for those of cuDNN, which ``torch.use_deterministic_algorithms(True)`` leaves out.
+    for bit; those of cuDNN, of PyTorch's FlashAttention and of ``sdpa`` on a GPU do not, unless
+    ``torch.use_deterministic_algorithms(True)`` leaves cuDNN out and makes the others repeat.
     Blocks of keys to which no query of a block attends are skipped, not masked: the cost of
     documents is that of their own squares.
 
@@ -99,14 +100,13 @@ def attention(
     """
     layout = "q must be [B, T, H, K], k and v [B, S, KV, K]"
     check_grouped_heads("attention", layout, q, k, v, shared=1)
-    documents = None
+    ids = None
     if document_ids is not None:
-        documents = document_ids if isinstance(document_ids, Documents) else None
-        document_ids = _check_documents(q, k, causal, document_ids)
+        ids = _check_documents(q, k, causal, document_ids)
     check_dropout("attention", dropout_p, seed, q.device)
     if dropout_heads is not None:
         check_dropout_heads("attention", q.shape[2], dropout_heads)
-    chosen = ATTENTION.choose(backend, q, k, v, causal, document_ids, dropout_p, return_lse)
+    chosen = ATTENTION.choose(backend, q, k, v, causal, ids, dropout_p, return_lse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if dropout_p > 0 and seed is None:
         seed = draw_seed(q.device)
@@ -122,10 +122,10 @@ def attention(
             return_lse=return_lse,
         )
     recorded = needs_gradient(q, k, v)
-    if documents is not None:
-        key_ranges = documents.key_ranges
-    elif document_ids is not None:
-        key_ranges = document_ranges(document_ids, causal=causal, with_queries=recorded)
+    if isinstance(document_ids, Documents):
+        key_ranges = document_ids.key_ranges
+    elif ids is not None:
+        key_ranges = document_ranges(ids, causal=causal, with_queries=recorded)
     else:
         key_ranges = one_document(q.shape[1], k.shape[1], causal=causal)
     if recorded:

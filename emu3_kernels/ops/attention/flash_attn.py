@@ -9,12 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.attention.key_ranges import document_starts
-from emu3_kernels.ops.attention.optional import failure
+from emu3_kernels.ops.attention.key_ranges import Documents, packed
+from emu3_kernels.ops.attention.optional import (
+    INT32_MAX,
+    aligned,
+    extent,
+    failure,
+    with_positive_scale,
+)
 from emu3_kernels.runtime.dispatch import Backend
 
 MAX_HEAD_DIM = 256
-INT32_MAX = torch.iinfo(torch.int32).max
 
 
 def why_not(
@@ -40,7 +45,7 @@ def why_not(
         return "flash-attn's lse has no gradient"
     if not (q.numel() and k.numel()):
         return "flash-attn takes no empty tensor"
-    if max(_extent(x) for x in (q, k, v)) > INT32_MAX:
+    if max(extent(x) for x in (q, k, v)) > INT32_MAX:
         return "flash-attn counts elements in 32 bits"
     if document_ids is not None and torch.compiler.is_compiling():
         return "flash-attn needs the number of documents, which is unknown while a graph is traced"
@@ -53,7 +58,7 @@ def attention(
     v: Tensor,
     *,
     causal: bool,
-    document_ids: Tensor | None,
+    document_ids: Tensor | Documents | None,
     scale: float,
     **_: object,
 ) -> Tensor:
@@ -67,28 +72,24 @@ def _attend(
     k: Tensor,
     v: Tensor,
     causal: bool,
-    document_ids: Tensor | None,
+    document_ids: Tensor | Documents | None,
     scale: float,
 ) -> Tensor:
-    dense, packed = functions
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    dense, varlen = functions
+    q, scale = with_positive_scale(q, scale)
+    q, k, v = (aligned(x) for x in (q, k, v))
     settings = {"softmax_scale": scale, "causal": causal, "deterministic": True}
     if document_ids is None:
         return _out(dense(q, k, v, **settings))
-    starts = document_starts(document_ids)
-    longest = int(starts.diff().max())
+    starts, longest = packed(document_ids)
     tokens = (x.flatten(0, 1) for x in (q, k, v))
-    out = packed(*tokens, starts, starts, max_seqlen_q=longest, max_seqlen_k=longest, **settings)
+    out = varlen(*tokens, starts, starts, max_seqlen_q=longest, max_seqlen_k=longest, **settings)
     return _out(out).unflatten(0, q.shape[:2])
 
 
 def _out(results: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Leave out the lse, which early versions of FlashAttention-3 return too."""
     return results[0] if isinstance(results, tuple) else results
-
-
-def _extent(x: Tensor) -> int:
-    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
 
 
 def _import_2() -> tuple[Callable, Callable]:
@@ -122,8 +123,7 @@ def _try(functions: tuple[Callable, Callable], device: torch.device) -> None:
     """Run forward and backward of grouped heads, as training does."""
     q = torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
     k = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
-    with torch.enable_grad():
-        _attend(functions, q, k, k, True, None, 1.0).backward(q.detach())
+    _attend(functions, q, k, k, True, None, 1.0).backward(q.detach())
 
 
 BACKENDS = {"attention": Backend(why_not, function=attention)}

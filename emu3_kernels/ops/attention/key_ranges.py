@@ -3,6 +3,7 @@
 B batch, T queries, S keys.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -140,6 +141,11 @@ class Documents:
             document_ids, causal=causal, with_queries=torch.is_grad_enabled()
         )
 
+    @cached_property
+    def packed(self) -> tuple[Tensor, int]:
+        """Where documents start and how long one is at most; the host waits for both, once."""
+        return packed(self.ids)
+
 
 def check_ascending(document_ids: Tensor) -> None:
     ascending = (document_ids[:, 1:] >= document_ids[:, :-1]).all()
@@ -168,3 +174,11 @@ def document_starts(document_ids: Tensor) -> Tensor:
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     starts = starts.flatten().nonzero().flatten()
     return torch.cat([starts, starts.new_tensor([document_ids.numel()])]).int()
+
+
+def packed(document_ids: Tensor | Documents) -> tuple[Tensor, int]:
+    """Return :func:`document_starts` and the tokens of the longest document."""
+    if isinstance(document_ids, Documents):
+        return document_ids.packed
+    starts = document_starts(document_ids)
+    return starts, int(starts.diff().max())

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from emu3_kernels.ops.attention.key_ranges import Documents
 from emu3_kernels.runtime.dropout import HeadShard, keep, keep_scale
 
 
@@ -12,7 +13,7 @@ def attention(
     v: Tensor,
     *,
     causal: bool = True,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | Documents | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -28,7 +29,8 @@ def attention(
     if causal:
         visible = column <= row + num_keys - num_queries
     if document_ids is not None:
-        same = document_ids[:, :, None] == document_ids[:, None, :]
+        ids = document_ids.ids if isinstance(document_ids, Documents) else document_ids
+        same = ids[:, :, None] == ids[:, None, :]
         visible = (visible & same)[:, None, None]
     scores = torch.einsum("btgrk,bsgk->bgrts", q_grouped, k.to(compute))
     scale = head_dim**-0.5 if scale is None else scale

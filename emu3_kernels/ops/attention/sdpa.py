@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emu3_kernels.ops.attention.optional import WARN, determinism, with_positive_scale
+from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.dispatch import Backend
 
 
@@ -26,6 +28,8 @@ def why_not(
         return "its causal mask aligns the first query with the first key"
     if k.shape[1] == 0:
         return "it is NaN where there is no key"
+    if q.is_cuda and needs_gradient(q, k, v) and determinism() == WARN:
+        return "PyTorch repeats its gradients on a GPU where warn_only is False"
     return None
 
 
@@ -38,8 +42,7 @@ def attention(
     scale: float,
     **_: object,
 ) -> Tensor:
-    if scale <= 0:  # PyTorch multiplies the -inf of its causal mask by the scale
-        q, scale = q * scale, 1.0
+    q, scale = with_positive_scale(q, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)

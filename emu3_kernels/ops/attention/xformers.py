@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from emu3_kernels.ops.attention.key_ranges import document_starts
-from emu3_kernels.ops.attention.optional import failure
+from emu3_kernels.ops.attention.key_ranges import Documents, packed
+from emu3_kernels.ops.attention.optional import ERROR, determinism, failure, with_positive_scale
 from emu3_kernels.runtime.autograd import needs_gradient
 from emu3_kernels.runtime.dispatch import Backend
 
@@ -32,8 +32,8 @@ def why_not(
         return "xformers draws its dropout from random numbers of its own"
     if return_lse:
         return "xformers' lse has no gradient"
-    if needs_gradient(q, k, v) and not torch.are_deterministic_algorithms_enabled():
-        return "xformers' gradients repeat only under torch.use_deterministic_algorithms"
+    if needs_gradient(q, k, v) and determinism() != ERROR:
+        return "xformers' gradients repeat only under torch.use_deterministic_algorithms(True)"
     if not (q.numel() and k.numel()):
         return "xformers takes no empty tensor"
     if causal and q.shape[1] > k.shape[1]:
@@ -49,12 +49,14 @@ def attention(
     v: Tensor,
     *,
     causal: bool,
-    document_ids: Tensor | None,
+    document_ids: Tensor | Documents | None,
     scale: float,
     **_: object,
 ) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
+    shape = q.shape
+    q, scale = with_positive_scale(q, scale)
     tensors = (q, k, v)
     if document_ids is not None:
         tensors = (x.flatten(0, 1)[None] for x in tensors)
@@ -69,16 +71,17 @@ def attention(
         attn_bias=_mask(causal, document_ids),
         scale=scale,
     )
-    return out.reshape(q.shape)
+    return out.reshape(shape)
 
 
-def _mask(causal: bool, document_ids: Tensor | None) -> object:
+def _mask(causal: bool, document_ids: Tensor | Documents | None) -> object:
     from xformers.ops.fmha import attn_bias
 
     if document_ids is None:
         return attn_bias.LowerTriangularFromBottomRightMask() if causal else None
-    lengths = document_starts(document_ids).diff().tolist()
-    blocks = attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=document_ids.device)
+    starts, _ = packed(document_ids)
+    lengths = starts.diff().tolist()
+    blocks = attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=starts.device)
     return blocks.make_causal() if causal else blocks
 
 
