@@ -1,10 +1,10 @@
 """Gluon kernels on a CPU, which Triton does not interpret: call :func:`emulate` once.
 
 A kernel runs as the Python that it is written in, on functions of the same names. Every partition
-of warps is a thread, of which one runs at a time, until a barrier keeps it waiting. A copy is made
-as soon as it is asked for, and a product reads shared memory when it is waited for: a tile that is
-freed too early is overwritten before it is read, one read too early is NaN, and partitions that all
-wait raise an error.
+of warps is a thread, of which one runs at a time, until it waits for a barrier or has arrived at
+one. A tile is NaN from the moment a copy to it is asked for until its barrier is waited for, and a
+product reads its tiles when it is waited for: one freed too early or read too early gives NaN.
+Partitions that all wait raise an error.
 """
 
 import threading
@@ -116,6 +116,13 @@ class _Barrier:
 
     def __init__(self) -> None:
         self.count = self.missing = self.nbytes = self.phase = 0
+        self.copies: list[Callable[[], None]] = []
+
+    def completed(self, phase: int) -> bool:
+        """Whether the phase of that parity is over, once all copies have been made."""
+        while self.copies:
+            self.copies.pop(0)()
+        return self.phase != phase
 
     def change(self, arrivals: int, nbytes: int) -> None:
         self.missing -= arrivals
@@ -146,7 +153,7 @@ class _Partition(threading.Thread):
     def __init__(self, program: "_Program", call: Callable[[], object]) -> None:
         super().__init__(daemon=True)
         self.program, self.call = program, call
-        self.turn, self.is_ready = threading.Semaphore(0), bool
+        self.turn, self.is_ready = threading.Semaphore(0), lambda: True
         self.running: list[_Product] = []
         self.finished, self.error = False, None
 
@@ -179,7 +186,7 @@ class _Program:
             MBarrierLayout=lambda: None,
             init=self.init,
             wait=self.wait,
-            arrive=lambda barrier, count: barrier.change(count, 0),
+            arrive=self.arrive,
             expect=lambda barrier, nbytes: barrier.change(1, nbytes),
         )
 
@@ -219,9 +226,11 @@ class _Program:
 
     def pass_turn(self) -> None:
         """Let the next partition run that can; end all if one failed or none can."""
-        left = [p for p in self.partitions if not p.finished]
+        last = self.partitions.index(self.current) + 1 if self.current else 0
+        order = self.partitions[last:] + self.partitions[:last]
+        left = [p for p in order if not p.finished]
         failed = any(p.error is not None for p in self.partitions)
-        ready = [p for p in left if p.is_ready is bool or p.is_ready()]
+        ready = [p for p in left if p.is_ready()]
         if failed or not left:
             self.all_done.release()
         elif ready:
@@ -236,19 +245,30 @@ class _Program:
 
     def wait(self, barrier: _Barrier, phase: int) -> None:
         """Wait until the phase of that parity is complete."""
+        self.let_others_run(partial(barrier.completed, int(phase)))
+
+    def arrive(self, barrier: _Barrier, count: int) -> None:
+        barrier.change(count, 0)
+        self.let_others_run(lambda: True)
+
+    def let_others_run(self, is_ready: Callable[[], bool]) -> None:
         partition = self.current
-        partition.is_ready = lambda: barrier.phase != int(phase)
-        if not partition.is_ready():
-            self.pass_turn()
-            partition.turn.acquire()
+        partition.is_ready = is_ready
+        self.pass_turn()
+        partition.turn.acquire()
 
     def load(self, source: _Descriptor, at: list, barrier: _Barrier, target: _Shared) -> None:
         """Copy a block; what lies outside the matrix is 0."""
-        target.data.zero_()
         row, column = map(int, at)
         block = source.matrix[row:, column:][: source.block_shape[0], : source.block_shape[1]]
-        target.data[: block.shape[0], : block.shape[1]] = block
-        barrier.change(0, -source.block_type.nbytes)
+
+        def copy() -> None:
+            target.data.zero_()
+            target.data[: block.shape[0], : block.shape[1]] = block
+            barrier.change(0, -source.block_type.nbytes)
+
+        target.data.fill_(torch.nan)
+        barrier.copies.append(copy)
 
     def multiply(
         self, a: object, b: _Shared, acc: Value, *, use_acc: bool = True, is_async: bool

@@ -261,14 +261,18 @@ def test_deterministic_algorithms_leave_out_the_gradients_of_cudnn(enabled, adap
 
 
 def test_cudnn_is_first_on_a_gpu_and_triton_takes_what_it_refuses(adapter, monkeypatch):
-    """By measurement: cuDNN, flash-attn, Triton, xformers, what PyTorch chooses."""
+    """By measurement: cuDNN, flash-attn, Triton, xformers, what PyTorch chooses.
+
+    Gluon is not measured.
+    """
     monkeypatch.setattr(launch, "DEVICES", {"cuda"})
     flash = replace(flash_attn.BACKENDS["attention"], why_not=lambda *_: "not here")
     backends = dispatch.backends("attention")
     order = [(name, flash if name == "flash_attn" else b) for name, b in backends._order[True]]
     monkeypatch.setitem(backends._order, True, tuple(order))
     names = [name for name, _ in order]
-    assert names == [n for n in ("cudnn", "flash_attn", "triton", "xformers", "sdpa") if n in names]
+    order = ("cudnn", "flash_attn", "triton", "triton_gluon", "xformers", "sdpa")
+    assert names == [name for name in order if name in names]
     with FakeTensorMode():
         q = torch.empty(1, 4, 2, 64, dtype=torch.float16, device="cuda")
         ids = torch.empty(1, 4, dtype=torch.int32, device="cuda")

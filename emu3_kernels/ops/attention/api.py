@@ -31,7 +31,7 @@ ATTENTION = Backends(
     __package__,
     reference.attention,
     cpu=("cpu", "sdpa"),
-    cuda=("cudnn", "flash_attn", "triton", "xformers", "sdpa"),
+    cuda=("cudnn", "flash_attn", "triton", "triton_gluon", "xformers", "sdpa"),
 )
 DECODE_ATTENTION = Backends(
     "decode_attention",

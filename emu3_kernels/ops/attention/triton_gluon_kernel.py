@@ -61,13 +61,11 @@ def attention_fwd_gluon_kernel(
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_free.index(stage), count=2)
     q_row, kv_row = batch * num_queries + low, batch * num_keys
     q_column, k_column = head * q_head_stride, kv_head * k_head_stride
@@ -75,20 +73,20 @@ def attention_fwd_gluon_kernel(
     gl.warp_specialize(
         [
             (attend, (
-                q_tile, k_tile, v_tile, q_full, k_full, v_full, k_free, v_free,
+                q_tile, k_tile, v_tile, q_full, k_full, v_full, v_free,
                 out_ptr, lse_ptr, first_ptr, end_ptr, offset, scale, low, num_queries, num_keys,
                 out_stride, first_key, whole_key, ragged_key, end_key,
                 0, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES,
             )),
             (attend, (
-                q_tile, k_tile, v_tile, q_full, k_full, v_full, k_free, v_free,
+                q_tile, k_tile, v_tile, q_full, k_full, v_full, v_free,
                 out_ptr, lse_ptr, first_ptr, end_ptr, offset, scale, low, num_queries, num_keys,
                 out_stride, first_key, whole_key, ragged_key, end_key,
                 1, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES,
             )),
             (copy, (
                 q_desc, k_desc, v_desc, q_tile, k_tile, v_tile,
-                q_full, k_full, v_full, k_free, v_free,
+                q_full, k_full, v_full, v_free,
                 q_row, q_column, kv_row, k_column, v_column, first_key, end_key,
                 BLOCK_M, BLOCK_N, STAGES,
             )),
@@ -127,40 +125,42 @@ def keys_of_block(
 
 @gluon.jit
 def copy(
-    q_desc, k_desc, v_desc, q_tile, k_tile, v_tile, q_full, k_full, v_full, k_free, v_free,
+    q_desc, k_desc, v_desc, q_tile, k_tile, v_tile, q_full, k_full, v_full, v_free,
     q_row, q_column, kv_row, k_column, v_column, first_key, end_key,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy the queries, then each block of keys and of values once both groups have freed it."""
+    """Copy the queries, then each block of keys and of values once its stage is free.
+
+    Both groups free values. The keys that were in a stage were read before: they are copied over
+    after values were freed that are multiplied later than those keys.
+    """
     mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
     for group in gl.static_range(2):
         row = q_row + group * BLOCK_M
         async_load(q_desc, [row, q_column], q_full, q_tile.index(group))
-    nth = 0
     for start in range(first_key, end_key, BLOCK_N):
-        stage, phase, row = nth % STAGES, nth // STAGES & 1, kv_row + start
+        nth, row = (start - first_key) // BLOCK_N, kv_row + start
+        stage, phase = nth % STAGES, nth // STAGES & 1
         full, tile = k_full.index(stage), k_tile.index(stage)
-        mbarrier.wait(k_free.index(stage), phase ^ 1)
         mbarrier.expect(full, k_desc.block_type.nbytes)
         async_load(k_desc, [row, k_column], full, tile)
         full, tile = v_full.index(stage), v_tile.index(stage)
         mbarrier.wait(v_free.index(stage), phase ^ 1)
         mbarrier.expect(full, v_desc.block_type.nbytes)
         async_load(v_desc, [row, v_column], full, tile)
-        nth += 1
 
 
 @gluon.jit
 def attend(
-    q_tile, k_tile, v_tile, q_full, k_full, v_full, k_free, v_free,
+    q_tile, k_tile, v_tile, q_full, k_full, v_full, v_free,
     out_ptr, lse_ptr, first_ptr, end_ptr, offset, scale, low, num_queries, num_keys, out_stride,
     first_key, whole_key, ragged_key, end_key,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute a block of queries: scores of the first keys, then probabilities a block behind."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])  # noqa: N806
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])  # noqa: N806
     low += GROUP * BLOCK_M
     i = low + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, SCORES))
     row = gl.minimum(i, num_queries - 1)
@@ -183,24 +183,34 @@ def attend(
         keys = k_tile.index(0).permute((1, 0))
         scores = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, (scores,))
-        mbarrier.arrive(k_free.index(0), count=1)
         p, _, l_i, m_i = softmax(
-            scores, l_i, m_i, first_key, first, length, log2_scale, True, SCORES, OUT, dtype, BLOCK_N
+            scores,
+            l_i,
+            m_i,
+            first_key,
+            first,
+            length,
+            log2_scale,
+            True,
+            SCORES,
+            OUT,
+            dtype,
+            BLOCK_N,
         )
         nth, second = 1, first_key + BLOCK_N
         if first_ptr is not None:
             acc, l_i, m_i, p, nth = attend_blocks(
-                q, k_tile, v_tile, k_full, v_full, k_free, v_free, acc, l_i, m_i, p, nth,
+                q, k_tile, v_tile, k_full, v_full, v_free, acc, l_i, m_i, p, nth,
                 second, whole_key, first, length, log2_scale, True, SCORES, OUT, dtype,
                 BLOCK_M, BLOCK_N, STAGES,
             )  # fmt: skip
         acc, l_i, m_i, p, nth = attend_blocks(
-            q, k_tile, v_tile, k_full, v_full, k_free, v_free, acc, l_i, m_i, p, nth,
+            q, k_tile, v_tile, k_full, v_full, v_free, acc, l_i, m_i, p, nth,
             gl.maximum(whole_key, second), ragged_key, first, length, log2_scale, False,
             SCORES, OUT, dtype, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
         acc, l_i, m_i, p, nth = attend_blocks(
-            q, k_tile, v_tile, k_full, v_full, k_free, v_free, acc, l_i, m_i, p, nth,
+            q, k_tile, v_tile, k_full, v_full, v_free, acc, l_i, m_i, p, nth,
             gl.maximum(ragged_key, second), end_key, first, length, log2_scale, True,
             SCORES, OUT, dtype, BLOCK_M, BLOCK_N, STAGES,
         )  # fmt: skip
@@ -215,7 +225,8 @@ def attend(
     gl.store(lse_ptr + i, lse, mask=i < num_queries)
     acc *= gl.convert_layout(1 / l_i, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None]
     # 16 bytes a thread, a row at a time.
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    LANES: gl.constexpr = [256 // HEAD_DIM, HEAD_DIM // 8]  # noqa: N806
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], LANES, [4, 1], [1, 0])  # noqa: N806
     i = low + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ROWS))
     c = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, ROWS))
     out_ptrs = out_ptr + i.to(gl.int64)[:, None] * out_stride + c[None, :]
@@ -224,7 +235,7 @@ def attend(
 
 @gluon.jit
 def attend_blocks(
-    q, k_tile, v_tile, k_full, v_full, k_free, v_free, acc, l_i, m_i, p, nth,
+    q, k_tile, v_tile, k_full, v_full, v_free, acc, l_i, m_i, p, nth,
     start_key, end_key, first, length, log2_scale, MASKED: gl.constexpr,
     SCORES: gl.constexpr, OUT: gl.constexpr, dtype: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -240,7 +251,6 @@ def attend_blocks(
         mbarrier.wait(v_full.index(before), phase_before)
         acc = warpgroup_mma(p, v_tile.index(before), acc, is_async=True)
         scores = warpgroup_mma_wait(1, (scores,))
-        mbarrier.arrive(k_free.index(stage), count=1)
         p, alpha, l_i, m_i = softmax(
             scores, l_i, m_i, start, first, length, log2_scale, MASKED, SCORES, OUT, dtype, BLOCK_N
         )

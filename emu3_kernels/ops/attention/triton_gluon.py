@@ -56,7 +56,7 @@ def forward(
     scale: float,
     dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
-    from emu3_kernels.ops.attention.gluon_kernel import attention_fwd_gluon_kernel
+    from emu3_kernels.ops.attention.triton_gluon_kernel import attention_fwd_gluon_kernel
 
     if scale < 0:  # scores are compared before they are scaled: the scale must be above 0
         q, scale = -q, -scale
@@ -101,7 +101,10 @@ def descriptor(x: Tensor, num_rows: int) -> object:
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    (batch, num_tokens, num_heads, head_dim), (_, token_stride, head_stride, _) = x.shape, x.stride()
+    (batch, num_tokens, num_heads, head_dim), (_, token_stride, head_stride, _) = (
+        x.shape,
+        x.stride(),
+    )
     shape = [batch * num_tokens, (num_heads - 1) * head_stride + head_dim]
     block = [num_rows, head_dim]
     return TensorDescriptor(x, shape, [token_stride, 1], block, _layout(num_rows, head_dim))
@@ -118,7 +121,7 @@ def _try() -> None:
     """Gluon is experimental: its names may go."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: F401
 
-    from emu3_kernels.ops.attention import gluon_kernel  # noqa: F401
+    from emu3_kernels.ops.attention import triton_gluon_kernel  # noqa: F401
 
 
 BACKENDS = {"attention": Backend(why_not, forward, whole_backward)}
