@@ -88,6 +88,10 @@ def improved_interpreter() -> None:
         from emu3_kernels.testing.interpreter import improve
 
         improve()
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            from emu3_kernels.testing.gluon import emulate
+
+            emulate()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -43,6 +43,11 @@ class Config:
     call: Callable[[], object]
     contracts: Mapping[str, Contract]
     """Contract by the name of the kernel: one for each that ``call`` launches."""
+    targets: tuple[str, ...] = ()
+    """Those that the kernels are for; none is all."""
+
+    def is_for(self, target: str) -> bool:
+        return not self.targets or target in self.targets
 
 
 @dataclass(frozen=True)

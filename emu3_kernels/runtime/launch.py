@@ -14,6 +14,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = {"cuda", "cpu"} if INTERPRETED else {"cuda"}
 """Types of the devices whose tensors a launch takes; a ROCm device is of type cuda too."""
 
+gluon_devices = {"cuda"}
+"""Likewise of Gluon, which Triton does not interpret: the emulator of the tests adds the CPU."""
+
 
 class Gpu(NamedTuple):
     """What tiles and grids are chosen by."""

@@ -8,7 +8,7 @@ numbers are COUNTED: nothing here is timed. What was counted once is kept on dis
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
@@ -22,6 +22,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from emu3_kernels.ops import OPS
@@ -45,7 +46,7 @@ class Launch:
     options: dict
 
     def num_bytes(self) -> int:
-        given = [*self.args, *self.options.values()]
+        given = [getattr(x, "base", x) for x in (*self.args, *self.options.values())]
         return sum({id(t): t.nbytes for t in given if isinstance(t, torch.Tensor)}.values())
 
     def sizes(self) -> dict[str, int]:
@@ -92,7 +93,7 @@ def by_config(of_targets: Iterable[list[list[Row]]]) -> Iterator[Row]:
 
 
 def rows_of_op(op: str, target: str) -> list[list[Row]]:
-    """Return the rows of each config of ``op``; an op without Triton has none."""
+    """Return the rows of each config of ``op``: none of one that is not for ``target``."""
     return rows_of(op, configs_of(op), target)
 
 
@@ -105,7 +106,7 @@ def configs_of(op: str) -> Sequence[Config]:
 def rows_of(op: str, configs: Sequence[Config], target: str) -> list[list[Row]]:
     """Compile what each of ``configs`` launches for ``target``; compare it with its contracts."""
     with assume_gpu(CHIPS[target].gpu):
-        launches = [launches_of(config) for config in configs]
+        launches = [launches_of(config) if config.is_for(target) else [] for config in configs]
     facts = iter(facts_of(list(chain.from_iterable(launches)), target))
     return [
         [row_of(op, config, launch, next(facts), target) for launch in of_config]
@@ -116,7 +117,8 @@ def rows_of(op: str, configs: Sequence[Config], target: str) -> list[list[Row]]:
 def row_of(op: str, config: Config, launch: Launch, facts: Facts, target: str) -> Row:
     """Judge one launch; the kernels of peers have no contract and break none."""
     kernel, programs = launch.kernel.__name__, prod(launch.grid)
-    num_warps, contract = launch.options.get("num_warps", 4), config.contracts.get(kernel)
+    num_warps = facts.num_warps or launch.options.get("num_warps", 4)
+    contract = config.contracts.get(kernel)
     broken, excused = (), ()
     if contract is not None:
         version = ".".join(triton.__version__.split(".")[:2])
@@ -192,6 +194,10 @@ def facts_of(launches: Sequence[Launch], target: str) -> list[Facts]:
             facts = [amd_facts(b.asm["amdgcn"], b.metadata.shared) for b in binaries]
         else:
             facts = nvidia_facts([(b.asm["cubin"], b.metadata.shared) for b in binaries], target)
+        facts = [
+            replace(found, num_warps=b.metadata.num_warps if launches[i].kernel.is_gluon() else 0)
+            for found, b, i in zip(facts, binaries, wanted, strict=True)
+        ]
         return [json.dumps(asdict(of_one)).encode() for of_one in facts]
 
     return [_facts(stored) for stored in cached_all(keys, count)]
@@ -203,7 +209,8 @@ def _specialised(launch: Launch, compiler: GPUTarget) -> tuple[ASTSource, object
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound = bind(*launch.args, **launch.options)
     options, *specialised = kernel._pack_args(backend, launch.options, *bound)
-    return ASTSource(kernel, *specialised), options
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(kernel, *specialised), options
 
 
 def _compiled(source: ASTSource, options: object, compiler: GPUTarget) -> object:

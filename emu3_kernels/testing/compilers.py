@@ -89,6 +89,8 @@ def _prepare() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     if os.environ.get("TRITON_INTERPRET") == "1":
+        from emu3_kernels.testing.gluon import emulate
         from emu3_kernels.testing.interpreter import improve
 
         improve()
+        emulate()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from emu3_kernels.runtime import launch
 from emu3_kernels.runtime.dispatch import Backend, Backends
 
-GPU_BACKENDS = ("triton", "cuda")
+GPU_BACKENDS = ("triton", "triton_gluon", "cuda")
 
 
 @contextmanager

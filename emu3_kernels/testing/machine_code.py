@@ -17,9 +17,12 @@ import triton
 from emu3_kernels.testing.loops import Block, Instruction, blocks
 
 SASS_LINE = re.compile(
-    r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)([^;]*)", re.MULTILINE
+    r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)([^;]*)", re.MULTILINE
 )
 SASS_TARGET = re.compile(r"\b0x([0-9a-f]+)")
+SASS_PREDICATE = re.compile(r"\bU?P\d")
+SASS_ENDS = {"BRA", "BRX", "EXIT", "RET"}
+"""No instruction follows them, unless they are conditional."""
 SASS_SUFFIX = {"sm_80": "", "sm_90": "a", "sm_100": "a"}
 SASS_BYTES = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 SASS_MATRIX = re.compile(r"(?:HMMA|IMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)$")
@@ -55,6 +58,8 @@ class Facts:
     """How often a thread waits for matrix opcodes that run asynchronously."""
     blocks: tuple[Block, ...] = ()
     """What is in no loop, then each loop."""
+    num_warps: int = 0
+    """Of a program, if the compiler adds warps to those that it is asked for; else 0."""
 
 
 def nvidia_facts(kernels: Sequence[tuple[bytes, int]], target: str) -> list[Facts]:
@@ -83,10 +88,9 @@ def nvidia_facts(kernels: Sequence[tuple[bytes, int]], target: str) -> list[Fact
     ]
 
 
-def sass_lines(listing: str) -> list[tuple[int, str, str]]:
-    """Return the address, mnemonic and operands of each instruction that nvdisasm lists."""
-    found = SASS_LINE.findall(listing)
-    return [(int(address, 16), mnemonic, operands) for address, mnemonic, operands in found]
+def sass_lines(listing: str) -> list[tuple[int, str, str, str]]:
+    """Return address, predicate, mnemonic and operands of each instruction that nvdisasm lists."""
+    return [(int(address, 16), *rest) for address, *rest in SASS_LINE.findall(listing)]
 
 
 def _code_of(cubin: bytes) -> bytes:
@@ -105,10 +109,10 @@ def _code_of(cubin: bytes) -> bytes:
     return codes[0]
 
 
-def _sass_facts(sass: Sequence[tuple[int, str, str]], usage: str, shared: int) -> Facts:
-    """Count in the addresses, mnemonics and operands of a kernel."""
+def _sass_facts(sass: Sequence[tuple[int, str, str, str]], usage: str, shared: int) -> Facts:
+    """Count in the lines of a kernel."""
     resources = {name: int(n) for name, n in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    opcodes = [mnemonic.split(".") for _, mnemonic, _ in sass]
+    opcodes = [mnemonic.split(".") for _, _, mnemonic, _ in sass]
     names = Counter(opcode[0] for opcode in opcodes)
     assert names["EXIT"], "no machine code was read: nvdisasm prints another format"
     return Facts(
@@ -125,9 +129,9 @@ def _sass_facts(sass: Sequence[tuple[int, str, str]], usage: str, shared: int) -
     )
 
 
-def sass_code(sass: Sequence[tuple[int, str, str]]) -> Iterator[str | Instruction]:
+def sass_code(sass: Sequence[tuple[int, str, str, str]]) -> Iterator[str | Instruction]:
     """The address of an instruction is its label."""
-    for address, mnemonic, operands in sass:
+    for address, predicate, mnemonic, operands in sass:
         name, *suffixes = mnemonic.split(".")
         if name == "NOP":
             continue
@@ -139,7 +143,12 @@ def sass_code(sass: Sequence[tuple[int, str, str]]) -> Iterator[str | Instructio
             loads=width if name in SASS_LOADS else 0,
             stores=width if name in SASS_STORES else 0,
             flops=_sass_flops(name, suffixes),
+            continues=not _ends(name, suffixes, predicate + operands),
         )
+
+
+def _ends(name: str, suffixes: list[str], conditions: str) -> bool:
+    return name in SASS_ENDS and "DIV" not in suffixes and not SASS_PREDICATE.search(conditions)
 
 
 def _sass_flops(name: str, suffixes: list[str]) -> int:
@@ -195,6 +204,7 @@ def _amd_code(assembly: str) -> Iterator[str | Instruction]:
             loads=_amd_width(name) if memory and name.startswith("load_") else 0,
             stores=_amd_width(name) if memory and name.startswith("store_") else 0,
             flops=2 * prod(map(int, shape.groups())) if shape else 0,
+            continues=unit != "s_" or name not in ("branch", "endpgm"),
         )
 
 

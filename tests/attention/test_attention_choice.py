@@ -143,7 +143,7 @@ def test_cudnn_is_first_on_a_gpu_and_triton_takes_what_it_refuses(adapter, monke
     monkeypatch.setattr(launch, "DEVICES", {"cuda"})
     backends = dispatch.backends("attention")
     names = [name for name, _ in backends._order[True]]
-    measured = "cudnn", "flash_attn", "triton", "torch_flash", "xformers", "sdpa"
+    measured = "cudnn", "flash_attn", "triton", "triton_gluon", "torch_flash", "xformers", "sdpa"
     assert names == [name for name in measured if name in names]
     monkeypatch.setitem(backends._order, True, order_without("flash_attn"))
     with FakeTensorMode():

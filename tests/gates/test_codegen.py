@@ -51,6 +51,7 @@ def calls() -> list:
 def judged(op: str, first: int, target: str) -> tuple[list[int], list[str]]:
     """Return how many launches each config has, and a line for each term that one breaks."""
     configs = codegen.configs_of(op)[first : first + AT_ONCE]
+    configs = [config for config in configs if config.is_for(target)]
     rows = codegen.rows_of(op, configs, target)
     broken = [
         f"{config.name}, {row.kernel}: {line}"

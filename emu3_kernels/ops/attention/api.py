@@ -31,7 +31,7 @@ ATTENTION = Backends(
     __package__,
     reference.attention,
     cpu=("cpu", "sdpa"),
-    cuda=("cudnn", "flash_attn", "triton", "torch_flash", "xformers", "sdpa"),
+    cuda=("cudnn", "flash_attn", "triton", "triton_gluon", "torch_flash", "xformers", "sdpa"),
 )
 DECODE_ATTENTION = Backends(
     "decode_attention",

@@ -1,12 +1,13 @@
 """The launches of the family that are compiled without a GPU, and their contracts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from emu3_kernels.ops.attention import triton as attention
-from emu3_kernels.ops.attention import triton_decode
+from emu3_kernels.ops.attention import triton_decode, triton_gluon
 from emu3_kernels.ops.attention.key_ranges import (
     Dropout,
     KeyRanges,
@@ -21,6 +22,7 @@ def _attention(
     head_dim: int,
     *,
     backward: bool = False,
+    forward: Callable = attention.forward,
     documents: bool = False,
     dropout: bool = False,
     num_tokens: int = TOKENS,
@@ -39,7 +41,7 @@ def _attention(
         out, lse = meta(1, TOKENS, 32, head_dim), meta(1, 32, TOKENS, dtype=torch.float32)
         attention.whole_backward(out, q, k, v, out, lse, None, *settings)
     else:
-        attention.forward(q, k, v, *settings)
+        forward(q, k, v, *settings)
 
 
 # Of 65,536 registers, 255 a thread leave room for one program of 256 threads, which forward and
@@ -78,6 +80,20 @@ DROPOUT_BACKWARD = _backward(
     ),
     replace(DOTS, scalar_loads=40, exceptions=AMD | {"sm_100, triton 3.6: loads": SCALARS}),
 )
+
+
+# 168 registers when 12 warps begin; then 240 for the 8 that compute, 24 for the rest. Scalars are
+# the key ranges of a block, and those and the lse of the rows of each group.
+GLUON = {
+    "attention_fwd_gluon_kernel": Contract(
+        max_registers=168, scalar_loads=12, scalar_stores=4, tensor_cores=True, async_copies=True
+    )
+}
+
+
+def _gluon(name: str, head_dim: int, *, documents: bool = False) -> Config:
+    call = partial(_attention, head_dim, forward=triton_gluon.forward, documents=documents)
+    return Config(name, call, GLUON, targets=("sm_90",))
 
 
 def _decode(num_new: int, page: int | None, *, tree: bool = False) -> None:
@@ -141,6 +157,10 @@ CONFIGS = {
             lambda: _attention(128, backward=True, documents=True, dropout=True),
             DROPOUT_BACKWARD,
         ),
+        _gluon("8192, 32:8 heads of 128, gluon", 128),
+        _gluon("8192, 32:8 heads of 64, gluon", 64),
+        _gluon("8192, documents, gluon", 128, documents=True),
+        _gluon("8192, 64, documents, gluon", 64, documents=True),
     ),
     "decode_attention": (
         Config("one token", lambda: _decode(1, None), _decoding()),

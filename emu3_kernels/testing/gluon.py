@@ -1,0 +1,327 @@
+"""Gluon kernels on a CPU, which Triton does not interpret: call :func:`emulate` once.
+
+A kernel runs as the Python that it is written in, on functions of the same names. Every partition
+of warps is a thread, of which one runs at a time, until it waits for a barrier or has arrived at
+one. A tile is NaN from the moment a copy to it is asked for until its barrier is waited for, and a
+product reads its tiles when it is waited for: one freed too early or read too early gives NaN.
+Partitions that all wait raise an error.
+"""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from math import prod
+from types import FunctionType, SimpleNamespace
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import JITFunction
+
+from emu3_kernels.runtime import launch
+
+TORCH_DTYPES = {
+    "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32,
+    "int32": torch.int32, "int64": torch.int64,
+}  # fmt: skip
+
+
+def emulate() -> None:
+    """Run launches of Gluon kernels here, on tensors of the CPU."""
+    compiled = JITFunction.run
+
+    def run(kernel, *args, grid, warmup, **options):
+        if not kernel.is_gluon():
+            return compiled(kernel, *args, grid=grid, warmup=warmup, **options)
+        constants = {name: x for name, x in options.items() if name in kernel.arg_names}
+        for program in product(*map(range, grid)):
+            _Program(program).run(kernel, [_argument(x) for x in args], constants)
+        return None
+
+    JITFunction.run = run
+    launch.gluon_devices.add("cpu")
+
+
+class Value(Tensor):
+    """Registers: a tensor that is never changed, and whose ``to`` takes the dtypes of Gluon."""
+
+    def __iadd__(self, other: object) -> Tensor:
+        return self + other
+
+    def __imul__(self, other: object) -> Tensor:
+        return self * other
+
+    def to(self, dtype: object) -> Tensor:
+        if dtype == gl.uint32:
+            return self.long() & 0xFFFFFFFF
+        return super().to(TORCH_DTYPES[dtype.name])
+
+
+def _value(x: Tensor) -> Value:
+    return x.as_subclass(Value)
+
+
+class _Pointer:
+    def __init__(self, memory: Tensor, at: Tensor | int) -> None:
+        self.memory, self.at = memory, at
+
+    def __add__(self, offset: Tensor | int) -> "_Pointer":
+        return _Pointer(self.memory, self.at + offset)
+
+    def load(self) -> Value:
+        return _value(self.memory[torch.as_tensor(self.at).long().as_subclass(Tensor)])
+
+    def store(self, value: Value, mask: Value) -> None:
+        at, mask = torch.broadcast_tensors(self.at, mask)
+        self.memory[at[mask]] = value.expand(mask.shape)[mask].as_subclass(Tensor)
+
+
+class _Descriptor:
+    def __init__(self, host: object) -> None:
+        base, self.layout = host.base, host.layout
+        self.matrix = base.as_strided(host.shape, host.strides)
+        self.block_shape, self.dtype = host.block_shape, _dtype(base.dtype)
+        nbytes = prod(host.block_shape) * base.element_size()
+        self.block_type = SimpleNamespace(nbytes=nbytes)
+
+
+def _argument(x: object) -> object:
+    if isinstance(x, Tensor):
+        memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+        return _Pointer(memory, x.storage_offset())
+    return _Descriptor(x) if hasattr(x, "block_shape") else x
+
+
+def _dtype(dtype: torch.dtype) -> object:
+    name = next(name for name, known in TORCH_DTYPES.items() if known == dtype)
+    return getattr(gl, {"fp16": "float16", "bf16": "bfloat16"}[name])
+
+
+class _Shared:
+    """Shared memory, NaN until it is written."""
+
+    def __init__(self, data: Tensor, dtype: object) -> None:
+        self.data, self.dtype, self.shape = data, dtype, list(data.shape)
+
+    def index(self, i: int) -> "_Shared":
+        return _Shared(self.data[int(i)], self.dtype)
+
+    def permute(self, order: tuple[int, ...]) -> "_Shared":
+        return _Shared(self.data.permute(order), self.dtype)
+
+
+class _Barrier:
+    """Completes a phase when all have arrived and all bytes that were expected are there."""
+
+    def __init__(self) -> None:
+        self.count = self.missing = self.nbytes = self.phase = 0
+        self.copies: list[Callable[[], None]] = []
+
+    def completed(self, phase: int) -> bool:
+        """Whether the phase of that parity is over, once all copies have been made."""
+        while self.copies:
+            self.copies.pop(0)()
+        return self.phase != phase
+
+    def change(self, arrivals: int, nbytes: int) -> None:
+        self.missing -= arrivals
+        self.nbytes += nbytes
+        assert self.missing >= 0, "a barrier has more arrivals than it was made for"
+        if not self.missing and not self.nbytes:
+            self.missing, self.phase = self.count, self.phase ^ 1
+
+
+class _Product:
+    """A product that runs: ``warpgroup_mma_wait`` computes it."""
+
+    def __init__(self, a: object, b: _Shared, acc: Value, use_acc: bool) -> None:
+        self.operands, self.result = (a, b, acc, use_acc), None
+
+    def finish(self) -> None:
+        a, b, acc, use_acc = self.operands
+        a = a.data if isinstance(a, _Shared) else a.as_subclass(Tensor)
+        exact = torch.matmul(a.double(), b.data.double())
+        if use_acc:
+            exact += acc.as_subclass(Tensor)
+        self.result = _value(exact.float())
+
+
+class _Partition(threading.Thread):
+    """Warps that run until they wait for a barrier; then it is the turn of others."""
+
+    def __init__(self, program: "_Program", call: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self.program, self.call = program, call
+        self.turn, self.is_ready = threading.Semaphore(0), lambda: True
+        self.running: list[_Product] = []
+        self.finished, self.error = False, None
+
+    def run(self) -> None:
+        self.turn.acquire()
+        try:
+            with torch.no_grad():  # which is a setting of the thread
+                self.call()
+            assert not self.running, "a product was never waited for"
+        except BaseException as error:  # for the thread that launches
+            self.error = error
+        self.finished = True
+        self.program.pass_turn()
+
+
+class _Program:
+    """One program: its partitions, and the functions of Gluon by name."""
+
+    def __init__(self, ids: tuple[int, ...]) -> None:
+        self.ids, self.partitions, self.modules = ids, [], {}
+        self.current: _Partition | None = None
+        self.all_done = threading.Semaphore(0)
+        self.functions = {
+            **{name: getattr(gl, name) for name in LANGUAGE},
+            **MATHS,
+            "program_id": lambda axis: _value(torch.tensor(ids[axis], dtype=torch.int32)),
+            "warp_specialize": self.warp_specialize,
+        }
+        self.barriers = SimpleNamespace(
+            MBarrierLayout=lambda: None,
+            init=self.init,
+            wait=self.wait,
+            arrive=self.arrive,
+            expect=lambda barrier, nbytes: barrier.change(1, nbytes),
+        )
+
+    def run(self, kernel: JITFunction, args: list, constants: dict) -> None:
+        self.translate(kernel)(*args, **constants)
+
+    def translate(self, function: JITFunction) -> FunctionType:
+        """Return the Python function with the names of its module bound to those of this class."""
+        python = function.fn
+        known = self.modules.get(python.__module__)
+        if known is None:
+            known = self.modules[python.__module__] = dict(python.__globals__)
+            known |= {
+                "gl": SimpleNamespace(**self.functions),
+                "mbarrier": self.barriers,
+                "async_load": self.load,
+                "warpgroup_mma": self.multiply,
+                "warpgroup_mma_wait": self.wait_for_products,
+                "range": lambda *bounds: range(*map(int, bounds)),
+            }
+            for name, x in python.__globals__.items():
+                if isinstance(x, JITFunction):
+                    known[name] = self.translate(x)
+                elif isinstance(x, gl.constexpr):
+                    known[name] = x.value
+        return FunctionType(python.__code__, known, python.__name__, python.__defaults__)
+
+    def warp_specialize(self, calls: list[tuple], *_: object) -> None:
+        self.partitions = [_Partition(self, partial(f, *args)) for f, args in calls]
+        for partition in self.partitions:
+            partition.start()
+        self.pass_turn()
+        self.all_done.acquire()
+        for partition in self.partitions:
+            if partition.error is not None:
+                raise partition.error
+
+    def pass_turn(self) -> None:
+        """Let the next partition run that can; end all if one failed or none can."""
+        last = self.partitions.index(self.current) + 1 if self.current else 0
+        order = self.partitions[last:] + self.partitions[:last]
+        left = [p for p in order if not p.finished]
+        failed = any(p.error is not None for p in self.partitions)
+        ready = [p for p in left if p.is_ready()]
+        if failed or not left:
+            self.all_done.release()
+        elif ready:
+            self.current = ready[0]
+            self.current.turn.release()
+        else:
+            left[0].error = RuntimeError("all partitions wait for barriers: the kernel would hang")
+            self.all_done.release()
+
+    def init(self, barrier: _Barrier, count: int) -> None:
+        barrier.count = barrier.missing = count
+
+    def wait(self, barrier: _Barrier, phase: int) -> None:
+        """Wait until the phase of that parity is complete."""
+        self.let_others_run(partial(barrier.completed, int(phase)))
+
+    def arrive(self, barrier: _Barrier, count: int) -> None:
+        barrier.change(count, 0)
+        self.let_others_run(lambda: True)
+
+    def let_others_run(self, is_ready: Callable[[], bool]) -> None:
+        partition = self.current
+        partition.is_ready = is_ready
+        self.pass_turn()
+        partition.turn.acquire()
+
+    def load(self, source: _Descriptor, at: list, barrier: _Barrier, target: _Shared) -> None:
+        """Copy a block; what lies outside the matrix is 0."""
+        row, column = map(int, at)
+        block = source.matrix[row:, column:][: source.block_shape[0], : source.block_shape[1]]
+
+        def copy() -> None:
+            target.data.zero_()
+            target.data[: block.shape[0], : block.shape[1]] = block
+            barrier.change(0, -source.block_type.nbytes)
+
+        target.data.fill_(torch.nan)
+        barrier.copies.append(copy)
+
+    def multiply(
+        self, a: object, b: _Shared, acc: Value, *, use_acc: bool = True, is_async: bool
+    ) -> _Product:
+        assert is_async
+        self.current.running.append(_Product(a, b, acc, use_acc))
+        return self.current.running[-1]
+
+    def wait_for_products(self, num_running: int, products: tuple[_Product, ...]) -> Value:
+        running = self.current.running
+        while len(running) > num_running:
+            running.pop(0).finish()
+        (result,) = (p.result for p in products)
+        assert result is not None, "a product is read while it runs"
+        return result
+
+
+def _full(shape: list[int], value: float, dtype: object, layout: object) -> Value:
+    return _value(torch.full(shape, value, dtype=TORCH_DTYPES[dtype.name]))
+
+
+def _allocate(dtype: object, shape: list[int], layout: object) -> object:
+    if dtype == gl.int64:
+        stages = [_Barrier() for _ in range(shape[0])]
+        return SimpleNamespace(index=lambda i: stages[int(i)]) if len(shape) > 1 else stages[0]
+    return _Shared(torch.full(shape, torch.nan, dtype=TORCH_DTYPES[dtype.name]), dtype)
+
+
+def _extreme(a: object, b: object, of_tensors: Callable, of_numbers: Callable) -> object:
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return of_numbers(a, b)
+    return of_tensors(*map(torch.as_tensor, (a, b)))
+
+
+LANGUAGE = (
+    "float32", "int32", "int64", "uint32", "constexpr",
+    "SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout",
+)  # fmt: skip
+MATHS = {
+    "static_range": range,
+    "arange": lambda start, end, layout: _value(torch.arange(start, end, dtype=torch.int32)),
+    "zeros": lambda shape, dtype, layout: _full(shape, 0, dtype, layout),
+    "full": _full,
+    "allocate_shared_memory": _allocate,
+    "convert_layout": lambda x, layout, assert_trivial=False: x,
+    "minimum": partial(_extreme, of_tensors=torch.minimum, of_numbers=min),
+    "maximum": partial(_extreme, of_tensors=torch.maximum, of_numbers=max),
+    "max": lambda x, axis: x.amax(axis),
+    "sum": lambda x, axis: x.sum(axis),
+    "exp2": torch.exp2,
+    "log2": torch.log2,
+    "where": torch.where,
+    "load": _Pointer.load,
+    "store": lambda pointer, value, mask: pointer.store(value, mask),
+}
+"""Functions of the language that are the same in every program."""
