@@ -105,9 +105,7 @@ def steps_of(
         settings = recipe.data.model_copy(update={"sources": tuple(sources)})
         stream = StoreStream(settings, recipe.model.vocabulary, recipe.train.seed)
         pad = text.vocabulary.pad
-        windows = [
-            _made([stream.next_batch() for _ in range(steps)], pad) for _ in range(WINDOWS)
-        ]
+        windows = [_made([stream.next_batch() for _ in range(steps)], pad) for _ in range(WINDOWS)]
     sizes = [sum(ids.numel() for ids, _, _ in made.padded) for made in windows]
     return windows[np.abs(np.subtract(sizes, np.mean(sizes))).argmin()]
 

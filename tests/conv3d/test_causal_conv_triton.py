@@ -101,34 +101,3 @@ def test_a_video_of_too_many_pixels_is_refused_by_name(device):
     weight = torch.empty(1, 1, 1, 1, 1, device=device)
     with pytest.raises(NotImplementedError, match=f"less than {2**30} pixels of a video"):
         causal_conv3d(x, weight, None, backend="triton")
-
-
-@pytest.mark.parametrize(
-    "size",
-    [
-        {"kernel": [3, 3, 3], "norm": True, "activation": "silu", "residual": True},
-        {"kernel": [4, 3, 2], "stride": [2, 2, 1], "post_activation": "silu", "bias": False},
-        {"kernel": [3, 1, 1]},
-    ],
-    ids=str,
-)
-def test_wide_convolutions_of_pytorch_between_kernels_of_ours(size, device):
-    """Float16, as PyTorch computes it: rounded once more, before bias and residual."""
-    size = {"shape": [2, 64, 5, 6, 7], "out": 66} | size
-    inputs = cases("causal_conv3d").make(**size, dtype=torch.float16, device=device)
-    low = reference("causal_conv3d")(**inputs)
-    exact = reference("causal_conv3d")(**double(inputs))
-    for x in (inputs["x"], inputs["x"].contiguous(memory_format=torch.channels_last_3d)):
-        y = causal_conv3d(**inputs | {"x": x}, backend="aten")
-        assert_as_accurate("y", y, low, exact)
-
-
-def test_pytorch_s_own_convolution_takes_no_piece_of_a_video_and_no_gradient(device):
-    """Its algorithm, and so its bits, depend on the size."""
-    size = {"shape": [1, 64, 3, 4, 4], "out": 64, "kernel": [3, 3, 3]}
-    inputs = cases("causal_conv3d").make(**size, dtype=torch.float16, device=device)
-    with pytest.raises(NotImplementedError, match="would not have the bits of the whole"):
-        causal_conv3d(**inputs, cache=FrameCache(), backend="aten")
-    inputs["x"].requires_grad_()
-    with pytest.raises(NotImplementedError, match="have no gradient"):
-        causal_conv3d(**inputs, backend="aten")

@@ -73,10 +73,12 @@ def unordered(log: list | None) -> list | None:
     return kept
 
 
-def check_value_and_gradients(op: str, size: dict, dtype: torch.dtype, **settings: object) -> None:
+def check_value_and_gradients(
+    op: str, size: dict, dtype: torch.dtype, backend: str = "triton", **settings: object
+) -> None:
     """Compare a call with the reference; ``settings`` are of the op alone, such as its memory."""
     inputs = cases(op).make(**size, dtype=dtype, device="cpu")
-    call = partial(public(op), backend="triton", **settings)
+    call = partial(public(op), backend=backend, **settings)
     with emulated() as session:
         actual = value_and_gradients(op, call, inputs)
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]

@@ -33,6 +33,21 @@ def test_an_op_is_one_graph_and_launches_what_it_does_uncompiled(op, training, c
     assert sorted(launched) == sorted(expected)  # a graph may order them otherwise
 
 
+WIDE = {"shape": [1, 64, 3, 5, 8], "out": 64, "kernel": [3, 3, 3], "norm": True, "residual": True,
+        "activation": "silu", "post_activation": "silu"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "training"),
+    [("causal_conv3d", False), ("causal_conv3d", True), ("temporal_residual", True)],
+)
+def test_kernels_around_a_convolution_of_pytorch_are_in_one_graph(op, training, compiling):
+    size = WIDE if op == "causal_conv3d" else {"shape": WIDE["shape"]}
+    launched, _, expected = compiling(traced, op, size, torch.bfloat16, training, "aten")
+    assert expected
+    assert sorted(launched) == sorted(expected)
+
+
 def test_inductor_does_not_see_the_kernel_of_nearest_code(compiling):
     """It would drop enable_fp_fusion=False, and with it the rounding of every multiplication."""
     size = cases("nearest_code").check[4]

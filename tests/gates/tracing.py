@@ -12,7 +12,7 @@ from emu3_kernels.testing.suite import cases, differentiable, public
 
 
 def traced(
-    op: str, size: dict, dtype: torch.dtype, training: bool
+    op: str, size: dict, dtype: torch.dtype, training: bool, backend: str = "triton"
 ) -> tuple[list[str], str, list[str]]:
     """Run ``op`` compiled with ``fullgraph=True``, then as it is.
 
@@ -26,7 +26,7 @@ def traced(
         return aot_eager(graph, inputs)
 
     torch.compiler.reset()
-    call = partial(public(op), backend="triton")
+    call = partial(public(op), backend=backend)
     compiled = torch.compile(call, fullgraph=True, backend=keep)
     return (
         launched(op, compiled, size, dtype, training),

@@ -131,6 +131,7 @@ OPS = [
     ),
     op(
         "causal_conv3d", {"shape": [1, 256, 4, 64, 64], "out": 256, "kernel": [3, 3, 3]},
+        FORWARD, BACKWARD,
         check={"shape": [1, 256, 2, 32, 32]}, tiny={"shape": [1, 8, 2, 4, 5], "out": 8},
     ),
 ]  # fmt: skip
@@ -148,6 +149,10 @@ MORE = [
     op(
         "causal_conv3d", {"shape": [1, 4, 32, 64, 64], "out": 4, **BLOCK}, FORWARD, BOTH,
         tiny={"shape": [1, 4, 2, 5, 6]},
+    ),
+    op(
+        "temporal_residual", {"shape": [1, 256, 4, 64, 64]}, FORWARD, BOTH,
+        check={"shape": [1, 256, 2, 32, 32]}, tiny={"shape": [1, 8, 2, 4, 5]}, cost=3,
     ),
     op(
         "conv3x3", {"shape": [1, 512, 128, 128], "out": 512, "residual": True},

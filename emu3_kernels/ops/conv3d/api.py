@@ -39,7 +39,7 @@ TEMPORAL_RESIDUAL = Backends(
     __package__,
     reference.temporal_residual,
     cpu=("cpu",),
-    cuda=("cuda", "triton"),
+    cuda=("cuda", "aten", "triton"),
 )
 ACTIVATIONS = (None, "silu")
 BLOCK_KERNEL = (3, 3, 3)
@@ -71,9 +71,9 @@ def causal_conv3d(
     rounds the operands of its GEMM, act(u) and the weights, to that dtype too, for the tensor
     cores. So does ``aten``, cuDNN's convolution, which rounds a second time before bias,
     ``post_activation`` and residual: it runs 16-bit convolutions of 64 channels and more on a GPU,
-    without a gradient or a cache. Processors with a bfloat16 dot product round act(u) where ``x``
-    and the weights are bfloat16. Differentiable in all tensors; the backward pass recomputes norm
-    and activations, so only the inputs are kept.
+    without a cache. Processors with a bfloat16 dot product round act(u) where ``x`` and the weights
+    are bfloat16. Differentiable in all tensors; the backward pass recomputes norm and activations,
+    so only the inputs are kept, and by ``aten`` with a ``post_activation`` what it is applied to.
 
     With a ``cache``, ``x`` is the next piece of a video and the cache of the next call is returned
     too; the given one is not changed. The outputs of the pieces, of any lengths, are those of the
@@ -168,7 +168,8 @@ def temporal_residual(
     ``hidden = conv(silu(scale1 * x + shift1))``; the norms are folded into scales and shifts, and
     both convolutions are :func:`causal_conv3d` with a kernel of 3 x 3 x 3, a bias and stride 1.
     Without a gradient, the ``cpu`` backend takes one pass over ``x``: ``hidden`` stays in caches.
-    On a GPU it stays in the level-2 cache, between two launches that fill the multiprocessors.
+    On a GPU it stays in the level-2 cache, between two launches that fill the multiprocessors; of
+    64 channels and more in 16 bits, both convolutions are cuDNN's (``aten``).
 
     Computed in float32 (float64 for float64 inputs; see :func:`causal_conv3d` for bfloat16);
     ``hidden`` and ``y`` are each rounded once, to the dtype of ``x``, so that the result

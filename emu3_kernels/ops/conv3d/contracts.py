@@ -112,21 +112,37 @@ def _residual_block() -> None:
     block_forward(meta(1, 4, 32, 64, 64), *(vector, vector, weight, vector) * 2, keep_hidden=False)
 
 
-def _around_cudnn() -> None:
-    x = meta(1, 512, 32, 64, 64)
-    vector, weight = meta(512), meta(512, 512, 3, 3, 3)
-    settings = {"scale": vector, "shift": vector, "activation": "silu", "post_activation": None}
-    convolve(x, weight, vector, stride=(1, 1, 1), residual=x, front=2, **settings)
+def _around_cudnn(plan: Plan, *, with_gradient: bool = False) -> None:
+    x, vector, weight = meta(1, 512, 32, 64, 64), meta(512), meta(512, 512, 3, 3, 3)
+    tensors = [x, weight, vector, vector, vector, x]
+    if with_gradient:
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    y = convolve(*tensors, plan)
+    if with_gradient:
+        torch.autograd.grad(y, tensors, torch.empty_like(y))
 
 
+# 80 registers leave room for six programs of 128 threads. Scalars: x where the padding moves it,
+# and sums of channels.
 AROUND = {
-    "causal_conv3d_pad_kernel": Contract(max_registers=128, scalar_loads=64),
-    "causal_conv3d_finish_kernel": Contract(max_registers=128, scalar_loads=64),
+    "causal_conv3d_pad_kernel": Contract(max_registers=80, scalar_loads=32),
+    "causal_conv3d_finish_kernel": Contract(max_registers=80),
+}
+AROUND_BACKWARD = AROUND | {
+    "causal_conv3d_finish_bwd_kernel": Contract(max_registers=80, scalar_stores=1),
+    "causal_conv3d_pad_bwd_kernel": Contract(max_registers=80, scalar_loads=8, scalar_stores=2),
+    "causal_conv3d_bwd_add_kernel": ADD,
+    "causal_conv3d_sum_kernel": SUM,
 }
 
 CONFIGS = {
     "causal_conv3d": (
-        Config("512, around cuDNN", _around_cudnn, AROUND),
+        Config("512, around cuDNN", partial(_around_cudnn, Plan(silu=True)), AROUND),
+        Config(
+            "512, around cuDNN, training",
+            partial(_around_cudnn, Plan(silu=True, post_silu=True), with_gradient=True),
+            AROUND_BACKWARD,
+        ),
         *_configs("512 channels", WIDE, WIDE_BACKWARD, *BLOCK, channels=512),
         _configs("512, an eighth", WIDE, STRIDED_BACKWARD, *EIGHTH, channels=512)[1],
         *_configs("4, Emu3's block", NARROW, NARROW_BACKWARD, *BLOCK, channels=4),

@@ -56,7 +56,7 @@ def backward(
         dx, sums = _backward_x(dz, x, weight, scale, shift, dy.shape, plan)
     if needs.weight:
         parts = _backward_weight(dz, a, x, weight, bias is not None, dy.shape, plan)
-    return dx, *_add(sums, parts, dz, weight, bias, scale, shift)
+    return dx, *add_sums(sums, parts, dz, weight, bias, scale, shift)
 
 
 def _backward_z(
@@ -149,7 +149,7 @@ def _has_few_rows(weight: Tensor) -> bool:
     return out <= MOST_IN_PLACE and channels <= MOST_IN_PLACE
 
 
-def _add(
+def add_sums(
     sums: Tensor | None,
     parts: Tensor | None,
     dz: Tensor,
@@ -183,7 +183,7 @@ def _add(
         HAS_PARTS=parts is not None, HAS_SUMS=sums is not None, **options,
     )  # fmt: skip
     if parts is not None and bias is not None and dbias is None:
-        dbias = column_sums(dz.flatten(0, 1))[: len(bias)].to(bias.dtype)
+        dbias = column_sums(dz.flatten(0, 1), bias.dtype)[: len(bias)]
     return dweight, dbias, dscale, dshift
 
 

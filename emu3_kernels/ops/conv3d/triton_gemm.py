@@ -107,17 +107,18 @@ def pack_video(
     return out
 
 
-def column_sums(rows: Tensor) -> Tensor:
-    """Sum ``[R, N]`` over R in float32, in an order that R alone determines."""
+def column_sums(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum ``[R, N]`` over R in float32, in an order that R alone determines; round to ``dtype``."""
     chunk, (num_rows, width) = 512, rows.shape
-    if num_rows == 1 and rows.dtype == torch.float32:
+    if num_rows == 1 and rows.dtype == dtype:
         return rows[0]
     block = min(next_power_of_2(width), 4096 if INTERPRETED else 128)
-    sums = rows.new_empty(cdiv(num_rows, chunk), width, dtype=torch.float32)
-    grid = (len(sums) * cdiv(width, block),)
+    num_chunks = cdiv(num_rows, chunk)
+    sums = rows.new_empty(num_chunks, width, dtype=dtype if num_chunks == 1 else torch.float32)
+    grid = (num_chunks * cdiv(width, block),)
     options = tile(max(block // 32, 1), CHUNK=chunk, ROWS=gpu_of(rows).warp_size, BLOCK=block)
     launch(causal_conv3d_sum_kernel, grid, rows, sums, num_rows, WIDTH=width, **options)
-    return column_sums(sums)
+    return column_sums(sums, dtype)
 
 
 @triton.jit
@@ -237,4 +238,5 @@ def causal_conv3d_sum_kernel(
         inside = (row < num_rows)[:, None] & (c < WIDTH)[None, :]
         offsets = row[:, None].to(tl.int64) * WIDTH + c[None, :]
         sums += tl.load(rows_ptr + offsets, mask=inside, other=0).to(tl.float32)
-    tl.store(sums_ptr + chunk * WIDTH + c, tl.sum(sums, axis=0), mask=c < WIDTH)
+    total = tl.sum(sums, axis=0).to(sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + chunk * WIDTH + c, total, mask=c < WIDTH)
