@@ -114,7 +114,7 @@ def test_a_deterministic_backend_is_chosen_where_one_is_asked_for(
     monkeypatch.setattr(launch, "DEVICES", {"cuda"})
     for left_out, expected in [
         ((), "triton"),
-        (("triton",), ("reference", "torch_flash")[mode - 1]),
+        (("triton", "triton_gluon"), ("reference", "torch_flash")[mode - 1]),
     ]:
         with monkeypatch.context() as patch, deterministic(mode), FakeTensorMode():
             patch.setitem(backends._order, True, order_without("flash_attn", *left_out))
@@ -152,7 +152,9 @@ def test_cudnn_is_first_on_a_gpu_and_triton_takes_what_it_refuses(adapter, monke
         plain, packed = (q, q, q, True, None, 0.0, False), (q, q, q, True, ids, 0.0, False)
         assert backends._first(*plain)[0] == "cudnn"
         assert backends._first(*packed)[0] == "triton"
-        monkeypatch.setitem(backends._order, True, order_without("flash_attn", "triton"))
+        monkeypatch.setitem(
+            backends._order, True, order_without("flash_attn", "triton", "triton_gluon")
+        )
         assert backends._first(*packed)[0] == "torch_flash"
 
 

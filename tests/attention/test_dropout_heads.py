@@ -6,7 +6,8 @@ import torch
 from emu3_kernels import HeadShard, attention
 from emu3_kernels.testing.suite import at_level, backends
 
-BACKENDS = [*backends("attention"), "reference"]
+BACKENDS = [*(b for b in backends("attention") if b != "triton_gluon"), "reference"]
+"""Gluon has no dropout."""
 SEED = torch.tensor(2**62 + 7)
 
 
