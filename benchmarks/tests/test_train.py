@@ -47,6 +47,7 @@ def test_packed_and_padded_rows_hold_the_same_tokens_with_a_loss(made):
     assert made.filled(made.padded) < made.filled(made.sorted) <= 1
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("mix", train.RECIPES)
 def test_padded_rows_of_the_steps_are_as_full_as_those_of_the_run(mix):
     """A text pads every document of its step: without one, padding costs nothing."""

@@ -184,19 +184,9 @@ def attend(
         scores = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, (scores,))
         p, _, l_i, m_i = softmax(
-            scores,
-            l_i,
-            m_i,
-            first_key,
-            first,
-            length,
-            log2_scale,
-            True,
-            SCORES,
-            OUT,
-            dtype,
-            BLOCK_N,
-        )
+            scores, l_i, m_i, first_key, first, length, log2_scale, True,
+            SCORES, OUT, dtype, BLOCK_N,
+        )  # fmt: skip
         nth, second = 1, first_key + BLOCK_N
         if first_ptr is not None:
             acc, l_i, m_i, p, nth = attend_blocks(
