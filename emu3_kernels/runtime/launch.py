@@ -1,8 +1,9 @@
 """Launches of Triton kernels: on which device, on how many multiprocessors, with which options."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,39 @@ def launch(kernel, grid: tuple[int, ...], first: Tensor, *args, **options) -> No
             kernel.run(first, *args, grid=grid, warmup=False, **options)
     else:
         kernel.run(first, *args, grid=grid, warmup=False, **options)
+
+
+class LaunchPlan(NamedTuple):
+    """What a launch takes beside its tensors: given by shapes, dtypes, settings and the GPU."""
+
+    scalars: tuple[int | float, ...]
+    """The arguments after the tensors."""
+    options: dict[str, int | bool | tuple[int, ...]]
+    """The grid, the kernel's constants and Triton's options."""
+
+
+def plan_launch(grid: tuple[int, ...], *scalars: float, **options) -> LaunchPlan:
+    return LaunchPlan(scalars, options | {"grid": grid, "warmup": False})
+
+
+def launch_planned(kernel, plan: LaunchPlan, first: Tensor, *tensors: Tensor | None) -> None:
+    """As :func:`launch`, by a plan: a microsecond less, and what computing the plan takes."""
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel.run(first, *tensors, *plan.scalars, **plan.options)
+    else:
+        kernel.run(first, *tensors, *plan.scalars, **plan.options)
+
+
+def planned(plan: Callable) -> Callable:
+    """Keep what ``plan`` returns for hashable arguments; torch.compile traces it every time."""
+    kept = lru_cache(maxsize=1024)(plan)
+
+    @wraps(plan)
+    def wrapper(*args):
+        return plan(*args) if torch.compiler.is_compiling() else kept(*args)
+
+    return wrapper
 
 
 def why_not_triton(tensor: Tensor) -> str | None:

@@ -68,7 +68,20 @@ def test_a_launch_runs_on_the_device_of_its_first_tensor(gpus):
         x = OnGpu(index=index)
         launch.launch(Kernel(), (3,), x, 7, BLOCK=8)
         assert ran.pop() == (index, (3,), (x, 7), {"BLOCK": 8})
+        launch.launch_planned(Kernel(), launch.plan_launch((3,), 7, BLOCK=8), x)
+        assert ran.pop() == (index, (3,), (x, 7), {"BLOCK": 8})
     assert gpus.current == 0
+
+
+def test_a_plan_is_computed_once_for_equal_arguments(monkeypatch):
+    computed = []
+    plan = launch.planned(lambda *args: computed.append(args))
+    for shape in ((2, 3), (2, 3), (2, 4)):
+        plan(shape, torch.float32)
+    assert computed == [((2, 3), torch.float32), ((2, 4), torch.float32)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    plan((2, 3), torch.float32)  # whose sizes may be symbols
+    assert len(computed) == 3
 
 
 def test_a_tensor_on_no_gpu_asks_none(gpus):

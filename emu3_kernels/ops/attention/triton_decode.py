@@ -6,8 +6,6 @@ for 128 of them. Every program stores its partial result, then counts itself; th
 last merges all, in their order, so that the result does not depend on which one it is.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +18,7 @@ from emu3_kernels.runtime.launch import (
     gpu_of,
     launch,
     next_power_of_2,
+    planned,
     tile,
     why_not_triton,
 )
@@ -71,8 +70,7 @@ def forward(
         num_keys *= table_stride
     heads_per_kv_head = num_heads // num_kv_heads
     rows = num_new * heads_per_kv_head
-    plan_of = plan.__wrapped__ if torch.compiler.is_compiling() else plan
-    splits, blocks, options = plan_of(
+    splits, blocks, options = plan(
         batch * num_kv_heads, rows, num_keys, head_dim, q.itemsize, gpu_of(q)
     )
     results = batch * num_kv_heads * splits * rows
@@ -89,7 +87,7 @@ def forward(
     return out
 
 
-@cache
+@planned
 def plan(
     sequences: int, rows: int, num_keys: int, head_dim: int, itemsize: int, gpu: Gpu
 ) -> tuple[int, int, dict[str, int | bool]]:

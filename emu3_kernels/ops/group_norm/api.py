@@ -186,7 +186,8 @@ class _SpatialNormSiLU(torch.autograd.Function):
 
 
 def _check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
-    check_floating(op, x=x)
+    if not x.is_floating_point():
+        check_floating(op, x=x)
     if x.dim() not in (4, 5):
         raise ValueError(f"{op}: x must be [B, C, H, W] or [B, C, T, H, W], got {describe(x)}")
     channels = x.shape[1]
@@ -199,11 +200,13 @@ def _check_group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: 
 
 def _check_parameters(op: str, x: Tensor, shape: tuple[int, ...], **parameters: Tensor) -> None:
     """Raise unless every parameter has ``shape``, is floating and on the device of ``x``."""
-    check_floating(op, **parameters)
+    device = x.device
     for name, parameter in parameters.items():
-        if parameter.shape != shape or parameter.device != x.device:
+        if not parameter.is_floating_point():
+            check_floating(op, **{name: parameter})
+        if parameter.shape != shape or parameter.device != device:
             raise ValueError(
-                f"{op}: {name} must be {list(shape)} on {x.device} as x is {tuple(x.shape)}, "
+                f"{op}: {name} must be {list(shape)} on {device} as x is {tuple(x.shape)}, "
                 f"got {describe(parameter)}"
             )
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from emu3_kernels.ops.group_norm import triton_apply, triton_spatial
 from emu3_kernels.ops.group_norm.triton_apply import NO_MODULATION, silu_derivative
 from emu3_kernels.ops.group_norm.triton_statistics import (
-    Layout,
     channels_of,
     layout,
     load_channels,
@@ -16,7 +15,17 @@ from emu3_kernels.ops.group_norm.triton_statistics import (
     store_terms,
 )
 from emu3_kernels.runtime.dispatch import Backend
-from emu3_kernels.runtime.launch import cdiv, launch, tile, why_not_triton
+from emu3_kernels.runtime.launch import (
+    Gpu,
+    LaunchPlan,
+    cdiv,
+    gpu_of,
+    launch_planned,
+    plan_launch,
+    planned,
+    tile,
+    why_not_triton,
+)
 
 
 def why_not(*tensors: Tensor) -> str | None:
@@ -30,9 +39,7 @@ def group_norm(
     stats = x.new_empty(x.shape[0], 2, x.shape[-1], dtype=torch.float32)
     if not x.numel():
         return torch.empty_like(x), stats, None
-    parted = layout(x, x.shape[1], groups)
-    of_parts = moments(x, x.shape[1], parted)
-    y = triton_apply.apply(x, of_parts, stats, weight, bias, NO_MODULATION, eps, silu, parted)
+    y = triton_apply.apply(x, moments(x, groups), stats, weight, bias, NO_MODULATION, eps, silu)
     return y, stats, None
 
 
@@ -48,17 +55,19 @@ def group_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not x.numel():
         return torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-    parted = layout(x, x.shape[1], groups)
-    sums, terms = _sums(dy, x, stats, weight, bias, silu, parted)
-    dx = triton_apply.backward(dy, x, stats, terms, weight, bias, NO_MODULATION, silu, parted)
+    sums, terms = _sums(dy, x, stats, weight, bias, groups, silu)
+    dx = triton_apply.backward(dy, x, stats, terms, weight, bias, NO_MODULATION, silu)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    options = tile(num_warps=4, ROWS=64, BLOCK=32)
-    grid = (cdiv(2 * x.shape[-1], options["BLOCK"]),)
-    launch(
-        group_norm_bwd_add_kernel, grid, sums, dbias, dweight, sums.shape[0] * sums.shape[1],
-        CHANNELS=x.shape[-1], **options,
-    )  # fmt: skip
+    launch_planned(group_norm_bwd_add_kernel, plan_add(sums.shape), sums, dbias, dweight)
     return dx, dweight, dbias
+
+
+@planned
+def plan_add(sums: torch.Size) -> LaunchPlan:
+    batch, num_parts, _, channels = sums
+    options = tile(num_warps=4, ROWS=64, BLOCK=32)
+    grid = (cdiv(2 * channels, options["BLOCK"]),)
+    return plan_launch(grid, batch * num_parts, CHANNELS=channels, **options)
 
 
 def spatial_norm(
@@ -69,11 +78,8 @@ def spatial_norm(
     stats = x.new_empty(x.shape[0], 2, x.shape[-1], dtype=torch.float32)
     if not x.numel():
         return torch.empty_like(x), stats, None
-    num_pixels = x.shape[1] * x.shape[2] * x.shape[3]
-    parted = layout(x, num_pixels, groups)
-    of_parts = moments(x, num_pixels, parted)
     modulation = latent, y_weight, y_bias, b_weight, b_bias
-    y = triton_apply.apply(x, of_parts, stats, weight, bias, modulation, eps, silu, parted)
+    y = triton_apply.apply(x, moments(x, groups), stats, weight, bias, modulation, eps, silu)
     return y, stats, None
 
 
@@ -86,27 +92,30 @@ def spatial_norm_backward(
     if not x.numel():
         return tuple(torch.zeros_like(tensor) for tensor in (x, latent, *parameters))
     modulation = latent, y_weight, y_bias, b_weight, b_bias
-    parted = layout(x, x.shape[1] * x.shape[2] * x.shape[3], groups)
     sums = triton_spatial.position_sums(dy, x, stats, weight, bias, modulation, silu)
     dlatent = triton_spatial.latent_gradient(sums, weight, bias, modulation)
     weighted, terms = triton_spatial.weighted_sums(sums, weight, modulation, groups)
-    dx = triton_apply.backward(dy, x, stats, terms, weight, bias, modulation, silu, parted)
+    dx = triton_apply.backward(dy, x, stats, terms, weight, bias, modulation, silu)
     return dx, dlatent, *triton_spatial.parameter_gradients(weighted, *parameters)
 
 
 def _sums(
-    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, silu: bool, parted: Layout
+    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of d and d * normed: ``[B, parts, 2, C]``; by weight ``[B, 2, parts, G]``."""
-    batch, num_pixels, channels = x.shape
-    parts, groups = parted.num_parts, channels // parted.constants["SIZE"]
-    sums = x.new_empty(batch, parts, 2, channels, dtype=torch.float32)
-    terms = x.new_empty(batch, 2, parts, groups, dtype=torch.float32)
-    launch(
-        group_norm_bwd_sums_kernel, (parts, parted.blocks, batch), dy, x, stats, weight, bias,
-        sums, terms, num_pixels, parted.part, SILU=silu, **parted.constants,
-    )  # fmt: skip
+    num_parts, plan = plan_sums(x.shape, groups, silu, gpu_of(x))
+    sums = x.new_empty(x.shape[0], num_parts, 2, x.shape[2], dtype=torch.float32)
+    terms = x.new_empty(x.shape[0], 2, num_parts, groups, dtype=torch.float32)
+    launch_planned(group_norm_bwd_sums_kernel, plan, dy, x, stats, weight, bias, sums, terms)
     return sums, terms
+
+
+@planned
+def plan_sums(shape: torch.Size, groups: int, silu: bool, gpu: Gpu) -> tuple[int, LaunchPlan]:
+    parted = layout(shape, groups, gpu)
+    grid = parted.num_parts, parted.blocks, shape[0]
+    plan = plan_launch(grid, parted.num_pixels, parted.part, SILU=silu, **parted.constants)
+    return parted.num_parts, plan
 
 
 @triton.jit

@@ -15,79 +15,114 @@ from emu3_kernels.ops.group_norm.triton_statistics import (
     by_channel,
     channels_of,
     groups_of,
+    layout,
     load_channels,
     merge,
 )
-from emu3_kernels.runtime.launch import INTERPRETED, cdiv, gpu_of, launch, next_power_of_2
+from emu3_kernels.runtime.launch import (
+    INTERPRETED,
+    Gpu,
+    LaunchPlan,
+    cdiv,
+    gpu_of,
+    launch_planned,
+    next_power_of_2,
+    plan_launch,
+    planned,
+)
 
 Modulation = tuple[Tensor | None, ...]
 """latent, y_weight, y_bias, b_weight, b_bias."""
 NO_MODULATION: Modulation = (None,) * 5
 
 
-def resize_args(x: Tensor, latent: Tensor) -> tuple[float, ...]:
+def resize_args(shape: torch.Size, latent: torch.Size) -> tuple[float, ...]:
     """Return T, H, W, then t, h, w, then their ratios."""
-    pixels, positions = x.shape[1:4], latent.shape[1:4]
+    pixels, positions = shape[1:4], latent[1:4]
     return *pixels, *positions, *(p / n for p, n in zip(positions, pixels, strict=True))
 
 
 def apply(
     x: Tensor, moments: Tensor, stats: Tensor, weight: Tensor, bias: Tensor,
-    modulation: Modulation, eps: float, silu: bool, parted: Layout,
+    modulation: Modulation, eps: float, silu: bool,
 ) -> Tensor:  # fmt: skip
     """Return y; write mean and rstd by channel to ``stats [B, 2, C]``."""
     y = torch.empty_like(x)
-    grid, sizes, constants = _lines(x, modulation[0], parted, parted.constants["ROWS"])
-    num_parts = parted.num_parts
-    launch(
-        group_norm_fwd_kernel, grid, x, y, moments, stats, weight, bias, *modulation, parted.part,
-        num_parts, eps, *sizes, SILU=silu, PARTS=next_power_of_2(num_parts), **constants,
+    latent = modulation[0]
+    latent_shape = None if latent is None else latent.shape
+    plan = plan_apply(x.shape, latent_shape, moments.shape[3], eps, silu, gpu_of(x))
+    launch_planned(
+        group_norm_fwd_kernel, plan, x, y, moments, stats, weight, bias, *modulation
     )  # fmt: skip
     return y
 
 
+@planned
+def plan_apply(
+    shape: torch.Size, latent: torch.Size | None, groups: int, eps: float, silu: bool, gpu: Gpu
+) -> LaunchPlan:
+    parted = layout(shape, groups, gpu)
+    rows, num_parts = parted.constants["ROWS"], parted.num_parts
+    grid, sizes, constants = _lines(shape, latent, parted, rows, gpu)
+    return plan_launch(
+        grid, parted.part, num_parts, eps, *sizes,
+        SILU=silu, PARTS=next_power_of_2(num_parts), **constants,
+    )  # fmt: skip
+
+
 def backward(
     dy: Tensor, x: Tensor, stats: Tensor, terms: Tensor, weight: Tensor, bias: Tensor,
-    modulation: Modulation, silu: bool, parted: Layout,
+    modulation: Modulation, silu: bool,
 ) -> Tensor:  # fmt: skip
     """Return dx; ``terms [B, 2, parts, G]`` are sums of weight * d and weight * d * normed."""
     dx = torch.empty_like(x)
-    # dx has twice the numbers of a pixel that y has.
-    rows = parted.constants["ROWS"] if modulation[0] is None else parted.constants["ROWS"] // 2
-    grid, sizes, constants = _lines(x, modulation[0], parted, max(rows, 1))
-    num_parts = terms.shape[2]
-    launch(
-        group_norm_bwd_x_kernel, grid, dy, x, dx, stats, terms, weight, bias, *modulation,
-        num_parts, *sizes, SILU=silu, PARTS=next_power_of_2(num_parts), **constants,
+    latent = modulation[0]
+    latent_shape = None if latent is None else latent.shape
+    plan = plan_backward(x.shape, latent_shape, terms.shape, silu, gpu_of(x))
+    launch_planned(
+        group_norm_bwd_x_kernel, plan, dy, x, dx, stats, terms, weight, bias, *modulation
     )  # fmt: skip
     return dx
 
 
+@planned
+def plan_backward(
+    shape: torch.Size, latent: torch.Size | None, terms: torch.Size, silu: bool, gpu: Gpu
+) -> LaunchPlan:
+    _, _, num_parts, groups = terms
+    parted = layout(shape, groups, gpu)
+    # dx has twice the numbers of a pixel that y has.
+    rows = parted.constants["ROWS"] if latent is None else parted.constants["ROWS"] // 2
+    grid, sizes, constants = _lines(shape, latent, parted, max(rows, 1), gpu)
+    return plan_launch(
+        grid, num_parts, *sizes, SILU=silu, PARTS=next_power_of_2(num_parts), **constants
+    )  # fmt: skip
+
+
 def _lines(
-    x: Tensor, latent: Tensor | None, parted: Layout, rows: int
+    shape: torch.Size, latent: torch.Size | None, parted: Layout, rows: int, gpu: Gpu
 ) -> tuple[tuple[int, int, int], tuple[float, ...], dict[str, int | bool]]:
     """Return the grid, the pixels and positions, and the constants of a launch.
 
     A program has a tile of every n-th line; as many programs run as are resident. Lines are rows
     of an image; without a latent they are tiles of any pixels.
     """
-    batch = x.shape[0]
+    batch, num_pixels = shape[0], parted.num_pixels
     if INTERPRETED:
         rows *= 16  # little but the number of operations takes time
     if latent is None:
-        num_pixels = x.shape[1]
         width, lines = rows, cdiv(num_pixels, rows)
         sizes = (num_pixels, 1, lines, width, 1, 1, 1, 1.0, 1.0, 1.0)
         constants, resident = {"LATENT": 0, "VIDEO": False, "PER": 1}, 4
     else:
-        frames, height, width = x.shape[1:4]
-        num_pixels, lines = frames * height * width, frames * height
-        sizes = num_pixels, *resize_args(x, latent)
-        constants = {"LATENT": latent.shape[-1], "VIDEO": frames > 1}
-        constants["PER"] = _pixels_of_position(width, latent.shape[3], rows)
+        frames, height, width = shape[1:4]
+        lines = frames * height
+        sizes = num_pixels, *resize_args(shape, latent)
+        constants = {"LATENT": latent[4], "VIDEO": frames > 1}
+        constants["PER"] = _pixels_of_position(width, latent[3], rows)
         resident = 4 if constants["PER"] > 1 else 2
     tiles = cdiv(width, rows)
-    every = min(max(resident * gpu_of(x).num_sms // (tiles * parted.blocks * batch), 1), lines)
+    every = min(max(resident * gpu.num_sms // (tiles * parted.blocks * batch), 1), lines)
     constants = parted.constants | constants | {"ROWS": rows}
     return (tiles * every, parted.blocks, batch), sizes, constants
 

@@ -4,6 +4,8 @@ P positions of the latent, L its channels. A position has the sums of d, the gra
 of SiLU, and of d * normed: every gradient but dx follows from them at the resolution of the latent.
 """
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,16 @@ from emu3_kernels.ops.group_norm.triton_apply import (
     silu_derivative,
 )
 from emu3_kernels.ops.group_norm.triton_statistics import channels_of, load_channels, store_terms
-from emu3_kernels.runtime.launch import INTERPRETED, cdiv, launch, next_power_of_2, tile
+from emu3_kernels.runtime.launch import (
+    INTERPRETED,
+    LaunchPlan,
+    cdiv,
+    launch_planned,
+    next_power_of_2,
+    plan_launch,
+    planned,
+    tile,
+)
 
 MOST_PARTS = 128
 """Of the positions: partial sums are few beside the sums of positions."""
@@ -28,22 +39,30 @@ def position_sums(
     silu: bool,
 ) -> Tensor:  # fmt: skip
     """Return ``[B, P, 2, C]`` float32."""
-    batch, channels = x.shape[0], x.shape[-1]
-    latent = modulated[0]
-    num_positions = latent.shape[1] * latent.shape[2] * latent.shape[3]
-    num_pixels = x.shape[1] * x.shape[2] * x.shape[3]
-    # No more rows than pixels that read a position; interpreted, a tile may have any size.
-    most_rows, elements = (1024, 1 << 17) if INTERPRETED else (16, 2048)
-    rows = min(next_power_of_2(cdiv(num_pixels, num_positions)), most_rows)
-    block = min(next_power_of_2(channels), elements // rows)
-    sums = x.new_empty(batch, num_positions, 2, channels, dtype=torch.float32)
-    grid = num_positions, cdiv(channels, block), batch
-    launch(
-        spatial_norm_silu_bwd_sums_kernel, grid, dy, x, stats, weight, bias, *modulated, sums,
-        *resize_args(x, latent), channels, LATENT=latent.shape[-1], SILU=silu,
-        **tile(num_warps=4, ROWS=rows, BLOCK=block),
+    shape, plan = plan_position_sums(x.shape, modulated[0].shape, silu)
+    sums = x.new_empty(*shape, dtype=torch.float32)
+    launch_planned(
+        spatial_norm_silu_bwd_sums_kernel, plan, dy, x, stats, weight, bias, *modulated, sums
     )  # fmt: skip
     return sums
+
+
+@planned
+def plan_position_sums(
+    shape: torch.Size, latent: torch.Size, silu: bool
+) -> tuple[tuple[int, ...], LaunchPlan]:
+    batch, *pixels, channels = shape
+    num_positions = prod(latent[1:4])
+    # No more rows than pixels that read a position; interpreted, a tile may have any size.
+    most_rows, elements = (1024, 1 << 17) if INTERPRETED else (16, 2048)
+    rows = min(next_power_of_2(cdiv(prod(pixels), num_positions)), most_rows)
+    block = min(next_power_of_2(channels), elements // rows)
+    grid = num_positions, cdiv(channels, block), batch
+    plan = plan_launch(
+        grid, *resize_args(shape, latent), channels,
+        LATENT=latent[4], SILU=silu, **tile(num_warps=4, ROWS=rows, BLOCK=block),
+    )  # fmt: skip
+    return (batch, num_positions, 2, channels), plan
 
 
 def weighted_sums(
@@ -54,51 +73,67 @@ def weighted_sums(
     The weights are the channels of the latent, then 1, then y, which makes them sums of the norm.
     The second are those of the norm times ``weight``, summed over each group.
     """
-    batch, num_positions, _, channels = sums.shape
-    latent = modulated[0]
-    width, size = latent.shape[-1], channels // groups
+    out_shape, terms_shape, plan = plan_weighted_sums(sums.shape, modulated[0].shape[4], groups)
+    out, terms = sums.new_empty(*out_shape), sums.new_empty(*terms_shape)
+    launch_planned(
+        spatial_norm_silu_bwd_reduce_kernel, plan, sums, weight, *modulated, out, terms
+    )  # fmt: skip
+    return out, terms
+
+
+@planned
+def plan_weighted_sums(
+    sums: torch.Size, latent_channels: int, groups: int
+) -> tuple[tuple[int, ...], tuple[int, ...], LaunchPlan]:
+    batch, num_positions, _, channels = sums
+    num_weights, size = latent_channels + 2, channels // groups
     wide = next_power_of_2(size)
     of_block = min(max(128 // wide, 1), next_power_of_2(groups))
     rows = max(2048 // (of_block * wide), 1)
     part = rows * cdiv(cdiv(num_positions, rows), MOST_PARTS)
     num_parts = cdiv(num_positions, part)
-    out = sums.new_empty(batch, num_parts, width + 2, 2, channels)
-    terms = sums.new_empty(batch, 2, num_parts, groups)
-    launch(
-        spatial_norm_silu_bwd_reduce_kernel,
-        (num_parts, cdiv(groups, of_block), batch * (width + 2)),
-        sums, weight, *modulated, out, terms, num_positions, part, LATENT=width,
+    plan = plan_launch(
+        (num_parts, cdiv(groups, of_block), batch * num_weights), num_positions, part,
+        LATENT=latent_channels,
         **tile(num_warps=4, CHANNELS=channels, SIZE=size, WIDE=wide, GROUPS=of_block, ROWS=rows),
     )  # fmt: skip
-    return out, terms
+    return (batch, num_parts, num_weights, 2, channels), (batch, 2, num_parts, groups), plan
 
 
 def parameter_gradients(
     weighted: Tensor, weight: Tensor, bias: Tensor, *matrices: Tensor
 ) -> tuple[Tensor, ...]:
     """Return the gradients of weight, bias, y_weight, y_bias, b_weight and b_bias."""
-    batch, num_parts, num_weights, _, channels = weighted.shape
-    grads = tuple(torch.empty_like(p) for p in (weight, bias, *matrices))
-    options = tile(num_warps=4, ROWS=32, BLOCK=64)
-    launch(
-        spatial_norm_silu_bwd_add_kernel, (cdiv(channels, options["BLOCK"]), num_weights),
-        weighted, weight, bias, *grads, batch * num_parts, channels, LATENT=num_weights - 2,
-        **options,
-    )  # fmt: skip
+    grads = tuple(map(torch.empty_like, (weight, bias, *matrices)))
+    plan = plan_parameter_gradients(weighted.shape)
+    launch_planned(spatial_norm_silu_bwd_add_kernel, plan, weighted, weight, bias, *grads)
     return grads
 
 
+@planned
+def plan_parameter_gradients(weighted: torch.Size) -> LaunchPlan:
+    batch, num_parts, num_weights, _, channels = weighted
+    options = tile(num_warps=4, ROWS=32, BLOCK=64)
+    grid = cdiv(channels, options["BLOCK"]), num_weights
+    return plan_launch(grid, batch * num_parts, channels, LATENT=num_weights - 2, **options)
+
+
 def latent_gradient(sums: Tensor, weight: Tensor, bias: Tensor, modulated: Modulation) -> Tensor:
-    batch, num_positions, _, channels = sums.shape
     latent, y_weight, _, b_weight, _ = modulated
     dlatent = torch.empty_like(latent)
-    options = tile(num_warps=4, ROWS=16, BLOCK=min(next_power_of_2(channels), 128))
-    grid = cdiv(num_positions, options["ROWS"]), latent.shape[-1], batch
-    launch(
-        spatial_norm_silu_bwd_latent_kernel, grid, sums, weight, bias, y_weight, b_weight, dlatent,
-        num_positions, channels, LATENT=latent.shape[-1], **options,
+    plan = plan_latent_gradient(sums.shape, latent.shape[4])
+    launch_planned(
+        spatial_norm_silu_bwd_latent_kernel, plan, sums, weight, bias, y_weight, b_weight, dlatent
     )  # fmt: skip
     return dlatent
+
+
+@planned
+def plan_latent_gradient(sums: torch.Size, latent_channels: int) -> LaunchPlan:
+    batch, num_positions, _, channels = sums
+    options = tile(num_warps=4, ROWS=16, BLOCK=min(next_power_of_2(channels), 128))
+    grid = cdiv(num_positions, options["ROWS"]), latent_channels, batch
+    return plan_launch(grid, num_positions, channels, LATENT=latent_channels, **options)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ deviations of each of its groups. Whoever needs the statistics merges the parts 
 enough for every program, and a merge is no launch.
 """
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.runtime.launch import cdiv, gpu_of, launch, next_power_of_2, tile
+from emu3_kernels.runtime.launch import (
+    Gpu,
+    LaunchPlan,
+    cdiv,
+    gpu_of,
+    launch_planned,
+    next_power_of_2,
+    plan_launch,
+    planned,
+    tile,
+)
 
 ELEMENTS = 4096
 """Of a tile: 32 a thread with 4 warps of 32 threads, 64 bytes of bfloat16 in flight."""
@@ -21,44 +32,53 @@ MOST_PARTS = 256
 
 
 class Layout(NamedTuple):
-    """How the programs of a launch divide ``x [B, S, C]``."""
+    """How the programs of a launch divide ``[B, S, C]`` or ``[B, T, H, W, C]``."""
 
     constants: dict[str, int | bool]
     """Options of a launch, without WIDTH and PARTS."""
     blocks: int
     """Of channels."""
+    num_pixels: int
+    """Of an image."""
     part: int
     """Pixels of a part, whole tiles but for the last."""
     num_parts: int
 
 
-def layout(x: Tensor, num_pixels: int, groups: int) -> Layout:
+def layout(shape: torch.Size, groups: int, gpu: Gpu) -> Layout:
     """Divide the pixels of an image into parts, so that four programs run on a multiprocessor."""
-    batch, channels = x.shape[0], x.shape[-1]
+    batch, *sizes, channels = shape
+    num_pixels = prod(sizes)
     size = channels // groups
     wide = next_power_of_2(size)
     of_block = min(max(128 // wide, 1), next_power_of_2(groups))
     block = of_block * wide
     rows = max(ELEMENTS // block, 1)
     blocks = cdiv(groups, of_block)
-    wanted = 4 * gpu_of(x).num_sms // (blocks * batch)
+    wanted = 4 * gpu.num_sms // (blocks * batch)
     tiles = cdiv(num_pixels, rows)
     part = rows * cdiv(tiles, min(max(wanted, 1), MOST_PARTS))
     constants = tile(
         num_warps=4, CHANNELS=channels, SIZE=size, WIDE=wide, GROUPS=of_block, ROWS=rows
     )
-    return Layout(constants, blocks, part, cdiv(num_pixels, part))
+    return Layout(constants, blocks, num_pixels, part, cdiv(num_pixels, part))
 
 
-def moments(x: Tensor, num_pixels: int, parted: Layout) -> Tensor:
+@planned
+def plan_moments(
+    shape: torch.Size, groups: int, gpu: Gpu
+) -> tuple[tuple[int, int, int, int], LaunchPlan]:
+    parted = layout(shape, groups, gpu)
+    grid = parted.num_parts, parted.blocks, shape[0]
+    plan = plan_launch(grid, parted.num_pixels, parted.part, **parted.constants)
+    return (shape[0], 2, parted.num_parts, groups), plan
+
+
+def moments(x: Tensor, groups: int) -> Tensor:
     """Return ``[B, 2, parts, G]``: means and squared deviations of the groups of each part."""
-    groups = parted.constants["CHANNELS"] // parted.constants["SIZE"]
-    batch = x.shape[0]
-    out = x.new_empty(batch, 2, parted.num_parts, groups, dtype=torch.float32)
-    launch(
-        group_norm_moments_kernel, (parted.num_parts, parted.blocks, batch),
-        x, out, num_pixels, parted.part, **parted.constants,
-    )  # fmt: skip
+    shape, plan = plan_moments(x.shape, groups, gpu_of(x))
+    out = x.new_empty(*shape, dtype=torch.float32)
+    launch_planned(group_norm_moments_kernel, plan, x, out)
     return out
 
 
