@@ -252,10 +252,10 @@ def _check(
 
 
 def _check_weights(x: Tensor, **weights: Tensor) -> None:
+    check_weight("temporal_residual", x, **weights)
+    shape = (x.shape[1], x.shape[1], *BLOCK_KERNEL)
     for name, weight in weights.items():
-        check_weight("temporal_residual", x, **{name: weight})
-        if weight.shape[0] != x.shape[1] or weight.shape[2:] != BLOCK_KERNEL:
+        if weight.shape != shape:
             raise ValueError(
-                f"temporal_residual: {name} must be {(x.shape[1], x.shape[1], *BLOCK_KERNEL)}, "
-                f"got {tuple(weight.shape)}"
+                f"temporal_residual: {name} must be {shape}, got {tuple(weight.shape)}"
             )

@@ -11,13 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from emu3_kernels.ops.conv3d.plan import Plan, space_pads, volume
-from emu3_kernels.ops.conv3d.triton_backward import add_sums
 from emu3_kernels.ops.conv3d.triton_gemm import (
-    column_sums,
     coordinates,
     load_row,
     silu_derivative,
 )
+from emu3_kernels.ops.conv3d.triton_sums import add_sums, column_sums
 from emu3_kernels.runtime.launch import cdiv, launch, tile
 
 BLOCKS = {"PIXELS": 64, "CHANNELS": 64}
@@ -52,7 +51,7 @@ def pad_backward(
     """Return dx, dscale and dshift for that of a padded video, which is channels-last."""
     channels, _, height, width = x.shape[1:]
     top, left = (space_pads(weight.shape[2 + i], plan.stride[i])[0] for i in (1, 2))
-    num_pixels, dx, sums = volume(x), torch.empty_like(x), None
+    num_pixels, dx, sums = volume(x.shape), torch.empty_like(x), None
     grid = _grid(num_pixels, x)
     if scale is not None:
         sums = x.new_empty(grid[2] * grid[0], 2, channels, dtype=torch.float32)
@@ -68,7 +67,7 @@ def finish(
     y: Tensor, bias: Tensor | None, residual: Tensor | None, post_silu: bool, *, in_place: bool
 ) -> Tensor:
     """Return ``post(y + bias) + residual``, channels-last as ``y [B, O, T, H, W]`` is."""
-    channels, num_pixels = y.shape[1], volume(y)
+    channels, num_pixels = y.shape[1], volume(y.shape)
     out = y if in_place else torch.empty_like(y)
     strides = (0,) * 5 if residual is None else residual.stride()
     launch(
@@ -82,7 +81,7 @@ def finish_backward(
     dy: Tensor, z: Tensor | None, bias: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradient of ``z``, channels-last as ``z`` is, and dbias; no SiLU if z is None."""
-    channels, num_pixels = dy.shape[1], volume(dy)
+    channels, num_pixels = dy.shape[1], volume(dy.shape)
     dz, sums, dbias = None, None, None
     if z is not None or not dy.is_contiguous(memory_format=CHANNELS_LAST):
         dz = torch.empty_like(dy, memory_format=CHANNELS_LAST)

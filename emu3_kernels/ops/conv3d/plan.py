@@ -3,6 +3,7 @@
 B batch, C channels in, O channels out, T frames, H rows, W columns.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -52,9 +53,9 @@ class Needs(NamedTuple):
 ALL = Needs(input=True, weight=True)
 
 
-def volume(x: Tensor) -> int:
-    """Count the elements of a channel, or the taps of a kernel; a view would cost a microsecond."""
-    _, _, frames, height, width = x.shape
+def volume(shape: Sequence[int]) -> int:
+    """Count the elements of a channel, or the taps of a kernel."""
+    _, _, frames, height, width = shape
     return frames * height * width
 
 
@@ -86,16 +87,19 @@ def check_x(op: str, x: Tensor) -> None:
         )
 
 
-def check_weight(op: str, x: Tensor, **weight: Tensor) -> None:
-    [(name, value)] = weight.items()
-    if not value.is_floating_point():
-        check_floating(op, **weight)
-    if value.dim() != 5 or value.shape[1] != x.shape[1] or value.numel() == 0:
-        raise ValueError(
-            f"{op}: {name} must be [O, {x.shape[1]}, kt, kh, kw] as x has {x.shape[1]} channels, "
-            f"got {tuple(value.shape)}"
-        )
-    _check_device(op, x, name, value)
+def check_weight(op: str, x: Tensor, **weights: Tensor) -> None:
+    channels, device = x.shape[1], x.device
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            check_floating(op, **{name: weight})
+        shape = weight.shape
+        if len(shape) != 5 or shape[1] != channels or 0 in shape:
+            raise ValueError(
+                f"{op}: {name} must be [O, {channels}, kt, kh, kw] as x has {channels} channels, "
+                f"got {tuple(shape)}"
+            )
+        if weight.device != device:
+            _check_device(op, x, name, weight)
 
 
 def check_vectors(op: str, x: Tensor, length: int, **vectors: Tensor | None) -> None:

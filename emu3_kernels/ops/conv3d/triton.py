@@ -12,6 +12,7 @@ from emu3_kernels.ops.conv3d import block
 from emu3_kernels.ops.conv3d.plan import Plan, out_shape, volume
 from emu3_kernels.ops.conv3d.triton_backward import backward
 from emu3_kernels.ops.conv3d.triton_gemm import (
+    WeightLayout,
     coordinates,
     gemm_dtype,
     gemm_tile,
@@ -21,10 +22,20 @@ from emu3_kernels.ops.conv3d.triton_gemm import (
     padded_channels,
     program_tile,
     taps,
+    weight_layout,
     weight_operand,
 )
 from emu3_kernels.runtime.dispatch import Backend
-from emu3_kernels.runtime.launch import cdiv, launch, why_not_triton
+from emu3_kernels.runtime.launch import (
+    Gpu,
+    LaunchPlan,
+    cdiv,
+    gpu_of,
+    launch_planned,
+    plan_launch,
+    planned,
+    why_not_triton,
+)
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MOST_PIXELS = 2**30
@@ -35,8 +46,8 @@ def why_not(x: Tensor, *rest: Tensor | Plan | None) -> str | None:
     for tensor in (x, *rest):
         if isinstance(tensor, Tensor) and (reason := why_not_triton(tensor)) is not None:
             return reason
-    if volume(x) >= MOST_PIXELS:
-        return f"the kernels take less than {MOST_PIXELS} pixels of a video, got {volume(x)}"
+    if (num_pixels := volume(x.shape)) >= MOST_PIXELS:
+        return f"the kernels take less than {MOST_PIXELS} pixels of a video, got {num_pixels}"
     return None
 
 
@@ -64,25 +75,35 @@ def _gemm(
     bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
-    y_shape: tuple[int, ...],
+    y_shape: torch.Size,
     plan: Plan,
     next_scale: Tensor | None = None,
     next_shift: Tensor | None = None,
     hidden: torch.dtype | None = None,
 ) -> None:
     """Write y to ``out``; with a next norm, the A operand of the next convolution of y instead."""
-    _, _, frames, height, width = y_shape
-    num_pixels = frames * height * width
-    options = gemm_tile(out, a.dtype, num_pixels, weight.shape[0])
-    operand = weight_operand(weight, a.dtype, options["BLOCK_N"])
-    blocks = cdiv(num_pixels, options["BLOCK_M"]) * (operand.columns // options["BLOCK_N"])
-    launch(
-        causal_conv3d_fwd_kernel, (blocks * y_shape[0],),
-        a, operand.data, bias, residual, out, next_scale, next_shift,
-        plan.front, *x_shape[2:], *y_shape[1:], operand.columns,
-        POST_SILU=plan.post_silu, HIDDEN=_TYPES.get(hidden), OUT_WIDTH=padded_channels(y_shape[1]),
-        **operand.constants, **taps(weight, plan.stride), **options,
+    layout, of_gemm = plan_gemm(x_shape, weight.shape, y_shape, a.dtype, plan, hidden, gpu_of(a))
+    operand = weight_operand(weight, a.dtype, layout)
+    launch_planned(
+        causal_conv3d_fwd_kernel, of_gemm, a, operand, bias, residual, out, next_scale, next_shift
     )  # fmt: skip
+
+
+@planned
+def plan_gemm(
+    x: torch.Size, weight: torch.Size, y: torch.Size, dtype: torch.dtype, plan: Plan,
+    hidden: torch.dtype | None, gpu: Gpu,
+) -> tuple[WeightLayout, LaunchPlan]:  # fmt: skip
+    num_pixels = volume(y)
+    options = gemm_tile(gpu, dtype, num_pixels, weight[0])
+    layout = weight_layout(weight, options["BLOCK_N"])
+    blocks = cdiv(num_pixels, options["BLOCK_M"]) * (layout.columns // options["BLOCK_N"])
+    of_gemm = plan_launch(
+        (blocks * y[0],), plan.front, *x[2:], *y[1:], layout.columns,
+        POST_SILU=plan.post_silu, HIDDEN=_TYPES.get(hidden), OUT_WIDTH=padded_channels(y[1]),
+        **layout.constants, **taps(weight, plan.stride), **options,
+    )  # fmt: skip
+    return layout, of_gemm
 
 
 def block_forward(

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from emu3_kernels.ops.conv3d.plan import ALL, Needs, Plan, volume
 from emu3_kernels.ops.conv3d.triton_gemm import (
-    MOST_IN_PLACE,
-    column_sums,
+    WeightLayout,
     coordinates,
     gemm_dtype,
     gemm_tile,
@@ -27,9 +26,20 @@ from emu3_kernels.ops.conv3d.triton_gemm import (
     program_tile,
     silu_derivative,
     taps,
+    weight_layout,
     weight_operand,
 )
-from emu3_kernels.runtime.launch import INTERPRETED, cdiv, gpu_of, launch, tile
+from emu3_kernels.ops.conv3d.triton_sums import add_sums, has_few_rows
+from emu3_kernels.runtime.launch import (
+    INTERPRETED,
+    Gpu,
+    LaunchPlan,
+    cdiv,
+    gpu_of,
+    launch_planned,
+    plan_launch,
+    planned,
+)
 
 
 def backward(
@@ -63,18 +73,27 @@ def _backward_z(
     dy: Tensor, a: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan
 ) -> Tensor:
     """Return dz ``[B, pixels, channels]``: the gradient of the input of the SiLU after the bias."""
-    batch, channels, *sizes = dy.shape
-    num_pixels, width = volume(dy), padded_channels(channels)
-    dz = a.new_empty(batch, num_pixels, width)
-    options = gemm_tile(x, a.dtype, num_pixels, weight.shape[0])
-    operand = weight_operand(weight, a.dtype, options["BLOCK_N"])
-    blocks = cdiv(num_pixels, options["BLOCK_M"]) * (operand.columns // options["BLOCK_N"])
-    launch(
-        causal_conv3d_bwd_z_kernel, (blocks * batch,), dy, a, operand.data, bias, dz, plan.front,
-        *x.shape[2:], channels, *sizes, operand.columns,
-        WIDTH=width, **operand.constants, **taps(weight, plan.stride), **options,
-    )  # fmt: skip
+    shape, layout, of_z = plan_z(dy.shape, x.shape, weight.shape, a.dtype, plan, gpu_of(x))
+    dz = a.new_empty(*shape)
+    operand = weight_operand(weight, a.dtype, layout)
+    launch_planned(causal_conv3d_bwd_z_kernel, of_z, dy, a, operand, bias, dz)
     return dz
+
+
+@planned
+def plan_z(
+    y: torch.Size, x: torch.Size, weight: torch.Size, dtype: torch.dtype, plan: Plan, gpu: Gpu
+) -> tuple[tuple[int, int, int], WeightLayout, LaunchPlan]:
+    batch, channels, *sizes = y
+    num_pixels, width = volume(y), padded_channels(channels)
+    options = gemm_tile(gpu, dtype, num_pixels, channels)
+    layout = weight_layout(weight, options["BLOCK_N"])
+    blocks = cdiv(num_pixels, options["BLOCK_M"]) * (layout.columns // options["BLOCK_N"])
+    of_z = plan_launch(
+        (blocks * batch,), plan.front, *x[2:], channels, *sizes, layout.columns,
+        WIDTH=width, **layout.constants, **taps(weight, plan.stride), **options,
+    )  # fmt: skip
+    return (batch, num_pixels, width), layout, of_z
 
 
 def _backward_x(
@@ -87,28 +106,40 @@ def _backward_x(
     plan: Plan,
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx, and for a norm the sums ``[rows, 2, N]`` of du * x and of du."""
+    has_norm = scale is not None
+    shape, layout, of_x = plan_x(
+        x.shape, weight.shape, y_shape, dz.dtype, has_norm, plan, gpu_of(x)
+    )  # fmt: skip
     dx = torch.empty_like(x)
-    batch, channels, *sizes = x.shape
-    frames, height, width = sizes
+    sums = dz.new_empty(*shape, dtype=torch.float32) if has_norm else None
+    operand = weight_operand(weight, dz.dtype, layout, transposed=True)
+    launch_planned(causal_conv3d_bwd_x_kernel, of_x, dz, operand, x, scale, shift, dx, sums)
+    return dx, sums
+
+
+@planned
+def plan_x(
+    x: torch.Size, weight: torch.Size, y: torch.Size, dtype: torch.dtype, has_norm: bool,
+    plan: Plan, gpu: Gpu,
+) -> tuple[tuple[int, int, int], WeightLayout, LaunchPlan]:  # fmt: skip
+    """Return the shape of the sums too."""
+    batch, channels, *sizes = x
     st, sh, sw = plan.stride
-    of_phase = cdiv(frames, st) * cdiv(height, sh) * cdiv(width, sw)
+    of_phase = cdiv(sizes[0], st) * cdiv(sizes[1], sh) * cdiv(sizes[2], sw)
     # NumPy adds the rows of a block in sequence: for dscale and dshift as few as on a GPU.
-    options = gemm_tile(x, dz.dtype, of_phase if scale is None else 0, channels)
+    options = gemm_tile(gpu, dtype, 0 if has_norm else of_phase, channels)
     # x, its norm and the derivative of SiLU share the registers with the accumulator, and so do
     # addresses where the columns of a phase are not contiguous.
-    options["BLOCK_N"] = min(options["BLOCK_N"], 64 if plan.stride[2] == 1 else 32)
-    operand = weight_operand(weight, dz.dtype, options["BLOCK_N"], transposed=True)
-    columns, phases = operand.columns, st * sh * sw
+    options["BLOCK_N"] = min(options["BLOCK_N"], 64 if sw == 1 else 32)
+    layout = weight_layout(weight, options["BLOCK_N"], transposed=True)
+    columns, phases = layout.columns, st * sh * sw
     blocks = cdiv(of_phase, options["BLOCK_M"])
-    sums = None
-    if scale is not None:
-        sums = dz.new_empty(batch * phases * blocks, 2, columns, dtype=torch.float32)
-    launch(
-        causal_conv3d_bwd_x_kernel, (blocks * (columns // options["BLOCK_N"]) * batch, phases),
-        dz, operand.data, x, scale, shift, dx, sums, plan.front, channels, *sizes, *y_shape[2:],
-        columns, SILU=plan.silu, **operand.constants, **taps(weight, plan.stride), **options,
+    of_x = plan_launch(
+        (blocks * (columns // options["BLOCK_N"]) * batch, phases),
+        plan.front, channels, *sizes, *y[2:], columns,
+        SILU=plan.silu, **layout.constants, **taps(weight, plan.stride), **options,
     )  # fmt: skip
-    return dx, sums
+    return (batch * phases * blocks, 2, columns), layout, of_x
 
 
 def _backward_weight(
@@ -121,70 +152,37 @@ def _backward_weight(
     plan: Plan,
 ) -> Tensor:
     """Return ``[ranges, taps * channels + 1, N]``; the last row is dbias if there are few M."""
-    out_channels, num_taps = weight.shape[0], volume(weight)
-    (batch, num_pixels, channels), width = dz.shape, a.shape[2]
-    options = gemm_tile(x, a.dtype, num_taps * width, out_channels)
-    if INTERPRETED:
-        options["BLOCK_K"] = 128
-    elif a.dtype == torch.float32:
-        options["BLOCK_K"] = 16  # 32 spill
-    columns = cdiv(out_channels, options["BLOCK_N"]) * options["BLOCK_N"]
-    tiles = cdiv(num_taps * width, options["BLOCK_M"]) * (columns // options["BLOCK_N"])
-    steps = batch * cdiv(num_pixels, options["BLOCK_K"])
-    # Two programs a multiprocessor, and no range is empty.
-    length = cdiv(steps, min(cdiv(2 * gpu_of(x).num_sms, tiles), steps))
-    ranges = cdiv(steps, length)
-    parts = a.new_empty(ranges, num_taps * width + 1, columns, dtype=torch.float32)
-    launch(
-        causal_conv3d_bwd_weight_kernel, (tiles, ranges), a, dz, parts, plan.front, *x.shape[2:],
-        *y_shape[2:], columns, steps, length, WIDTH=channels, CHANNELS=width,
-        SUM_DZ=has_bias and _has_few_rows(weight), **taps(weight, plan.stride), **options,
+    shape, of_weight = plan_weight(
+        x.shape, weight.shape, y_shape, a.dtype, has_bias, plan, gpu_of(x)
     )  # fmt: skip
+    parts = a.new_empty(*shape, dtype=torch.float32)
+    launch_planned(causal_conv3d_bwd_weight_kernel, of_weight, a, dz, parts)
     return parts
 
 
-def _has_few_rows(weight: Tensor) -> bool:
-    """Return whether a kernel that is short of registers can sum dz beside its GEMM."""
-    out, channels, *_ = weight.shape
-    return out <= MOST_IN_PLACE and channels <= MOST_IN_PLACE
-
-
-def add_sums(
-    sums: Tensor | None,
-    parts: Tensor | None,
-    dz: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Return dweight, dbias, dscale, dshift; None where there are no sums."""
-    dweight = dbias = dscale = dshift = None
-    if parts is None and sums is None:
-        return dweight, dbias, dscale, dshift
-    out_channels, channels, *_ = weight.shape
-    options = tile(num_warps=4, ROWS=16, BLOCK=64)
-    blocks = num_sums = 0
-    if parts is not None:
-        dweight = torch.empty_like(weight)
-        if bias is not None and _has_few_rows(weight):
-            dbias = torch.empty_like(bias)
-        blocks = cdiv(parts.shape[1] * parts.shape[2], options["BLOCK"])
-    if sums is not None:
-        dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
-        num_sums = 2 * channels
-    of_weight, of_norm = (sums if parts is None else parts), (parts if sums is None else sums)
-    (num_ranges, _, weight_width), (num_rows, _, norm_width) = of_weight.shape, of_norm.shape
-    launch(
-        causal_conv3d_bwd_add_kernel, (blocks + num_sums,), of_weight, of_norm,
-        dweight, dbias, dscale, dshift, num_ranges, num_rows, blocks,
-        out_channels, channels, weight_width, norm_width,
-        CHANNELS=padded_channels(channels), TAPS=volume(weight),
-        HAS_PARTS=parts is not None, HAS_SUMS=sums is not None, **options,
+@planned
+def plan_weight(
+    x: torch.Size, weight: torch.Size, y: torch.Size, dtype: torch.dtype, has_bias: bool,
+    plan: Plan, gpu: Gpu,
+) -> tuple[tuple[int, int, int], LaunchPlan]:  # fmt: skip
+    out_channels, width, num_taps = weight[0], padded_channels(weight[1]), volume(weight)
+    options = gemm_tile(gpu, dtype, num_taps * width, out_channels)
+    if INTERPRETED:
+        options["BLOCK_K"] = 128
+    elif dtype == torch.float32:
+        options["BLOCK_K"] = 16  # 32 spill
+    columns = cdiv(out_channels, options["BLOCK_N"]) * options["BLOCK_N"]
+    tiles = cdiv(num_taps * width, options["BLOCK_M"]) * (columns // options["BLOCK_N"])
+    steps = x[0] * cdiv(volume(y), options["BLOCK_K"])
+    # Two programs a multiprocessor, and no range is empty.
+    length = cdiv(steps, min(cdiv(2 * gpu.num_sms, tiles), steps))
+    ranges = cdiv(steps, length)
+    of_weight = plan_launch(
+        (tiles, ranges), plan.front, *x[2:], *y[2:], columns, steps, length,
+        WIDTH=padded_channels(out_channels), CHANNELS=width,
+        SUM_DZ=has_bias and has_few_rows(weight), **taps(weight, plan.stride), **options,
     )  # fmt: skip
-    if parts is not None and bias is not None and dbias is None:
-        dbias = column_sums(dz.flatten(0, 1), bias.dtype)[: len(bias)]
-    return dweight, dbias, dscale, dshift
+    return (ranges, num_taps * width + 1, columns), of_weight
 
 
 @triton.jit(do_not_specialize=["front", "frames", "y_frames"])
@@ -318,64 +316,3 @@ def causal_conv3d_bwd_weight_kernel(
         is_first = (m[:, None] == 0) & (n[None, :] < columns)
         row = tl.broadcast_to(tl.sum(sums, axis=0)[None, :], [BLOCK_M, BLOCK_N])
         tl.store(parts_ptr + num_m * columns + 0 * m[:, None], row, mask=is_first)
-
-
-@triton.jit
-def _add_parts(
-    parts_ptr, dweight_ptr, dbias_ptr, num_parts, block, out_channels, in_channels, columns,
-    CHANNELS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = (TAPS * CHANNELS + 1) * columns
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(0, num_parts, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < num_parts)[:, None] & (at < size)[None, :]
-        total += tl.load(parts_ptr + row[:, None] * size + at[None, :], mask=inside, other=0)
-    value = tl.sum(total, axis=0)
-    n, m = at % columns, at // columns
-    tap, c = m // CHANNELS, m % CHANNELS
-    exists = (tap < TAPS) & (c < in_channels) & (n < out_channels)
-    out = dweight_ptr + (n * in_channels + c) * TAPS + tap
-    tl.store(out, value.to(dweight_ptr.dtype.element_ty), mask=exists)
-    if dbias_ptr is not None:
-        is_bias = (m == TAPS * CHANNELS) & (n < out_channels)
-        tl.store(dbias_ptr + n, value.to(dbias_ptr.dtype.element_ty), mask=is_bias)
-
-
-@triton.jit
-def _add_sums(sums_ptr, dscale_ptr, dshift_ptr, num_sums, which, c, columns, BLOCK: tl.constexpr):
-    # Few numbers that cancel: the sums of blocks have errors enough.
-    total = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, num_sums, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        at = (row.to(tl.int64) * 2 + which) * columns + c
-        total += tl.load(sums_ptr + at, mask=row < num_sums, other=0).to(tl.float64)
-    value = tl.sum(total, axis=0)
-    if which == 0:
-        tl.store(dscale_ptr + c, value.to(dscale_ptr.dtype.element_ty))
-    else:
-        tl.store(dshift_ptr + c, value.to(dshift_ptr.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["num_parts", "num_sums", "blocks"])
-def causal_conv3d_bwd_add_kernel(
-    parts_ptr, sums_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr, num_parts, num_sums,
-    blocks, out_channels, in_channels, columns, sums_columns,
-    CHANNELS: tl.constexpr, TAPS: tl.constexpr, HAS_PARTS: tl.constexpr, HAS_SUMS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dweight and dbias, the sums of parts, from the first programs; then dscale and dshift."""
-    program = tl.program_id(0)
-    if HAS_PARTS:  # noqa: SIM102 (known when compiled)
-        if program < blocks:
-            _add_parts(
-                parts_ptr, dweight_ptr, dbias_ptr, num_parts, program, out_channels, in_channels,
-                columns, CHANNELS, TAPS, ROWS, BLOCK,
-            )  # fmt: skip
-    if HAS_SUMS:  # noqa: SIM102
-        if program >= blocks:
-            which, c = (program - blocks) // in_channels, (program - blocks) % in_channels
-            _add_sums(
-                sums_ptr, dscale_ptr, dshift_ptr, num_sums, which, c, sums_columns, ROWS * BLOCK
-            )

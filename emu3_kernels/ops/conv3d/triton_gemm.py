@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emu3_kernels.runtime.launch import INTERPRETED, cdiv, gpu_of, launch, next_power_of_2, tile
+from emu3_kernels.ops.conv3d.plan import volume
+from emu3_kernels.runtime.launch import (
+    INTERPRETED,
+    Gpu,
+    LaunchPlan,
+    cdiv,
+    launch_planned,
+    next_power_of_2,
+    plan_launch,
+    planned,
+    tile,
+)
 
 WHOLE = 64
 """Packed channels are a multiple of this, or a power of two below it."""
@@ -23,7 +34,7 @@ MOST_IN_PLACE = 16
 """Channels up to which a kernel reads the weights in place, cached: packing takes two launches."""
 
 
-def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | bool]:
+def gemm_tile(gpu: Gpu, dtype: torch.dtype, m: int, n: int) -> dict[str, int | bool]:
     """Choose by N alone: a piece of a video must have the tile, and so the sums, of the whole.
 
     M matters to the interpreter. A third stage is more than the shared memory of gfx942.
@@ -34,7 +45,7 @@ def gemm_tile(x: Tensor, dtype: torch.dtype, m: int, n: int) -> dict[str, int | 
         num_warps, num_stages = 4, 2
     else:
         blocks = {"BLOCK_M": 128, "BLOCK_K": 64, "BLOCK_N": block_n}
-        num_warps, num_stages = 8 if block_n == 128 else 4, 2 if gpu_of(x).warp_size == 64 else 3
+        num_warps, num_stages = 8 if block_n == 128 else 4, 2 if gpu.warp_size == 64 else 3
     if INTERPRETED:
         # Little but the number of operations takes time. BLOCK_K, the order of sums, is a GPU's.
         blocks["BLOCK_M"] = max(blocks["BLOCK_M"], min(next_power_of_2(m), 512))
@@ -51,42 +62,49 @@ def padded_channels(channels: int) -> int:
     return cdiv(channels, WHOLE) * WHOLE if channels > WHOLE else max(next_power_of_2(channels), 4)
 
 
-class WeightOperand(NamedTuple):
-    """The B operand ``[taps, channels, N]``."""
+class WeightLayout(NamedTuple):
+    """How the B operand ``[taps, channels, N]`` is read: in place, or packed."""
 
-    data: Tensor
+    packed: tuple[int, int, int] | None
+    """Its shape, padded to whole blocks; None in place."""
     columns: int
     """N, padded to whole blocks."""
     constants: dict[str, int]
     """CHANNELS, padded, and the layout of weights in place: channels (0: packed), strides."""
 
 
-def weight_operand(
-    weight: Tensor, dtype: torch.dtype, block_n: int, *, transposed: bool = False
-) -> WeightOperand:
-    """Return the operand of ``weight [O, C, kt, kh, kw]``: N is O, or C if ``transposed``.
-
-    It is read in place, or packed in ``dtype`` and padded with zeros to whole blocks.
-    """
-    out, channels, kt, kh, kw = weight.shape
-    num_taps = kt * kh * kw
+def weight_layout(shape: torch.Size, block_n: int, *, transposed: bool = False) -> WeightLayout:
+    """Lay out weights ``[O, C, kt, kh, kw]``: N is O, or C if ``transposed``."""
+    out, channels, *_ = shape
+    num_taps = volume(shape)
     n, k, n_stride, k_stride = out, channels, channels * num_taps, num_taps
     if transposed:
         n, k, n_stride, k_stride = k, n, k_stride, n_stride
     width, columns = padded_channels(k), cdiv(n, block_n) * block_n
     if out <= MOST_IN_PLACE and channels <= MOST_IN_PLACE:
-        strides = {"IN_PLACE": k, "N_STRIDE": n_stride, "C_STRIDE": k_stride}
-        return WeightOperand(weight, columns, {"CHANNELS": width, **strides})
-    packed = weight.new_zeros(num_taps, width, columns, dtype=dtype)
-    by_tap = weight.flatten(2)
-    packed[:, :k, :n] = by_tap.permute(2, 0, 1) if transposed else by_tap.permute(2, 1, 0)
-    strides = {"IN_PLACE": 0, "N_STRIDE": 1, "C_STRIDE": 1}
-    return WeightOperand(packed, columns, {"CHANNELS": width, **strides})
+        packed, strides = None, {"IN_PLACE": k, "N_STRIDE": n_stride, "C_STRIDE": k_stride}
+    else:
+        packed, strides = (num_taps, width, columns), {"IN_PLACE": 0, "N_STRIDE": 1, "C_STRIDE": 1}
+    return WeightLayout(packed, columns, {"CHANNELS": width, **strides})
 
 
-def taps(weight: Tensor, stride: tuple[int, int, int]) -> dict[str, int]:
+def weight_operand(
+    weight: Tensor, dtype: torch.dtype, layout: WeightLayout, *, transposed: bool = False
+) -> Tensor:
+    """Return ``weight``, or a copy in ``dtype`` that is padded with zeros."""
+    if layout.packed is None:
+        return weight
+    packed = weight.new_zeros(*layout.packed, dtype=dtype)
+    by_tap = weight.flatten(2).permute(2, 0, 1)
+    if not transposed:
+        by_tap = by_tap.mT
+    packed[:, : by_tap.shape[1], : by_tap.shape[2]] = by_tap
+    return packed
+
+
+def taps(weight: torch.Size, stride: tuple[int, int, int]) -> dict[str, int]:
     """Return the constants of a kernel that its addresses of taps depend on."""
-    (_, _, kt, kh, kw), (st, sh, sw) = weight.shape, stride
+    (_, _, kt, kh, kw), (st, sh, sw) = weight, stride
     return {"KT": kt, "KH": kh, "KW": kw, "ST": st, "SH": sh, "SW": sw}
 
 
@@ -94,31 +112,22 @@ def pack_video(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool, dtype: torch.dtype
 ) -> Tensor:
     """Norm and activate ``[B, C, T, H, W]``, and round it to ``dtype``, channels-last."""
-    batch, channels, frames, rows, columns = x.shape
-    num_pixels, width = frames * rows * columns, padded_channels(channels)
-    out = x.new_empty(batch, num_pixels, width, dtype=dtype)
-    block = min(width, WHOLE)
-    pixels = 4096 // block
-    grid = cdiv(num_pixels, pixels) * batch, width // block
-    launch(
-        causal_conv3d_pack_kernel, grid, x, scale, shift, out, num_pixels, channels, SILU=silu,
-        WIDTH=width, **tile(num_warps=4, PIXELS=pixels, CHANNELS=block),
-    )  # fmt: skip
+    shape, of_pack = plan_pack(x.shape, silu)
+    out = x.new_empty(*shape, dtype=dtype)
+    launch_planned(causal_conv3d_pack_kernel, of_pack, x, scale, shift, out)
     return out
 
 
-def column_sums(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum ``[R, N]`` over R in float32, in an order that R alone determines; round to ``dtype``."""
-    chunk, (num_rows, width) = 512, rows.shape
-    if num_rows == 1 and rows.dtype == dtype:
-        return rows[0]
-    block = min(next_power_of_2(width), 4096 if INTERPRETED else 128)
-    num_chunks = cdiv(num_rows, chunk)
-    sums = rows.new_empty(num_chunks, width, dtype=dtype if num_chunks == 1 else torch.float32)
-    grid = (num_chunks * cdiv(width, block),)
-    options = tile(max(block // 32, 1), CHUNK=chunk, ROWS=gpu_of(rows).warp_size, BLOCK=block)
-    launch(causal_conv3d_sum_kernel, grid, rows, sums, num_rows, WIDTH=width, **options)
-    return column_sums(sums, dtype)
+@planned
+def plan_pack(shape: torch.Size, silu: bool) -> tuple[tuple[int, int, int], LaunchPlan]:
+    batch, channels, *_ = shape
+    num_pixels, width = volume(shape), padded_channels(channels)
+    block = min(width, WHOLE)
+    pixels = 4096 // block
+    grid = cdiv(num_pixels, pixels) * batch, width // block
+    options = tile(num_warps=4, PIXELS=pixels, CHANNELS=block)
+    of_pack = plan_launch(grid, num_pixels, channels, SILU=silu, WIDTH=width, **options)
+    return (batch, num_pixels, width), of_pack
 
 
 @triton.jit
@@ -221,22 +230,3 @@ def causal_conv3d_pack_kernel(
         x *= tl.sigmoid(x)
     out_ptr += (batch * num_pixels + p)[:, None] * WIDTH + c[None, :]
     tl.store(out_ptr, x.to(out_ptr.dtype.element_ty), mask=(p < num_pixels)[:, None])
-
-
-@triton.jit
-def causal_conv3d_sum_kernel(
-    rows_ptr, sums_ptr, num_rows, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum a chunk of the rows."""
-    num_blocks = tl.cdiv(WIDTH, BLOCK)
-    c = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)
-    chunk = (tl.program_id(0) // num_blocks).to(tl.int64)
-    sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, num_rows), ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < num_rows)[:, None] & (c < WIDTH)[None, :]
-        offsets = row[:, None].to(tl.int64) * WIDTH + c[None, :]
-        sums += tl.load(rows_ptr + offsets, mask=inside, other=0).to(tl.float32)
-    total = tl.sum(sums, axis=0).to(sums_ptr.dtype.element_ty)
-    tl.store(sums_ptr + chunk * WIDTH + c, total, mask=c < WIDTH)
