@@ -157,11 +157,12 @@ def document_ranges(document_ids: Tensor, *, causal: bool, with_queries: bool = 
     """Return the key ranges of whole sequences; ``with_queries`` for a backward pass, too."""
     ids = document_ids.contiguous()
     start = torch.searchsorted(ids, ids, out_int32=True)
-    stop = torch.searchsorted(ids, ids, right=True, out_int32=True)
+    if with_queries or not causal:
+        stop = torch.searchsorted(ids, ids, right=True, out_int32=True)
     if not causal:
         return KeyRanges(start, stop, queries=QueryRanges(start, stop))
     after = torch.arange(1, ids.shape[1] + 1, dtype=torch.int32, device=ids.device)
-    end = torch.minimum(stop, after)  # is ``after`` in every row
+    end = torch.maximum(start, after)  # is ``after`` in every row
     return KeyRanges(start, end, queries=QueryRanges(end - 1, stop) if with_queries else None)
 
 
