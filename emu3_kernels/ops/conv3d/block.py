@@ -51,8 +51,6 @@ def backward(
     if any(needs[:5]):
         of_first = Needs(input=any(needs[:3]), weight=any(needs[3:5]))
         dx, dweight1, dbias1, dscale1, dshift1 = convolve_backward(
-            dhidden, x, weight1, bias1, scale1, shift1, PLAN, of_first
+            dhidden, x, weight1, bias1, scale1, shift1, PLAN, of_first, dy if needs[0] else None
         )
-    if needs[0]:
-        dx.add_(dy)
     return dx, dscale1, dshift1, dweight1, dbias1, dscale2, dshift2, dweight2, dbias2

@@ -7,7 +7,7 @@ import torch
 
 from emu3_kernels.ops.conv3d.aten import convolve
 from emu3_kernels.ops.conv3d.plan import Plan, out_shape
-from emu3_kernels.ops.conv3d.triton import backward, block_forward, forward
+from emu3_kernels.ops.conv3d.triton import backward, block_backward, block_forward, forward
 from emu3_kernels.runtime.contracts import Config, Contract, CudaKernel, meta
 
 BLOCK = (3, 3, 3), Plan(silu=True)
@@ -112,6 +112,11 @@ def _residual_block() -> None:
     block_forward(meta(1, 4, 32, 64, 64), *(vector, vector, weight, vector) * 2, keep_hidden=False)
 
 
+def _residual_block_backward() -> None:
+    x, vector, weight = meta(1, 4, 32, 64, 64), meta(4), meta(4, 4, 3, 3, 3)
+    block_backward(x, x, (True,) * 9, x, *(vector, vector, weight, vector) * 2)
+
+
 def _around_cudnn(plan: Plan, *, with_gradient: bool = False) -> None:
     x, vector, weight = meta(1, 512, 32, 64, 64), meta(512), meta(512, 512, 3, 3, 3)
     tensors = [x, weight, vector, vector, vector, x]
@@ -151,6 +156,7 @@ CONFIGS = {
     ),
     "temporal_residual": (
         Config("4 channels", _residual_block, NARROW | {"causal_conv3d_fwd_kernel": IN_PLACE}),
+        Config("4 channels, backward", _residual_block_backward, NARROW_BACKWARD),
     ),
 }
 

@@ -54,11 +54,15 @@ def convolve_backward(
     shift: Tensor | None,
     plan: Plan,
     needs: Needs = ALL,
+    plus: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
+    """Return the gradients; ``plus`` is added to dx."""
     parameters = _weight_dtype(weight), *_to_float32(bias, scale, shift)
     dx, dweight, dbias, dnorm = torch.ops.emu3_kernels.causal_conv_backward(
         dy, x, *parameters, *plan.native, *needs
     )
+    if plus is not None:
+        dx.add_(plus)
     if needs.weight:
         dweight = dweight.to(weight.dtype)
         dbias = None if bias is None else dbias.to(bias.dtype)

@@ -51,7 +51,9 @@ def backward(
     shift: Tensor | None,
     plan: Plan,
     needs: Needs = ALL,
+    plus: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
+    """Return the gradients; ``plus`` is added to dx before it is rounded."""
     if not dy.numel():
         given = (x, weight, bias, scale, shift)
         return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in given)
@@ -63,7 +65,7 @@ def backward(
         dz = pack_video(dy, None, None, False, dtype)
     dx = sums = parts = None
     if needs.input:
-        dx, sums = _backward_x(dz, x, weight, scale, shift, dy.shape, plan)
+        dx, sums = _backward_x(dz, x, weight, scale, shift, plus, dy.shape, plan)
     if needs.weight:
         parts = _backward_weight(dz, a, x, weight, bias is not None, dy.shape, plan)
     return dx, *add_sums(sums, parts, dz, weight, bias, scale, shift)
@@ -102,6 +104,7 @@ def _backward_x(
     weight: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    plus: Tensor | None,
     y_shape: torch.Size,
     plan: Plan,
 ) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +116,7 @@ def _backward_x(
     dx = torch.empty_like(x)
     sums = dz.new_empty(*shape, dtype=torch.float32) if has_norm else None
     operand = weight_operand(weight, dz.dtype, layout, transposed=True)
-    launch_planned(causal_conv3d_bwd_x_kernel, of_x, dz, operand, x, scale, shift, dx, sums)
+    launch_planned(causal_conv3d_bwd_x_kernel, of_x, dz, operand, x, scale, shift, plus, dx, sums)
     return dx, sums
 
 
@@ -218,15 +221,18 @@ def causal_conv3d_bwd_z_kernel(
 
 @triton.jit(do_not_specialize=["front", "frames", "y_frames"])
 def causal_conv3d_bwd_x_kernel(
-    dz_ptr, weight_ptr, x_ptr, scale_ptr, shift_ptr, dx_ptr, sums_ptr, front, in_channels,
-    frames, height, width, y_frames, y_height, y_width, columns,
+    dz_ptr, weight_ptr, x_ptr, scale_ptr, shift_ptr, plus_ptr, dx_ptr, sums_ptr, front,
+    in_channels, frames, height, width, y_frames, y_height, y_width, columns,
     SILU: tl.constexpr, CHANNELS: tl.constexpr, IN_PLACE: tl.constexpr,
     N_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale * du;  du = (dz @ weight) * act'(scale * x + shift);  sums of du * x and du."""
+    """dx = scale * du + plus;  du = (dz @ weight) * act'(scale * x + shift).
+
+    The sums over blocks of pixels of du * x and of du are stored beside it.
+    """
     rows_h, rows_w = tl.cdiv(height, SH), tl.cdiv(width, SW)
     num_pixels = tl.cdiv(frames, ST) * rows_h * rows_w
     batch, block, p, n = program_tile(num_pixels, columns, BLOCK_M, BLOCK_N)
@@ -268,6 +274,8 @@ def causal_conv3d_bwd_x_kernel(
         tl.store(sums_ptr + n, tl.sum(du * x, axis=0))
         tl.store(sums_ptr + columns + n, tl.sum(du, axis=0))
         du *= scale
+    if plus_ptr is not None:
+        du += tl.load(plus_ptr + offsets, mask=inside, other=0).to(tl.float32)
     tl.store(dx_ptr + offsets, du.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
