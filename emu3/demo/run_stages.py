@@ -73,6 +73,9 @@ def run_stages(
         ValueError: one line, if a command fails.
     """
     recipe = load_recipe("clips-vision", overrides[0], ClipRecipe)
+    # Digits of images are as large as those of clips: stage 2 needs what stage 1 learned of them.
+    data = recipe.data.model_copy(update={"side": recipe.clips.side})
+    recipe = recipe.model_copy(update={"data": data})
     with locked(folder):
         demo = _Demo(folder, recipe, processes, run or run_command, Clock())
         demo.prepare(overrides[0], images, clips)
@@ -201,12 +204,13 @@ class _Demo:
 
     def _images(self, stage: str, mini: Miniature) -> dict[str, float]:
         """Accuracies of images and captions after a stage; writes its images."""
-        size, labels = mini.tokenizer.settings.image_size, mini.validation_set.labels
+        data, size = mini.recipe.data, mini.tokenizer.settings.image_size
+        labels = mini.validation_set.labels
         with self.clock.stage(f"measure_{stage}"):
-            judge = DigitJudge(mini.train_set, mini.recipe.data, size)
+            judge = DigitJudge(mini.train_set, data, size, data.side)
             models = mini.model, mini.tokenizer, mini.text
             generated = measure_generation(*models, judge, rounds=_ROUNDS)
-            images, colors = paint_validation(mini.validation_set, size)
+            images, colors = paint_validation(mini.validation_set, size, data.side)
             captioned = measure_captions(*models, images, labels, colors)
             plots.draw_grid(self.folder / f"{stage}.png", generated.images[0])
         return {
