@@ -92,7 +92,7 @@ def launch_planned(kernel, plan: LaunchPlan, first: Tensor, *tensors: Tensor | N
 
 def planned(plan: Callable) -> Callable:
     """Keep what ``plan`` returns for hashable arguments; torch.compile traces it every time."""
-    kept = lru_cache(maxsize=1024)(plan)
+    kept = lru_cache(maxsize=1024, typed=True)(plan)  # of 1 and 1.0 the arguments differ
 
     @wraps(plan)
     def wrapper(*args):
