@@ -105,7 +105,7 @@ TARGETS = (
 
 def targets(rows: list[dict]) -> list[str]:
     """Return the table of targets that have a row; the time is that in a CUDA graph if known."""
-    body = []
+    rows, body = [row for row in rows if row.get("device", "cpu") != "cpu"], []
     for op, size, direction, target in TARGETS:
         for row in rows:
             same = (row["op"], row["direction"], row["label"]) == (op, direction, "MEASURED")

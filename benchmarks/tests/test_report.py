@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as front
 from benchmarks.harness import clock, entries, machine, results, run
-from benchmarks.report import charts, pages, tables, targets
+from benchmarks.report import charts, gpu_page, pages, tables, targets
 from benchmarks.tests.one_row import row, session
 
 
@@ -126,6 +126,12 @@ def test_a_row_reaches_or_misses_a_target():
     assert not target.reached(sized(256, ours=3.1))
     assert not target.applies(sized(256) | {"device": "cuda"})
     assert "**missed**" in "".join(pages.targets([sized(256, ours=3.1)]))
+
+
+def test_the_targets_of_a_gpu_are_on_the_page_of_one_alone():
+    on_cpu = row() | {"op": "cross_entropy", "size": {"tokens": 4096}, "direction": "forward"}
+    assert gpu_page.targets([on_cpu]) == []
+    assert "**6666.67x of it**" in "".join(gpu_page.targets([on_cpu | {"device": "cuda"}]))
 
 
 def test_a_call_has_a_target_in_microseconds_above_an_empty_one(tmp_path):
