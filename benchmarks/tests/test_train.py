@@ -60,7 +60,7 @@ def test_padded_rows_of_the_steps_are_as_full_as_those_of_the_run(mix):
 def test_unequal_documents_leave_most_of_padded_rows_empty():
     """Clips of 1 to 12 frames of codes; in the order of length hardly any is left."""
     recipe = train.recipe_of(train.UNEQUAL)
-    made = train.steps_of(recipe, documents=256, steps=8, unequal=True)
+    made = train.steps_of(recipe, documents=512, steps=32, unequal=True)
     lengths = [int(n) for _, _, numbers in made.padded for n in numbers.eq(0).sum(1)]
     assert min(lengths) < 80
     assert max(lengths) > 480
