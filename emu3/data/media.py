@@ -221,7 +221,7 @@ def write_video(
         av.open(draft, "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
         container.metadata.update(about or {})
-        # With AVX-512 x264 reads past the edge of frames of 8 x 8: their bytes would not repeat.
+        # With its AVX-512 code x264 does not repeat the bytes of frames of 8 x 8.
         how = {"crf": "18", "x264-params": "cpu-independent=1"}
         stream = container.add_stream("libx264", rate=fps, options=how)
         stream.height, stream.width = (side + side % 2 for side in first.shape[1:])
