@@ -81,6 +81,11 @@ HALVING_BACKWARD = NARROW_BACKWARD | {
     "causal_conv3d_bwd_z_kernel": replace(GEMM_TO_VIDEO, access_bytes=8, scalar_loads=32),
     "causal_conv3d_bwd_x_kernel": replace(GEMM_TO_VIDEO, access_bytes=8, exceptions=COPIES | APART),
 }
+BLOCK_BACKWARD = NARROW_BACKWARD | {
+    "causal_conv3d_pack_block_kernel": replace(PACK, access_bytes=8),
+    # A thread of dx, channels-last, has more channels of scale and shift on sm_100.
+    "causal_conv3d_bwd_x_kernel": replace(GEMM_TO_VIDEO, access_bytes=8, scalar_loads=28),
+}
 # TF32 would round: a float32 dot has no tensor cores, but for those of gfx942.
 EXACT = {name: replace(contract, tensor_cores=False) for name, contract in WIDE.items()}
 EXACT_BACKWARD = {
@@ -156,7 +161,11 @@ CONFIGS = {
     ),
     "temporal_residual": (
         Config("4 channels", _residual_block, NARROW | {"causal_conv3d_fwd_kernel": IN_PLACE}),
-        Config("4 channels, backward", _residual_block_backward, NARROW_BACKWARD),
+        Config(
+            "4 channels, backward",
+            _residual_block_backward,
+            BLOCK_BACKWARD,
+        ),
     ),
 }
 

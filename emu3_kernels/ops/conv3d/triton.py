@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emu3_kernels.ops.conv3d import block
 from emu3_kernels.ops.conv3d.plan import Plan, out_shape, volume
-from emu3_kernels.ops.conv3d.triton_backward import backward
+from emu3_kernels.ops.conv3d.triton_backward import backward, gradients
 from emu3_kernels.ops.conv3d.triton_gemm import (
     WeightLayout,
     coordinates,
@@ -18,6 +18,7 @@ from emu3_kernels.ops.conv3d.triton_gemm import (
     gemm_tile,
     implicit_gemm,
     load_row,
+    pack_block,
     pack_video,
     padded_channels,
     program_tile,
@@ -122,8 +123,26 @@ def block_forward(
     return y, None
 
 
-def block_backward(*args: Tensor | tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    return block.backward(backward, *args)
+def block_backward(
+    dy: Tensor, hidden: Tensor, needs: tuple[bool, ...], x: Tensor,
+    scale1: Tensor, shift1: Tensor, weight1: Tensor, bias1: Tensor,
+    scale2: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dtype = x.dtype
+    unrounded = dtype != gemm_dtype(x, weight1) or dtype != gemm_dtype(x, weight2)
+    if unrounded or not (all(needs) and x.numel()):
+        tensors = x, scale1, shift1, weight1, bias1, scale2, shift2, weight2, bias2
+        return block.backward(backward, dy, hidden, needs, *tensors)
+    plan = block.PLAN
+    a, a2 = pack_block(x, scale1, shift1, hidden, scale2, shift2, dtype)
+    dz = pack_video(dy, None, None, False, dtype)
+    dz, dweight2, dbias2, dscale2, dshift2 = gradients(
+        dz, a2, hidden, weight2, bias2, scale2, shift2, plan, x.shape, pack=True
+    )
+    dx, dweight1, dbias1, dscale1, dshift1 = gradients(
+        dz, a, x, weight1, bias1, scale1, shift1, plan, x.shape, plus=dy
+    )
+    return dx, dscale1, dshift1, dweight1, dbias1, dscale2, dshift2, dweight2, dbias2
 
 
 @triton.jit(do_not_specialize=["front", "frames", "y_frames"])

@@ -63,11 +63,30 @@ def backward(
         dz = _backward_z(dy, a, x, weight, bias, plan)
     else:
         dz = pack_video(dy, None, None, False, dtype)
+    return gradients(dz, a, x, weight, bias, scale, shift, plan, dy.shape, needs, plus)
+
+
+def gradients(
+    dz: Tensor,
+    a: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    plan: Plan,
+    y_shape: torch.Size,
+    needs: Needs = ALL,
+    plus: Tensor | None = None,
+    *,
+    pack: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients by those of the GEMM, ``dz``; with ``pack``, dx as the next ``dz``."""
     dx = sums = parts = None
     if needs.input:
-        dx, sums = _backward_x(dz, x, weight, scale, shift, plus, dy.shape, plan)
+        dx, sums = _backward_x(dz, x, weight, scale, shift, plus, y_shape, plan, pack)
     if needs.weight:
-        parts = _backward_weight(dz, a, x, weight, bias is not None, dy.shape, plan)
+        parts = _backward_weight(dz, a, x, weight, bias is not None, y_shape, plan)
     return dx, *add_sums(sums, parts, dz, weight, bias, scale, shift)
 
 
@@ -107,13 +126,14 @@ def _backward_x(
     plus: Tensor | None,
     y_shape: torch.Size,
     plan: Plan,
+    pack: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx, and for a norm the sums ``[rows, 2, N]`` of du * x and of du."""
     has_norm = scale is not None
     shape, layout, of_x = plan_x(
-        x.shape, weight.shape, y_shape, dz.dtype, has_norm, plan, gpu_of(x)
+        x.shape, weight.shape, y_shape, dz.dtype, has_norm, plan, pack, gpu_of(x)
     )  # fmt: skip
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(dz if pack else x)
     sums = dz.new_empty(*shape, dtype=torch.float32) if has_norm else None
     operand = weight_operand(weight, dz.dtype, layout, transposed=True)
     launch_planned(causal_conv3d_bwd_x_kernel, of_x, dz, operand, x, scale, shift, plus, dx, sums)
@@ -123,7 +143,7 @@ def _backward_x(
 @planned
 def plan_x(
     x: torch.Size, weight: torch.Size, y: torch.Size, dtype: torch.dtype, has_norm: bool,
-    plan: Plan, gpu: Gpu,
+    plan: Plan, pack: bool, gpu: Gpu,
 ) -> tuple[tuple[int, int, int], WeightLayout, LaunchPlan]:  # fmt: skip
     """Return the shape of the sums too."""
     batch, channels, *sizes = x
@@ -140,7 +160,8 @@ def plan_x(
     of_x = plan_launch(
         (blocks * (columns // options["BLOCK_N"]) * batch, phases),
         plan.front, channels, *sizes, *y[2:], columns,
-        SILU=plan.silu, **layout.constants, **taps(weight, plan.stride), **options,
+        SILU=plan.silu, PACK=pack, OUT_WIDTH=padded_channels(channels),
+        **layout.constants, **taps(weight, plan.stride), **options,
     )  # fmt: skip
     return (batch * phases * blocks, 2, columns), layout, of_x
 
@@ -223,7 +244,8 @@ def causal_conv3d_bwd_z_kernel(
 def causal_conv3d_bwd_x_kernel(
     dz_ptr, weight_ptr, x_ptr, scale_ptr, shift_ptr, plus_ptr, dx_ptr, sums_ptr, front,
     in_channels, frames, height, width, y_frames, y_height, y_width, columns,
-    SILU: tl.constexpr, CHANNELS: tl.constexpr, IN_PLACE: tl.constexpr,
+    SILU: tl.constexpr, PACK: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, IN_PLACE: tl.constexpr,
     N_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -231,7 +253,8 @@ def causal_conv3d_bwd_x_kernel(
 ):  # fmt: skip
     """dx = scale * du + plus;  du = (dz @ weight) * act'(scale * x + shift).
 
-    The sums over blocks of pixels of du * x and of du are stored beside it.
+    The sums over blocks of pixels of du * x and of du are stored beside it. With PACK, dx is
+    stored as the dz of the convolution before, channels-last; strides are 1.
     """
     rows_h, rows_w = tl.cdiv(height, SH), tl.cdiv(width, SW)
     num_pixels = tl.cdiv(frames, ST) * rows_h * rows_w
@@ -276,6 +299,9 @@ def causal_conv3d_bwd_x_kernel(
         du *= scale
     if plus_ptr is not None:
         du += tl.load(plus_ptr + offsets, mask=inside, other=0).to(tl.float32)
+    if PACK:
+        offsets = (batch * num_pixels + p)[:, None] * OUT_WIDTH + n[None, :]
+        inside = (p < num_pixels)[:, None] & (n < OUT_WIDTH)[None, :]
     tl.store(dx_ptr + offsets, du.to(dx_ptr.dtype.element_ty), mask=inside)
 
 

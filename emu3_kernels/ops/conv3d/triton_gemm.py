@@ -118,13 +118,29 @@ def pack_video(
     return out
 
 
+def pack_block(
+    x: Tensor, scale1: Tensor, shift1: Tensor, hidden: Tensor, scale2: Tensor, shift2: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pack the input of each convolution of a residual block in one launch."""
+    shape, of_pack = plan_pack(x.shape, True, 2)
+    a = x.new_empty(*shape, dtype=dtype)
+    a2 = torch.empty_like(a)
+    launch_planned(
+        causal_conv3d_pack_block_kernel, of_pack, x, scale1, shift1, a, hidden, scale2, shift2, a2
+    )
+    return a, a2
+
+
 @planned
-def plan_pack(shape: torch.Size, silu: bool) -> tuple[tuple[int, int, int], LaunchPlan]:
+def plan_pack(
+    shape: torch.Size, silu: bool, num_videos: int = 1
+) -> tuple[tuple[int, int, int], LaunchPlan]:
     batch, channels, *_ = shape
     num_pixels, width = volume(shape), padded_channels(channels)
     block = min(width, WHOLE)
     pixels = 4096 // block
-    grid = cdiv(num_pixels, pixels) * batch, width // block
+    grid = cdiv(num_pixels, pixels) * batch, width // block, num_videos
     options = tile(num_warps=4, PIXELS=pixels, CHANNELS=block)
     of_pack = plan_launch(grid, num_pixels, channels, SILU=silu, WIDTH=width, **options)
     return (batch, num_pixels, width), of_pack
@@ -215,6 +231,36 @@ def causal_conv3d_pack_kernel(
     SILU: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """out[p, c] = act(scale * x[c, p] + shift), and zeros beyond the channels of x."""
+    _pack(
+        x_ptr, scale_ptr, shift_ptr, out_ptr, num_pixels, num_channels, SILU, WIDTH, PIXELS,
+        CHANNELS,
+    )  # fmt: skip
+
+
+@triton.jit
+def causal_conv3d_pack_block_kernel(
+    x_ptr, scale1_ptr, shift1_ptr, out1_ptr, hidden_ptr, scale2_ptr, shift2_ptr, out2_ptr,
+    num_pixels, num_channels,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The same of x and of hidden."""
+    if tl.program_id(2) == 0:
+        _pack(
+            x_ptr, scale1_ptr, shift1_ptr, out1_ptr, num_pixels, num_channels, SILU, WIDTH, PIXELS,
+            CHANNELS,
+        )  # fmt: skip
+    else:
+        _pack(
+            hidden_ptr, scale2_ptr, shift2_ptr, out2_ptr, num_pixels, num_channels, SILU, WIDTH,
+            PIXELS, CHANNELS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pack(
+    x_ptr, scale_ptr, shift_ptr, out_ptr, num_pixels, num_channels,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     num_blocks = tl.cdiv(num_pixels, PIXELS)
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     p = tl.program_id(0) % num_blocks * PIXELS + tl.arange(0, PIXELS)
