@@ -128,14 +128,12 @@ def block_backward(
     scale1: Tensor, shift1: Tensor, weight1: Tensor, bias1: Tensor,
     scale2: Tensor, shift2: Tensor, weight2: Tensor, bias2: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    dtype = x.dtype
-    unrounded = dtype != gemm_dtype(x, weight1) or dtype != gemm_dtype(x, weight2)
-    if unrounded or not (all(needs) and x.numel()):
+    if not (all(needs) and x.dtype == weight1.dtype == weight2.dtype and x.numel()):
         tensors = x, scale1, shift1, weight1, bias1, scale2, shift2, weight2, bias2
         return block.backward(backward, dy, hidden, needs, *tensors)
     plan = block.PLAN
-    a, a2 = pack_block(x, scale1, shift1, hidden, scale2, shift2, dtype)
-    dz = pack_video(dy, None, None, False, dtype)
+    a, a2 = pack_block(x, scale1, shift1, hidden, scale2, shift2)
+    dz = pack_video(dy, None, None, False, x.dtype)
     dz, dweight2, dbias2, dscale2, dshift2 = gradients(
         dz, a2, hidden, weight2, bias2, scale2, shift2, plan, x.shape, pack=True
     )

@@ -82,11 +82,17 @@ def gradients(
     pack: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients by those of the GEMM, ``dz``; with ``pack``, dx as the next ``dz``."""
+    of_x, of_weight = plan_gradients(
+        x.shape, weight.shape, y_shape, dz.dtype, bias is not None, scale is not None, plan, pack,
+        gpu_of(x),
+    )  # fmt: skip
     dx = sums = parts = None
     if needs.input:
-        dx, sums = _backward_x(dz, x, weight, scale, shift, plus, y_shape, plan, pack)
+        dx, sums = _backward_x(dz, x, weight, scale, shift, plus, of_x, pack)
     if needs.weight:
-        parts = _backward_weight(dz, a, x, weight, bias is not None, y_shape, plan)
+        shape, of_parts = of_weight
+        parts = a.new_empty(*shape, dtype=torch.float32)
+        launch_planned(causal_conv3d_bwd_weight_kernel, of_parts, a, dz, parts)
     return dx, *add_sums(sums, parts, dz, weight, bias, scale, shift)
 
 
@@ -117,6 +123,18 @@ def plan_z(
     return (batch, num_pixels, width), layout, of_z
 
 
+@planned
+def plan_gradients(
+    x: torch.Size, weight: torch.Size, y: torch.Size, dtype: torch.dtype, has_bias: bool,
+    has_norm: bool, plan: Plan, pack: bool, gpu: Gpu,
+) -> tuple[tuple, tuple]:  # fmt: skip
+    """Return what the kernels of dx and of dweight take: one look-up for both."""
+    return (
+        _plan_x(x, weight, y, dtype, has_norm, plan, pack, gpu),
+        _plan_weight(x, weight, y, dtype, has_bias, plan, gpu),
+    )
+
+
 def _backward_x(
     dz: Tensor,
     x: Tensor,
@@ -124,24 +142,19 @@ def _backward_x(
     scale: Tensor | None,
     shift: Tensor | None,
     plus: Tensor | None,
-    y_shape: torch.Size,
-    plan: Plan,
+    of_x: tuple[tuple[int, int, int], WeightLayout, LaunchPlan],
     pack: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx, and for a norm the sums ``[rows, 2, N]`` of du * x and of du."""
-    has_norm = scale is not None
-    shape, layout, of_x = plan_x(
-        x.shape, weight.shape, y_shape, dz.dtype, has_norm, plan, pack, gpu_of(x)
-    )  # fmt: skip
+    shape, layout, of_dx = of_x
     dx = torch.empty_like(dz if pack else x)
-    sums = dz.new_empty(*shape, dtype=torch.float32) if has_norm else None
+    sums = None if scale is None else dz.new_empty(*shape, dtype=torch.float32)
     operand = weight_operand(weight, dz.dtype, layout, transposed=True)
-    launch_planned(causal_conv3d_bwd_x_kernel, of_x, dz, operand, x, scale, shift, plus, dx, sums)
+    launch_planned(causal_conv3d_bwd_x_kernel, of_dx, dz, operand, x, scale, shift, plus, dx, sums)
     return dx, sums
 
 
-@planned
-def plan_x(
+def _plan_x(
     x: torch.Size, weight: torch.Size, y: torch.Size, dtype: torch.dtype, has_norm: bool,
     plan: Plan, pack: bool, gpu: Gpu,
 ) -> tuple[tuple[int, int, int], WeightLayout, LaunchPlan]:  # fmt: skip
@@ -166,29 +179,11 @@ def plan_x(
     return (batch * phases * blocks, 2, columns), layout, of_x
 
 
-def _backward_weight(
-    dz: Tensor,
-    a: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    has_bias: bool,
-    y_shape: torch.Size,
-    plan: Plan,
-) -> Tensor:
-    """Return ``[ranges, taps * channels + 1, N]``; the last row is dbias if there are few M."""
-    shape, of_weight = plan_weight(
-        x.shape, weight.shape, y_shape, a.dtype, has_bias, plan, gpu_of(x)
-    )  # fmt: skip
-    parts = a.new_empty(*shape, dtype=torch.float32)
-    launch_planned(causal_conv3d_bwd_weight_kernel, of_weight, a, dz, parts)
-    return parts
-
-
-@planned
-def plan_weight(
+def _plan_weight(
     x: torch.Size, weight: torch.Size, y: torch.Size, dtype: torch.dtype, has_bias: bool,
     plan: Plan, gpu: Gpu,
 ) -> tuple[tuple[int, int, int], LaunchPlan]:  # fmt: skip
+    """Return the shape ``[ranges, taps * channels + 1, N]``; the last row is dbias of few M."""
     out_channels, width, num_taps = weight[0], padded_channels(weight[1]), volume(weight)
     options = gemm_tile(gpu, dtype, num_taps * width, out_channels)
     if INTERPRETED:

@@ -119,12 +119,11 @@ def pack_video(
 
 
 def pack_block(
-    x: Tensor, scale1: Tensor, shift1: Tensor, hidden: Tensor, scale2: Tensor, shift2: Tensor,
-    dtype: torch.dtype,
+    x: Tensor, scale1: Tensor, shift1: Tensor, hidden: Tensor, scale2: Tensor, shift2: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pack the input of each convolution of a residual block in one launch."""
+    """Pack the input of each convolution of a residual block, in its dtype, in one launch."""
     shape, of_pack = plan_pack(x.shape, True, 2)
-    a = x.new_empty(*shape, dtype=dtype)
+    a = x.new_empty(*shape)
     a2 = torch.empty_like(a)
     launch_planned(
         causal_conv3d_pack_block_kernel, of_pack, x, scale1, shift1, a, hidden, scale2, shift2, a2
