@@ -14,6 +14,7 @@ from emu3_kernels.testing.machine_code import Facts
 FLOPS = {
     "attention_fwd_kernel": lambda n: 2 * n["q_ptr"] * _keys(n),
     "attention_fwd_gluon_kernel": lambda n: 2 * n["out_ptr"] * _keys(n),
+    "attention_fwd_gluon_blackwell_kernel": lambda n: 2 * n["out_ptr"] * _keys(n),
     "attention_bwd_dq_kernel": lambda n: 3 * n["q_ptr"] * _keys(n),
     "attention_bwd_dkdv_kernel": lambda n: 4 * n["q_ptr"] * _keys(n),
     "decode_attention_split_kernel": lambda n: 4 * n["BLOCK_M"] * n["k_ptr"],

@@ -1,17 +1,18 @@
 """Gluon kernels on a CPU, which Triton does not interpret: call :func:`emulate` once.
 
 A kernel runs as the Python that it is written in, on functions of the same names. Every partition
-of warps is a thread, of which one runs at a time, until it waits for a barrier or has arrived at
-one. A tile is NaN from the moment a copy to it is asked for until its barrier is waited for, and a
-product reads its tiles when it is waited for: one freed too early or read too early gives NaN.
-Partitions that all wait raise an error.
+of warps is a thread, of which one runs at a time: until it waits for a barrier or has arrived at
+one, and in every other program until it has to wait. A tile is NaN from the moment a copy to it is
+asked for until its barrier is waited for, and a product reads its tiles when it is waited for: one
+freed too early or read too early gives NaN. A matmul of sm_100 ends after those issued before, as
+late as its barrier is waited for; until then, to write an operand or use the result is an error.
+Partitions that all wait raise one too.
 """
 
 import threading
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from math import prod
 from types import FunctionType, SimpleNamespace
 
 import torch
@@ -20,11 +21,17 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import JITFunction
 
 from emu3_kernels.runtime import launch
-
-TORCH_DTYPES = {
-    "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32,
-    "int32": torch.int32, "int64": torch.int64,
-}  # fmt: skip
+from emu3_kernels.testing.gluon_memory import (
+    TORCH_DTYPES,
+    Descriptor,
+    Matmul,
+    Pointer,
+    Shared,
+    TensorMemory,
+    Value,
+    argument_of,
+    value_of,
+)
 
 
 def emulate() -> None:
@@ -35,80 +42,12 @@ def emulate() -> None:
         if not kernel.is_gluon():
             return compiled(kernel, *args, grid=grid, warmup=warmup, **options)
         constants = {name: x for name, x in options.items() if name in kernel.arg_names}
-        for program in product(*map(range, grid)):
-            _Program(program).run(kernel, [_argument(x) for x in args], constants)
+        for i, program in enumerate(product(*map(range, grid))):
+            _Program(program, i % 2 == 1).run(kernel, [argument_of(x) for x in args], constants)
         return None
 
     JITFunction.run = run
     launch.gluon_devices.add("cpu")
-
-
-class Value(Tensor):
-    """Registers: a tensor that is never changed, and whose ``to`` takes the dtypes of Gluon."""
-
-    def __iadd__(self, other: object) -> Tensor:
-        return self + other
-
-    def __imul__(self, other: object) -> Tensor:
-        return self * other
-
-    def to(self, dtype: object) -> Tensor:
-        if dtype == gl.uint32:
-            return self.long() & 0xFFFFFFFF
-        return super().to(TORCH_DTYPES[dtype.name])
-
-
-def _value(x: Tensor) -> Value:
-    return x.as_subclass(Value)
-
-
-class _Pointer:
-    def __init__(self, memory: Tensor, at: Tensor | int) -> None:
-        self.memory, self.at = memory, at
-
-    def __add__(self, offset: Tensor | int) -> "_Pointer":
-        return _Pointer(self.memory, self.at + offset)
-
-    def load(self) -> Value:
-        return _value(self.memory[torch.as_tensor(self.at).long().as_subclass(Tensor)])
-
-    def store(self, value: Value, mask: Value) -> None:
-        at, mask = torch.broadcast_tensors(self.at, mask)
-        self.memory[at[mask]] = value.expand(mask.shape)[mask].as_subclass(Tensor)
-
-
-class _Descriptor:
-    def __init__(self, host: object) -> None:
-        base, self.layout = host.base, host.layout
-        self.matrix = base.as_strided(host.shape, host.strides)
-        self.block_shape, self.dtype = host.block_shape, _dtype(base.dtype)
-        nbytes = prod(host.block_shape) * base.element_size()
-        self.block_type = SimpleNamespace(nbytes=nbytes)
-
-
-def _argument(x: object) -> object:
-    if isinstance(x, Tensor):
-        memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
-        return _Pointer(memory, x.storage_offset())
-    return _Descriptor(x) if hasattr(x, "block_shape") else x
-
-
-def _dtype(dtype: torch.dtype) -> object:
-    name = next(name for name, known in TORCH_DTYPES.items() if known == dtype)
-    return getattr(gl, {"fp16": "float16", "bf16": "bfloat16"}[name])
-
-
-class _Shared:
-    """Shared memory, NaN until it is written."""
-
-    def __init__(self, data: Tensor, dtype: object) -> None:
-        self.data, self.dtype, self.shape = data, dtype, list(data.shape)
-
-    def index(self, i: int) -> "_Shared":
-        return _Shared(self.data[int(i)], self.dtype)
-
-    def permute(self, order: tuple[int, ...]) -> "_Shared":
-        return _Shared(self.data.permute(order), self.dtype)
 
 
 class _Barrier:
@@ -116,12 +55,12 @@ class _Barrier:
 
     def __init__(self) -> None:
         self.count = self.missing = self.nbytes = self.phase = 0
-        self.copies: list[Callable[[], None]] = []
+        self.running: list[Callable[[], None]] = []
 
     def completed(self, phase: int) -> bool:
-        """Whether the phase of that parity is over, once all copies have been made."""
-        while self.copies:
-            self.copies.pop(0)()
+        """Whether the phase of that parity is over; what it waits for ends now."""
+        while self.running and self.phase == phase:
+            self.running.pop(0)()
         return self.phase != phase
 
     def change(self, arrivals: int, nbytes: int) -> None:
@@ -135,16 +74,16 @@ class _Barrier:
 class _Product:
     """A product that runs: ``warpgroup_mma_wait`` computes it."""
 
-    def __init__(self, a: object, b: _Shared, acc: Value, use_acc: bool) -> None:
+    def __init__(self, a: object, b: Shared, acc: Value, use_acc: bool) -> None:
         self.operands, self.result = (a, b, acc, use_acc), None
 
     def finish(self) -> None:
         a, b, acc, use_acc = self.operands
-        a = a.data if isinstance(a, _Shared) else a.as_subclass(Tensor)
+        a = a.data if isinstance(a, Shared) else a.as_subclass(Tensor)
         exact = torch.matmul(a.double(), b.data.double())
         if use_acc:
             exact += acc.as_subclass(Tensor)
-        self.result = _value(exact.float())
+        self.result = value_of(exact.float())
 
 
 class _Partition(threading.Thread):
@@ -172,14 +111,16 @@ class _Partition(threading.Thread):
 class _Program:
     """One program: its partitions, and the functions of Gluon by name."""
 
-    def __init__(self, ids: tuple[int, ...]) -> None:
+    def __init__(self, ids: tuple[int, ...], keeps_turn: bool) -> None:
         self.ids, self.partitions, self.modules = ids, [], {}
+        self.keeps_turn = keeps_turn
         self.current: _Partition | None = None
         self.all_done = threading.Semaphore(0)
+        self.matmuls: list[Matmul] = []
         self.functions = {
             **{name: getattr(gl, name) for name in LANGUAGE},
             **MATHS,
-            "program_id": lambda axis: _value(torch.tensor(ids[axis], dtype=torch.int32)),
+            "program_id": lambda axis: value_of(torch.tensor(ids[axis], dtype=torch.int32)),
             "warp_specialize": self.warp_specialize,
         }
         self.barriers = SimpleNamespace(
@@ -205,6 +146,8 @@ class _Program:
                 "async_load": self.load,
                 "warpgroup_mma": self.multiply,
                 "warpgroup_mma_wait": self.wait_for_products,
+                "allocate_tensor_memory": self.allocate,
+                "tcgen05_mma": self.issue,
                 "range": lambda *bounds: range(*map(int, bounds)),
             }
             for name, x in python.__globals__.items():
@@ -223,6 +166,7 @@ class _Program:
         for partition in self.partitions:
             if partition.error is not None:
                 raise partition.error
+        assert not self.matmuls, "a matmul runs on after the program"
 
     def pass_turn(self) -> None:
         """Let the next partition run that can; end all if one failed or none can."""
@@ -245,11 +189,13 @@ class _Program:
 
     def wait(self, barrier: _Barrier, phase: int) -> None:
         """Wait until the phase of that parity is complete."""
-        self.let_others_run(partial(barrier.completed, int(phase)))
+        if not (self.keeps_turn and barrier.completed(int(phase))):
+            self.let_others_run(partial(barrier.completed, int(phase)))
 
     def arrive(self, barrier: _Barrier, count: int) -> None:
         barrier.change(count, 0)
-        self.let_others_run(lambda: True)
+        if not self.keeps_turn:
+            self.let_others_run(lambda: True)
 
     def let_others_run(self, is_ready: Callable[[], bool]) -> None:
         partition = self.current
@@ -257,21 +203,26 @@ class _Program:
         self.pass_turn()
         partition.turn.acquire()
 
-    def load(self, source: _Descriptor, at: list, barrier: _Barrier, target: _Shared) -> None:
+    def load(self, source: Descriptor, at: list, barrier: _Barrier, target: Shared) -> None:
         """Copy a block; what lies outside the matrix is 0."""
         row, column = map(int, at)
         block = source.matrix[row:, column:][: source.block_shape[0], : source.block_shape[1]]
 
+        def write(value: Tensor | float) -> None:
+            running = any(matmul.uses(target) for matmul in self.matmuls)
+            assert not running, "shared memory is written while a matmul reads it"
+            target.data[:] = value
+
         def copy() -> None:
-            target.data.zero_()
+            write(0)
             target.data[: block.shape[0], : block.shape[1]] = block
             barrier.change(0, -source.block_type.nbytes)
 
-        target.data.fill_(torch.nan)
-        barrier.copies.append(copy)
+        write(torch.nan)
+        barrier.running.append(copy)
 
     def multiply(
-        self, a: object, b: _Shared, acc: Value, *, use_acc: bool = True, is_async: bool
+        self, a: object, b: Shared, acc: Value, *, use_acc: bool = True, is_async: bool
     ) -> _Product:
         assert is_async
         self.current.running.append(_Product(a, b, acc, use_acc))
@@ -285,16 +236,33 @@ class _Program:
         assert result is not None, "a product is read while it runs"
         return result
 
+    def allocate(self, dtype: object, shape: list[int], layout: object) -> TensorMemory:
+        data = torch.full(shape, torch.nan, dtype=TORCH_DTYPES[dtype.name])
+        return TensorMemory(data, dtype, self.matmuls)
+
+    def issue(
+        self, a: Shared, b: Shared, acc: TensorMemory, *, use_acc: bool = True, mbarriers: list
+    ) -> None:
+        matmul = Matmul(a, b, acc, use_acc, mbarriers)
+        self.matmuls.append(matmul)
+        for barrier in mbarriers:
+            barrier.running.append(partial(self.finish, matmul))
+
+    def finish(self, matmul: Matmul) -> None:
+        """End ``matmul`` and all that were issued before."""
+        while matmul in self.matmuls:
+            self.matmuls.pop(0).finish()
+
 
 def _full(shape: list[int], value: float, dtype: object, layout: object) -> Value:
-    return _value(torch.full(shape, value, dtype=TORCH_DTYPES[dtype.name]))
+    return value_of(torch.full(shape, value, dtype=TORCH_DTYPES[dtype.name]))
 
 
 def _allocate(dtype: object, shape: list[int], layout: object) -> object:
     if dtype == gl.int64:
         stages = [_Barrier() for _ in range(shape[0])]
         return SimpleNamespace(index=lambda i: stages[int(i)]) if len(shape) > 1 else stages[0]
-    return _Shared(torch.full(shape, torch.nan, dtype=TORCH_DTYPES[dtype.name]), dtype)
+    return Shared(torch.full(shape, torch.nan, dtype=TORCH_DTYPES[dtype.name]), dtype)
 
 
 def _extreme(a: object, b: object, of_tensors: Callable, of_numbers: Callable) -> object:
@@ -309,7 +277,7 @@ LANGUAGE = (
 )  # fmt: skip
 MATHS = {
     "static_range": range,
-    "arange": lambda start, end, layout: _value(torch.arange(start, end, dtype=torch.int32)),
+    "arange": lambda start, end, layout: value_of(torch.arange(start, end, dtype=torch.int32)),
     "zeros": lambda shape, dtype, layout: _full(shape, 0, dtype, layout),
     "full": _full,
     "allocate_shared_memory": _allocate,
@@ -321,7 +289,7 @@ MATHS = {
     "exp2": torch.exp2,
     "log2": torch.log2,
     "where": torch.where,
-    "load": _Pointer.load,
+    "load": Pointer.load,
     "store": lambda pointer, value, mask: pointer.store(value, mask),
 }
 """Functions of the language that are the same in every program."""

@@ -4,9 +4,11 @@ The emulator must see what goes wrong on a GPU: faults of each kind are put into
 """
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,9 +16,17 @@ import torch
 if not find_spec("triton") and "triton" not in os.environ.get("EMU3_REQUIRE", ""):
     pytest.skip("triton is not installed: there is no kernel to run", allow_module_level=True)
 
+from triton.runtime.jit import JITFunction
+
 from emu3_kernels import attention
-from emu3_kernels.ops.attention import reference, triton_gluon, triton_gluon_kernel
+from emu3_kernels.ops.attention import (
+    reference,
+    triton_gluon,
+    triton_gluon_blackwell,
+    triton_gluon_kernel,
+)
 from emu3_kernels.ops.attention.key_ranges import document_ranges, one_document
+from emu3_kernels.runtime.launch import Gpu, assume_gpu, gpu_of
 from emu3_kernels.testing.budget import assert_as_accurate
 from emu3_kernels.testing.suite import device_of
 
@@ -29,21 +39,36 @@ def refusal(q: torch.Tensor, *rest: object) -> str | None:
     return triton_gluon.why_not(q, q, q, *(rest or PLAIN))
 
 
-def tokens(num_tokens: int, num_heads: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+def tokens(
+    num_tokens: int, num_heads: int, dtype: torch.dtype = torch.float16, head_dim: int = 64
+) -> torch.Tensor:
     random = torch.Generator().manual_seed(num_heads)
-    return torch.randn(2, num_tokens, num_heads, 64, generator=random).to(DEVICE, dtype)
+    return torch.randn(2, num_tokens, num_heads, head_dim, generator=random).to(DEVICE, dtype)
 
 
-@pytest.fixture(autouse=True)
-def taken() -> None:
-    """Skip where there is another GPU than the kernel is for."""
-    if reason := refusal(tokens(1, 1)):
-        (pytest.skip if DEVICE == "cuda" else pytest.fail)(reason)
+@pytest.fixture(params=triton_gluon.TILES, autouse=True)
+def capability(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Run the kernel of each GPU in the emulator; on a GPU, skip the tests of another's kernel."""
+    with assume_gpu(Gpu(warp_size=32, num_sms=4, capability=request.param)):
+        if reason := refusal(tokens(1, 1)):
+            (pytest.skip if DEVICE == "cuda" else pytest.fail)(reason)
+        if (here := gpu_of(tokens(1, 1)).capability) != request.param:
+            pytest.skip(f"the kernel is for sm_{request.param}, got sm_{here}")
+        yield request.param
 
 
-def check_forward(num_queries: int, num_keys: int, starts: tuple = (), dtype=torch.float16) -> None:
+def check_forward(
+    num_queries: int,
+    num_keys: int,
+    starts: tuple = (),
+    dtype: torch.dtype = torch.float16,
+    head_dim: int = 64,
+) -> None:
     """Two sequences of two heads that share keys; ``starts`` are those of documents."""
-    q, k = tokens(num_queries, 2, dtype), tokens(num_keys, 1, dtype)
+    q, k = (
+        tokens(length, num_heads, dtype, head_dim)
+        for length, num_heads in ((num_queries, 2), (num_keys, 1))
+    )
     ranges, ids = one_document(num_queries, num_keys, causal=True), None
     if starts:
         where = torch.arange(num_queries, device=DEVICE)
@@ -68,32 +93,76 @@ def test_blocks_of_keys_pass_through_the_stages_in_turn(num_queries, num_keys, s
     check_forward(num_queries, num_keys, starts, dtype)
 
 
+def test_heads_of_128_take_two_parts_of_a_row():
+    check_forward(200, 300, head_dim=128)
+
+
 DONE = "        acc = warpgroup_mma_wait(0, (acc,))\n"
 FREED = "        mbarrier.arrive(v_free.index(before), count=1)\n"
+OVERTAKING = "        mbarrier.wait(v_free.index(stage), phase ^ 1)\n"
+READY = "        mbarrier.arrive(p_full, count=1)\n"
+RIGHT = "        probabilities.slice(PART, PART).store(p.to(dtype))\n"
+RESCALED = "sums.load(ROWS) * alpha[:, None]"
+READ = "                mbarrier.wait(p_full.index(group), nth & 1)\n"
+SUM = "                tcgen05_mma(p, values, acc.index(group), mbarriers=[free])\n"
+NEXT_KEYS = "                mbarrier.wait(k_full.index(after), phase_after)\n"
+KERNEL, BLACKWELL = "triton_gluon_kernel", "triton_gluon_blackwell"
 FAULTS = [
-    pytest.param(DONE + FREED, FREED + DONE, id="freed before they are multiplied"),
-    pytest.param("        mbarrier.wait(v_full.index(before), phase_before)\n", "", id="no wait"),
-    pytest.param("        mbarrier.wait(v_free.index(stage), phase ^ 1)\n", "", id="overtaking"),
-    pytest.param("mbarrier.init(v_free.index(stage), count=2)",
+    pytest.param(90, KERNEL, DONE + FREED, FREED + DONE, id="freed before they are multiplied"),
+    pytest.param(90, KERNEL, "        mbarrier.wait(v_full.index(before), phase_before)\n", "",
+                 id="no wait"),
+    pytest.param(90, KERNEL, OVERTAKING, "", id="overtaking"),
+    pytest.param(90, KERNEL, "mbarrier.init(v_free.index(stage), count=2)",
                  "mbarrier.init(v_free.index(stage), count=1)", id="one group frees for both"),
-    pytest.param("        acc *= alpha[:, None]\n", "", id="sums of an earlier maximum"),
-    pytest.param("nth // STAGES & 1\n        before", "nth & 1\n        before", id="wrong phase"),
-    pytest.param("warpgroup_mma_wait(1, (scores", "warpgroup_mma_wait(2, (scores", id="in flight"),
+    pytest.param(90, KERNEL,
+                 "        acc *= gl.convert_layout(alpha, gl.SliceLayout(1, OUT), "
+                 "assert_trivial=True)[:, None]\n",
+                 "", id="sums of an earlier maximum"),
+    pytest.param(90, KERNEL, "nth // STAGES & 1\n        before", "nth & 1\n        before",
+                 id="wrong phase"),
+    pytest.param(90, KERNEL, "warpgroup_mma_wait(1, (scores", "warpgroup_mma_wait(2, (scores",
+                 id="in flight"),
+    pytest.param(100, KERNEL, OVERTAKING, "", id="overtaking, tcgen05"),
+    pytest.param(100, BLACKWELL, "v_free.index(stage), count=4", "v_free.index(stage), count=2",
+                 id="one group frees for both, tcgen05"),
+    pytest.param(100, BLACKWELL, "mbarriers=[full, free]", "mbarriers=[full]", id="never freed"),
+    pytest.param(100, BLACKWELL, "            mbarrier.wait(v_full.index(stage), phase)\n", "",
+                 id="no wait for values"),
+    pytest.param(100, BLACKWELL, NEXT_KEYS, "", id="no wait for keys"),
+    pytest.param(100, BLACKWELL, READ, "", id="no wait for probabilities"),
+    pytest.param(100, BLACKWELL, READ, READ.replace("nth & 1", "0"), id="wrong phase, tcgen05"),
+    pytest.param(100, BLACKWELL, "(nth + 1) // STAGES & 1", "(nth + 1) & 1", id="wrong stage"),
+    pytest.param(100, BLACKWELL, "complete too.\n        mbarrier.wait(scores_full, nth & 1)\n",
+                 "complete too.\n", id="scores in flight"),
+    pytest.param(100, BLACKWELL, "> 0:\n        mbarrier.wait(scores_full, nth & 1)\n",
+                 "> 0:\n        nth += 0\n", id="sums in flight"),
+    pytest.param(100, BLACKWELL, RESCALED, "sums.load(ROWS)", id="sums not rescaled"),
+    pytest.param(100, BLACKWELL, RIGHT, READY + RIGHT, id="arrived twice"),
 ]  # fmt: skip
 
 
+def module_of(source: str, name: str, folder: Path) -> ModuleType:
+    path = folder / f"{name}.py"
+    path.write_text(source)
+    spec = spec_from_file_location(name, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a fault may hang a GPU")
-@pytest.mark.parametrize(("right", "wrong"), FAULTS)
-def test_a_fault_in_the_kernel_is_seen(right, wrong, tmp_path, monkeypatch):
-    source = Path(triton_gluon_kernel.__file__).read_text()
+@pytest.mark.parametrize(
+    ("capability", "module", "right", "wrong"), FAULTS, indirect=["capability"]
+)
+def test_a_fault_in_the_kernel_is_seen(capability, module, right, wrong, tmp_path, monkeypatch):
+    original = {KERNEL: triton_gluon_kernel, BLACKWELL: triton_gluon_blackwell}[module]
+    source = Path(original.__file__).read_text()
     assert source.count(right) == 1
-    path = tmp_path / "faulty_kernel.py"
-    path.write_text(source.replace(right, wrong))
-    spec = spec_from_file_location("faulty_kernel", path)
-    faulty = module_from_spec(spec)
-    spec.loader.exec_module(faulty)
-    kernel = "attention_fwd_gluon_kernel"
-    monkeypatch.setattr(triton_gluon_kernel, kernel, getattr(faulty, kernel))
+    faulty = module_of(source.replace(right, wrong), "faulty_kernel", tmp_path)
+    for user in (triton_gluon_kernel, triton_gluon_blackwell):
+        for name, function in vars(original).items():
+            if isinstance(function, JITFunction) and vars(user).get(name) is function:
+                monkeypatch.setattr(user, name, getattr(faulty, name))
     with pytest.raises((AssertionError, RuntimeError)):
         check_forward(1, 700)
 

@@ -83,17 +83,22 @@ DROPOUT_BACKWARD = _backward(
 
 
 # 168 registers when 12 warps begin; then 240 for the 8 that compute, 24 for the rest. Scalars are
-# the key ranges of a block, and those and the lse of the rows of each group.
-GLUON = {
-    "attention_fwd_gluon_kernel": Contract(
-        max_registers=168, scalar_loads=12, scalar_stores=4, tensor_cores=True, async_copies=True
-    )
-}
+# the key ranges of a block, and those and the lse of the rows of each group: of a thread of sm_100,
+# which has one row, half as many.
+GLUON = Contract(
+    max_registers=168, scalar_loads=12, scalar_stores=4, tensor_cores=True, async_copies=True
+)
+BLACKWELL = replace(GLUON, scalar_loads=8, scalar_stores=2)
+RELOADED = "scalars of the launch, read again where a partition begins: none in a loop"
 
 
-def _gluon(name: str, head_dim: int, *, documents: bool = False) -> Config:
+def _gluon(name: str, head_dim: int, *, documents: bool = False) -> tuple[Config, Config]:
+    """Return the launches of sm_90 and of sm_100."""
     call = partial(_attention, head_dim, forward=triton_gluon.forward, documents=documents)
-    return Config(name, call, GLUON, targets=("sm_90",))
+    spills = {"sm_100, triton 3.6: spills": RELOADED} if documents else {}
+    hopper = {"attention_fwd_gluon_kernel": GLUON}
+    blackwell = {"attention_fwd_gluon_blackwell_kernel": replace(BLACKWELL, exceptions=spills)}
+    return Config(name, call, hopper, ("sm_90",)), Config(name, call, blackwell, ("sm_100",))
 
 
 def _decode(num_new: int, page: int | None, *, tree: bool = False) -> None:
@@ -157,10 +162,10 @@ CONFIGS = {
             lambda: _attention(128, backward=True, documents=True, dropout=True),
             DROPOUT_BACKWARD,
         ),
-        _gluon("8192, 32:8 heads of 128, gluon", 128),
-        _gluon("8192, 32:8 heads of 64, gluon", 64),
-        _gluon("8192, documents, gluon", 128, documents=True),
-        _gluon("8192, 64, documents, gluon", 64, documents=True),
+        *_gluon("8192, 32:8 heads of 128, gluon", 128),
+        *_gluon("8192, 32:8 heads of 64, gluon", 64),
+        *_gluon("8192, documents, gluon", 128, documents=True),
+        *_gluon("8192, 64, documents, gluon", 64, documents=True),
     ),
     "decode_attention": (
         Config("one token", lambda: _decode(1, None), _decoding()),

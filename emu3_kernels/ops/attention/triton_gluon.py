@@ -1,6 +1,7 @@
-"""attention in Gluon for sm_90: tensor descriptors, warps that copy and warps that compute.
+"""attention in Gluon for sm_90 and sm_100: tensor descriptors, warps that copy, warps that compute.
 
-Not measured yet, so it stands behind Triton and runs by name. The gradient is Triton's.
+Not measured yet, and never run on sm_100, so it stands behind Triton and runs by name. The gradient
+is Triton's.
 """
 
 from functools import cache
@@ -16,10 +17,13 @@ from emu3_kernels.runtime.dispatch import Backend
 from emu3_kernels.runtime.launch import cdiv, gluon_devices, gpu_of, launch, tile, why_not_triton
 
 HEAD_DIMS = (64, 128)
-CAPABILITY = 90
-# 128 keys, since a product of 64 rows reads shared memory no faster than it multiplies by 64
-# columns. One program of 12 warps an SM; registers are those of two groups of 64 queries.
-TILE = tile(4, BLOCK_M=64, BLOCK_N=128, STAGES=2)
+# By compute capability. 128 keys, since a matmul of 64 rows (sm_100: of 128) reads shared memory no
+# faster than it multiplies by 64 columns. One program of 12 warps an SM: registers are those of two
+# groups of 64 queries, or of a query a thread.
+TILES = {
+    90: tile(4, BLOCK_M=64, BLOCK_N=128, STAGES=2),
+    100: tile(4, BLOCK_M=128, BLOCK_N=128, STAGES=2),
+}
 
 
 def why_not(
@@ -32,7 +36,7 @@ def why_not(
     return_lse: bool,
 ) -> str | None:
     if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"warp groups multiply float16 and bfloat16, got {q.dtype}"
+        return f"the kernel multiplies float16 and bfloat16, got {q.dtype}"
     if q.shape[3] not in HEAD_DIMS:
         return f"the kernel takes a head_dim of 64 or 128, got {q.shape[3]}"
     if dropout_p > 0:
@@ -43,8 +47,8 @@ def why_not(
         return "tensor descriptors are made on the host, which a traced graph leaves out"
     if q.device.type not in gluon_devices:
         return f"Gluon has no {q.device.type} target here"
-    if q.is_cuda and gpu_of(q).capability != CAPABILITY:
-        return f"warp groups multiply together on sm_{CAPABILITY} alone"
+    if q.is_cuda and (capability := gpu_of(q).capability) not in TILES:
+        return f"the kernels are for sm_90 and sm_100, got sm_{capability}"
     return failure(_try) or why_not_triton(q)
 
 
@@ -56,24 +60,36 @@ def forward(
     scale: float,
     dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
-    from emu3_kernels.ops.attention.triton_gluon_kernel import attention_fwd_gluon_kernel
-
     if scale < 0:  # scores are compared before they are scaled: the scale must be above 0
         q, scale = -q, -scale
     q, k, v = described(q), described(k), described(v)
     (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
-    num_rows, num_columns = TILE["BLOCK_M"], TILE["BLOCK_N"]
+    kernel, options = _kernel(gpu_of(q).capability)
+    num_rows, num_columns = options["BLOCK_M"], options["BLOCK_N"]
     grid = (cdiv(num_queries, 2 * num_rows) * batch * num_heads,)
     launch(
-        attention_fwd_gluon_kernel, grid, out, lse,
+        kernel, grid, out, lse,
         descriptor(q, num_rows), descriptor(k, num_columns), descriptor(v, num_columns),
         *range_arguments(key_ranges), max(scale, 1e-30),
         q.stride(2), k.stride(2), v.stride(2), num_queries, num_keys, num_heads, num_kv_heads,
-        HEAD_DIM=head_dim, **TILE,
+        HEAD_DIM=head_dim, **options,
     )  # fmt: skip
     return out, lse
+
+
+def _kernel(capability: int) -> tuple[object, dict]:
+    """Return the kernel and its tile: those of sm_90 for the emulator, unless it assumes a GPU."""
+    if capability == 100:
+        from emu3_kernels.ops.attention.triton_gluon_blackwell import (
+            attention_fwd_gluon_blackwell_kernel as kernel,
+        )
+    else:
+        from emu3_kernels.ops.attention.triton_gluon_kernel import (
+            attention_fwd_gluon_kernel as kernel,
+        )
+    return kernel, TILES.get(capability, TILES[90])
 
 
 def described(x: Tensor) -> Tensor:
@@ -121,7 +137,7 @@ def _try() -> None:
     """Gluon is experimental: its names may go."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: F401
 
-    from emu3_kernels.ops.attention import triton_gluon_kernel  # noqa: F401
+    from emu3_kernels.ops.attention import triton_gluon_blackwell  # noqa: F401
 
 
 BACKENDS = {"attention": Backend(why_not, forward, whole_backward)}

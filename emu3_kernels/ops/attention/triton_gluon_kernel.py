@@ -36,13 +36,7 @@ def attention_fwd_gluon_kernel(
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out = sum(p * v) / sum(p);  p = exp(scale * (q @ k - m))."""
-    # Heads that share keys are neighbours. The last block, which may have the most keys, is first.
-    program, heads_per_kv_head = gl.program_id(0), num_heads // num_kv_heads
-    num_blocks = (num_queries + 2 * BLOCK_M - 1) // (2 * BLOCK_M)
-    head, program = program % heads_per_kv_head, program // heads_per_kv_head
-    block, program = num_blocks - 1 - program % num_blocks, program // num_blocks
-    kv_head, batch = program % num_kv_heads, program // num_kv_heads
-    head += kv_head * heads_per_kv_head
+    batch, head, kv_head, block = program_ids(num_queries, num_heads, num_kv_heads, 2 * BLOCK_M)
     if first_ptr is not None:
         first_ptr += batch.to(gl.int64) * range_stride
         end_ptr += batch.to(gl.int64) * range_stride
@@ -97,6 +91,20 @@ def attention_fwd_gluon_kernel(
 
 
 @gluon.jit
+def program_ids(num_queries, num_heads, num_kv_heads, BLOCK_M: gl.constexpr):
+    """Return batch, head, KV head and block of queries of this program.
+
+    Heads that share keys are neighbours. The last block, which may have the most keys, is first.
+    """
+    program, heads_per_kv_head = gl.program_id(0), num_heads // num_kv_heads
+    num_blocks = (num_queries + BLOCK_M - 1) // BLOCK_M
+    head, program = program % heads_per_kv_head, program // heads_per_kv_head
+    block, program = num_blocks - 1 - program % num_blocks, program // num_blocks
+    kv_head, batch = program % num_kv_heads, program // num_kv_heads
+    return batch, head + kv_head * heads_per_kv_head, kv_head, block
+
+
+@gluon.jit
 def clip(i, end):
     return gl.minimum(gl.maximum(i, 0), end)
 
@@ -121,6 +129,22 @@ def keys_of_block(
         whole_key = gl.minimum(first_key + masked, end_key)
     ragged_key = whole_key + gl.maximum(end_whole - whole_key, 0) // BLOCK_N * BLOCK_N
     return first_key, whole_key, ragged_key, end_key
+
+
+@gluon.jit
+def keys_of_rows(
+    first_ptr, end_ptr, i, offset, num_queries, num_keys,
+    LAYOUT: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """Return the first key to which each query attends, and how many they are."""
+    if first_ptr is None:
+        first = gl.zeros([BLOCK_M], gl.int32, LAYOUT)
+        length = clip(i + offset, num_keys)
+    else:
+        row = gl.minimum(i + 1, num_queries) - 1
+        first = gl.load(first_ptr + row)
+        length = gl.maximum(gl.load(end_ptr + row) - first, 0)
+    return first, length
 
 
 @gluon.jit
@@ -163,13 +187,9 @@ def attend(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])  # noqa: N806
     low += GROUP * BLOCK_M
     i = low + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, SCORES))
-    row = gl.minimum(i, num_queries - 1)
-    if first_ptr is None:
-        first = gl.zeros([BLOCK_M], gl.int32, gl.SliceLayout(1, SCORES))
-        length = clip(row + offset, num_keys)
-    else:
-        first = gl.load(first_ptr + row)
-        length = gl.maximum(gl.load(end_ptr + row) - first, 0)
+    first, length = keys_of_rows(
+        first_ptr, end_ptr, i, offset, num_queries, num_keys, gl.SliceLayout(1, SCORES), BLOCK_M
+    )
     dtype: gl.constexpr = q_tile.dtype
     acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, OUT)
     l_i = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, SCORES))
@@ -184,9 +204,9 @@ def attend(
         scores = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, (scores,))
         p, _, l_i, m_i = softmax(
-            scores, l_i, m_i, first_key, first, length, log2_scale, True,
-            SCORES, OUT, dtype, BLOCK_N,
-        )  # fmt: skip
+            scores, l_i, m_i, first_key, first, length, log2_scale, True, SCORES, dtype, BLOCK_N
+        )
+        p = operand(p, OUT)
         nth, second = 1, first_key + BLOCK_N
         if first_ptr is not None:
             acc, l_i, m_i, p, nth = attend_blocks(
@@ -209,9 +229,7 @@ def attend(
         acc = warpgroup_mma(p, v_tile.index(last), acc, is_async=True)
         acc = warpgroup_mma_wait(0, (acc,))
 
-    has_keys = l_i > 0
-    l_i = gl.where(has_keys, l_i, 1)
-    lse = gl.where(has_keys, (m_i * log2_scale + gl.log2(l_i)) * LN2, -float("inf"))
+    lse, l_i = log_of_sum(l_i, m_i, log2_scale)
     gl.store(lse_ptr + i, lse, mask=i < num_queries)
     acc *= gl.convert_layout(1 / l_i, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None]
     # 16 bytes a thread, a row at a time.
@@ -242,11 +260,12 @@ def attend_blocks(
         acc = warpgroup_mma(p, v_tile.index(before), acc, is_async=True)
         scores = warpgroup_mma_wait(1, (scores,))
         p, alpha, l_i, m_i = softmax(
-            scores, l_i, m_i, start, first, length, log2_scale, MASKED, SCORES, OUT, dtype, BLOCK_N
+            scores, l_i, m_i, start, first, length, log2_scale, MASKED, SCORES, dtype, BLOCK_N
         )
+        p = operand(p, OUT)
         acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(v_free.index(before), count=1)
-        acc *= alpha[:, None]
+        acc *= gl.convert_layout(alpha, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None]
         nth += 1
     return acc, l_i, m_i, p, nth
 
@@ -254,18 +273,35 @@ def attend_blocks(
 @gluon.jit
 def softmax(
     scores, l_i, m_i, start, first, length, log2_scale, MASKED: gl.constexpr,
-    SCORES: gl.constexpr, OUT: gl.constexpr, dtype: gl.constexpr, BLOCK_N: gl.constexpr,
+    SCORES: gl.constexpr, dtype: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Return probabilities, the factor of what was summed before, and the new sum and maximum."""
     if MASKED:
-        j = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        visible = (j[None, :] - first[:, None]).to(gl.uint32) < length[:, None].to(gl.uint32)
-        scores = gl.where(visible, scores, -float("inf"))
+        scores = masked(scores, start, first, length, SCORES, BLOCK_N)
     m_new = gl.maximum(m_i, gl.max(scores, 1))
     p = gl.exp2(scores * log2_scale - (m_new * log2_scale)[:, None])
     alpha = gl.exp2((m_i - m_new) * log2_scale)
     l_i = l_i * alpha + gl.sum(p, 1)
-    # Both layouts are that of a warp group's product: nothing is moved.
-    p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, OUT, 2), assert_trivial=True)
-    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, OUT), assert_trivial=True)
-    return p, alpha, l_i, m_new
+    return p.to(dtype), alpha, l_i, m_new
+
+
+@gluon.jit
+def masked(scores, start, first, length, SCORES: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Return ``scores``, -inf where the query does not attend to the key."""
+    j = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+    visible = (j[None, :] - first[:, None]).to(gl.uint32) < length[:, None].to(gl.uint32)
+    return gl.where(visible, scores, -float("inf"))
+
+
+@gluon.jit
+def operand(p, OUT: gl.constexpr):
+    """Return ``p`` as an operand of ``acc``: both layouts are that of a warp group's matmul."""
+    return gl.convert_layout(p, gl.DotOperandLayout(0, OUT, 2), assert_trivial=True)
+
+
+@gluon.jit
+def log_of_sum(l_i, m_i, log2_scale):
+    """Return the lse, and the sum by which to divide: 1 for a query without a key."""
+    has_keys = l_i > 0
+    l_i = gl.where(has_keys, l_i, 1)
+    return gl.where(has_keys, (m_i * log2_scale + gl.log2(l_i)) * LN2, -float("inf")), l_i
