@@ -1,18 +1,17 @@
 """Gluon kernels on a CPU, which Triton does not interpret: call :func:`emulate` once.
 
 A kernel runs as the Python that it is written in, on functions of the same names. Every partition
-of warps is a thread, of which one runs at a time: until it waits for a barrier or has arrived at
-one, and in every other program until it has to wait. A tile is NaN from the moment a copy to it is
-asked for until its barrier is waited for, and a product reads its tiles when it is waited for: one
-freed too early or read too early gives NaN. A matmul of sm_100 ends after those issued before, as
-late as its barrier is waited for; until then, to write an operand or use the result is an error.
-Partitions that all wait raise one too.
+of warps is a thread, of which one runs at a time; programs end its turn at different places. A tile
+is NaN from the moment a copy to it is asked for until its barrier is waited for, and a product
+reads its tiles when it is waited for: one freed too early or read too early gives NaN. A matmul of
+sm_100 ends after those issued before, as late as its barrier is waited for; until then, to write an
+operand or to use the result is an error. Partitions that all wait raise one too.
 """
 
 import threading
 from collections.abc import Callable
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from types import FunctionType, SimpleNamespace
 
 import torch
@@ -33,6 +32,9 @@ from emu3_kernels.testing.gluon_memory import (
     value_of,
 )
 
+TURNS = ({"wait", "arrive"}, set(), {"arrive"})
+"""What ends a turn beside a wait that is not over: no one choice shows every fault."""
+
 
 def emulate() -> None:
     """Run launches of Gluon kernels here, on tensors of the CPU."""
@@ -42,8 +44,9 @@ def emulate() -> None:
         if not kernel.is_gluon():
             return compiled(kernel, *args, grid=grid, warmup=warmup, **options)
         constants = {name: x for name, x in options.items() if name in kernel.arg_names}
-        for i, program in enumerate(product(*map(range, grid))):
-            _Program(program, i % 2 == 1).run(kernel, [argument_of(x) for x in args], constants)
+        for ids, turn_ends in zip(product(*map(range, grid)), cycle(TURNS), strict=False):
+            program = _Program(ids, turn_ends)
+            program.run(kernel, [argument_of(x) for x in args], constants)
         return None
 
     JITFunction.run = run
@@ -111,9 +114,9 @@ class _Partition(threading.Thread):
 class _Program:
     """One program: its partitions, and the functions of Gluon by name."""
 
-    def __init__(self, ids: tuple[int, ...], keeps_turn: bool) -> None:
+    def __init__(self, ids: tuple[int, ...], turn_ends: set[str]) -> None:
         self.ids, self.partitions, self.modules = ids, [], {}
-        self.keeps_turn = keeps_turn
+        self.turn_ends = turn_ends
         self.current: _Partition | None = None
         self.all_done = threading.Semaphore(0)
         self.matmuls: list[Matmul] = []
@@ -189,12 +192,12 @@ class _Program:
 
     def wait(self, barrier: _Barrier, phase: int) -> None:
         """Wait until the phase of that parity is complete."""
-        if not (self.keeps_turn and barrier.completed(int(phase))):
+        if "wait" in self.turn_ends or not barrier.completed(int(phase)):
             self.let_others_run(partial(barrier.completed, int(phase)))
 
     def arrive(self, barrier: _Barrier, count: int) -> None:
         barrier.change(count, 0)
-        if not self.keeps_turn:
+        if "arrive" in self.turn_ends:
             self.let_others_run(lambda: True)
 
     def let_others_run(self, is_ready: Callable[[], bool]) -> None:

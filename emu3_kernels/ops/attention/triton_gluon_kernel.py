@@ -156,7 +156,8 @@ def copy(
     """Copy the queries, then each block of keys and of values once its stage is free.
 
     Both groups free values. The keys that were in a stage were read before: they are copied over
-    after values were freed that are multiplied later than those keys.
+    after values were freed that are multiplied later than those keys. The first of them are read
+    before the first values are freed.
     """
     mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
     for group in gl.static_range(2):
@@ -166,6 +167,8 @@ def copy(
         nth, row = (start - first_key) // BLOCK_N, kv_row + start
         stage, phase = nth % STAGES, nth // STAGES & 1
         full, tile = k_full.index(stage), k_tile.index(stage)
+        if nth == STAGES:
+            mbarrier.wait(v_free.index(0), 0)
         mbarrier.expect(full, k_desc.block_type.nbytes)
         async_load(k_desc, [row, k_column], full, tile)
         full, tile = v_full.index(stage), v_tile.index(stage)
