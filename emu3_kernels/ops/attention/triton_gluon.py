@@ -66,7 +66,7 @@ def forward(
     (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
-    kernel, options = _kernel(gpu_of(q).capability)
+    kernel, options = _kernel_for(gpu_of(q).capability)
     num_rows, num_columns = options["BLOCK_M"], options["BLOCK_N"]
     grid = (cdiv(num_queries, 2 * num_rows) * batch * num_heads,)
     launch(
@@ -79,7 +79,7 @@ def forward(
     return out, lse
 
 
-def _kernel(capability: int) -> tuple[object, dict]:
+def _kernel_for(capability: int) -> tuple[object, dict]:
     """Return the kernel and its tile: those of sm_90 for the emulator, unless it assumes a GPU."""
     if capability == 100:
         from emu3_kernels.ops.attention.triton_gluon_blackwell import (
