@@ -104,11 +104,12 @@ class _Partition(threading.Thread):
         try:
             with torch.no_grad():  # which is a setting of the thread
                 self.call()
-            assert not self.running, "a product was never waited for"
+                assert not self.running, "a product was never waited for"
+                self.finished = True
+                self.program.pass_turn()
         except BaseException as error:  # for the thread that launches
             self.error = error
-        self.finished = True
-        self.program.pass_turn()
+            self.program.all_done.release()
 
 
 class _Program:
@@ -172,16 +173,14 @@ class _Program:
         assert not self.matmuls, "a matmul runs on after the program"
 
     def pass_turn(self) -> None:
-        """Let the next partition run that can; end all if one failed or none can."""
+        """Let the next partition run that can; end all if none can."""
         last = self.partitions.index(self.current) + 1 if self.current else 0
         order = self.partitions[last:] + self.partitions[:last]
         left = [p for p in order if not p.finished]
-        failed = any(p.error is not None for p in self.partitions)
-        ready = [p for p in left if p.is_ready()]
-        if failed or not left:
+        if not left:
             self.all_done.release()
-        elif ready:
-            self.current = ready[0]
+        elif (ready := next((p for p in left if p.is_ready()), None)) is not None:
+            self.current = ready
             self.current.turn.release()
         else:
             left[0].error = RuntimeError("all partitions wait for barriers: the kernel would hang")
