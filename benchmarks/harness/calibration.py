@@ -15,6 +15,10 @@ FLOPS = {
     "attention_fwd_kernel": lambda n: 2 * n["q_ptr"] * _keys(n),
     "attention_fwd_gluon_kernel": lambda n: 2 * n["out_ptr"] * _keys(n),
     "attention_fwd_gluon_blackwell_kernel": lambda n: 2 * n["out_ptr"] * _keys(n),
+    "attention_bwd_dq_gluon_kernel": lambda n: 3 * n["out_ptr"] * _keys(n),
+    "attention_bwd_dkdv_gluon_kernel": lambda n: (
+        4 * n["dk_ptr"] * n["num_heads"] // n["num_kv_heads"] * _keys(n)
+    ),
     "attention_bwd_dq_kernel": lambda n: 3 * n["q_ptr"] * _keys(n),
     "attention_bwd_dkdv_kernel": lambda n: 4 * n["q_ptr"] * _keys(n),
     "decode_attention_split_kernel": lambda n: 4 * n["BLOCK_M"] * n["k_ptr"],

@@ -99,14 +99,14 @@ class _Partition(threading.Thread):
         self.running: list[_Product] = []
         self.finished, self.error = False, None
 
+    @torch.no_grad()  # which is a setting of the thread
     def run(self) -> None:
         self.turn.acquire()
         try:
-            with torch.no_grad():  # which is a setting of the thread
-                self.call()
-                assert not self.running, "a product was never waited for"
-                self.finished = True
-                self.program.pass_turn()
+            self.call()
+            assert not self.running, "a product was never waited for"
+            self.finished = True
+            self.program.pass_turn()
         except BaseException as error:  # for the thread that launches
             self.error = error
             self.program.all_done.release()
@@ -207,8 +207,8 @@ class _Program:
 
     def load(self, source: Descriptor, at: list, barrier: _Barrier, target: Shared) -> None:
         """Copy a block; what lies outside the matrix is 0."""
-        row, column = map(int, at)
-        block = source.matrix[row:, column:][: source.block_shape[0], : source.block_shape[1]]
+        inside = (slice(int(i), int(i) + n) for i, n in zip(at, source.block_shape, strict=True))
+        block = source.matrix[tuple(inside)]
 
         def write(value: Tensor | float) -> None:
             running = any(matmul.uses(target) for matmul in self.matmuls)
@@ -217,7 +217,7 @@ class _Program:
 
         def copy() -> None:
             write(0)
-            target.data[: block.shape[0], : block.shape[1]] = block
+            target.data[tuple(map(slice, block.shape))] = block
             barrier.change(0, -source.block_type.nbytes)
 
         write(torch.nan)
@@ -260,7 +260,11 @@ def _full(shape: list[int], value: float, dtype: object, layout: object) -> Valu
     return value_of(torch.full(shape, value, dtype=TORCH_DTYPES[dtype.name]))
 
 
-def _allocate(dtype: object, shape: list[int], layout: object) -> object:
+def _allocate(
+    dtype: object, shape: list[int], layout: object, value: Value | None = None
+) -> object:
+    if value is not None:
+        return Shared(value.as_subclass(Tensor), dtype)
     if dtype == gl.int64:
         stages = [_Barrier() for _ in range(shape[0])]
         return SimpleNamespace(index=lambda i: stages[int(i)]) if len(shape) > 1 else stages[0]
@@ -276,6 +280,7 @@ def _extreme(a: object, b: object, of_tensors: Callable, of_numbers: Callable) -
 LANGUAGE = (
     "float32", "int32", "int64", "uint32", "constexpr",
     "SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout",
+    "SwizzledSharedLayout",
 )  # fmt: skip
 MATHS = {
     "static_range": range,

@@ -65,7 +65,7 @@ def argument_of(x: object) -> object:
 
 def _dtype(dtype: torch.dtype) -> object:
     name = next(name for name, known in TORCH_DTYPES.items() if known == dtype)
-    return getattr(gl, {"fp16": "float16", "bf16": "bfloat16"}[name])
+    return getattr(gl, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[name])
 
 
 class Shared:
@@ -79,6 +79,9 @@ class Shared:
 
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.data.permute(order), self.dtype)
+
+    def load(self, layout: object) -> Value:
+        return value_of(self.data.clone())
 
     def overlaps(self, other: "Shared") -> bool:
         (start, end), (first, last) = _addresses(self.data), _addresses(other.data)

@@ -5,6 +5,7 @@ The emulator must see what goes wrong on a GPU: faults of each kind are put into
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -46,14 +47,20 @@ def tokens(
     return torch.randn(2, num_tokens, num_heads, head_dim, generator=random).to(DEVICE, dtype)
 
 
-@pytest.fixture(params=triton_gluon.TILES, autouse=True)
-def capability(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Run the kernel of each GPU in the emulator; on a GPU, skip the tests of another's kernel."""
-    with assume_gpu(Gpu(warp_size=32, num_sms=4, capability=request.param)):
+@contextmanager
+def gpu_of_capability(capability: int) -> Iterator[None]:
+    """Let the emulator run the kernels of that GPU; on another GPU, skip the test."""
+    with assume_gpu(Gpu(warp_size=32, num_sms=4, capability=capability)):
         if reason := refusal(tokens(1, 1)):
             (pytest.skip if DEVICE == "cuda" else pytest.fail)(reason)
-        if (here := gpu_of(tokens(1, 1)).capability) != request.param:
-            pytest.skip(f"the kernel is for sm_{request.param}, got sm_{here}")
+        if (here := gpu_of(tokens(1, 1)).capability) != capability:
+            pytest.skip(f"the kernel is for sm_{capability}, got sm_{here}")
+        yield
+
+
+@pytest.fixture(params=triton_gluon.TILES, autouse=True)
+def capability(request: pytest.FixtureRequest) -> Iterator[int]:
+    with gpu_of_capability(request.param):
         yield request.param
 
 

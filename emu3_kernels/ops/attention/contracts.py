@@ -23,6 +23,7 @@ def _attention(
     *,
     backward: bool = False,
     forward: Callable = attention.forward,
+    gradient: Callable = attention.whole_backward,
     documents: bool = False,
     dropout: bool = False,
     num_tokens: int = TOKENS,
@@ -39,7 +40,7 @@ def _attention(
     settings = key_ranges, head_dim**-0.5, dropped
     if backward:
         out, lse = meta(1, TOKENS, 32, head_dim), meta(1, 32, TOKENS, dtype=torch.float32)
-        attention.whole_backward(out, q, k, v, out, lse, None, *settings)
+        gradient(out, q, k, v, out, lse, None, *settings)
     else:
         forward(q, k, v, *settings)
 
@@ -83,22 +84,32 @@ DROPOUT_BACKWARD = _backward(
 
 
 # 168 registers when 12 warps begin; then 240 for the 8 that compute, 24 for the rest. Scalars are
-# the key ranges of a block, and those and the lse of the rows of each group: of a thread of sm_100,
-# which has one row, half as many.
+# the key ranges of a block, and those, the lse and delta of the rows of each group: of a thread of
+# sm_100, which has one row, half as many.
 GLUON = Contract(
     max_registers=168, scalar_loads=12, scalar_stores=4, tensor_cores=True, async_copies=True
 )
+GLUON_FORWARD = {"attention_fwd_gluon_kernel": GLUON}
+GLUON_BACKWARD = {
+    "attention_bwd_dq_gluon_kernel": replace(GLUON, scalar_loads=16),
+    "attention_bwd_dkdv_gluon_kernel": replace(GLUON, scalar_loads=14, scalar_stores=0),
+}
 BLACKWELL = replace(GLUON, scalar_loads=8, scalar_stores=2)
 RELOADED = "scalars of the launch, read again where a partition begins: none in a loop"
 
 
-def _gluon(name: str, head_dim: int, *, documents: bool = False) -> tuple[Config, Config]:
-    """Return the launches of sm_90 and of sm_100."""
-    call = partial(_attention, head_dim, forward=triton_gluon.forward, documents=documents)
+def _gluon(name: str, head_dim: int, *, documents: bool = False) -> tuple[Config, ...]:
+    """Return the launches of sm_90, forward and backward, and of sm_100."""
+    call = partial(_attention, head_dim, documents=documents)
+    forward = partial(call, forward=triton_gluon.forward)
+    backward = partial(call, backward=True, gradient=triton_gluon.backward)
     spills = {"sm_100, triton 3.6: spills": RELOADED} if documents else {}
-    hopper = {"attention_fwd_gluon_kernel": GLUON}
     blackwell = {"attention_fwd_gluon_blackwell_kernel": replace(BLACKWELL, exceptions=spills)}
-    return Config(name, call, hopper, ("sm_90",)), Config(name, call, blackwell, ("sm_100",))
+    return (
+        Config(name, forward, GLUON_FORWARD, ("sm_90",)),
+        Config(name, backward, GLUON_BACKWARD, ("sm_90",)),
+        Config(name, forward, blackwell, ("sm_100",)),
+    )
 
 
 def _decode(num_new: int, page: int | None, *, tree: bool = False) -> None:

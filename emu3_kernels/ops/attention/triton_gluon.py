@@ -1,7 +1,7 @@
 """attention in Gluon for sm_90 and sm_100: tensor descriptors, warps that copy, warps that compute.
 
 Not measured yet, and never run on sm_100, so it stands behind Triton and runs by name. The gradient
-is Triton's.
+of sm_100 is Triton's.
 """
 
 from functools import cache
@@ -24,6 +24,9 @@ TILES = {
     90: tile(4, BLOCK_M=64, BLOCK_N=128, STAGES=2),
     100: tile(4, BLOCK_M=128, BLOCK_N=128, STAGES=2),
 }
+# A group holds dk and dv of 64 keys: registers are left for 64 queries, or 128 of short heads.
+DKDV_TILE = tile(4, BLOCK_M=64, BLOCK_N=64, STAGES=2)
+DKDV_TILE_OF_SHORT_HEADS = tile(4, BLOCK_M=128, BLOCK_N=64, STAGES=2)
 
 
 def why_not(
@@ -92,6 +95,60 @@ def _kernel_for(capability: int) -> tuple[object, dict]:
     return kernel, TILES.get(capability, TILES[90])
 
 
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    key_ranges: KeyRanges,
+    scale: float,
+    dropout: Dropout | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``delta = rowsum(dout * out) - dlse`` in the kernel of dq, which dk and dv read.
+
+    On sm_100 by Triton's kernels.
+    """
+    if gpu_of(q).capability == 100:
+        return whole_backward(dout, q, k, v, out, lse, dlse, key_ranges, scale, dropout)
+    from emu3_kernels.ops.attention.triton_gluon_dkdv import attention_bwd_dkdv_gluon_kernel
+    from emu3_kernels.ops.attention.triton_gluon_dq import attention_bwd_dq_gluon_kernel
+
+    dout, q, k, v = map(described, (dout, q, k, v))
+    (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k.shape
+    like = {"memory_format": torch.contiguous_format}
+    dq, dk, dv = (torch.empty_like(x, **like) for x in (q, k, v))
+    delta, dlse = torch.empty_like(lse), None if dlse is None else dlse.contiguous()
+    settings = (
+        scale, q.stride(2), k.stride(2), v.stride(2), dout.stride(2),
+        num_queries, num_keys, num_heads, num_kv_heads,
+    )  # fmt: skip
+    chosen = TILES[90]
+    grid = (cdiv(num_queries, 2 * chosen["BLOCK_M"]) * batch * num_heads,)
+    launch(
+        attention_bwd_dq_gluon_kernel, grid, dq, delta, out, dlse, lse,
+        *_descriptors(q, k, v, dout, chosen), *range_arguments(key_ranges), *settings,
+        HEAD_DIM=head_dim, **chosen,
+    )  # fmt: skip
+    chosen = DKDV_TILE_OF_SHORT_HEADS if head_dim == 64 else DKDV_TILE
+    num_pairs = batch * num_kv_heads
+    grid = (cdiv(num_keys, 2 * chosen["BLOCK_N"]) * num_pairs,)
+    launch(
+        attention_bwd_dkdv_gluon_kernel, grid, dk, dv, *_descriptors(q, k, v, dout, chosen),
+        *(line_descriptor(x, chosen["BLOCK_M"]) for x in (lse, delta)),
+        *range_arguments(key_ranges.query_ranges(num_keys)), *settings, num_pairs,
+        HEAD_DIM=head_dim, **chosen,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _descriptors(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, chosen: dict) -> list[object]:
+    rows, columns = chosen["BLOCK_M"], chosen["BLOCK_N"]
+    return [descriptor(x, n) for x, n in ((q, rows), (k, columns), (v, columns), (dout, rows))]
+
+
 def described(x: Tensor) -> Tensor:
     """Return ``x``, copied unless it is a matrix of tokens by channels that a descriptor takes.
 
@@ -126,18 +183,31 @@ def descriptor(x: Tensor, num_rows: int) -> object:
     return TensorDescriptor(x, shape, [token_stride, 1], block, _layout(num_rows, head_dim))
 
 
+def line_descriptor(x: Tensor, num_rows: int) -> object:
+    """Describe float32 ``x [B, H, T]`` as a line, in blocks; behind a head is the next one's."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, [x.numel()], [1], [num_rows], _layout(num_rows))
+
+
 @cache
-def _layout(num_rows: int, head_dim: int) -> object:
+def _layout(*block: int) -> object:
+    """Return that of 16-bit rows of a head, or of a line of float32."""
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for([num_rows, head_dim], gl.float16)
+    dtype = gl.float16 if len(block) > 1 else gl.float32
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
 
 
 def _try() -> None:
     """Gluon is experimental: its names may go."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: F401
 
-    from emu3_kernels.ops.attention import triton_gluon_blackwell  # noqa: F401
+    from emu3_kernels.ops.attention import (  # noqa: F401
+        triton_gluon_blackwell,
+        triton_gluon_dkdv,
+        triton_gluon_dq,
+    )
 
 
-BACKENDS = {"attention": Backend(why_not, forward, whole_backward)}
+BACKENDS = {"attention": Backend(why_not, forward, backward)}

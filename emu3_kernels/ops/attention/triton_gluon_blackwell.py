@@ -48,7 +48,8 @@ def attention_fwd_gluon_blackwell_kernel(
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out = sum(p * v) / sum(p);  p = exp(scale * (q @ k - m))."""
-    batch, head, kv_head, block = program_ids(num_queries, num_heads, num_kv_heads, 2 * BLOCK_M)
+    num_blocks = (num_queries + 2 * BLOCK_M - 1) // (2 * BLOCK_M)
+    batch, kv_head, head, block = program_ids(num_blocks, num_heads, num_kv_heads)
     if first_ptr is not None:
         first_ptr += batch.to(gl.int64) * range_stride
         end_ptr += batch.to(gl.int64) * range_stride

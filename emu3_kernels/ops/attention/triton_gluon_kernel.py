@@ -36,7 +36,8 @@ def attention_fwd_gluon_kernel(
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out = sum(p * v) / sum(p);  p = exp(scale * (q @ k - m))."""
-    batch, head, kv_head, block = program_ids(num_queries, num_heads, num_kv_heads, 2 * BLOCK_M)
+    num_blocks = (num_queries + 2 * BLOCK_M - 1) // (2 * BLOCK_M)
+    batch, kv_head, head, block = program_ids(num_blocks, num_heads, num_kv_heads)
     if first_ptr is not None:
         first_ptr += batch.to(gl.int64) * range_stride
         end_ptr += batch.to(gl.int64) * range_stride
@@ -91,17 +92,16 @@ def attention_fwd_gluon_kernel(
 
 
 @gluon.jit
-def program_ids(num_queries, num_heads, num_kv_heads, BLOCK_M: gl.constexpr):
-    """Return batch, head, KV head and block of queries of this program.
+def program_ids(num_blocks, num_heads, num_kv_heads):
+    """Return the batch, KV head, head and block of queries of a program.
 
     Heads that share keys are neighbours. The last block, which may have the most keys, is first.
     """
     program, heads_per_kv_head = gl.program_id(0), num_heads // num_kv_heads
-    num_blocks = (num_queries + BLOCK_M - 1) // BLOCK_M
     head, program = program % heads_per_kv_head, program // heads_per_kv_head
     block, program = num_blocks - 1 - program % num_blocks, program // num_blocks
     kv_head, batch = program % num_kv_heads, program // num_kv_heads
-    return batch, head + kv_head * heads_per_kv_head, kv_head, block
+    return batch, kv_head, kv_head * heads_per_kv_head + head, block
 
 
 @gluon.jit
@@ -235,13 +235,29 @@ def attend(
     lse, l_i = log_of_sum(l_i, m_i, log2_scale)
     gl.store(lse_ptr + i, lse, mask=i < num_queries)
     acc *= gl.convert_layout(1 / l_i, gl.SliceLayout(1, OUT), assert_trivial=True)[:, None]
-    # 16 bytes a thread, a row at a time.
+    store_rows(out_ptr, acc, low, num_queries, out_stride, dtype, HEAD_DIM, BLOCK_M)
+
+
+@gluon.jit
+def store_rows(
+    ptr, x, low, num_rows, stride, dtype: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr
+):  # fmt: skip
+    """Store rows from ``low`` on, of which there are ``num_rows``: 16 bytes a thread, by rows."""
     LANES: gl.constexpr = [256 // HEAD_DIM, HEAD_DIM // 8]  # noqa: N806
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], LANES, [4, 1], [1, 0])  # noqa: N806
-    i = low + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ROWS))
+    i = low + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, ROWS))
     c = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, ROWS))
-    out_ptrs = out_ptr + i.to(gl.int64)[:, None] * out_stride + c[None, :]
-    gl.store(out_ptrs, gl.convert_layout(acc.to(dtype), ROWS), mask=(i < num_queries)[:, None])
+    ptrs = ptr + i.to(gl.int64)[:, None] * stride + c[None, :]
+    gl.store(ptrs, gl.convert_layout(x.to(dtype), ROWS), mask=(i < num_rows)[:, None])
+
+
+@gluon.jit
+def places_in_block(BLOCK: gl.constexpr):
+    """Return ``arange(BLOCK)`` in shared memory: where it is masked, a thread has no registers."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])  # noqa: N806
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])  # noqa: N806
+    places = gl.arange(0, BLOCK, layout=LINE)
+    return gl.allocate_shared_memory(gl.int32, [BLOCK], SHARED, places)
 
 
 @gluon.jit
