@@ -51,7 +51,7 @@ def _attention(
 SCALARS = "48 to 102 scalars: its layouts give a thread more rows"
 STACK = "two accesses, 8 bytes of stack"
 EARLIER = {f"{target}, triton 3.6: loads": SCALARS for target in ("sm_90", "sm_100")}
-EARLIER_STACK = {f"{target}, triton 3.6: spills": STACK for target in ("sm_90", "sm_100")}
+EARLIER_STACK = {"sm_90, triton 3.6: spills": STACK}
 SCALAR_SPILLS = {"gfx942: spills": "a few scalar registers, into vector registers: none to memory"}
 AMD = {
     "gfx942: async_copies": "copies to shared memory are 4 bytes wide before gfx950",

@@ -269,9 +269,10 @@ def attention_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk = scale * dscores.T @ q;  dv = p.T @ dout;  summed over the heads of a KV head."""
-    program, num_blocks = tl.program_id(0), tl.cdiv(num_keys, BLOCK_N)
-    # The first block of keys, to which the most queries may attend, is first.
-    block, program = program % num_blocks, program // num_blocks
+    # The first blocks of all heads, to which the most queries may attend, are first, so that the
+    # last programs to start are the shortest.
+    program, num_pairs = tl.program_id(0), tl.num_programs(0) // tl.cdiv(num_keys, BLOCK_N)
+    block, program = program // num_pairs, program % num_pairs
     kv_head, batch = (program % num_kv_heads).to(tl.int64), (program // num_kv_heads).to(tl.int64)
     q_ptr += batch * q_batch_stride
     dout_ptr += batch * dout_batch_stride
