@@ -41,8 +41,8 @@ def _spatial_norm_backward(side: int, channels: int) -> None:
     spatial_norm_backward(x, x, latent, *_parameters(channels), stats, None, 32, True)
 
 
-# 128 registers keep 16 warps on a multiprocessor, each thread with 64 bytes in flight. Scalars are
-# numbers by channel or by group, one a thread, of which a program loads and stores few.
+# 128 registers keep 16 warps on a multiprocessor, each thread with 64 or 128 bytes in flight.
+# Scalars are numbers by channel or by group, one a thread, of which a program loads and stores few.
 STATISTICS = {"group_norm_moments_kernel": Contract(max_registers=128, scalar_stores=2)}
 FEW = "a program for each 16 channels of sums"
 NORM = Contract(max_registers=128, scalar_loads=8, scalar_stores=2)

@@ -28,6 +28,10 @@ from emu3_kernels.runtime.launch import (
 
 ELEMENTS = 4096
 """Of a tile: 32 a thread with 4 warps of 32 threads, 64 bytes of bfloat16 in flight."""
+OF_MOMENTS = 2
+"""Tiles that the statistics take for one: 128 bytes in flight, of their one tensor."""
+ROWS_OF_THREAD = 8
+"""Of such a tile, with 8 channels each: a thread adds them before it adds to its sums."""
 MOST_PARTS = 256
 
 
@@ -41,7 +45,7 @@ class Layout(NamedTuple):
     num_pixels: int
     """Of an image."""
     part: int
-    """Pixels of a part, whole tiles but for the last."""
+    """Pixels of a part, whole tiles of the statistics but for the last."""
     num_parts: int
 
 
@@ -56,8 +60,9 @@ def layout(shape: torch.Size, groups: int, gpu: Gpu) -> Layout:
     rows = max(ELEMENTS // block, 1)
     blocks = cdiv(groups, of_block)
     wanted = 4 * gpu.num_sms // (blocks * batch)
-    tiles = cdiv(num_pixels, rows)
-    part = rows * cdiv(tiles, min(max(wanted, 1), MOST_PARTS))
+    of_moments = OF_MOMENTS * rows
+    tiles = cdiv(num_pixels, of_moments)
+    part = of_moments * cdiv(tiles, min(max(wanted, 1), MOST_PARTS))
     constants = tile(
         num_warps=4, CHANNELS=channels, SIZE=size, WIDE=wide, GROUPS=of_block, ROWS=rows
     )
@@ -70,7 +75,9 @@ def plan_moments(
 ) -> tuple[tuple[int, int, int, int], LaunchPlan]:
     parted = layout(shape, groups, gpu)
     grid = parted.num_parts, parted.blocks, shape[0]
-    plan = plan_launch(grid, parted.num_pixels, parted.part, **parted.constants)
+    rows = OF_MOMENTS * parted.constants["ROWS"]
+    constants = parted.constants | {"ROWS": rows, "FOLD": min(rows, ROWS_OF_THREAD)}
+    plan = plan_launch(grid, parted.num_pixels, parted.part, **constants)
     return (shape[0], 2, parted.num_parts, groups), plan
 
 
@@ -152,9 +159,15 @@ def merge(
 
 
 @triton.jit
+def folded(x, FOLD: tl.constexpr, ROWS: tl.constexpr):
+    """Add every ``ROWS // FOLD``-th row: ``[ROWS // FOLD, C]``."""
+    return tl.sum(tl.reshape(x, [FOLD, ROWS // FOLD, x.shape[1]]), axis=0)
+
+
+@triton.jit
 def group_norm_moments_kernel(
     x_ptr, moments_ptr, num_pixels, part, CHANNELS: tl.constexpr, SIZE: tl.constexpr,
-    WIDE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    WIDE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations of each group over a part, from sums of x - pivot.
 
@@ -171,8 +184,8 @@ def group_norm_moments_kernel(
     x_ptr += (image * num_pixels + first) * CHANNELS
     tile = tl.load(x_ptr + at, mask=(r < num)[:, None] & exists[None, :], other=0)
     pivot = tl.sum(tile.to(tl.float32), axis=0)[None, :] / tl.minimum(num, ROWS)
-    sums = tl.zeros([ROWS, GROUPS * WIDE], tl.float32)
-    squares = tl.zeros([ROWS, GROUPS * WIDE], tl.float32)
+    sums = tl.zeros([ROWS // FOLD, GROUPS * WIDE], tl.float32)
+    squares = tl.zeros([ROWS // FOLD, GROUPS * WIDE], tl.float32)
     whole = num // ROWS * ROWS
     for row in range(ROWS, whole + ROWS, ROWS):
         # The last tile, which is ragged, is loaded by the last iteration and added below.
@@ -180,13 +193,13 @@ def group_norm_moments_kernel(
         inside = (row + r < num)[:, None] & exists[None, :]
         ahead = tl.load(x_ptr + at, mask=inside, other=0)
         delta = tile.to(tl.float32) - pivot
-        sums += delta
-        squares += delta * delta
+        sums += folded(delta, FOLD, ROWS)
+        squares += folded(delta * delta, FOLD, ROWS)
         tile = ahead
     if whole < num:
         delta = tl.where((whole + r < num)[:, None], tile.to(tl.float32) - pivot, 0.0)
-        sums += delta
-        squares += delta * delta
+        sums += folded(delta, FOLD, ROWS)
+        squares += folded(delta * delta, FOLD, ROWS)
     sum_c = tl.sum(sums, axis=0)
     mean_c = tl.sum(tl.where(r[:, None] == 0, pivot, 0.0), axis=0) + sum_c / num
     spread_c = tl.maximum(tl.sum(squares, axis=0) - sum_c * (sum_c / num), 0.0)
