@@ -14,10 +14,10 @@ from emu3_kernels.ops.conv3d.plan import Plan, space_pads, volume
 from emu3_kernels.ops.conv3d.triton_gemm import (
     coordinates,
     load_row,
-    silu_derivative,
 )
 from emu3_kernels.ops.conv3d.triton_sums import add_sums, column_sums
 from emu3_kernels.runtime.launch import cdiv, launch, tile
+from emu3_kernels.runtime.triton_silu import silu, silu_derivative
 
 BLOCKS = {"PIXELS": 64, "CHANNELS": 64}
 CHANNELS_LAST = torch.channels_last_3d
@@ -130,7 +130,7 @@ def causal_conv3d_pad_kernel(
     if scale_ptr is not None:
         x = x * load_row(scale_ptr, c, exists) + load_row(shift_ptr, c, exists)
     if SILU:
-        x *= tl.sigmoid(x)
+        x = silu(x)
     x = tl.where(inside, x, 0.0)
     out_ptr += (batch * num_pixels + p)[:, None] * channels + c[None, :]
     written = (p < num_pixels)[:, None] & exists[None, :]
@@ -193,7 +193,7 @@ def causal_conv3d_finish_kernel(
     if bias_ptr is not None:
         y += load_row(bias_ptr, c, exists)
     if SILU:
-        y *= tl.sigmoid(y)
+        y = silu(y)
     if residual_ptr is not None:
         t, h, w = coordinates(p, height, width)
         at = strided(t, h, w, c, frame_stride, row_stride, column_stride, channel_stride)

@@ -37,6 +37,7 @@ from emu3_kernels.runtime.launch import (
     planned,
     why_not_triton,
 )
+from emu3_kernels.runtime.triton_silu import silu
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MOST_PIXELS = 2**30
@@ -168,12 +169,12 @@ def causal_conv3d_fwd_kernel(
     if bias_ptr is not None:
         y += load_row(bias_ptr, n, exists)
     if POST_SILU:
-        y *= tl.sigmoid(y)
+        y = silu(y)
     inside = (p < num_pixels)[:, None]
     if HIDDEN is not None:
         y = y.to(HIDDEN).to(tl.float32)
         y = y * load_row(next_scale_ptr, n, exists) + load_row(next_shift_ptr, n, exists)
-        y = (y * tl.sigmoid(y)).to(y_ptr.dtype.element_ty)
+        y = silu(y).to(y_ptr.dtype.element_ty)
         y_ptr += (batch * num_pixels + p)[:, None] * OUT_WIDTH + n[None, :]
         tl.store(y_ptr, y, mask=inside & (n < OUT_WIDTH)[None, :])
     else:

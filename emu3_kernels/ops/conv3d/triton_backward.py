@@ -24,7 +24,6 @@ from emu3_kernels.ops.conv3d.triton_gemm import (
     pack_video,
     padded_channels,
     program_tile,
-    silu_derivative,
     taps,
     weight_layout,
     weight_operand,
@@ -40,6 +39,7 @@ from emu3_kernels.runtime.launch import (
     plan_launch,
     planned,
 )
+from emu3_kernels.runtime.triton_silu import silu_derivative
 
 
 def backward(

@@ -26,6 +26,7 @@ from emu3_kernels.runtime.launch import (
     planned,
     tile,
 )
+from emu3_kernels.runtime.triton_silu import silu
 
 WHOLE = 64
 """Packed channels are a multiple of this, or a power of two below it."""
@@ -143,12 +144,6 @@ def plan_pack(
     options = tile(num_warps=4, PIXELS=pixels, CHANNELS=block)
     of_pack = plan_launch(grid, num_pixels, channels, SILU=silu, WIDTH=width, **options)
     return (batch, num_pixels, width), of_pack
-
-
-@triton.jit
-def silu_derivative(z):
-    sigmoid = tl.sigmoid(z)
-    return sigmoid * (1 + z * (1 - sigmoid))
 
 
 @triton.jit
@@ -272,6 +267,6 @@ def _pack(
     if scale_ptr is not None:
         x = x * load_row(scale_ptr, c, exists) + load_row(shift_ptr, c, exists)
     if SILU:
-        x *= tl.sigmoid(x)
+        x = silu(x)
     out_ptr += (batch * num_pixels + p)[:, None] * WIDTH + c[None, :]
     tl.store(out_ptr, x.to(out_ptr.dtype.element_ty), mask=(p < num_pixels)[:, None])

@@ -1,6 +1,5 @@
 """The compiled launches of the group norms, and what their machine code must keep."""
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -47,11 +46,6 @@ STATISTICS = {"group_norm_moments_kernel": Contract(max_registers=128, scalar_st
 FEW = "a program for each 16 channels of sums"
 NORM = Contract(max_registers=128, scalar_loads=8, scalar_stores=2)
 GROUP_NORM = STATISTICS | {"group_norm_fwd_kernel": NORM}
-GROUP_NORM_512 = STATISTICS | {
-    "group_norm_fwd_kernel": replace(
-        NORM, exceptions={"sm_80: spills": "two to four accesses, 8 bytes of stack"}
-    )
-}
 GROUP_NORM_BACKWARD = {
     "group_norm_bwd_sums_kernel": Contract(max_registers=168, scalar_loads=4, scalar_stores=4),
     "group_norm_bwd_x_kernel": Contract(max_registers=128, scalar_loads=8),
@@ -86,7 +80,7 @@ CONFIGS = {
     "group_norm_silu": tuple(
         Config(f"1 x {pixels} x {channels}{suffix}", partial(call, pixels, channels), contracts)
         for pixels, channels, forward in (
-            (512 * 512, 256, GROUP_NORM_512),
+            (512 * 512, 256, GROUP_NORM),
             (64 * 64, 1024, GROUP_NORM),
         )
         for suffix, call, contracts in (

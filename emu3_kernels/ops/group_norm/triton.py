@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emu3_kernels.ops.group_norm import triton_apply, triton_spatial
-from emu3_kernels.ops.group_norm.triton_apply import NO_MODULATION, silu_derivative
+from emu3_kernels.ops.group_norm.triton_apply import NO_MODULATION
 from emu3_kernels.ops.group_norm.triton_statistics import (
     channels_of,
     layout,
@@ -26,6 +26,7 @@ from emu3_kernels.runtime.launch import (
     tile,
     why_not_triton,
 )
+from emu3_kernels.runtime.triton_silu import silu_derivative
 
 
 def why_not(*tensors: Tensor) -> str | None:

@@ -30,6 +30,7 @@ from emu3_kernels.runtime.launch import (
     plan_launch,
     planned,
 )
+from emu3_kernels.runtime.triton_silu import silu, silu_derivative
 
 Modulation = tuple[Tensor | None, ...]
 """latent, y_weight, y_bias, b_weight, b_bias."""
@@ -142,14 +143,6 @@ def nearest(pixel, size, ratio):
 
 
 @triton.jit
-def silu_derivative(x):
-    """sigmoid(x) * (1 + x * sigmoid(-x)): 1 - sigmoid(x) would lose digits where x is large."""
-    power = tl.exp(tl.minimum(-x, 80.0))
-    sigmoid = 1 / (1 + power)
-    return sigmoid * (1 + x * (power * sigmoid))
-
-
-@triton.jit
 def tile_of(first, columns, ratio, PER: tl.constexpr, ROWS: tl.constexpr):
     """The pixels of a tile of a line, ``[PER, P, 1]``, and their P columns of the latent.
 
@@ -245,7 +238,7 @@ def group_norm_fwd_kernel(
             )
             y = y * factor[None, :, :] + term[None, :, :]
         if SILU:
-            y = y * tl.sigmoid(y)
+            y = silu(y)
         out = y_ptr + (image * num_pixels + line * width) * CHANNELS + at
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=inside)
         x = ahead

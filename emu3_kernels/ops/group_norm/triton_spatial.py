@@ -16,7 +16,6 @@ from emu3_kernels.ops.group_norm.triton_apply import (
     load_columns,
     modulation,
     resize_args,
-    silu_derivative,
 )
 from emu3_kernels.ops.group_norm.triton_statistics import channels_of, load_channels, store_terms
 from emu3_kernels.runtime.launch import (
@@ -29,6 +28,7 @@ from emu3_kernels.runtime.launch import (
     planned,
     tile,
 )
+from emu3_kernels.runtime.triton_silu import silu_derivative
 
 MOST_PARTS = 128
 """Of the positions: partial sums are few beside the sums of positions."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from emu3_kernels.runtime.dispatch import Backend
 from emu3_kernels.runtime.launch import cdiv, launch, tile, why_not_triton
+from emu3_kernels.runtime.triton_silu import sigmoid, silu
 
 # 16 elements a thread with warps of 32 threads, 8 (the 16 bytes of one access) with 64.
 BLOCK = 1024
@@ -42,7 +43,7 @@ def swiglu_fwd_kernel(
     inside = c < width
     gate = tl.load(gate_ptr + row * gate_stride + c, mask=inside).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + c, mask=inside).to(tl.float32)
-    out = gate * tl.sigmoid(gate) * up
+    out = silu(gate) * up
     tl.store(out_ptr + row * width + c, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -58,9 +59,9 @@ def swiglu_bwd_kernel(
     dout = tl.load(dout_ptr + row * dout_stride + c, mask=inside).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + c, mask=inside).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + c, mask=inside).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    dgate = dout * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dup = dout * gate * sigmoid
+    of_gate = sigmoid(gate)
+    dgate = dout * up * of_gate * (1 + gate * (1 - of_gate))
+    dup = dout * gate * of_gate
     dgate_ptr = dgate_up_ptr + row * 2 * width
     tl.store(dgate_ptr + c, dgate.to(dgate_up_ptr.dtype.element_ty), mask=inside)
     tl.store(dgate_ptr + width + c, dup.to(dgate_up_ptr.dtype.element_ty), mask=inside)
