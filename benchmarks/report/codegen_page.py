@@ -7,7 +7,7 @@ from statistics import median
 from benchmarks.harness import calibration, prediction
 from benchmarks.harness.calibration import Measured
 from benchmarks.harness.prediction import CARDS, MODEL
-from benchmarks.report import tables
+from benchmarks.report import gpu_page, tables
 
 HEADER = (
     *("kernel", "config", "target", "registers", "shared"),
@@ -18,6 +18,7 @@ PREDICTED_HEADER = (
     *("bytes an element", "instructions an element", *(f"{card}, µs" for card in CARDS)),
 )
 OPS_HEADER = ("op", "calls", "median error", "fitted without this op")
+TARGET_HEADER = ("op", "size", "direction", "launches", "target µs", "PREDICTED µs")
 MEASURED_HEADER = ("op", "size", "direction", "tiles", "MEASURED µs", "PREDICTED µs", "error")
 
 INTRODUCTION = """# Machine code
@@ -34,6 +35,13 @@ reason of each excused term.
 parameters fitted to the calls of the H200 at the end of this page. A time of {launch:.0f} µs is the
 fixed part of a launch and says only that the work is short. Kernels of tensor cores whose FLOPs are
 not stated have none.
+"""
+
+TARGETS = """## Targets of an H200
+
+**PREDICTED** of our Triton kernels, one launch after the other, each with its fixed part, of which
+a CUDA graph saves most. Calls of attention that cuDNN takes are faster. Without a number: cuBLAS or
+cuDNN take most of the time.
 """
 
 CALIBRATION = """## PREDICTED against MEASURED
@@ -59,7 +67,7 @@ def page(counted: dict, measured: list[Measured]) -> str:
         section(op, [row for row in rows if row["op"] == op])
         for op in dict.fromkeys(row["op"] for row in rows)
     ]
-    return "\n".join([introduction, *sections, *calibrated(measured)])
+    return "\n".join([introduction, *sections, targets(rows), *calibrated(measured)])
 
 
 def section(op: str, rows: list[dict]) -> str:
@@ -113,6 +121,24 @@ def time(row: dict | None, card: prediction.Card) -> str:
     if row is None or not prediction.is_known(work := calibration.work_of(row)):
         return "-"
     return f"{prediction.microseconds(work, card, MODEL):,.0f}"
+
+
+def targets(rows: list[dict]) -> str:
+    """Return the table of targets, with the sum of the launches that each takes."""
+    card, body = CARDS["H200"], []
+    for target in gpu_page.TARGETS:
+        without = {"forward": "_bwd_", "backward": "_fwd_"}.get(target.direction, "no kernel")
+        works = [
+            calibration.work_of(row)
+            for row in rows
+            if (row["op"], row["config"], row["target"]) == (target.op, target.counted, card.target)
+            and without not in row["kernel"]
+        ]
+        us = sum(prediction.microseconds(work, card, MODEL) for work in works)
+        size = ", ".join(f"{key} {value}" for key, value in target.size.items() if value)
+        launches, us = (str(len(works)), f"{us:,.0f}") if works else ("-", "-")
+        body.append([target.op, size, target.direction, launches, f"{1e3 * target.ms:,.0f}", us])
+    return f"{TARGETS}\n{tables.markdown(TARGET_HEADER, body)}"
 
 
 def calibrated(measured: list[Measured]) -> list[str]:

@@ -1,5 +1,6 @@
 """PREDICTED times: loops found in machine code, programs that run at once, and the error."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ if not __import__("importlib").util.find_spec("triton"):
 
 from benchmarks.harness import calibration, prediction, results
 from benchmarks.harness.prediction import CARDS, MODEL, Work
-from benchmarks.report import pages
+from benchmarks.report import codegen_page, gpu_page, pages
 from emu3_kernels.testing.chips import CHIPS
 from emu3_kernels.testing.loops import Block, Instruction, blocks
 from emu3_kernels.testing.machine_code import Facts, sass_code, sass_lines
@@ -103,3 +104,15 @@ def test_the_record_repeats_the_times_of_the_page_of_the_h200():
     for call in calls:
         by_kernel = (call.op, call.direction) == ("rms_norm", "backward")
         assert by_kernel or (call.op, call.direction, call.us / 1e3) in published, call.op
+
+
+def test_every_target_of_our_kernels_has_a_prediction_of_its_launches():
+    rows = json.loads((results.RESULTS / "codegen.json").read_text())["rows"]
+    lines = codegen_page.targets(rows).splitlines()[-len(gpu_page.TARGETS) :]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    for target, (op, _, direction, launches, ms, us) in zip(gpu_page.TARGETS, cells, strict=True):
+        assert (op, direction) == (target.op, target.direction)
+        assert (launches == us == "-") == (target.counted is None)
+        assert ms == f"{1e3 * target.ms:,.0f}"
+    forward, both = (int(c[5].replace(",", "")) for c in cells if c[0] == "cross_entropy")
+    assert 0 < forward < both

@@ -39,7 +39,8 @@ def _attention(
         dropped = Dropout(0.1, meta(dtype=torch.int64))
     settings = key_ranges, head_dim**-0.5, dropped
     if backward:
-        out, lse = meta(1, TOKENS, 32, head_dim), meta(1, 32, TOKENS, dtype=torch.float32)
+        out = meta(1, num_tokens, 32, head_dim)
+        lse = meta(1, 32, num_tokens, dtype=torch.float32)
         gradient(out, q, k, v, out, lse, None, *settings)
     else:
         forward(q, k, v, *settings)
@@ -112,12 +113,16 @@ def _gluon(name: str, head_dim: int, *, documents: bool = False) -> tuple[Config
     )
 
 
-def _decode(num_new: int, page: int | None, *, tree: bool = False) -> None:
+def _decode(
+    num_new: int, page: int | None, *, tree: bool = False, rows: int = 2, capacity: int = 8192
+) -> None:
     """Emu3-8B, two rows of 8,192 positions."""
-    shape = (2, 8192, 8, 128) if page is None else (2 * 8192 // page, page, 8, 128)
-    table = None if page is None else meta(2, 8192 // page, dtype=torch.int32)
-    mask = meta(2, num_new, dtype=torch.int64) if tree else None
-    tensors = meta(2, num_new, 32, 128), meta(*shape), meta(*shape), meta(2, dtype=torch.int32)
+    num_pages = rows * capacity // (page or capacity)
+    shape = (num_pages, page or capacity, 8, 128)
+    table = None if page is None else meta(rows, capacity // page, dtype=torch.int32)
+    mask = meta(rows, num_new, dtype=torch.int64) if tree else None
+    q, lengths = meta(rows, num_new, 32, 128), meta(rows, dtype=torch.int32)
+    tensors = q, meta(*shape), meta(*shape), lengths
     triton_decode.forward(*tensors, mask=mask, scale=128**-0.5, page_table=table)
 
 
@@ -173,6 +178,11 @@ CONFIGS = {
             lambda: _attention(128, backward=True, documents=True, dropout=True),
             DROPOUT_BACKWARD,
         ),
+        Config(
+            "16384, 32:8 heads of 128",
+            lambda: _attention(128, backward=True, num_tokens=16384),
+            _backward(replace(DQ, exceptions=AMD | {"sm_100, triton 3.6: spills": STACK}), DKDV),
+        ),
         *_gluon("8192, 32:8 heads of 128, gluon", 128),
         *_gluon("8192, 32:8 heads of 64, gluon", 64),
         *_gluon("8192, documents, gluon", 128, documents=True),
@@ -187,6 +197,7 @@ CONFIGS = {
             lambda: _decode(16, None, tree=True),
             {"decode_attention_kernel": DECODE_TREE},
         ),
+        Config("131072 keys", lambda: _decode(1, None, rows=1, capacity=131_072), _decoding()),
         # A thread of gfx942 may have 512 registers.
         Config(
             "64 tokens in a tree",
