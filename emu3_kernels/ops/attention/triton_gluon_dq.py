@@ -21,8 +21,8 @@ from emu3_kernels.ops.attention.triton_gluon_kernel import (
     COPY_REGISTERS,
     LOG2E,
     async_load,
-    clip,
     keys_of_block,
+    keys_of_rows,
     places_in_block,
     program_ids,
     store_rows,
@@ -138,12 +138,9 @@ def add_keys(
         delta -= gl.load(dlse_ptr + nth_row)
     gl.store(delta_ptr + nth_row, delta, mask=i < num_queries)
     lse = gl.load(lse_ptr + nth_row) * LOG2E
-    if first_ptr is None:
-        first = gl.zeros([BLOCK_M], gl.int32, gl.SliceLayout(1, SCORES))
-        length = clip(row + offset, num_keys)
-    else:
-        first = gl.load(first_ptr + row)
-        length = gl.maximum(gl.load(end_ptr + row) - first, 0)
+    first, length = keys_of_rows(
+        first_ptr, end_ptr, i, offset, num_queries, num_keys, gl.SliceLayout(1, SCORES), BLOCK_M
+    )
     dq = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, OUT)
     log2_scale = scale * LOG2E
     for start in range(first_key, end_key, BLOCK_N):
