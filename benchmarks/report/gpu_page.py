@@ -88,6 +88,7 @@ def _kernel_line(kernel: dict, total: float) -> list[str]:
 
 
 WHOLE = "16384, 32:8 heads of 128"
+"""A config of attention: one document."""
 
 
 class Target(NamedTuple):

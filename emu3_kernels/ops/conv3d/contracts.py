@@ -161,11 +161,7 @@ CONFIGS = {
     ),
     "temporal_residual": (
         Config("4 channels", _residual_block, NARROW | {"causal_conv3d_fwd_kernel": IN_PLACE}),
-        Config(
-            "4 channels, backward",
-            _residual_block_backward,
-            BLOCK_BACKWARD,
-        ),
+        Config("4 channels, backward", _residual_block_backward, BLOCK_BACKWARD),
     ),
 }
 

@@ -11,10 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emu3_kernels.ops.conv3d.plan import Plan, space_pads, volume
-from emu3_kernels.ops.conv3d.triton_gemm import (
-    coordinates,
-    load_row,
-)
+from emu3_kernels.ops.conv3d.triton_gemm import coordinates, load_row
 from emu3_kernels.ops.conv3d.triton_sums import add_sums, column_sums
 from emu3_kernels.runtime.launch import cdiv, launch, tile
 from emu3_kernels.runtime.triton_silu import silu, silu_derivative
